@@ -1,0 +1,452 @@
+"""out[t] = sum over slots of top_k_weights * down(act(gate_up(x[t]))), each projection W + scaling * B A per expert.
+
+The one door to `ops`: backends are chosen here and gradients written out here. The base weights are frozen: none of
+these functions forms a gradient for them, and none materialises W + scaling * B A.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .ops import Activation, Dropout, Routing, reference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One frozen projection of every expert and the low-rank update that rides on it.
+
+    Attributes:
+        weight: [E, N, K] float, any strides (a transposed model passes a view).
+        bias: [E, N] or None.
+        lora_A: [E, r, K], a view of the expert-major parameter; None where no adapter is active.
+        lora_B: [E, N, r], likewise.
+        scaling: factor of the update.
+        dropout_p: probability that an element of x is dropped before A, in [0, 1).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    lora_A: torch.Tensor | None = None
+    lora_B: torch.Tensor | None = None
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What of a fused call is not a tensor; flat, because a custom operator takes it as plain arguments."""
+
+    activation: Activation
+    backend: str
+    recompute: bool
+    up_scaling: float
+    down_scaling: float
+    up_dropout: float
+    down_dropout: float
+
+
+@torch.compiler.assume_constant_result
+def select_backend(backend: str, device: torch.device) -> str:
+    """Of "triton" and "torch" the one for a wish out of BACKENDS on a device; what "auto" picked is logged once.
+
+    Raises:
+        RuntimeError: if "triton" was asked for where it cannot run.
+    """
+    if backend == "torch":
+        return "torch"
+    obstacle = _triton_obstacle(device.type, device.index)
+    if backend == "triton":
+        if obstacle:
+            raise RuntimeError(f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "torch".')
+        return "triton"
+    chosen = "triton" if device.type == "cuda" and not obstacle else "torch"
+    _log_auto(chosen, device.type, obstacle)
+    return chosen
+
+
+def experts(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: Projection,
+    down: Projection,
+    activation: Activation | Callable[[torch.Tensor], torch.Tensor],
+    *,
+    post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> torch.Tensor:
+    """A whole experts layer, forward and backward.
+
+    Args:
+        hidden_states: [T, H] float; computed in the dtype of the weights.
+        top_k_index: [T, top_k] integer; an id outside 0..E-1 is skipped.
+        top_k_weights: [T, top_k] float; receives its gradient.
+        up: the gate_up projection, [E, N, H] with N = 2I where gated.
+        down: the down projection, [E, H, I].
+        activation: an `Activation` runs inside the kernels; any other callable [M, N] -> [M, I] runs between them.
+        post_norm: applied to the down rows [M, H] before the routing weights.
+        backend: out of BACKENDS.
+        recompute: keep nothing [M, N] wide for backward; costs the gate_up product once more. Fused path only.
+    Returns: [T, H], dtype of hidden_states.
+    Raises:
+        ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
+    """
+    _check(hidden_states, top_k_index, top_k_weights, up, down)
+    chosen = select_backend(backend, hidden_states.device)
+    x = hidden_states.to(up.weight.dtype)
+    seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
+    # the operations fix their own dtypes: autocast would round inside them
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(activation, Activation) and post_norm is None:
+            plan = _Plan(activation, chosen, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p)
+            fused = _compiled_experts if torch.compiler.is_compiling() else _FusedExperts.apply
+            out = fused(
+                x, top_k_weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B,
+                top_k_index, up.weight, up.bias, down.weight, down.bias, seed, plan,
+            )  # fmt: skip
+        else:
+            out = _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, chosen)
+    return out.to(hidden_states.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ the fused path
+
+
+def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
+    """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the Routing."""
+    ops = _ops(plan.backend)
+    up_drop, down_drop = _dropouts(plan, seed)
+    routing = ops.route(top_k_index, up.shape[0])
+    xa = ha = None
+    if up_A is not None:
+        xa = ops.expert_shrink(x, up_A, routing, plan.up_scaling, gather=True, dropout=up_drop)
+    pre, act = ops.expert_linear_act(x, up, routing, plan.activation, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
+    if down_A is not None:
+        ha = ops.expert_shrink(act, down_A, routing, plan.down_scaling, dropout=down_drop)
+    y = ops.expert_linear(act, down, routing, bias=down_bias, xa=ha, lora_B=down_B)
+    return ops.combine(y, routing, top_k_weights), pre, xa, ha, routing
+
+
+def _backward(
+    dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre, xa, ha, routing, plan,
+    needs_x, needs_up, needs_down,
+):  # fmt: skip
+    """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
+    ops = _ops(plan.backend)
+    up_drop, down_drop = _dropouts(plan, seed)
+    dx = dup_A = dup_B = ddown_A = ddown_B = yb = None
+    if pre is None:
+        pre = ops.expert_linear(x, up, routing, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
+    if down_A is not None:
+        yb = ops.expert_shrink(dout, down_B.transpose(1, 2), routing, plan.down_scaling, gather=True)
+    dpre, act, dweights = ops.expert_linear_act_backward(
+        dout, down.transpose(1, 2), routing, plan.activation, pre, top_k_weights,
+        yb=yb, lora_A=None if down_A is None else down_A.transpose(1, 2), bias=down_bias, dropout=down_drop,
+    )  # fmt: skip
+    if needs_down:
+        ddown_A, ddown_B = _gradient_like(down_A), _expert_major_gradient(down_B)
+        ops.expert_outer(yb, act, routing, ddown_A, row_weights=top_k_weights, dropout=down_drop)
+        ops.expert_outer(dout, ha, routing, ddown_B, row_weights=top_k_weights, gather_left=True)
+    del act
+    yb = None
+    if up_A is not None and (needs_x or needs_up):
+        yb = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, plan.up_scaling)
+    if needs_up:
+        dup_A, dup_B = _gradient_like(up_A), _expert_major_gradient(up_B)
+        ops.expert_outer(yb, x, routing, dup_A, gather_right=True, dropout=up_drop)
+        ops.expert_outer(dpre, xa, routing, dup_B)
+    if needs_x:
+        lora_B = None if up_A is None else up_A.transpose(1, 2)
+        rows = ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb, lora_B=lora_B, dropout=up_drop)
+        dx = ops.combine(rows, routing)
+    return dx, dweights, dup_A, dup_B, ddown_A, ddown_B
+
+
+class _FusedExperts(torch.autograd.Function):
+    """Keeps, beyond the inputs: the pre-activation (not with recompute), two rank-wide tensors, index tensors."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        out, pre, xa, ha, routing = _forward(*args)
+        x, top_k_weights, up_A, up_B, down_A, down_B, _, up, up_bias, down, down_bias, seed, plan = args
+        ctx.plan, ctx.top_k, ctx.block_m = plan, routing.top_k, routing.block_m
+        ctx.save_for_backward(
+            x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
+            None if plan.recompute else pre, xa, ha, *routing.tensors(),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        (*inputs_and_kept,) = ctx.saved_tensors[:14]
+        routing = Routing.from_tensors(ctx.saved_tensors[14:], ctx.top_k, ctx.block_m)
+        needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
+        grads = _backward(
+            dout.contiguous(), *inputs_and_kept, routing, ctx.plan, needs_x, up_A or up_B, down_A or down_B
+        )
+        inputs = inputs_and_kept[:6]
+        return *(_as(g, t) for g, t in zip(grads, inputs, strict=True)), *[None] * 7
+
+
+# ------------------------------------------------------------------- the fused path under torch.compile: one operator
+
+
+def _compiled_experts(*args):
+    *tensors, plan = args
+    return torch.ops.peft_moe_lora.experts(*tensors, *astuple(plan.activation), *astuple(plan)[1:])[0]
+
+
+def _plan(*scalars) -> _Plan:
+    return _Plan(Activation(*scalars[:6]), *scalars[6:])
+
+
+_SCALARS = (
+    "str kind, bool gated, bool interleaved, float? limit, float alpha, float up_shift, str backend, bool recompute, "
+    "float up_scaling, float down_scaling, float up_dropout, float down_dropout"
+)
+_LORAS = "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
+_WEIGHTS = "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? seed"
+
+
+def _experts_op(
+    x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, *scalars
+):
+    plan = _plan(*scalars)
+    out, pre, xa, ha, routing = _forward(
+        x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan
+    )
+    # an operator returns tensors only, and none that aliases another
+    kept = [x.new_empty(0) if t is None else t for t in (None if plan.recompute else pre, xa, ha)]
+    return out, *kept, routing.tensors()[:4]
+
+
+def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, *args):
+    plan, M = _plan(*args[4:]), top_k_index.numel()
+    pre = x.new_empty((0,) if plan.recompute else (M, up.shape[1]))
+    xa, ha = (x.new_empty(0) if A is None else x.new_empty(M, A.shape[1]) for A in (up_A, down_A))
+    index = [x.new_empty(n, dtype=torch.int32) for n in (up.shape[0] + 1, M, M, M)]
+    return torch.empty_like(x), pre, xa, ha, index
+
+
+def _experts_backward_op(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre,
+                         xa, ha, index, top_k, needs_x, needs_up, needs_down, *scalars):  # fmt: skip
+    plan = _plan(*scalars)
+    grads = _backward(
+        dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
+        None if plan.recompute else pre, None if up_A is None else xa, None if down_A is None else ha,
+        Routing.from_tensors(index, top_k, 0), plan, needs_x, needs_up, needs_down,
+    )  # fmt: skip
+    return tuple(dout.new_empty(0) if g is None else g for g in grads)
+
+
+def _experts_backward_fake(dout, x, top_k_weights, up_A, up_B, down_A, down_B, *args):
+    needs_x, needs_up, needs_down = args[10:13]
+    dweights = top_k_weights.new_empty(top_k_weights.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    grads = [torch.empty_like(x) if needs_x else x.new_empty(0), dweights]
+    for A, B, needs in ((up_A, up_B, needs_up), (down_A, down_B, needs_down)):
+        grads += [_gradient_like(A), _expert_major_gradient(B)] if needs else [x.new_empty(0), x.new_empty(0)]
+    return tuple(grads)
+
+
+def _experts_setup_context(ctx, inputs, output):
+    tensors, ctx.scalars = inputs[:12], inputs[12:]
+    x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed = tensors
+    _, pre, xa, ha, index = output
+    ctx.top_k = top_k_index.shape[1]
+    ctx.save_for_backward(
+        x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre, xa, ha, *index
+    )
+
+
+def _experts_autograd(ctx, dout, *_):
+    needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
+    kept, index = ctx.saved_tensors[:14], ctx.saved_tensors[14:]
+    needs = (needs_x, up_A or up_B, down_A or down_B)
+    grads = torch.ops.peft_moe_lora.experts_backward(
+        dout.contiguous(), *kept, list(index), ctx.top_k, *needs, *ctx.scalars
+    )
+    wanted = (needs[0], True, needs[1], needs[1], needs[2], needs[2])
+    grads = [_as(g, t) if wanted_ else None for g, t, wanted_ in zip(grads, kept[:6], wanted, strict=True)]
+    return *grads, *[None] * (6 + len(ctx.scalars))
+
+
+torch.library.define(
+    "peft_moe_lora::experts",
+    f"(Tensor x, Tensor top_k_weights, {_LORAS}, Tensor top_k_index, {_WEIGHTS}, {_SCALARS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+)
+torch.library.define(
+    "peft_moe_lora::experts_backward",
+    f"(Tensor dout, Tensor x, Tensor top_k_weights, {_LORAS}, {_WEIGHTS}, Tensor pre, Tensor xa, Tensor ha, "
+    f"Tensor[] index, int top_k, bool needs_x, bool needs_up, bool needs_down, {_SCALARS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("peft_moe_lora::experts", "default", _experts_op)
+torch.library.impl("peft_moe_lora::experts_backward", "default", _experts_backward_op)
+torch.library.register_fake("peft_moe_lora::experts", _experts_fake)
+torch.library.register_fake("peft_moe_lora::experts_backward", _experts_backward_fake)
+torch.library.register_autograd("peft_moe_lora::experts", _experts_autograd, setup_context=_experts_setup_context)
+
+
+# --------------------------------------------------------------------- the path around an activation of the model's
+
+
+@torch.compiler.disable
+def _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend):
+    ops = _ops(backend)
+    routing = ops.route(top_k_index, up.weight.shape[0])
+    pre = _expert_linear(x, up, routing, ops, seed, 0, gather=True)
+    y = _expert_linear(activation(pre), down, routing, ops, seed, 1)
+    if post_norm is not None:
+        y = post_norm(y)
+    return _Combine.apply(y, top_k_weights, routing, ops).to(x.dtype)
+
+
+def _expert_linear(x, projection: Projection, routing: Routing, ops, seed, nth: int, gather: bool = False):
+    dropout = Dropout(projection.dropout_p, seed[nth : nth + 1]) if projection.dropout_p else None
+    frozen = replace(projection, lora_A=None, lora_B=None)
+    x = x.to(projection.weight.dtype)
+    return _ExpertLinear.apply(x, projection.lora_A, projection.lora_B, frozen, routing, dropout, gather, ops)
+
+
+class _ExpertLinear(torch.autograd.Function):
+    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] drop(x[m]); row m reads token row_token[m] where gather."""
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, frozen: Projection, routing: Routing, dropout, gather: bool, ops: ModuleType):
+        xa = None
+        if lora_A is not None:
+            xa = ops.expert_shrink(x, lora_A, routing, frozen.scaling, gather=gather, dropout=dropout)
+        ctx.save_for_backward(x, lora_A, lora_B, xa)
+        ctx.call = frozen, routing, dropout, gather, ops
+        return ops.expert_linear(x, frozen.weight, routing, bias=frozen.bias, xa=xa, lora_B=lora_B, gather=gather)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, lora_A, lora_B, xa = ctx.saved_tensors
+        frozen, routing, dropout, gather, ops = ctx.call
+        dy = dy.contiguous()
+        dx = dA = dB = yb = None
+        if lora_A is not None:
+            yb = ops.expert_shrink(dy, lora_B.transpose(1, 2), routing, frozen.scaling)
+            dA, dB = _gradient_like(lora_A), _expert_major_gradient(lora_B)
+            ops.expert_outer(yb, x, routing, dA, gather_right=gather, dropout=dropout)
+            ops.expert_outer(dy, xa, routing, dB)
+        if ctx.needs_input_grad[0]:
+            transposed_A = None if lora_A is None else lora_A.transpose(1, 2)
+            dx = ops.expert_linear(
+                dy, frozen.weight.transpose(1, 2), routing, xa=yb, lora_B=transposed_A, dropout=dropout
+            )
+            dx = ops.combine(dx, routing) if gather else dx
+        return dx, _as(dA, lora_A), _as(dB, lora_B), None, None, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """out[t] = sum over slots of top_k_weights[t, slot] * y[row of the slot]."""
+
+    @staticmethod
+    def forward(ctx, y, top_k_weights, routing: Routing, ops: ModuleType):
+        ctx.save_for_backward(y, top_k_weights)
+        ctx.call = routing, ops
+        return ops.combine(y, routing, top_k_weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        y, top_k_weights = ctx.saved_tensors
+        routing, ops = ctx.call
+        dy, dweights = ops.combine_backward(dout.contiguous(), y, routing, top_k_weights)
+        return dy, dweights.to(top_k_weights.dtype), None, None
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _check(hidden_states, top_k_index, top_k_weights, up: Projection, down: Projection) -> None:
+    E, _, H = up.weight.shape
+    if hidden_states.ndim != 2 or hidden_states.shape[1] != H or down.weight.shape[:2] != (E, H):
+        raise ValueError(
+            f"experts needs hidden_states [T, H], gate_up [E, N, H] and down [E, H, I]; got "
+            f"{[tuple(t.shape) for t in (hidden_states, up.weight, down.weight)]}."
+        )
+    if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:
+        raise ValueError(
+            f"experts needs top_k_index and top_k_weights [T, top_k] with T = {hidden_states.shape[0]}; got "
+            f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}."
+        )
+    frozen = (up.weight, up.bias, down.weight, down.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
+        raise ValueError(
+            "the experts' base weights are frozen and get no gradient here, but one has requires_grad=True; "
+            "call requires_grad_(False) on it, or train it without an adapter on these experts."
+        )
+
+
+def _draw_seeds(device: torch.device) -> torch.Tensor:
+    """[2] int64 from the default generator, so that recomputation under checkpointing repeats the masks."""
+    return torch.randint(2**31 - 1, (2,), device=device)
+
+
+def _dropouts(plan: _Plan, seed: torch.Tensor | None) -> tuple[Dropout | None, Dropout | None]:
+    up = Dropout(plan.up_dropout, seed[:1]) if plan.up_dropout else None
+    down = Dropout(plan.down_dropout, seed[1:]) if plan.down_dropout else None
+    return up, down
+
+
+def _gradient_like(parameter: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, contiguous, at least fp32: gradients are summed wide whatever the parameter is stored in."""
+    return parameter.new_empty(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _expert_major_gradient(lora_B: torch.Tensor) -> torch.Tensor:
+    """[E, N, r] over the memory of an expert-major [N, r * E], so that going back to the parameter copies nothing."""
+    E, N, r = lora_B.shape
+    dtype = torch.promote_types(lora_B.dtype, torch.float32)
+    return lora_B.new_empty((N, E, r), dtype=dtype).permute(1, 0, 2)
+
+
+def _as(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None or like is None else gradient.to(like.dtype)
+
+
+def _ops(backend: str) -> ModuleType:
+    if backend == "torch":
+        return reference
+    from .ops import kernels
+
+    return kernels
+
+
+@cache
+def _triton_obstacle(device_type: str, index: int | None) -> str:
+    """Why the kernels cannot run on this device; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type == "cuda":
+        capability = torch.cuda.get_device_capability(index)
+        return "" if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, got {capability}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return f"it needs a CUDA device, got {device_type!r}"
+
+
+@cache
+def _log_auto(chosen: str, device_type: str, obstacle: str) -> None:
+    if device_type == "cuda" and obstacle:
+        logger.warning('backend="auto" falls back to "torch" on cuda: %s.', obstacle)
+    else:
+        logger.info('backend="auto" picked "%s" on %s.', chosen, device_type)

@@ -1,0 +1,296 @@
+"""An experts module with a low-rank pair for every expert: W[e] + scaling * B[e] A[e]."""
+
+import math
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from .config import MoELoraConfig
+from .functional import Projection, experts
+from .layout import ExpertsLayout, own_activation, read_layout
+
+IMPLEMENTATION = "moe_lora"
+
+
+class MoELoraLayer(nn.Module, BaseTunerLayer):
+    """Wraps an experts module; owns A and B of every adapter. The base module keeps its weights and its forward.
+
+    Args:
+        base_layer: the experts module, called as experts(hidden_states, top_k_index, top_k_weights).
+        adapter_name: the first adapter.
+        config: its configuration.
+        r: rank of each expert's update.
+        lora_alpha: numerator of the scaling.
+    Parameters, per adapter and projection (E experts, K in- and N out-features of the projection):
+        lora_A: [r * E, K], expert-major: rows e*r up to (e + 1)*r are A[e].
+        lora_B: [N, r * E], expert-major: columns e*r up to (e + 1)*r are B[e].
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float):
+        super().__init__()
+        self.base_layer = base_layer
+        self.layout: ExpertsLayout = read_layout(base_layer)
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self._disable_adapters, self.merged_adapters = False, []
+        self.backend, self.recompute = config.backend, config.recompute
+        _attach(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, r, lora_alpha)
+
+    @property
+    def in_features(self) -> int:
+        """H, the width of hidden_states."""
+        return self.layout.gate_up.in_features
+
+    @property
+    def out_features(self) -> int:
+        """H again: the layer maps hidden states to hidden states."""
+        return self.layout.down.out_features
+
+    def update_layer(self, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float) -> None:
+        """Add an adapter, or draw an existing one anew; it starts frozen unless it is active."""
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.lora_dropout[adapter_name] = float(config.lora_dropout)
+        A, B = nn.ParameterDict(), nn.ParameterDict()
+        for name in config.target_projections:
+            projection = self.layout.projection(name)
+            A[name] = nn.Parameter(torch.empty(r * self.layout.num_experts, projection.in_features))
+            B[name] = nn.Parameter(torch.empty(projection.out_features, r * self.layout.num_experts))
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = A, B
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """A as nn.Linear draws it (or normal), B zero, so that a new adapter changes nothing; False: both random."""
+        for name, A in self.lora_A[adapter_name].items():
+            B = self.lora_B[adapter_name][name]
+            if init_lora_weights == "gaussian":
+                nn.init.normal_(A, std=1 / self.r[adapter_name])
+            else:
+                # every expert has the same fan-in K, so one draw over the stacked A is exact
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            if init_lora_weights is False:
+                # as PEFT leaves B, an nn.Linear of fan-in r
+                nn.init.uniform_(B, -1 / math.sqrt(self.r[adapter_name]), 1 / math.sqrt(self.r[adapter_name]))
+            else:
+                nn.init.zeros_(B)
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        """The module's own forward, which finds its way back to `compute` where an adapter is at work."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.layout.decorated or not self.is_at_work():
+            return self.base_layer(*args, **kwargs)
+        # a module off the interface dispatches nowhere, so an offloading hook is served here
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        if hook is None:
+            return self.compute(self.base_layer, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self.base_layer, *args, **kwargs)
+        return hook.post_forward(self.base_layer, self.compute(self.base_layer, *args, **kwargs))
+
+    def is_at_work(self) -> bool:
+        """Whether the output differs from the base module's: an active adapter, neither disabled nor merged."""
+        return not (self.disable_adapters or self.merged) and any(name in self.lora_A for name in self.active_adapters)
+
+    def compute(
+        self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts with the active adapters.
+
+        Args:
+            module: the experts module whose parameters are, at this moment, plain local tensors.
+            hidden_states: [T, H] float.
+            top_k_index: [T, top_k] integer expert ids; others than 0..E-1 are skipped.
+            top_k_weights: [T, top_k] float.
+        Returns: [T, H], dtype of hidden_states.
+        """
+        return experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self._projection(module, "gate_up"),
+            self._projection(module, "down"),
+            self.layout.activation or own_activation(module, self.layout.gated),
+            post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+            backend=self.backend,
+            recompute=self.recompute,
+        )
+
+    def _projection(self, module: nn.Module, name: str) -> Projection:
+        base = Projection(self.layout.weight(module, name), self.layout.bias(module, name))
+        active = [a for a in self.active_adapters if a in self.lora_A and name in self.lora_A[a]]
+        if not active:
+            return base
+        pairs = [self._expert_views(a, name) for a in active]
+        dropouts = {self.lora_dropout[a] for a in active} if self.training else {0.0}
+        if len(dropouts) > 1:
+            raise ValueError(
+                f"adapters {active} are active together with different lora_dropout {sorted(dropouts)}; "
+                "train them one at a time, or give them one value."
+            )
+        if len(active) == 1:
+            A, B = pairs[0]
+            scaling = self.scaling[active[0]]
+        else:
+            # ranks add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2, each scaling folded into its B
+            A = torch.cat([A for A, _ in pairs], dim=1)
+            B = torch.cat([self.scaling[a] * B for a, (_, B) in zip(active, pairs, strict=True)], dim=2)
+            scaling = 1.0
+        return Projection(base.weight, base.bias, A, B, scaling, dropouts.pop())
+
+    def _expert_views(self, adapter_name: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A as [E, r, K] and B as [E, N, r], views of the expert-major parameters."""
+        r = self.r[adapter_name]
+        A = self.lora_A[adapter_name][name].unflatten(0, (-1, r))
+        B = self.lora_B[adapter_name][name].unflatten(1, (-1, r)).permute(1, 0, 2)
+        return A, B
+
+    # ------------------------------------------------------------------------------------------------------- merging
+
+    def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
+        """[N, K] update of one expert, in at least fp32: scaling * B[e] A[e].
+
+        Args:
+            adapter_name: an adapter of this layer.
+            projection: "gate_up" or "down", targeted by the adapter.
+            expert: index of the expert, 0..E-1.
+        """
+        A, B = self._expert_views(adapter_name, projection)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        return self.scaling[adapter_name] * (B[expert].to(dtype) @ A[expert].to(dtype))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weights, expert by expert, in the dtype of the base weights.
+
+        Args:
+            safe_merge: check first that every merged weight is finite, and change nothing if one is not.
+            adapter_names: the adapters to merge; the active ones by default.
+        Raises:
+            ValueError: with safe_merge, if a merged weight would not be finite.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.lora_A:
+                continue
+            if safe_merge:
+                for name, weight, expert in self._each_expert(adapter_name):
+                    merged = weight + self.get_delta_weight(adapter_name, name, expert)
+                    if not torch.isfinite(merged).all():
+                        raise ValueError(
+                            f"NaNs detected in the merged weights: adapter {adapter_name!r}, {name} of expert "
+                            f"{expert} is not finite; nothing was merged into this layer."
+                        )
+            for name, weight, expert in self._each_expert(adapter_name):
+                weight.copy_(weight + self.get_delta_weight(adapter_name, name, expert))
+            self.merged_adapters.append(adapter_name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract the merged adapters again; in bf16 and fp16 exact up to rounding."""
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            if adapter_name in self.lora_A:
+                for name, weight, expert in self._each_expert(adapter_name):
+                    weight.copy_(weight - self.get_delta_weight(adapter_name, name, expert))
+
+    def _each_expert(self, adapter_name: str):
+        """(projection, [N, K] view of the expert's base weight, expert) of all that an adapter touches."""
+        for name in self.lora_A[adapter_name]:
+            for expert, weight in enumerate(self.layout.weight(self.base_layer, name).detach()):
+                yield name, weight, expert
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may convert other methods' layers of this kind to LoRA: this one already is."""
+        return False
+
+    # ---------------------------------------------------------------------------------------------- the base module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The stacked [E, ., .] weight into the experts: what PEFT reads a layer's device and dtype from."""
+        return getattr(self.base_layer, self.layout.gate_up.weight)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+        weight = getattr(base_layer, self.layout.gate_up.weight)
+        return weight.device, weight.dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        base_device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        device = base_device if device is None else device
+        if device.type == "meta":
+            return
+        for pairs in (self.lora_A, self.lora_B):
+            if adapter_name in pairs and not any(p.is_meta for p in pairs[adapter_name].parameters()):
+                pairs[adapter_name].to(device, dtype)
+
+    def release(self) -> nn.Module:
+        """Give the base module back as it was, and return it."""
+        return _detach(self.base_layer)
+
+    def extra_repr(self) -> str:
+        sides = (self.layout.gate_up, self.layout.down)
+        shapes = ", ".join(f"{p.weight} {p.in_features}->{p.out_features}" for p in sides)
+        return f"E={self.layout.num_experts}, {shapes}, r={self.r}"
+
+
+class AdaptedExpertsConfig:
+    """A model's config as one adapted experts module sees it: the same, but for the experts implementation.
+
+    The implementation's name lives on the config all modules share; through this view one module dispatches to the
+    adapter while it is at work, whatever the user sets on the shared config.
+    """
+
+    def __init__(self, config, layer: MoELoraLayer):
+        object.__setattr__(self, "_shared", config)
+        object.__setattr__(self, "_layer", layer)
+
+    def __getattr__(self, name: str):
+        # copying and unpickling look attributes up before there is anything to delegate to
+        if name.startswith("__") or "_shared" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self._shared, name, value)
+
+    @property
+    def _experts_implementation(self) -> str | None:
+        return IMPLEMENTATION if self._layer.is_at_work() else self._shared._experts_implementation
+
+    def __reduce__(self):
+        return _new_config_view, (), {"_shared": self._shared, "_layer": self._layer}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+
+def _new_config_view() -> AdaptedExpertsConfig:
+    return AdaptedExpertsConfig.__new__(AdaptedExpertsConfig)
+
+
+def moe_lora_experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts implementation registered with transformers; `module` is the base module of a MoELoraLayer."""
+    return module.config._layer.compute(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _attach(layer: MoELoraLayer, base_layer: nn.Module) -> None:
+    if layer.layout.decorated:
+        base_layer.config = AdaptedExpertsConfig(base_layer.config, layer)
+
+
+def _detach(base_layer: nn.Module) -> nn.Module:
+    if isinstance(getattr(base_layer, "config", None), AdaptedExpertsConfig):
+        base_layer.config = base_layer.config._shared
+    return base_layer

@@ -1,0 +1,229 @@
+"""How an experts module stores its weights and what it computes, read from the module itself.
+
+transformers' experts interface gives most classes the same attributes (`has_gate`, `is_transposed`, ...); where they
+are missing, the shapes tell. What `_apply_gate` computes is found by running it on a few numbers, not by its name.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .ops import Activation
+from .ops.activation import KINDS
+
+PROJECTIONS = ("gate_up", "down")
+
+# modules that hold routed experts in a form of their own, and what is missing to adapt them
+NOT_YET = {
+    "Llama4TextExperts": "it multiplies dense batches and weights its input, not its output",
+    "LongcatFlashExperts": "some of its experts are the identity",
+    "JetMoeParallelExperts": "it holds one projection per module and takes sorted rows",
+    "DbrxExperts": "it stores its experts in 2-D weights and takes 3-D input",
+    "DbrxExpertGLU": "it stores its experts in 2-D weights and takes 3-D input",
+    "FP8Experts": "its weights are quantized to 8-bit floats",
+    "Mxfp4GptOssExperts": "its weights are quantized to MXFP4",
+}
+
+
+class UnsupportedExperts(ValueError):
+    """A module that holds routed experts, but not in a form an adapter can ride on."""
+
+
+@dataclass(frozen=True)
+class ProjectionLayout:
+    """One projection of every expert.
+
+    Attributes:
+        weight: name of the parameter, [E, N, K] or, transposed, [E, K, N].
+        bias: name of the [E, N] bias parameter, or None.
+        in_features: K.
+        out_features: N.
+    """
+
+    weight: str
+    bias: str | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """What the adapter has to know of an experts module.
+
+    Attributes:
+        num_experts: E.
+        gate_up: the projection into the experts, N = 2I where gated.
+        down: the projection out of them.
+        transposed: weights are stored [E, K, N].
+        gated: whether the pre-activation holds a gate and an up half.
+        activation: the fused form of what stands between the projections; None: the module's own code runs there.
+        decorated: whether the class dispatches through transformers' experts interface.
+    """
+
+    num_experts: int
+    gate_up: ProjectionLayout
+    down: ProjectionLayout
+    transposed: bool
+    gated: bool
+    activation: Activation | None
+    decorated: bool
+
+    def projection(self, name: str) -> ProjectionLayout:
+        return {"gate_up": self.gate_up, "down": self.down}[name]
+
+    def weight(self, module: nn.Module, name: str) -> torch.Tensor:
+        """[E, N, K] view of a projection's weight, however it is stored."""
+        weight = getattr(module, self.projection(name).weight)
+        return weight.transpose(1, 2) if self.transposed else weight
+
+    def bias(self, module: nn.Module, name: str) -> torch.Tensor | None:
+        """[E, N] bias of a projection, or None."""
+        bias = self.projection(name).bias
+        return None if bias is None else getattr(module, bias)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module holds routed experts, supported or not."""
+    return type(module).__name__ in NOT_YET or (
+        _stacked(module, "down_proj") and (_stacked(module, "gate_up_proj") or _stacked(module, "up_proj"))
+    )
+
+
+def read_layout(module: nn.Module) -> ExpertsLayout:
+    """The layout of an experts module; reads shapes and attributes, never the weights.
+
+    Raises:
+        UnsupportedExperts: naming the class and what is missing.
+    """
+    name = type(module).__name__
+    if name in NOT_YET:
+        raise UnsupportedExperts(f"{name} is not supported yet: {NOT_YET[name]}. Take it out of target_modules.")
+    gated = getattr(module, "has_gate", _stacked(module, "gate_up_proj"))
+    up_name = "gate_up_proj" if gated else "up_proj"
+    if not (_stacked(module, up_name) and _stacked(module, "down_proj")):
+        raise UnsupportedExperts(
+            f"{name} has no 3-D {up_name} and down_proj parameters, so its experts cannot be told apart; "
+            "take it out of target_modules."
+        )
+    up, down = getattr(module, up_name), module.down_proj
+    for weight_name, weight in ((up_name, up), ("down_proj", down)):
+        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise UnsupportedExperts(
+                f"{name}.{weight_name} is stored as {weight.dtype}; adapters need fp32, bf16 or fp16 experts: "
+                "load the model dequantized."
+            )
+    decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    if not decorated:
+        _check_signature(module)
+    transposed = module.is_transposed if decorated else _is_transposed(name, up, down, gated)
+    (E, N, K), (_, H, width) = (t.shape if not transposed else t.mT.shape for t in (up, down))
+    if (H, N) != (K, 2 * width if gated else width):
+        raise UnsupportedExperts(
+            f"{name} needs {up_name} [E, {'2I' if gated else 'I'}, H] and down_proj [E, H, I]"
+            f"{' transposed' if transposed else ''}; got {tuple(up.shape)} and {tuple(down.shape)}."
+        )
+    has_bias = getattr(module, "has_bias", getattr(module, f"{up_name}_bias", None) is not None)
+    return ExpertsLayout(
+        num_experts=E,
+        gate_up=ProjectionLayout(up_name, f"{up_name}_bias" if has_bias else None, K, N),
+        down=ProjectionLayout("down_proj", "down_proj_bias" if has_bias else None, width, H),
+        transposed=transposed,
+        gated=gated,
+        activation=None if getattr(module, "has_post_expert_norm", False) else fused_activation(module, gated),
+        decorated=decorated,
+    )
+
+
+def own_activation(module: nn.Module, gated: bool):
+    """The module's own [M, N] -> [M, I] between its projections."""
+    if not gated:
+        return module.act_fn
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate
+
+    def act_times_up(pre: torch.Tensor) -> torch.Tensor:
+        gate, up = pre.chunk(2, dim=-1)
+        return module.act_fn(gate) * up
+
+    return act_times_up
+
+
+def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
+    """The `Activation` that computes what the module computes, or None; decided on numbers, not on names.
+
+    The probe covers both sides of the module's clamp, so that an unclamped candidate cannot pass for a clamped one.
+    """
+    act_fn = getattr(module, "act_fn", None)
+    if isinstance(act_fn, nn.Module) and next(act_fn.parameters(), None) is not None:
+        return None  # an activation that learns is the model's own business
+    limit = _first_float(module, "limit", "swiglu_limit")
+    alpha = _first_float(module, "alpha", "swiglu_alpha")
+    reach = 8.0 if limit is None or limit > 1e4 else 1.5 * limit
+    probe = torch.linspace(-reach, reach, 24, dtype=torch.float64, device="cpu")
+    if gated:
+        # every gate value meets every up value, in two columns each: [g0, g1, u0, u1] also tells interleaved from not
+        first = torch.cartesian_prod(probe, probe)
+        probe = torch.stack((first, first.roll(7, 0)), -1).flatten(1)
+    else:
+        probe = probe[:, None]
+    with torch.no_grad():
+        own = _probe(own_activation(module, gated), probe)
+        return next((c for c in _candidates(gated, limit, alpha) if own is not None and _agree(own, c(probe))), None)
+
+
+def _probe(activation, probe: torch.Tensor) -> torch.Tensor | None:
+    """What a module's activation makes of the probe; None where it does not run on two columns of fp64 on the CPU."""
+    try:
+        own = activation(probe.clone())
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+        return None
+    return own if isinstance(own, torch.Tensor) else None
+
+
+def _candidates(gated: bool, limit: float | None, alpha: float | None) -> list[Activation]:
+    if not gated:
+        return [Activation(kind, gated=False) for kind in KINDS]
+    limits = [None] if limit is None else [None, limit]
+    found = [Activation(kind, interleaved=i, limit=bound) for i in (False, True) for bound in limits for kind in KINDS]
+    if alpha is not None:
+        found += [Activation("silu", True, i, bound, alpha, up_shift=1.0) for i in (False, True) for bound in limits]
+    return found
+
+
+def _agree(own: torch.Tensor, candidate: torch.Tensor) -> bool:
+    # 1e-5: a module may compute in fp32 inside, whatever it is given
+    return own.shape == candidate.shape and torch.allclose(own.double(), candidate, rtol=1e-5, atol=1e-5)
+
+
+def _first_float(module: nn.Module, *names: str) -> float | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((float(value) for value in found if isinstance(value, int | float)), None)
+
+
+def _stacked(module: nn.Module, name: str) -> bool:
+    weight = getattr(module, name, None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 3
+
+
+def _is_transposed(name: str, up: torch.Tensor, down: torch.Tensor, gated: bool) -> bool:
+    factor = 2 if gated else 1
+    plain = up.shape[1] == factor * down.shape[2] and up.shape[2] == down.shape[1]
+    transposed = up.shape[2] == factor * down.shape[1] and up.shape[1] == down.shape[2]
+    if plain == transposed:
+        raise UnsupportedExperts(
+            f"{name} does not say whether its weights are transposed and the shapes {tuple(up.shape)} and "
+            f"{tuple(down.shape)} do not tell; set is_transposed on the module."
+        )
+    return transposed
+
+
+def _check_signature(module: nn.Module) -> None:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    if len(positional) < 3:
+        raise UnsupportedExperts(
+            f"{type(module).__name__}.forward takes {[p.name for p in positional]}; adapters ride on experts called "
+            "as experts(hidden_states, top_k_index, top_k_weights). Take it out of target_modules."
+        )

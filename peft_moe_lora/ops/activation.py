@@ -1,0 +1,87 @@
+"""act = f(gate) * (up + up_shift) on clamped halves of a pre-activation, or f(pre) where there is no gate."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+KINDS = ("silu", "gelu_tanh", "gelu", "relu2")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation the kernels fuse, and its pure-PyTorch meaning.
+
+    Attributes:
+        kind: f, one of KINDS; relu2 is relu(x)^2.
+        gated: whether the pre-activation holds a gate and an up half; else act = f(pre).
+        interleaved: gate and up alternate column by column (gpt_oss) instead of standing as [gate | up].
+        limit: gate is clamped from above to limit, up to [-limit, limit], before anything else; None for no clamp.
+        alpha: f(x) = x * sigmoid(alpha * x); read for kind "silu" only.
+        up_shift: added to up before the product (gpt_oss: 1).
+    """
+
+    kind: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    limit: float | None = None
+    alpha: float = 1.0
+    up_shift: float = 0.0
+
+    def width(self, N: int) -> int:
+        """I, the width of act for a pre-activation of width N."""
+        return N // 2 if self.gated else N
+
+    def __call__(self, pre: torch.Tensor) -> torch.Tensor:
+        """[M, N] pre-activation to [M, I] act, computed in fp32 (fp64 for fp64), dtype of pre."""
+        if not self.gated:
+            return self._f(_wide(pre)).to(pre.dtype)
+        gate, up = self._clamped(*self._split(_wide(pre)))
+        return (self._f(gate) * (up + self.up_shift)).to(pre.dtype)
+
+    def backward(self, pre: torch.Tensor, dact: torch.Tensor) -> torch.Tensor:
+        """[M, I] gradient of act to [M, N] gradient of the pre-activation, dtype of pre; zero where a clamp bites."""
+        dact = dact.to(_wide(pre).dtype)
+        if not self.gated:
+            return (dact * self._df(_wide(pre))).to(pre.dtype)
+        raw_gate, raw_up = self._split(_wide(pre))
+        gate, up = self._clamped(raw_gate, raw_up)
+        dgate, dup = dact * self._df(gate) * (up + self.up_shift), dact * self._f(gate)
+        if self.limit is not None:
+            dgate = dgate.masked_fill(raw_gate > self.limit, 0.0)
+            dup = dup.masked_fill(raw_up.abs() > self.limit, 0.0)
+        dpre = torch.stack((dgate, dup), -1).flatten(-2) if self.interleaved else torch.cat((dgate, dup), -1)
+        return dpre.to(pre.dtype)
+
+    def _split(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (pre[..., ::2], pre[..., 1::2]) if self.interleaved else pre.chunk(2, dim=-1)
+
+    def _clamped(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.limit is None:
+            return gate, up
+        return gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+
+    def _f(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "silu":
+            return x * torch.sigmoid(self.alpha * x)
+        if self.kind == "relu2":
+            return torch.relu(x).square()
+        return F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+
+    def _df(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "silu":
+            sigmoid = torch.sigmoid(self.alpha * x)
+            return sigmoid * (1 + self.alpha * x * (1 - sigmoid))
+        if self.kind == "relu2":
+            return 2 * torch.relu(x)
+        if self.kind == "gelu":
+            return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        c = math.sqrt(2 / math.pi)
+        tanh = torch.tanh(c * (x + 0.044715 * x**3))
+        return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * 0.044715 * x * x)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """fp32 for half precision, unchanged for fp32 and fp64."""
+    return x.float() if x.dtype.itemsize < 4 else x

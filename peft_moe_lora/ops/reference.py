@@ -1,0 +1,244 @@
+"""The operations in plain PyTorch: twins of the kernels, same names and signatures, and the path without Triton.
+
+Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r total rank.
+x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m]; weight [E, N, K];
+lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any strides, cast to the dtype of x.
+"""
+
+import torch
+
+from .activation import Activation
+from .grouped import grouped_addmm_, grouped_mm, grouped_outer
+from .routing import Dropout, Routing
+
+__all__ = [
+    "combine",
+    "combine_backward",
+    "expert_linear",
+    "expert_linear_act",
+    "expert_linear_act_backward",
+    "expert_outer",
+    "expert_shrink",
+    "route",
+]
+
+
+def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
+    """A stable counting sort of the slots by expert.
+
+    Args:
+        top_k_index: [T, top_k] integer expert ids; an id outside 0..E-1 is a sentinel.
+        num_experts: E.
+    """
+    ids = top_k_index.reshape(-1)
+    ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
+    sorted_ids, order = torch.sort(ids, stable=True)
+    expert_offsets = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=ids.device), out_int32=True)
+    rows = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
+    slot_row = torch.empty_like(rows)
+    slot_row[order] = torch.where(sorted_ids < num_experts, rows, -1)
+    row_slot = order.to(torch.int32)
+    return Routing(expert_offsets, row_slot // max(top_k_index.shape[1], 1), row_slot, slot_row, top_k_index.shape[1])
+
+
+def expert_shrink(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    routing: Routing,
+    scaling: float,
+    *,
+    gather: bool = False,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """xa[m] = scaling * A[e] drop(x[m]).  Returns: [M, r], dtype of x."""
+    x = _dropped(_rows(x, routing, gather), routing, dropout)
+    return grouped_mm(x, lora_A.to(x.dtype).transpose(1, 2), routing.expert_offsets).mul_(scaling)
+
+
+def expert_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    *,
+    bias: torch.Tensor | None = None,
+    xa: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    gather: bool = False,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """y[m] = W[e] x[m] + bias[e] + drop(B[e] xa[m]).
+
+    Args:
+        bias: [E, N].
+        xa: [M, r], dtype of x, with its lora_B [E, N, r].
+        dropout: masks the low-rank term at the output: the input gradient of a layer that dropped its input.
+    Returns: [M, N], dtype of x.
+    """
+    y = grouped_mm(_rows(x, routing, gather), weight.transpose(1, 2), routing.expert_offsets)
+    if bias is not None:
+        y += bias[_row_expert(routing)]
+    if xa is not None:
+        B = lora_B.to(xa.dtype).transpose(1, 2)  # [E, r, N]
+        if dropout is None:
+            grouped_addmm_(y, xa, B, routing.expert_offsets)
+        else:
+            y += _dropped(grouped_mm(xa, B, routing.expert_offsets), routing, dropout)
+    return y
+
+
+def expert_linear_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    activation: Activation,
+    *,
+    bias: torch.Tensor | None = None,
+    xa: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    gather: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """pre = `expert_linear`, act = activation(pre).  Returns: pre [M, N], act [M, I], dtype of x."""
+    pre = expert_linear(x, weight, routing, bias=bias, xa=xa, lora_B=lora_B, gather=gather)
+    return pre, activation(pre)
+
+
+def expert_linear_act_backward(
+    dout: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    activation: Activation,
+    pre: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    yb: torch.Tensor | None = None,
+    lora_A: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the gradient of the combined output to that of the pre-activation and of the routing weights.
+
+    draw[m] = W[e]^T dout[t] + drop(A[e]^T yb[m]) is the gradient of act before weighting, so the down output itself
+    need not be kept: d top_k_weights = <act, draw> + <bias, dout>.
+
+    Args:
+        dout: [T, H]; row m reads token row_token[m].
+        weight: [E, I, H], the down weight transposed.
+        pre: [M, N] kept by forward.
+        top_k_weights: [T, top_k] float.
+        yb: [M, r] = scaling * B[e]^T dout[t], with lora_A [E, I, r], the down A transposed.
+        bias: [E, H], the down bias.
+    Returns: dpre [M, N], act [M, I] (dtype of pre), d_top_k_weights [T, top_k] fp32 (fp64 for fp64), 0 for sentinels.
+    """
+    draw = expert_linear(dout, weight, routing, xa=yb, lora_B=lora_A, gather=True, dropout=dropout)
+    act = activation(pre)
+    w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(draw.dtype)
+    dpre = activation.backward(pre, w[:, None] * draw)
+    dw = (_wide(act) * _wide(draw)).sum(-1)
+    if bias is not None:
+        dw += (_wide(bias[_row_expert(routing)]) * _wide(_rows(dout, routing, gather=True))).sum(-1)
+    return dpre, act, _slots(dw, routing)
+
+
+def combine(
+    y: torch.Tensor,
+    routing: Routing,
+    top_k_weights: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot], summed in fp32.
+
+    Args:
+        y: [M, N] float rows in expert order.
+        top_k_weights: [T, top_k] float; None for ones.
+        dtype: of the result; that of y by default.
+    Returns: [T, N]; a sentinel slot adds nothing.
+    """
+    # a sentinel's row may hold anything, so it is masked, never multiplied by zero
+    rows = _wide(y[routing.slot_row.clamp(min=0).long()]).masked_fill((routing.slot_row < 0)[:, None], 0.0)
+    rows = rows.view(routing.num_tokens, routing.top_k, y.shape[1])
+    if top_k_weights is not None:
+        rows = rows * top_k_weights.to(rows.dtype)[:, :, None]
+    return rows.sum(1).to(dtype or y.dtype)
+
+
+def combine_backward(
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    routing: Routing,
+    top_k_weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dy[m] = w[slot] * dout[t], d_top_k_weights[slot] = <y[m], dout[t]>.
+
+    Returns: dy [M, N] (dtype of y), d_top_k_weights [T, top_k] fp32 (fp64 for fp64), 0 for sentinels.
+    """
+    rows = _wide(_rows(dout, routing, gather=True))
+    w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(rows.dtype)
+    return (w[:, None] * rows).to(y.dtype), _slots((_wide(y) * rows).sum(-1), routing)
+
+
+def expert_outer(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    routing: Routing,
+    out: torch.Tensor,
+    *,
+    row_weights: torch.Tensor | None = None,
+    gather_left: bool = False,
+    gather_right: bool = False,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """out[e, p, q] = sum over the rows m of e of row_weights[slot] * left[m, p] * drop(right)[m, q].
+
+    Args:
+        left: [M, P], or [T, P] with gather_left.
+        right: [M, Q], or [T, Q] with gather_right.
+        out: [E, P, Q] fp32 (fp64 for fp64), any strides; every element is written, zeros for an expert without rows.
+        row_weights: [T, top_k] float; None for ones.
+    """
+    left, right = _rows(left, routing, gather_left), _dropped(_rows(right, routing, gather_right), routing, dropout)
+    if row_weights is not None:
+        left = left * row_weights.reshape(-1)[routing.row_slot.long()].to(left.dtype)[:, None]
+    return grouped_outer(left, right, routing.expert_offsets, out)
+
+
+def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.Tensor:
+    """[M, width] fp32 of 0 and 1 / (1 - p): element (m, k) depends on (seed, row_slot[m], k) alone.
+
+    Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
+    """
+    slot_hash = _mix(row_slot.long() ^ (dropout.seed & 0xFFFFFFFF))
+    k = torch.arange(width, device=row_slot.device)
+    kept = _mix(k[None, :] ^ slot_hash[:, None]) >= int(dropout.p * 2**32)
+    return kept.float() / (1 - dropout.p)
+
+
+def _mix(h: torch.Tensor) -> torch.Tensor:
+    """uint32 arithmetic in int64: a product may wrap past 2**63, its low 32 bits are right all the same."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def _dropped(x: torch.Tensor, routing: Routing, dropout: Dropout | None) -> torch.Tensor:
+    return x if dropout is None else (x * dropout_mask(dropout, routing.row_slot, x.shape[1])).to(x.dtype)
+
+
+def _rows(x: torch.Tensor, routing: Routing, gather: bool) -> torch.Tensor:
+    return x[routing.row_token.long()] if gather else x
+
+
+def _row_expert(routing: Routing) -> torch.Tensor:
+    """[M] int64 expert of each row; a sentinel's row gets the last expert, so that indexing stays in bounds."""
+    rows = torch.arange(routing.num_rows, dtype=torch.int32, device=routing.row_slot.device)
+    expert = torch.searchsorted(routing.expert_offsets, rows, right=True) - 1
+    return expert.clamp(max=routing.num_experts - 1)
+
+
+def _slots(values: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """[M] values by row to [T, top_k] by slot, 0 for sentinels."""
+    by_slot = values[routing.slot_row.clamp(min=0).long()].masked_fill(routing.slot_row < 0, 0.0)
+    return by_slot.view(routing.num_tokens, routing.top_k)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype.itemsize < 4 else x

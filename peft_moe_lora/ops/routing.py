@@ -1,0 +1,70 @@
+"""Which rows each expert owns, and the way from rows to tokens and back.
+
+A row is one (token, slot) pair. Rows stand in expert order: those of expert 0 first, each expert's in slot order.
+Rows from expert_offsets[E] on belong to ids outside 0..E-1 (sentinels of expert parallelism): nobody computes them,
+and no result may read them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Index tensors of one batch, all on the device of the routing.
+
+    Attributes:
+        expert_offsets: [E + 1] int32, exclusive: expert e owns rows expert_offsets[e] up to expert_offsets[e + 1].
+        row_token: [M] int32, the token a row reads.
+        row_slot: [M] int32, the flat (token, slot) a row serves: token * top_k + slot.
+        slot_row: [M] int32, the inverse of row_slot; -1 for a sentinel slot.
+        top_k: experts per token.
+        tiles: [max_tiles, 2] int32 for kernels: (expert, first row) of each tile of `block_m` rows; expert is -1 past
+            the last tile. None for the twins.
+        block_m: rows per tile of `tiles`.
+    """
+
+    expert_offsets: torch.Tensor
+    row_token: torch.Tensor
+    row_slot: torch.Tensor
+    slot_row: torch.Tensor
+    top_k: int
+    tiles: torch.Tensor | None = None
+    block_m: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_offsets.shape[0] - 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_slot.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows // self.top_k if self.top_k else 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The index tensors in field order, `tiles` left out where there is none: what autograd keeps."""
+        kept = [self.expert_offsets, self.row_token, self.row_slot, self.slot_row]
+        return kept if self.tiles is None else [*kept, self.tiles]
+
+    @classmethod
+    def from_tensors(cls, tensors, top_k: int, block_m: int) -> "Routing":
+        """The inverse of `tensors`."""
+        tiles = tensors[4] if len(tensors) > 4 else None
+        return cls(*tensors[:4], top_k=top_k, tiles=tiles, block_m=block_m)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout whose mask is a function of (seed, slot, column): nothing is stored, recomputation repeats it.
+
+    Attributes:
+        p: probability that an element is dropped, in (0, 1).
+        seed: [1] int64 on the device of the rows; its low 32 bits count.
+    """
+
+    p: float
+    seed: torch.Tensor
