@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -55,8 +55,18 @@ class _Plan:
     up_dropout: float
     down_dropout: float
 
+    def scalars(self) -> tuple:
+        a = self.activation
+        return (
+            a.kind, a.gated, a.interleaved, a.limit, a.alpha, a.up_shift, self.backend, self.recompute,
+            self.up_scaling, self.down_scaling, self.up_dropout, self.down_dropout,
+        )  # fmt: skip
 
-@torch.compiler.assume_constant_result
+    @classmethod
+    def from_scalars(cls, *scalars) -> "_Plan":
+        return cls(Activation(*scalars[:6]), *scalars[6:])
+
+
 def select_backend(backend: str, device: torch.device) -> str:
     """Of "triton" and "torch" the one for a wish out of BACKENDS on a device; what "auto" picked is logged once.
 
@@ -104,20 +114,19 @@ def experts(
         ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
     """
     _check(hidden_states, top_k_index, top_k_weights, up, down)
-    chosen = select_backend(backend, hidden_states.device)
     x = hidden_states.to(up.weight.dtype)
     seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
     # the operations fix their own dtypes: autocast would round inside them
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(activation, Activation) and post_norm is None:
-            plan = _Plan(activation, chosen, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p)
+            plan = _Plan(activation, backend, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p)
             fused = _compiled_experts if torch.compiler.is_compiling() else _FusedExperts.apply
             out = fused(
                 x, top_k_weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B,
                 top_k_index, up.weight, up.bias, down.weight, down.bias, seed, plan,
             )  # fmt: skip
         else:
-            out = _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, chosen)
+            out = _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend)
     return out.to(hidden_states.dtype)
 
 
@@ -126,7 +135,7 @@ def experts(
 
 def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
     """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the Routing."""
-    ops = _ops(plan.backend)
+    ops = _ops(plan.backend, x.device)
     up_drop, down_drop = _dropouts(plan, seed)
     routing = ops.route(top_k_index, up.shape[0])
     xa = ha = None
@@ -144,7 +153,7 @@ def _backward(
     needs_x, needs_up, needs_down,
 ):  # fmt: skip
     """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
-    ops = _ops(plan.backend)
+    ops = _ops(plan.backend, x.device)
     up_drop, down_drop = _dropouts(plan, seed)
     dx = dup_A = dup_B = ddown_A = ddown_B = yb = None
     if pre is None:
@@ -206,11 +215,7 @@ class _FusedExperts(torch.autograd.Function):
 
 def _compiled_experts(*args):
     *tensors, plan = args
-    return torch.ops.peft_moe_lora.experts(*tensors, *astuple(plan.activation), *astuple(plan)[1:])[0]
-
-
-def _plan(*scalars) -> _Plan:
-    return _Plan(Activation(*scalars[:6]), *scalars[6:])
+    return torch.ops.peft_moe_lora.experts(*tensors, *plan.scalars())[0]
 
 
 _SCALARS = (
@@ -224,7 +229,7 @@ _WEIGHTS = "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? 
 def _experts_op(
     x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, *scalars
 ):
-    plan = _plan(*scalars)
+    plan = _Plan.from_scalars(*scalars)
     out, pre, xa, ha, routing = _forward(
         x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan
     )
@@ -234,7 +239,7 @@ def _experts_op(
 
 
 def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, *args):
-    plan, M = _plan(*args[4:]), top_k_index.numel()
+    plan, M = _Plan.from_scalars(*args[4:]), top_k_index.numel()
     pre = x.new_empty((0,) if plan.recompute else (M, up.shape[1]))
     xa, ha = (x.new_empty(0) if A is None else x.new_empty(M, A.shape[1]) for A in (up_A, down_A))
     index = [x.new_empty(n, dtype=torch.int32) for n in (up.shape[0] + 1, M, M, M)]
@@ -243,7 +248,7 @@ def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up,
 
 def _experts_backward_op(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre,
                          xa, ha, index, top_k, needs_x, needs_up, needs_down, *scalars):  # fmt: skip
-    plan = _plan(*scalars)
+    plan = _Plan.from_scalars(*scalars)
     grads = _backward(
         dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
         None if plan.recompute else pre, None if up_A is None else xa, None if down_A is None else ha,
@@ -306,7 +311,7 @@ torch.library.register_autograd("peft_moe_lora::experts", _experts_autograd, set
 
 @torch.compiler.disable
 def _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend):
-    ops = _ops(backend)
+    ops = _ops(backend, x.device)
     routing = ops.route(top_k_index, up.weight.shape[0])
     pre = _expert_linear(x, up, routing, ops, seed, 0, gather=True)
     y = _expert_linear(activation(pre), down, routing, ops, seed, 1)
@@ -423,8 +428,8 @@ def _as(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tenso
     return None if gradient is None or like is None else gradient.to(like.dtype)
 
 
-def _ops(backend: str) -> ModuleType:
-    if backend == "torch":
+def _ops(backend: str, device: torch.device) -> ModuleType:
+    if select_backend(backend, device) == "torch":
         return reference
     from .ops import kernels
 
