@@ -101,9 +101,10 @@ def test_base_weights_that_ask_for_a_gradient_are_refused():
 
 
 def test_shapes_that_do_not_fit_are_named():
+    up, down = Projection(torch.randn(E, 2 * INNER, H)), Projection(torch.randn(E, H, INNER))
+    x, index = torch.randn(T, H + 1), torch.zeros(T, 1, dtype=torch.long)
     with pytest.raises(ValueError, match=r"hidden_states \[T, H\]"):
-        experts(torch.randn(T, H + 1), torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1),
-                Projection(torch.randn(E, 2 * INNER, H)), Projection(torch.randn(E, H, INNER)), Activation())  # fmt: skip
+        experts(x, index, torch.ones(T, 1), up, down, Activation())
 
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch):
