@@ -8,7 +8,7 @@ from torch import nn
 
 from .config import MoELoraConfig
 from .functional import Projection, experts
-from .layout import ExpertsLayout, own_activation, read_layout
+from .layout import PROJECTIONS, ExpertsLayout, UnsupportedExperts, own_activation, read_layout
 
 IMPLEMENTATION = "moe_lora"
 
@@ -41,6 +41,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.lora_dropout: dict[str, float] = {}
         self._disable_adapters, self.merged_adapters = False, []
         self.backend, self.recompute = config.backend, config.recompute
+        self._contract_holds = self.layout.decorated
         _attach(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha)
@@ -93,10 +94,12 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         # a module off the interface dispatches nowhere, so an offloading hook is served here
         hook = getattr(self.base_layer, "_hf_hook", None)
-        if hook is None:
-            return self.compute(self.base_layer, *args, **kwargs)
-        args, kwargs = hook.pre_forward(self.base_layer, *args, **kwargs)
-        return hook.post_forward(self.base_layer, self.compute(self.base_layer, *args, **kwargs))
+        if hook is not None:
+            args, kwargs = hook.pre_forward(self.base_layer, *args, **kwargs)
+        if not self._contract_holds:
+            self._check_contract(*args, **kwargs)
+        out = self.compute(self.base_layer, *args, **kwargs)
+        return out if hook is None else hook.post_forward(self.base_layer, out)
 
     def is_at_work(self) -> bool:
         """Whether the output differs from the base module's: an active adapter, neither disabled nor merged."""
@@ -125,6 +128,28 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             backend=self.backend,
             recompute=self.recompute,
         )
+
+    @torch.no_grad()
+    def _check_contract(self, hidden_states, top_k_index, top_k_weights) -> None:
+        """Compare, once, a module off the interface with what is assumed of it, on the first tokens it is given.
+
+        Raises:
+            UnsupportedExperts: if its own forward says something else than act_fn(gate) * up between two projections.
+        """
+        first = hidden_states[:4], top_k_index[:4], top_k_weights[:4]
+        base = (Projection(self.layout.weight(self.base_layer, n), self.layout.bias(self.base_layer, n))
+                for n in PROJECTIONS)  # fmt: skip
+        own = type(self.base_layer).forward(self.base_layer, *first)
+        assumed = experts(*first, *base, self.layout.activation or own_activation(self.base_layer, self.layout.gated))
+        self._contract_holds = hidden_states.shape[0] > 0
+        # 5 %: bf16 rounding stays below 2 %, another activation or a forgotten factor does not
+        if (own - assumed).norm() > 0.05 * own.norm():
+            self._contract_holds = False
+            raise UnsupportedExperts(
+                f"{type(self.base_layer).__name__}.forward does not compute the sum of top_k_weights * "
+                "down(act(gate_up(x))) with the activation read from its _apply_gate or act_fn; give it an "
+                "_apply_gate(gate_up) that says what it does, or take it out of target_modules."
+            )
 
     def _projection(self, module: nn.Module, name: str) -> Projection:
         base = Projection(self.layout.weight(module, name), self.layout.bias(module, name))
