@@ -1,0 +1,67 @@
+# make demo       fine-tune a tiny model on this machine, in under two minutes
+# make test       every test that needs no GPU, the notebooks among them
+# make gpu-test   the tests that need a CUDA device
+# make lint       ruff, check and format
+#
+# Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
+#   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 PYTHON=python3.12
+
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+PEFT ?= peft==0.21.0
+TRITON ?= triton==3.9.0
+PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 \
+       ipykernel==7.4.0 matplotlib==3.11.2 nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0
+RUFF = ruff==0.17.5
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+WORKERS ?= 2
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# a stamp's name holds the pins it was made with, so other pins install again and the same ones do not
+PINNED = $(subst ==,-,$(TORCH)_$(TRANSFORMERS)_$(PEFT))
+DEMO_READY = $(VENV)/ready-demo_$(PINNED)
+TEST_READY = $(VENV)/ready-test_$(PINNED)
+LINT_READY = $(VENV)/ready-lint
+
+.PHONY: demo test gpu-test lint clean
+
+demo: $(DEMO_READY)
+	$(BIN)/python examples/finetune.py
+
+# two workers of one thread each: two workers of two threads each fight over two cores
+test: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS)
+
+gpu-test: $(TEST_READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(LINT_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) moe-lora-demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first, alone: what follows then finds it and leaves it. Its CUDA builds bring the triton they were made
+# with; its CPU builds bring none, and we import triton wherever there is one.
+$(DEMO_READY): Makefile pyproject.toml | $(BIN)/python
+	rm -f $(VENV)/ready-demo* $(VENV)/ready-test*
+	$(PIP) $(TORCH)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) '$(TRITON); platform_system == "Linux"'
+	printf '%s\n' $(PINS) > $(VENV)/constraints.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[examples]'
+	touch '$@'
+
+$(TEST_READY): $(DEMO_READY)
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[test]'
+	touch '$@'
+
+$(LINT_READY): Makefile | $(BIN)/python
+	$(PIP) $(RUFF)
+	touch '$@'
