@@ -1,6 +1,7 @@
 """What an adapter's checkpoint must hold for a model, and what it says about itself."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -33,44 +34,63 @@ def adapted_experts(model: nn.Module) -> Iterable[tuple[str, MoELoraLayer]]:
             yield key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix(PEFT_PREFIX), module
 
 
-def expected_shapes(layout: ExpertsLayout, key: str, r: int, config: MoELoraConfig) -> dict[str, tuple[int, ...]]:
-    """File key -> shape of one experts module's adapter; `key` is the module's path in the base model."""
-    shapes = {}
-    for name in config.target_projections:
-        projection = layout.projection(name)
-        shapes[f"{PEFT_PREFIX}{key}.lora_A.{name}"] = (r * layout.num_experts, projection.in_features)
-        shapes[f"{PEFT_PREFIX}{key}.lora_B.{name}"] = (projection.out_features, r * layout.num_experts)
-    return shapes
+@dataclass(frozen=True)
+class Targets:
+    """What a configuration means for a model, by module path in the base model.
+
+    Attributes:
+        experts: experts modules -> their layout and rank.
+        others: other targeted modules -> the base module and rank.
+        saved: modules saved whole (modules_to_save) -> the base module.
+        carried: modules whose weights a file may hold besides, as PEFT does for embeddings and biases.
+    """
+
+    experts: Mapping[str, tuple[ExpertsLayout, int]]
+    others: Mapping[str, tuple[nn.Module, int]]
+    saved: Mapping[str, nn.Module]
+    carried: tuple[str, ...]
+
+    def expected_shapes(self, config: MoELoraConfig) -> dict[str, tuple[int, ...]]:
+        """File key -> shape, of all tensors whose shapes are known."""
+        shapes = {}
+        for key, (layout, r) in self.experts.items():
+            for name in config.target_projections:
+                projection = layout.projection(name)
+                shapes[f"{key}.lora_A.{name}"] = (r * layout.num_experts, projection.in_features)
+                shapes[f"{key}.lora_B.{name}"] = (projection.out_features, r * layout.num_experts)
+        for key, (module, r) in self.others.items():
+            if isinstance(module, nn.Embedding):
+                shapes[f"{key}.lora_embedding_A"] = (r, module.num_embeddings)
+                shapes[f"{key}.lora_embedding_B"] = (module.embedding_dim, r)
+            elif hasattr(module, "in_features") and hasattr(module, "out_features"):
+                shapes[f"{key}.lora_A.weight"] = (r, module.in_features)
+                shapes[f"{key}.lora_B.weight"] = (module.out_features, r)
+        for key, module in self.saved.items():
+            shapes |= {f"{key}.{name}": tuple(t.shape) for name, t in module.state_dict().items()}
+        return {PEFT_PREFIX + key: shape for key, shape in shapes.items()}
 
 
-def check_file(file: AdapterFile, layouts: Mapping[str, tuple[ExpertsLayout, int]], others: Iterable[str],
-               config: MoELoraConfig) -> None:  # fmt: skip
+def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> None:
     """Hold an adapter file against a model, before the model is touched.
 
-    Args:
-        file: the adapter file read beside the configuration.
-        layouts: path of each targeted experts module -> its layout and rank.
-        others: paths of the other targeted modules.
-        config: the adapter's configuration.
     Raises:
         ValueError: if a tensor is missing, unknown or wrongly shaped, or the adapter is for another number of experts.
     """
     for key, described in file.description.get("experts", {}).items():
-        if key in layouts and described.get("num_experts") != layouts[key][0].num_experts:
+        if key in targets.experts and described.get("num_experts") != targets.experts[key][0].num_experts:
             raise ValueError(
                 f"{file.path} holds an adapter for {described.get('num_experts')} experts in {key}, the model has "
-                f"{layouts[key][0].num_experts} there; load the base model the adapter was trained on."
+                f"{targets.experts[key][0].num_experts} there; load the base model the adapter was trained on."
             )
-    expected = {}
-    for key, (layout, r) in layouts.items():
-        expected |= expected_shapes(layout, key, r, config)
-    carried = tuple(f"{PEFT_PREFIX}{key}." for key in others)
-    extra = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
-    unknown = [k for k in file.shapes if k not in expected and not k.startswith(carried) and not extra]
-    found = {k: shape for k, shape in file.shapes.items() if k in expected}
-    present = {key for key in others for k in file.shapes if k.startswith(f"{PEFT_PREFIX}{key}.lora_")}
-    missing = sorted(set(expected) - set(found)) + [f"{PEFT_PREFIX}{k}.lora_*" for k in others if k not in present]
-    _raise_unless_whole(file.path, missing, unknown, found, expected)
+    expected = targets.expected_shapes(config)
+    # transformers may save without PEFT's prefix
+    shapes = {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): shape for key, shape in file.shapes.items()}
+    # layers PEFT wraps in ways of its own are left to PEFT
+    known = {key.rpartition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in expected}
+    free = tuple(f"{PEFT_PREFIX}{key}." for key in (*targets.carried, *(set(targets.others) - known)))
+    unknown = [key for key in shapes if key not in expected and not key.startswith(free)]
+    found = {key: shape for key, shape in shapes.items() if key in expected}
+    _raise_unless_whole(file.path, sorted(set(expected) - set(found)), unknown, found, expected)
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -79,19 +99,19 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     Raises:
         ValueError: if a tensor is missing, unknown, wrongly shaped or not finite.
     """
-    expected, owned = {}, []
+    expected, tensors = {}, {}
     for key, module in model.named_modules():
         if isinstance(module, MoELoraLayer):
-            owned += [f"{key}.lora_A.", f"{key}.lora_B."]
             for side, pairs in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+                owned, named = f"{key}.{side}.{adapter_name}.", f"{key}.{side}."
                 if adapter_name in pairs:
-                    named = pairs[adapter_name].items()
-                    expected |= {f"{key}.{side}.{adapter_name}.{name}": tuple(p.shape) for name, p in named}
-    found = {k: tuple(t.shape) for k, t in state_dict.items() if k in expected}
-    unknown = [k for k in state_dict if k not in expected and k.startswith(tuple(owned))]
+                    expected |= {named + name: tuple(p.shape) for name, p in pairs[adapter_name].items()}
+                tensors |= {named + k.removeprefix(owned): t for k, t in state_dict.items() if k.startswith(owned)}
+    found = {k: tuple(t.shape) for k, t in tensors.items() if k in expected}
+    unknown = sorted(set(tensors) - set(expected))
     _raise_unless_whole("the adapter's state dict", sorted(set(expected) - set(found)), unknown, found, expected)
-    for key in found:
-        if not torch.isfinite(state_dict[key]).all():
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"the adapter's state dict: tensor {key} holds NaN or infinity; load an earlier checkpoint."
             )

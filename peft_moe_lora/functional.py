@@ -200,8 +200,8 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (*inputs_and_kept,) = ctx.saved_tensors[:14]
-        routing = Routing.from_tensors(ctx.saved_tensors[14:], ctx.top_k, ctx.block_m)
+        saved = ctx.saved_tensors  # once: under checkpointing each reading unpacks, and may recompute
+        inputs_and_kept, routing = saved[:14], Routing.from_tensors(saved[14:], ctx.top_k, ctx.block_m)
         needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
         grads = _backward(
             dout.contiguous(), *inputs_and_kept, routing, ctx.plan, needs_x, up_A or up_B, down_A or down_B
@@ -278,7 +278,8 @@ def _experts_setup_context(ctx, inputs, output):
 
 def _experts_autograd(ctx, dout, *_):
     needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
-    kept, index = ctx.saved_tensors[:14], ctx.saved_tensors[14:]
+    saved = ctx.saved_tensors
+    kept, index = saved[:14], saved[14:]
     needs = (needs_x, up_A or up_B, down_A or down_B)
     grads = torch.ops.peft_moe_lora.experts_backward(
         dout.contiguous(), *kept, list(index), ctx.top_k, *needs, *ctx.scalars

@@ -1,6 +1,7 @@
 """An experts module with a low-rank pair for every expert: W[e] + scaling * B[e] A[e]."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -117,17 +118,29 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             top_k_weights: [T, top_k] float.
         Returns: [T, H], dtype of hidden_states.
         """
-        return experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            self._projection(module, "gate_up"),
-            self._projection(module, "down"),
-            self.layout.activation or own_activation(module, self.layout.gated),
-            post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-            backend=self.backend,
-            recompute=self.recompute,
-        )
+        with self._onloaded():
+            return experts(
+                hidden_states,
+                top_k_index,
+                top_k_weights,
+                self._projection(module, "gate_up"),
+                self._projection(module, "down"),
+                self.layout.activation or own_activation(module, self.layout.gated),
+                post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+                backend=self.backend,
+                recompute=self.recompute,
+            )
+
+    @contextmanager
+    def _onloaded(self):
+        """Bring offloaded adapters in: accelerate's hooks wait for a forward, which a ParameterDict does not have."""
+        pairs = (sides[a] for sides in (self.lora_A, self.lora_B) for a in self.active_adapters if a in sides)
+        offloaded = [p for p in pairs if hasattr(p, "_hf_hook")]
+        for p in offloaded:
+            p._hf_hook.pre_forward(p)
+        yield
+        for p in offloaded:
+            p._hf_hook.post_forward(p, None)
 
     @torch.no_grad()
     def _check_contract(self, hidden_states, top_k_index, top_k_weights) -> None:

@@ -1,12 +1,15 @@
 """Which modules get an adapter: experts modules become MoELoraLayer, everything else PEFT's own LoRA layers."""
 
 import logging
+import weakref
 
-from peft import LoraModel
+from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import checkpoint
 from .config import MoELoraConfig
@@ -37,15 +40,30 @@ class MoELoraModel(LoraModel):
         if peft_config.target_modules is None:
             peft_config.target_modules = self._every_experts_module(names)
         targets = self._targets(peft_config)
-        layouts = {
-            key: (_layout(module), self._rank(peft_config, key))
-            for key, module in targets.items()
-            if isinstance(module, MoELoraLayer) or is_experts(module)
-        }
+        experts = {key: _layout(module) for key, module in targets.items() if _holds_experts(module)}
         if peft_config._file is not None:
-            others = [key for key in targets if key not in layouts]
-            checkpoint.check_file(peft_config._file, layouts, others, peft_config)
+            ranked = {key: self._rank(peft_config, key) for key in targets}
+            checkpoint.check_file(
+                peft_config._file,
+                checkpoint.Targets(
+                    {key: (layout, ranked[key]) for key, layout in experts.items()},
+                    {key: (_base(module), ranked[key]) for key, module in targets.items() if key not in experts},
+                    *self._saved_and_carried(peft_config),
+                ),
+                peft_config,
+            )
         return peft_config
+
+    def _saved_and_carried(self, config: MoELoraConfig) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+        """Modules a file holds whole, and paths of those whose weights PEFT adds to a file by rules of its own."""
+        saved, carried = {}, []
+        for key, module in self._base_modules():
+            last = key.rpartition(".")[2]
+            if any(key == name or key.endswith(f".{name}") for name in config.modules_to_save or ()):
+                saved[key] = getattr(module, "original_module", module)
+            elif last in EMBEDDING_LAYER_NAMES or config.bias != "none":
+                carried.append(key)
+        return saved, tuple(carried)
 
     def _every_experts_module(self, names: list[str]) -> set[str]:
         experts = [key for key, module in self._base_modules() if is_experts(module)]
@@ -97,6 +115,25 @@ class MoELoraModel(LoraModel):
     def _alpha(config: MoELoraConfig, key: str) -> float:
         return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's, and all or nothing: a target that turns out not to be adaptable leaves the model as it was."""
+        modules = dict(model.named_modules())
+        trainable = {p: p.requires_grad for p in model.parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for key, module in list(model.named_modules()):
+                if not isinstance(module, BaseTunerLayer):
+                    continue
+                if modules.get(key) is module:
+                    module.delete_adapter(adapter_name)
+                elif key in modules:
+                    self._replace_module(model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2],
+                                         modules[key], module)  # fmt: skip
+            for parameter, requires_grad in trainable.items():
+                parameter.requires_grad = requires_grad
+            raise
+
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, *, parameter_name=None
     ) -> None:
@@ -123,6 +160,7 @@ class MoELoraModel(LoraModel):
 
     def _post_injection_hook(self, model: nn.Module, config: MoELoraConfig, adapter_name: str) -> None:
         logger.info("adapter %r: %s", adapter_name, self.summary(adapter_name))
+        _PrintWithSummary.install_around(self)
 
     def summary(self, adapter_name: str | None = None) -> str:
         """How many experts modules, experts and projections an adapter (the active one by default) rides on."""
@@ -172,8 +210,41 @@ class MoELoraModel(LoraModel):
         return state_dict
 
 
+class _PrintWithSummary:
+    """`print_trainable_parameters` of one PeftModel, with a second line that says what of the experts is adapted."""
+
+    def __init__(self, peft_model: PeftModel):
+        self.peft_model = peft_model
+
+    def __call__(self) -> None:
+        type(self.peft_model).print_trainable_parameters(self.peft_model)
+        print(self.peft_model.base_model.summary())
+
+    @classmethod
+    def install_around(cls, tuner: MoELoraModel) -> None:
+        """Wait for the PeftModel that is about to take the tuner in; PEFT gives a tuner no other way to know it."""
+        waiting = weakref.ref(tuner)
+
+        def on_registration(parent: nn.Module, name: str, child: nn.Module) -> None:
+            if isinstance(parent, PeftModel) and child is waiting():
+                parent.print_trainable_parameters = cls(parent)
+                handle.remove()
+
+        handle = register_module_module_registration_hook(on_registration)
+        # inject_adapter_in_model keeps the model and drops the tuner: nobody takes it in
+        weakref.finalize(tuner, handle.remove)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return isinstance(module, MoELoraLayer) or is_experts(module)
+
+
 def _layout(module: nn.Module) -> ExpertsLayout:
     return module.layout if isinstance(module, MoELoraLayer) else read_layout(module)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _matched(result) -> bool:
