@@ -1,0 +1,115 @@
+"""out[t] = sum over j of w[t, j] * y[slot_row[t, j]]: rows back to tokens, each gathering its own, in slot order.
+
+Its gradients: dy[m] = w[slot] * dout[token], dw[slot] = <y[m], dout[token]>.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..routing import Routing
+from .config import device_facts
+
+# slots whose loads are in flight together
+UNROLLED = 8
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr, top_k_weights_ptr, slot_row_ptr, out_ptr, N, top_k, stride_ym, stride_yn, stride_wt, stride_wk,
+    UNROLLED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid [T, tiles of N]."""
+    t = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for j0 in range(0, top_k, UNROLLED):
+        for u in tl.static_range(UNROLLED):
+            slot = t * top_k + j0 + u
+            row = tl.load(slot_row_ptr + slot, mask=slot < (t + 1) * top_k, other=-1).to(tl.int64)
+            # a sentinel's row may hold anything, so it is not read, never multiplied by zero
+            mask_y = offs_n < tl.where(row >= 0, N, 0)
+            y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_y, other=0.0)
+            y = y.to(tl.float32)
+            if top_k_weights_ptr is not None:
+                w = tl.load(top_k_weights_ptr + t * stride_wt + (j0 + u) * stride_wk, mask=row >= 0, other=0.0)
+                y *= w.to(tl.float32)
+            acc += y
+    tl.store(out_ptr + t * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+@triton.jit
+def _combine_backward_kernel(
+    dout_ptr, y_ptr, top_k_weights_ptr, slot_row_ptr, dy_ptr, dw_ptr, N, top_k,
+    stride_dt, stride_dn, stride_ym, stride_yn, stride_wt, stride_wk, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid [T * top_k]: one slot."""
+    slot = tl.program_id(0).to(tl.int64)
+    t, j = slot // top_k, slot % top_k
+    row = tl.load(slot_row_ptr + slot).to(tl.int64)
+    dw = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if row >= 0:
+        w = tl.load(top_k_weights_ptr + t * stride_wt + j * stride_wk).to(tl.float32)
+        for n in range(0, N, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            dout = tl.load(dout_ptr + t * stride_dt + offs_n * stride_dn, mask=mask_n, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_n, other=0.0).to(tl.float32)
+            tl.store(dy_ptr + row * N + offs_n, (w * dout).to(dy_ptr.dtype.element_ty), mask=mask_n)
+            dw += y * dout
+    tl.store(dw_ptr + slot, tl.sum(dw, axis=0))
+
+
+def combine(
+    y: torch.Tensor,
+    routing: Routing,
+    top_k_weights: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot], summed in fp32.
+
+    Args:
+        y: [M, N] float rows in expert order.
+        top_k_weights: [T, top_k] float; None for ones.
+        dtype: of the result; that of y by default.
+    Returns: [T, N]; a sentinel slot adds nothing.
+    Twin: `reference.combine`.
+    """
+    T, N, top_k = routing.num_tokens, y.shape[1], routing.top_k
+    out = torch.empty(T, N, dtype=dtype or y.dtype, device=y.device)
+    if out.numel() == 0:
+        return out
+    block_n = 16 if device_facts(y.device)[0] == 0 else min(1024, triton.next_power_of_2(N))
+    strides = (0, 0) if top_k_weights is None else top_k_weights.stride()
+    _combine_kernel[(T, triton.cdiv(N, block_n))](
+        y, top_k_weights, routing.slot_row, out, N, top_k, *y.stride(), *strides,
+        UNROLLED=min(UNROLLED, triton.next_power_of_2(top_k)), BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def combine_backward(
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    routing: Routing,
+    top_k_weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dy[m] = w[slot] * dout[t], d_top_k_weights[slot] = <y[m], dout[t]>.
+
+    Args:
+        dout: [T, N] float.
+        y: [M, N] float rows in expert order.
+        top_k_weights: [T, top_k] float.
+    Returns: dy [M, N] (dtype of y), d_top_k_weights [T, top_k] fp32, 0 for sentinels.
+    Twin: `reference.combine_backward`.
+    """
+    M, N, top_k = routing.num_rows, y.shape[1], routing.top_k
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    dw = torch.empty(top_k_weights.shape, dtype=torch.float32, device=y.device)
+    if M > 0:
+        block_n = 16 if device_facts(y.device)[0] == 0 else min(1024, triton.next_power_of_2(N))
+        _combine_backward_kernel[(M,)](
+            dout, y, top_k_weights, routing.slot_row, dy, dw, N, top_k,
+            *dout.stride(), *y.stride(), *top_k_weights.stride(), BLOCK_N=block_n, num_warps=4,
+        )  # fmt: skip
+    return dy, dw

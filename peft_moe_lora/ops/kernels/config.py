@@ -1,0 +1,125 @@
+"""Which block sizes a kernel runs with: rows of a table, chosen by rule, never searched at run time.
+
+A row holds for its operation, architecture and newer ones, element size, and tiles of at least `block_m` rows.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        op: the operation's name without "expert_".
+        arch: compute capability times ten, 0 for the interpreter.
+        itemsize: bytes of one element of x.
+        block_m: rows of a tile, as `block_m_for` chose them.
+        blocks: the kernel's constexprs and num_warps, num_stages.
+        source: machine and date of the measurement.
+    """
+
+    op: str
+    arch: int
+    itemsize: int
+    block_m: int
+    blocks: dict
+    source: str
+
+
+def _row(op, arch, itemsize, block_m, source, num_warps, num_stages, **blocks):
+    return Row(op, arch, itemsize, block_m, {**blocks, "num_warps": num_warps, "num_stages": num_stages}, source)
+
+
+_SAFE = "chosen to compile without spills, not timed"
+_H200 = "NVIDIA H200, 2026-11-21"
+_TINY = "small, so that tiny shapes have edges"
+TABLE = (
+    # the interpreter
+    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, DESCRIPTOR=True, TAIL=False),
+    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, DESCRIPTOR=True, TAIL=False),
+    _row("linear_act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, DESCRIPTOR=True, TAIL=False),
+    _row("linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, TAIL=True),
+    _row("linear_act", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, TAIL=True),
+    _row("linear_act_backward", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, TAIL=True),
+    _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32),
+    _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
+    # 2-byte elements, from sm_80 on: pointer loads
+    _row("linear", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act_backward", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
+    _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act_backward", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
+    _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64),
+    _row("outer", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
+    # 4-byte elements: IEEE products run on the FMA units, so small tiles
+    _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act_backward", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
+    _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
+    _row("linear_act_backward", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
+    _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
+    _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
+    # 2-byte elements, from sm_90 on: the weight comes by tensor descriptor
+    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
+    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
+    _row("linear_act_backward", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
+    _row("linear", 90, 2, 64, _SAFE, 4, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
+    _row("linear_act", 90, 2, 64, _SAFE, 4, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
+    _row("linear_act_backward", 90, 2, 64, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
+    _row("linear", 90, 2, 128, _SAFE, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=True),
+    _row("linear_act", 90, 2, 128, _SAFE, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=True),
+    _row("linear_act_backward", 90, 2, 128, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=True),
+    _row("shrink", 90, 2, 16, _SAFE, 4, 4, BLOCK_M=64, BLOCK_K=64),
+    _row("outer", 90, 2, 16, _SAFE, 4, 4, BLOCK_M=64, BLOCK_WIDE=128),
+)
+
+
+def block_m_for(num_rows: int, num_experts: int, arch: int) -> int:
+    """Rows of a tile: about half of what one expert gets when the routing is even, from 16 to 128."""
+    rows = num_rows / num_experts
+    if arch == 0:
+        return 16 if rows < 16 else 32
+    return 128 if rows >= 192 else 64 if rows >= 48 else 32 if rows >= 24 else 16
+
+
+@cache
+def find(op: str, arch: int, itemsize: int, block_m: int) -> dict:
+    """The constexprs of `op`: the row of the newest architecture, then of the largest block_m, that fit."""
+    if arch == 0:
+        itemsize = 2
+    rows = [row for row in TABLE if row.op == op and row.itemsize == itemsize and row.arch <= arch]
+    # the interpreter's rows are its own
+    rows = [row for row in rows if (row.arch == 0) == (arch == 0) and row.block_m <= block_m]
+    if not rows:
+        raise ValueError(f"no configuration of {op} for compute capability {arch / 10} and {itemsize}-byte elements.")
+    return max(rows, key=lambda row: (row.arch, row.block_m)).blocks
+
+
+@cache
+def _cuda_facts(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def device_facts(device: torch.device) -> tuple[int, int]:
+    """(compute capability times ten, multiprocessors); (0, 3) in the interpreter."""
+    if device.type != "cuda":
+        return 0, 3
+    return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """The `input_precision` of products: IEEE for fp32 unless torch allows TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def padded_rank(r: int) -> int:
+    """r as a tile's width: a power of two, at least the 16 that a product of tiles takes."""
+    return max(16, triton.next_power_of_2(r))

@@ -1,0 +1,116 @@
+"""y[m] = W[e] x[row] + bias[e] + mask * (B[e] xa[m]), row = row_token[m] where x is gathered, else m."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..routing import Dropout, Routing
+from .config import dot_precision, padded_rank
+from .routing import with_tiles
+from .tile import add_product, launch_facts, low_rank, position, row_descriptor, strides_or_zeros, tile_columns
+
+
+@triton.jit
+def _linear_tile(
+    x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
+    e, first_row, end, n0, N, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    stride_biase, stride_biasn, stride_ym,
+    GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Rows first_row up to min(first_row + BLOCK_M, end) of expert e, columns n0 up to n0 + BLOCK_N."""
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    # a row past the expert's last computes the last again, unmasked, and is not stored
+    rows = tl.minimum(offs_m, end - 1)
+    x_rows = tl.load(row_token_ptr + rows) if GATHER else rows
+    cols, mask_n = tile_columns(n0, N, BLOCK_N, 1)
+    acc = low_rank(
+        xa_ptr, lora_B_ptr, bias_ptr, seed_ptr, row_slot_ptr, e, rows, cols, mask_n, r,
+        stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
+        BLOCK_M, BLOCK_N, R, x_ptr.dtype.element_ty, P, PRECISION,
+    )  # fmt: skip
+    acc = add_product(
+        acc, x_ptr, x_desc, weight_ptr, weight_desc, e, x_rows, first_row, n0, cols, mask_n, K,
+        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, PRECISION,
+    )  # fmt: skip
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + cols[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
+    expert_offsets_ptr, tiles_ptr, max_tiles, N, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    stride_biase, stride_biasn, stride_ym,
+    GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    K_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Persistent grid: each program takes every num_programs-th output tile."""
+    num_tiles = tl.load(tiles_ptr + 2 * max_tiles + 1)
+    num_n = tl.cdiv(N, BLOCK_N)
+    for t in range(tl.program_id(0), num_tiles * num_n, tl.num_programs(0)):
+        tile, n = position(t, num_tiles, num_n, GROUP)
+        # int64: an expert index times a stride passes 2**31
+        e = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
+        first_row = tl.load(tiles_ptr + 2 * tile + 1)
+        end = tl.load(expert_offsets_ptr + e + 1)
+        if TAIL and end - first_row <= BLOCK_M // 2:
+            # half a tile's rows in half its time
+            _linear_tile(
+                x_ptr, None, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr,
+                row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r, stride_xm, stride_xk, stride_we, stride_wn,
+                stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
+                stride_ym, GATHER, P, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+            )  # fmt: skip
+        else:
+            _linear_tile(
+                x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr,
+                row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r, stride_xm, stride_xk, stride_we, stride_wn,
+                stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
+                stride_ym, GATHER, P, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+            )  # fmt: skip
+
+
+def expert_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    *,
+    bias: torch.Tensor | None = None,
+    xa: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    gather: bool = False,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """y[m] = W[e] x[m] + bias[e] + drop(B[e] xa[m]).
+
+    Args:
+        x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
+        weight: [E, N, K] dtype of x, any strides; fast where one of the last two is 1.
+        bias: [E, N].
+        xa: [M, r], dtype of x, with its lora_B [E, N, r], any strides and float dtype.
+        dropout: masks the low-rank term at the output: the input gradient of a layer that dropped its input.
+    Returns: [M, N], dtype of x.
+    Twin: `reference.expert_linear`.
+    """
+    routing = with_tiles(routing)
+    M, (_, N, K) = routing.num_rows, weight.shape
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    programs, blocks, weight_desc = launch_facts("linear", x, weight, routing.block_m)
+    x_desc = None
+    if weight_desc is not None and not gather:
+        x_desc = row_descriptor(x, blocks["BLOCK_M"], blocks["BLOCK_K"])
+    r = 0 if xa is None else xa.shape[1]
+    _linear_kernel[(programs,)](
+        x, x_desc, weight, weight_desc, bias, xa, lora_B, y, dropout.seed if dropout else None, routing.row_token,
+        routing.row_slot, routing.expert_offsets, routing.tiles, routing.tiles.shape[0] - 1, N, K, r,
+        *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
+        *strides_or_zeros(bias, 2), N,
+        GATHER=gather, P=dropout.p if dropout else 0.0, R=padded_rank(r), PRECISION=dot_precision(x.dtype), **blocks,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,145 @@
+"""pre[m] = W[e] x[row] + bias[e] + B[e] xa[m], act[m] = f(gate) * (up + up_shift) of its halves: one pass.
+
+A tile holds the same columns of the gate and of the up half, so that the activation needs no second kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..activation import Activation
+from ..routing import Routing
+from .activation import activate, activate_plain
+from .config import dot_precision, padded_rank
+from .routing import with_tiles
+from .tile import add_product, halves, launch_facts, low_rank, position, strides_or_zeros, tile_columns
+
+
+@triton.jit
+def _linear_act_tile(
+    x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+    e, first_row, end, n, N, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    stride_biase, stride_biasn,
+    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    UP_SHIFT: tl.constexpr, HALVES: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Rows first_row up to min(first_row + BLOCK_M, end) of expert e, the n-th BLOCK_N columns (of each half)."""
+    BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    # a row past the expert's last computes the last again, unmasked, and is not stored
+    rows = tl.minimum(offs_m, end - 1)
+    x_rows = tl.load(row_token_ptr + rows) if GATHER else rows
+    n0 = n * (BLOCK_N // HALVES)
+    cols, mask_n = tile_columns(n0, N // HALVES, BLOCK_N, HALVES)
+    acc = low_rank(
+        xa_ptr, lora_B_ptr, bias_ptr, None, None, e, rows, cols, mask_n, r,
+        stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
+        BLOCK_M, BLOCK_N, R, x_ptr.dtype.element_ty, 0.0, PRECISION,
+    )  # fmt: skip
+    acc = add_product(
+        acc, x_ptr, None, weight_ptr, weight_desc, e, x_rows, first_row, n0, cols, mask_n, K,
+        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, PRECISION,
+    )  # fmt: skip
+
+    mask_m = (offs_m < end)[:, None]
+    rows_out = offs_m.to(tl.int64)[:, None]
+    dtype = pre_ptr.dtype.element_ty
+    offs_i = n * BLOCK_I + tl.arange(0, BLOCK_I)
+    I = N // 2 if GATED else N  # noqa: E741
+    mask_i = mask_m & (offs_i < I)[None, :]
+    act_ptrs = act_ptr + rows_out * I + offs_i[None, :]
+    if not GATED:
+        tl.store(pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :])
+        tl.store(act_ptrs, activate_plain(acc, KIND, ALPHA).to(dtype), mask=mask_i)
+    else:
+        if INTERLEAVED:
+            tl.store(pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :])
+            gate, up = tl.split(acc.reshape(BLOCK_M, BLOCK_I, 2))
+        else:
+            gate, up = halves(acc, BLOCK_M, BLOCK_I)
+            tl.store(pre_ptr + rows_out * N + offs_i[None, :], gate.to(dtype), mask=mask_i)
+            tl.store(pre_ptr + rows_out * N + (I + offs_i)[None, :], up.to(dtype), mask=mask_i)
+        # rounded as stored: fewer registers than both in fp32
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+        tl.store(act_ptrs, activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT).to(dtype), mask=mask_i)
+
+
+@triton.jit
+def _linear_act_kernel(
+    x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr, expert_offsets_ptr,
+    tiles_ptr, max_tiles, N, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    stride_biase, stride_biasn,
+    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    UP_SHIFT: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    K_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Persistent grid: each program takes every num_programs-th output tile."""
+    HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
+    num_tiles = tl.load(tiles_ptr + 2 * max_tiles + 1)
+    num_n = tl.cdiv(N // HALVES, BLOCK_N // HALVES)
+    for t in range(tl.program_id(0), num_tiles * num_n, tl.num_programs(0)):
+        tile, n = position(t, num_tiles, num_n, GROUP)
+        # int64: an expert index times a stride passes 2**31
+        e = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
+        first_row = tl.load(tiles_ptr + 2 * tile + 1)
+        end = tl.load(expert_offsets_ptr + e + 1)
+        if TAIL and end - first_row <= BLOCK_M // 2:
+            _linear_act_tile(
+                x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+                e, first_row, end, n, N, K, r, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam,
+                stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED,
+                LIMIT, ALPHA, UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+            )  # fmt: skip
+        else:
+            _linear_act_tile(
+                x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+                e, first_row, end, n, N, K, r, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam,
+                stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED,
+                LIMIT, ALPHA, UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+            )  # fmt: skip
+
+
+def expert_linear_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    activation: Activation,
+    *,
+    bias: torch.Tensor | None = None,
+    xa: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    gather: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """pre = `expert_linear`, act = activation(pre).
+
+    Args:
+        x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
+        weight: [E, N, K] dtype of x, any strides; fast where one of the last two is 1.
+        bias: [E, N].
+        xa: [M, r], dtype of x, with its lora_B [E, N, r], any strides and float dtype.
+    Returns: pre [M, N], act [M, I], dtype of x.
+    Twin: `reference.expert_linear_act`.
+    """
+    routing = with_tiles(routing)
+    M, (_, N, K) = routing.num_rows, weight.shape
+    pre = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    act = torch.empty(M, activation.width(N), dtype=x.dtype, device=x.device)
+    if M == 0:
+        return pre, act
+    parts = 2 if activation.gated and not activation.interleaved else 1
+    programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, parts)
+    r = 0 if xa is None else xa.shape[1]
+    _linear_act_kernel[(programs,)](
+        x, weight, weight_desc, bias, xa, lora_B, pre, act, routing.row_token, routing.expert_offsets, routing.tiles,
+        routing.tiles.shape[0] - 1, N, K, r,
+        *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
+        *strides_or_zeros(bias, 2),
+        KIND=activation.kind, GATED=activation.gated, INTERLEAVED=activation.interleaved, LIMIT=activation.limit,
+        ALPHA=activation.alpha, UP_SHIFT=activation.up_shift,
+        GATHER=gather, R=padded_rank(r), PRECISION=dot_precision(x.dtype), **blocks,
+    )  # fmt: skip
+    return pre, act

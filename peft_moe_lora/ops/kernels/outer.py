@@ -1,0 +1,161 @@
+"""out[e, p, q] = sum over the rows m of e of w[m] * left[m, p] * mask[m, q] * right[m, q].
+
+All LoRA weight gradients are this one product: dA from (dY @ B, X) and dB from (dY, X @ A^T). One side is the rank,
+small, and the other wide; the row weight is applied to the small side.
+Legend: an expert's rows are cut in chunks of CHUNK, numbered over all experts.
+    partial_ptr [max_chunks, small, wide] fp32: the sums of one chunk, where its expert has more than one
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..routing import Dropout, Routing
+from .config import device_facts, dot_precision, find
+from .dropout import dropout_mask
+
+# programs that fill the device several times over
+PROGRAMS = 2048
+
+
+@triton.jit
+def _outer_kernel(
+    small_ptr, wide_ptr, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, partial_ptr,
+    out_ptr, E, SMALL, WIDE, num_s,
+    stride_sm, stride_ss, stride_wm, stride_ww, stride_oe, stride_os, stride_ow,
+    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, GATHER_SMALL: tl.constexpr, GATHER_WIDE: tl.constexpr,
+    P: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid [tiles of wide * tiles of small, max_chunks]: an expert of one chunk is written straight to out."""
+    chunk = tl.program_id(1)
+    experts = tl.arange(0, E_PADDED)
+    start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
+    end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
+    chunks_end = tl.cumsum((end - start + CHUNK - 1) // CHUNK, axis=0)
+    passed = chunks_end <= chunk
+    e = tl.sum(passed.to(tl.int32), axis=0)
+    if e >= E:
+        return
+    first_chunk = tl.max(tl.where(passed, chunks_end, 0), axis=0)
+    start = tl.load(expert_offsets_ptr + e)
+    end = tl.load(expert_offsets_ptr + e + 1)
+    one_chunk = end - start <= CHUNK
+    start += (chunk - first_chunk) * CHUNK
+    end = tl.minimum(end, start + CHUNK)
+
+    offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
+    offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    mask_s, mask_w = offs_s < SMALL, offs_w < WIDE
+    acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
+    for m in range(start, end, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        mask_m = rows < end
+        if GATHER_SMALL or GATHER_WIDE:
+            tokens = tl.load(row_token_ptr + rows, mask=mask_m, other=0)
+        small_rows = (tokens if GATHER_SMALL else rows).to(tl.int64)
+        wide_rows = (tokens if GATHER_WIDE else rows).to(tl.int64)
+        small_ptrs = small_ptr + small_rows[:, None] * stride_sm + offs_s[None, :] * stride_ss
+        wide_ptrs = wide_ptr + wide_rows[:, None] * stride_wm + offs_w[None, :] * stride_ww
+        small = tl.load(small_ptrs, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [M, small]
+        wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_w[None, :], other=0.0)  # [M, wide]
+        if row_weights_ptr is not None or P > 0:
+            slots = tl.load(row_slot_ptr + rows, mask=mask_m, other=0)
+        if row_weights_ptr is not None:
+            w = tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)
+            small = (small.to(tl.float32) * w[:, None]).to(small_ptr.dtype.element_ty)
+        if P > 0:
+            wide = (wide.to(tl.float32) * dropout_mask(seed_ptr, slots, offs_w, P)).to(wide_ptr.dtype.element_ty)
+        acc = tl.dot(wide.trans(), small, acc, input_precision=PRECISION)  # [wide, M] @ [M, small] -> [wide, small]
+
+    mask = mask_w[:, None] & mask_s[None, :]
+    if one_chunk:
+        # int64: an expert index times a stride passes 2**31
+        out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
+        tl.store(out_ptrs + offs_w.to(tl.int64)[:, None] * stride_ow, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        partial_ptrs = partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
+        tl.store(partial_ptrs, acc, mask=mask)
+
+
+@triton.jit
+def _sum_chunks_kernel(
+    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s, stride_oe, stride_os, stride_ow,
+    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid [tiles of wide * tiles of small, E]: zeros, nothing, or the chunks of an expert in order."""
+    e = tl.program_id(1)
+    rows = tl.load(expert_offsets_ptr + e + 1) - tl.load(expert_offsets_ptr + e)
+    if (rows > 0) & (rows <= CHUNK):
+        return
+    experts = tl.arange(0, E_PADDED)
+    before = experts < e
+    starts = tl.load(expert_offsets_ptr + experts, mask=before, other=0)
+    ends = tl.load(expert_offsets_ptr + experts + 1, mask=before, other=0)
+    first_chunk = tl.sum((ends - starts + CHUNK - 1) // CHUNK, axis=0)
+    offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
+    offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    mask = (offs_w < WIDE)[:, None] & (offs_s < SMALL)[None, :]
+    acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
+    for c in range((rows + CHUNK - 1) // CHUNK):
+        chunk = first_chunk + c
+        partial_ptrs = partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
+        acc += tl.load(partial_ptrs, mask=mask, other=0.0)
+    out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
+    tl.store(out_ptrs + offs_w.to(tl.int64)[:, None] * stride_ow, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def expert_outer(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    routing: Routing,
+    out: torch.Tensor,
+    *,
+    row_weights: torch.Tensor | None = None,
+    gather_left: bool = False,
+    gather_right: bool = False,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """Write the sum of outer products of each expert's rows into `out`, and return it.
+
+    Args:
+        left: [M, P], or [T, P] with gather_left.
+        right: [M, Q], or [T, Q] with gather_right, dtype of left.
+        out: [E, P, Q] fp32, any strides; every element is written, zeros for an expert without rows.
+        row_weights: [T, top_k] float; None for ones.
+        dropout: masks right.
+    Twin: `reference.expert_outer`.
+    """
+    M, (E, P, Q) = routing.num_rows, out.shape
+    if M == 0:
+        return out.zero_()
+    # the mask is computed on the wide side
+    if dropout is not None or P <= Q:
+        small, wide, gather_small, gather_wide, strides = left, right, gather_left, gather_right, out.stride()
+    else:
+        small, wide, gather_small, gather_wide = right, left, gather_right, gather_left
+        strides = out.stride(0), out.stride(2), out.stride(1)
+    (SMALL, WIDE), arch = (small.shape[1], wide.shape[1]), device_facts(left.device)[0]
+    blocks = dict(find("outer", arch, left.element_size(), 16))
+    blocks["BLOCK_SMALL"] = min(64, max(16, triton.next_power_of_2(SMALL)))
+    num_s = triton.cdiv(SMALL, blocks["BLOCK_SMALL"])
+    tiles = triton.cdiv(WIDE, blocks["BLOCK_WIDE"]) * num_s
+    # long chunks leave few partial sums, short ones leave more programs
+    even = 2 * triton.next_power_of_2(triton.cdiv(M, E))
+    chunk = min(triton.next_power_of_2(triton.cdiv(M * tiles, PROGRAMS)), even)
+    chunk = max(blocks["BLOCK_M"], chunk if arch == 0 else max(chunk, 256))
+    max_chunks = M // chunk + min(E, M)
+    partial = torch.empty(max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
+    shared = {"CHUNK": chunk, "E_PADDED": triton.next_power_of_2(E)}
+    _outer_kernel[(tiles, max_chunks)](
+        small, wide, None if row_weights is None else row_weights.contiguous(), dropout.seed if dropout else None,
+        routing.row_token, routing.row_slot, routing.expert_offsets, partial, out, E, SMALL, WIDE, num_s,
+        *small.stride(), *wide.stride(), *strides,
+        GATHER_SMALL=gather_small, GATHER_WIDE=gather_wide, P=dropout.p if dropout else 0.0,
+        PRECISION=dot_precision(left.dtype), **shared, **blocks,
+    )  # fmt: skip
+    _sum_chunks_kernel[(tiles, E)](
+        routing.expert_offsets, partial, out, E, SMALL, WIDE, num_s, *strides,
+        BLOCK_SMALL=blocks["BLOCK_SMALL"], BLOCK_WIDE=blocks["BLOCK_WIDE"], **shared,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,175 @@
+"""row[slot] = expert_offsets[e] + number of earlier slots of expert e: a stable counting sort, and its tile table.
+
+Three launches: count each block of slots by expert; scan the counts over the blocks; place every slot.
+Legend: S slots = T * top_k, blocks of BLOCK slots, id E stands for every sentinel.
+    counts_ptr [blocks, E + 1]: per block, then exclusive over the blocks     totals_ptr [E + 1]: slots of each expert
+    tiles_ptr [max_tiles + 1, 2]: (expert, first row); expert -1 past the last; the last line is (-1, number of tiles)
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from ..routing import Routing
+from .config import block_m_for, device_facts
+
+BLOCK = 256
+TILES_BLOCK = 32
+
+
+@triton.jit
+def _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k):
+    """Expert of each slot, E for a sentinel; -1 past the last slot, which matches nothing."""
+    offsets = (slots // top_k).to(tl.int64) * stride_t + (slots % top_k) * stride_k
+    ids = tl.load(top_k_index_ptr + offsets, mask=slots < S, other=-1)
+    ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
+    return tl.where(slots < S, ids, -1)
+
+
+@triton.jit
+def _count_kernel(
+    top_k_index_ptr, counts_ptr, S, E, top_k, stride_t, stride_k, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Grid [blocks]."""
+    pid = tl.program_id(0)
+    ids = _load_ids(top_k_index_ptr, pid * BLOCK + tl.arange(0, BLOCK), S, E, top_k, stride_t, stride_k)
+    for e0 in range(0, E + 1, BLOCK_E):
+        experts = e0 + tl.arange(0, BLOCK_E)
+        counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+        tl.store(counts_ptr + pid * (E + 1) + experts, counts, mask=experts <= E)
+
+
+@triton.jit
+def _scan_kernel(counts_ptr, totals_ptr, blocks, E, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Grid [experts / BLOCK_E]: counts become exclusive sums over the blocks, in place."""
+    experts = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    before = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    for b0 in range(0, blocks, BLOCK_B):
+        b = b0 + tl.arange(0, BLOCK_B)
+        ptrs = counts_ptr + b[:, None] * (E + 1) + experts[None, :]
+        mask = (b[:, None] < blocks) & (experts[None, :] <= E)
+        counts = tl.load(ptrs, mask=mask, other=0)
+        tl.store(ptrs, tl.cumsum(counts, axis=0) - counts + before[None, :], mask=mask)
+        before += tl.sum(counts, axis=0)
+    tl.store(totals_ptr + experts, before, mask=experts <= E)
+
+
+@triton.jit
+def _write_tiles(totals, tiles_ptr, first_tile, max_tiles, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr):
+    """Lines first_tile up to first_tile + TILES_BLOCK of the table, from the rows of each expert, totals [E]."""
+    tiles_end = tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, axis=0)
+    rows_end = tl.cumsum(totals, axis=0)
+    num_tiles = tl.max(tiles_end, axis=0)
+    t = first_tile + tl.arange(0, TILES_BLOCK)
+    # experts whose tiles all stand before t: their number is t's expert, their rows and tiles end where it begins
+    passed = tiles_end[None, :] <= t[:, None]
+    expert = tl.sum(passed.to(tl.int32), axis=1)
+    first_row = tl.max(tl.where(passed, rows_end[None, :], 0), axis=1)
+    expert_tile = tl.max(tl.where(passed, tiles_end[None, :], 0), axis=1)
+    expert = tl.where(t < num_tiles, expert, -1)
+    first_row = tl.where(t == max_tiles, num_tiles, first_row + (t - expert_tile) * BLOCK_M)
+    tl.store(tiles_ptr + 2 * t, expert, mask=t <= max_tiles)
+    tl.store(tiles_ptr + 2 * t + 1, first_row, mask=t <= max_tiles)
+
+
+@triton.jit
+def _place_kernel(
+    top_k_index_ptr, counts_ptr, totals_ptr, expert_offsets_ptr, row_token_ptr, row_slot_ptr, slot_row_ptr, tiles_ptr,
+    S, E, top_k, stride_t, stride_k, blocks, max_tiles,
+    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid [blocks + 1 + tile blocks]: the slots of each block, then the offsets, then the tile table."""
+    pid = tl.program_id(0)
+    if pid < blocks:
+        slots = pid * BLOCK + tl.arange(0, BLOCK)
+        ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
+        mask = slots < S
+        row = tl.load(counts_ptr + pid * (E + 1) + ids, mask=mask, other=0)
+        for e0 in range(0, E, BLOCK_E):
+            experts = e0 + tl.arange(0, BLOCK_E)
+            totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
+            row += tl.sum(tl.where(experts[None, :] < ids[:, None], totals[None, :], 0), axis=1)
+        for j in range(0, BLOCK, BLOCK_E):
+            others = pid * BLOCK + j + tl.arange(0, BLOCK_E)
+            other_ids = _load_ids(top_k_index_ptr, others, S, E, top_k, stride_t, stride_k)
+            earlier = (other_ids[None, :] == ids[:, None]) & (others[None, :] < slots[:, None])
+            row += tl.sum(earlier.to(tl.int32), axis=1)
+        tl.store(row_slot_ptr + row, slots, mask=mask)
+        tl.store(row_token_ptr + row, slots // top_k, mask=mask)
+        tl.store(slot_row_ptr + slots, tl.where(ids < E, row, -1), mask=mask)
+    else:
+        experts = tl.arange(0, E_PADDED)
+        totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
+        if pid == blocks:
+            tl.store(expert_offsets_ptr, 0)
+            tl.store(expert_offsets_ptr + 1 + experts, tl.cumsum(totals, axis=0), mask=experts < E)
+        else:
+            _write_tiles(totals, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, max_tiles, BLOCK_M, TILES_BLOCK)
+
+
+@triton.jit
+def _tiles_kernel(
+    expert_offsets_ptr, tiles_ptr, E, max_tiles,
+    E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid [tile blocks]: the tile table of a routing that has offsets only."""
+    experts = tl.arange(0, E_PADDED)
+    start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
+    end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
+    _write_tiles(end - start, tiles_ptr, tl.program_id(0) * TILES_BLOCK, max_tiles, BLOCK_M, TILES_BLOCK)
+
+
+def _max_tiles(M: int, E: int, block_m: int) -> int:
+    """An upper bound of the sum over experts of their rows / block_m, rounded up: no shape depends on data."""
+    return M // block_m + min(E, M)
+
+
+def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
+    """A stable counting sort of the slots by expert, with the table of tiles that the kernels run over.
+
+    Args:
+        top_k_index: [T, top_k] integer expert ids; an id outside 0..E-1 is a sentinel.
+        num_experts: E.
+    Twin: `reference.route`.
+    """
+    (T, top_k), E = top_k_index.shape, num_experts
+    S = T * top_k
+    block_m = block_m_for(S, E, device_facts(top_k_index.device)[0])
+    max_tiles = _max_tiles(S, E, block_m)
+    blocks = triton.cdiv(S, BLOCK)
+    sizes = E + 1, S, S, S, 2 * (max_tiles + 1), blocks * (E + 1), E + 1
+    index = [torch.empty(n, dtype=torch.int32, device=top_k_index.device) for n in sizes]
+    expert_offsets, row_token, row_slot, slot_row, tiles, counts, totals = index
+    tiles = tiles.view(-1, 2)
+    routing = Routing(expert_offsets, row_token, row_slot, slot_row, top_k, tiles, block_m)
+    if S == 0:
+        expert_offsets.zero_()
+        tiles.fill_(-1)[-1, 1].zero_()
+        return routing
+    slots = S, E, top_k, *top_k_index.stride()
+    grid = blocks + 1 + triton.cdiv(max_tiles + 1, TILES_BLOCK)
+    _count_kernel[(blocks,)](top_k_index, counts, *slots, BLOCK=BLOCK, BLOCK_E=32)
+    _scan_kernel[(triton.cdiv(E + 1, 16),)](counts, totals, blocks, E, BLOCK_B=64, BLOCK_E=16)
+    _place_kernel[(grid,)](
+        top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles, *slots, blocks, max_tiles,
+        BLOCK=BLOCK, BLOCK_E=32, E_PADDED=triton.next_power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
+    )  # fmt: skip
+    return routing
+
+
+def with_tiles(routing: Routing) -> Routing:
+    """The routing itself, or one with a tile table where it has none."""
+    if routing.tiles is not None:
+        return routing
+    M, E, offsets = routing.num_rows, routing.num_experts, routing.expert_offsets
+    block_m = block_m_for(M, E, device_facts(offsets.device)[0])
+    max_tiles = _max_tiles(M, E, block_m)
+    tiles = torch.empty(max_tiles + 1, 2, dtype=torch.int32, device=offsets.device)
+    _tiles_kernel[(triton.cdiv(max_tiles + 1, TILES_BLOCK),)](
+        offsets, tiles, E, max_tiles,
+        E_PADDED=triton.next_power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
+    )  # fmt: skip
+    return replace(routing, tiles=tiles, block_m=block_m)

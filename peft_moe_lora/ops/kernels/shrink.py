@@ -1,0 +1,92 @@
+"""xa[m, j] = scaling * sum over k of A[e, j, k] * mask[m, k] * x[row, k], row = row_token[m] if gathered, else m."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..routing import Dropout, Routing
+from .config import device_facts, dot_precision, find, padded_rank
+from .dropout import dropout_mask
+from .routing import with_tiles
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr, lora_A_ptr, xa_ptr, seed_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, tiles_ptr, K, r, scaling,
+    stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
+    PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid [max_tiles * PARTS]: a tile of the table is PARTS tiles of BLOCK_M rows here."""
+    tile = tl.program_id(0) // PARTS
+    # int64: an expert index times a stride passes 2**31
+    e = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
+    first_row = tl.load(tiles_ptr + 2 * tile + 1) + tl.program_id(0) % PARTS * BLOCK_M
+    if e < 0:
+        return
+    end = tl.load(expert_offsets_ptr + e + 1)
+    if first_row >= end:
+        return
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    # a row past the expert's last computes the last again, unmasked, and is not stored
+    rows = tl.minimum(offs_m, end - 1)
+    x_rows = tl.load(row_token_ptr + rows) if GATHER else rows
+    offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, R)
+    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    # int64: a column of a transposed B times r * E passes 2**31
+    lora_A_ptrs = lora_A_ptr + e * stride_ae + offs_r.to(tl.int64)[None, :] * stride_ar
+    lora_A_ptrs += offs_k.to(tl.int64)[:, None] * stride_ak
+    if P > 0:
+        slots = tl.load(row_slot_ptr + rows)
+    acc = tl.zeros((BLOCK_M, R), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            lora_A = tl.load(lora_A_ptrs, mask=(offs_r < r)[None, :], other=0.0)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            lora_A = tl.load(lora_A_ptrs, mask=mask_k[:, None] & (offs_r < r)[None, :], other=0.0)
+        if P > 0:
+            x = (x.to(tl.float32) * dropout_mask(seed_ptr, slots, k + offs_k, P)).to(x_ptr.dtype.element_ty)
+        acc = tl.dot(x, lora_A.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION)  # [M, K] @ [K, R] -> [M, R]
+        x_ptrs += BLOCK_K * stride_xk
+        lora_A_ptrs += BLOCK_K * stride_ak
+    xa_ptrs = xa_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :]
+    xa = (acc * scaling).to(xa_ptr.dtype.element_ty)
+    tl.store(xa_ptrs, xa, mask=(offs_m < end)[:, None] & (offs_r < r)[None, :])
+
+
+def expert_shrink(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    routing: Routing,
+    scaling: float,
+    *,
+    gather: bool = False,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """xa[m] = scaling * A[e] drop(x[m]).
+
+    Args:
+        x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
+        lora_A: [E, r, K], any strides and float dtype; cast to the dtype of x tile by tile, never copied.
+        scaling: lora_alpha / r.
+    Returns: [M, r], dtype of x.
+    Twin: `reference.expert_shrink`.
+    """
+    routing = with_tiles(routing)
+    M, (_, r, K) = routing.num_rows, lora_A.shape
+    xa = torch.empty(M, r, dtype=x.dtype, device=x.device)
+    if M == 0:
+        return xa
+    blocks = dict(find("shrink", device_facts(x.device)[0], x.element_size(), routing.block_m))
+    blocks["BLOCK_M"] = min(blocks["BLOCK_M"], routing.block_m)
+    parts = routing.block_m // blocks["BLOCK_M"]
+    _shrink_kernel[((routing.tiles.shape[0] - 1) * parts,)](
+        x, lora_A, xa, dropout.seed if dropout else None, routing.row_token, routing.row_slot, routing.expert_offsets,
+        routing.tiles, K, r, scaling, *x.stride(), *lora_A.stride(),
+        PARTS=parts, GATHER=gather, P=dropout.p if dropout else 0.0, R=padded_rank(r),
+        PRECISION=dot_precision(x.dtype), EVEN_K=K % blocks["BLOCK_K"] == 0, **blocks,
+    )  # fmt: skip
+    return xa

@@ -1,0 +1,123 @@
+"""Compile what a launcher would launch, for a GPU that is not there, and read off its registers and memory.
+
+The launchers run on meta tensors, which hold no data, under a driver that names a target and launches nothing.
+Run as a program, it prints one line of JSON per compiled kernel: arch, kernel, constexprs, registers, bytes.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class _NoDriver:
+    """The part of a Triton driver that compilation asks for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int):
+    """Within it, a launch compiles for `arch` and appends the compiled kernel to the list given."""
+    compiled, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver.set_active(_NoDriver(arch))
+    JITFunction.run = compile_only
+    modules = [m for name, m in sys.modules.items() if name.startswith("peft_moe_lora.ops.kernels.")]
+    patched = [(m, m.device_facts) for m in modules if hasattr(m, "device_facts")]
+    for module, _ in patched:
+        module.device_facts = lambda device: (arch, 132)
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        for module, device_facts in patched:
+            module.device_facts = device_facts
+
+
+def resources(kernel) -> dict:
+    """Registers per thread, spilled or other local bytes, and shared bytes of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "kernel": kernel.metadata.name,
+        "registers": found["REG"],
+        "local": found["STACK"] + found["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "num_warps": kernel.metadata.num_warps,
+        "num_stages": kernel.metadata.num_stages,
+    }
+
+
+def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False, interleaved=False):  # noqa: E741
+    """Every launch of forward and backward of one experts layer, on meta tensors."""
+    from peft_moe_lora.ops import Activation, kernels
+
+    activation = activation or Activation(interleaved=interleaved)
+    N = activation.gated * I + I
+
+    def empty(*size, dtype=dtype):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    def matrix(n, k):
+        return empty(E, k, n).transpose(1, 2) if transposed else empty(E, n, k)
+
+    def lora(n, k):
+        A, B = empty(E * r, k, dtype=torch.float32), empty(n, r * E, dtype=torch.float32)
+        return A.view(E, r, k), B.view(n, E, r).permute(1, 0, 2)
+
+    x, weights, up, down = empty(T, H), empty(T, top_k, dtype=torch.float32), matrix(N, H), matrix(H, I)
+    (up_A, up_B), (down_A, down_B) = lora(N, H), lora(H, I)
+    routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
+    xa = kernels.expert_shrink(x, up_A, routing, 1.0, gather=True)
+    pre, act = kernels.expert_linear_act(x, up, routing, activation, xa=xa, lora_B=up_B, gather=True)
+    y = kernels.expert_linear(act, down, routing, xa=xa, lora_B=down_B)
+    kernels.combine(y, routing, weights)
+    kernels.expert_linear_act_backward(
+        x, down.transpose(1, 2), routing, activation, pre, weights, yb=xa, lora_A=down_A.transpose(1, 2)
+    )
+    yb = kernels.expert_shrink(pre, up_B.transpose(1, 2), routing, 1.0)
+    kernels.expert_linear(pre, up.transpose(1, 2), routing, xa=yb, lora_B=up_A.transpose(1, 2))
+    fp32 = torch.float32
+    kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True)
+    kernels.expert_outer(pre, xa, routing, empty(N, E, r, dtype=fp32).permute(1, 0, 2))
+    out = empty(H, E, r, dtype=fp32).permute(1, 0, 2)
+    kernels.expert_outer(x, xa, routing, out, row_weights=weights, gather_left=True)
+
+
+if __name__ == "__main__":
+    arch = int(sys.argv[1])
+    import peft_moe_lora.ops.kernels  # noqa: F401
+
+    with compiling_for(arch) as compiled:
+        for case in json.loads(sys.argv[2]):
+            case["dtype"] = getattr(torch, case["dtype"])
+            launch_layer(**case)
+    for kernel in compiled:
+        print(json.dumps({"arch": arch} | resources(kernel)))
