@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -332,6 +333,61 @@ def test_load_adapter_raises_before_anything_changes(fault, broken):
     assert_unchanged(model, before)
     assert list(model.peft_config) == ["default"]
     assert model.active_adapters == ["default"]
+    assert torch.equal(outputs(model), expected)
+
+
+# ---- an adapter of experts, linear layers and a saved head ---------------------------------------------------------
+
+LINEAR = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+HEAD = "base_model.model.lm_head.weight"
+MIXED_FAULTS = {
+    "a linear layer's B is missing": (LINEAR, lambda t: t.pop(LINEAR)),
+    "a linear layer's B has another rank": (LINEAR, lambda t: t.update({LINEAR: t[LINEAR][:, 1:].contiguous()})),
+    "a linear layer's B is not finite": (LINEAR, lambda t: t[LINEAR].fill_(math.nan)),
+    "a linear layer nobody targets": (
+        "k_proj",
+        lambda t: t.update({LINEAR.replace("q_proj", "k_proj"): t[LINEAR].clone()}),
+    ),
+    "the saved head is missing": ("lm_head", lambda t: t.pop(HEAD)),
+    "the saved head has another vocabulary": ("lm_head", lambda t: t.update({HEAD: t[HEAD][1:].contiguous()})),
+    "an expert's tensor is missing": (KEY, lambda t: t.pop(KEY)),
+    "an experts module nobody has": (
+        "layers.2",
+        lambda t: t.update({KEY.replace("layers.1", "layers.2"): t[KEY].clone()}),
+    ),
+}
+
+
+@pytest.mark.parametrize("why", MIXED_FAULTS)
+def test_a_fault_beside_the_experts_raises_too(why, tmp_path):
+    named, change = MIXED_FAULTS[why]
+    moe_lora(tiny_model(), target_modules=["experts", "q_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+
+    def changed(tensors):
+        change(tensors)
+        return tensors
+
+    assert PeftModel.from_pretrained(tiny_model(), tmp_path).active_adapters == ["default"]
+    rewrite(tmp_path, changed)
+    model = tiny_model()
+    before, expected = snapshot(model), outputs(model)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert_unchanged(model, before)
+    assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize(
+    "fault", [missing, transposed, not_a_number, newer_version, another_expert_count], ids=lambda f: f.__name__
+)
+def test_a_config_handed_over_does_not_skip_the_checks(fault, broken):
+    """Users change a field of the config before loading; the file is as bad as before."""
+    model = tiny_model()
+    before, expected = snapshot(model), outputs(model)
+    config = MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"], inference_mode=True)
+    with pytest.raises(ValueError, match=FAULTS[fault]):
+        PeftModel.from_pretrained(model, broken, config=config)
+    assert_unchanged(model, before)
     assert torch.equal(outputs(model), expected)
 
 

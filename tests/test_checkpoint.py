@@ -179,6 +179,30 @@ def test_linear_layers_and_modules_to_save_are_in_the_same_file(tmp_path):
     assert torch.equal(outputs(PeftModel.from_pretrained(base, tmp_path)), outputs(model))
 
 
+@pytest.mark.parametrize("adapter_name", ["down", "gate_up", "experts", "mlp", "2"])
+def test_any_name_of_an_adapter_survives_its_file(adapter_name, tmp_path):
+    """The file's keys are the parameters' names without the adapter's, which may be a word of those names."""
+    base = tiny_model()
+    model = moe_lora(copy.deepcopy(base), adapter_name=adapter_name)
+    assert_share_of_order_one(outputs(model), outputs(base))
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.model.layers.0.mlp.experts.lora_A.gate_up" in load_file(tmp_path / adapter_name / FILE)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / adapter_name)
+    assert torch.equal(outputs(loaded), outputs(model))
+    loaded = PeftModel.from_pretrained(base, tmp_path / adapter_name, adapter_name=adapter_name)
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["experts", "q_proj"], r".*\.(experts|o_proj)", None])
+def test_every_way_to_name_targets_survives_the_file(target_modules, tmp_path):
+    base = tiny_model()
+    model = moe_lora(copy.deepcopy(base), target_modules=target_modules)
+    assert not torch.equal(outputs(model), outputs(base))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
 # ---- who reads it --------------------------------------------------------------------------------------------------
 
 

@@ -338,15 +338,18 @@ def test_recompute_keeps_less(case):
 
 
 @pytest.mark.parametrize("case", MEMORY_CASES, ids=lambda c: c[0])
-def test_frozen_weights_get_no_gradient_even_when_asked_for(case):
-    """The base is frozen: a weight with requires_grad switched on by hand is either served right or refused."""
-    plain = build_experts(*case)
-    model = wrap(copy.deepcopy(plain))
+def test_a_gradient_for_a_frozen_weight_is_refused_not_forgotten(case):
+    """No dW is ever formed: whoever unfreezes a base weight by hand hears of it."""
+    model = wrap(build_experts(*case))
     weight = model.base_model.model.experts.get_base_layer().down_proj
-    assert not weight.requires_grad
     model(*random_rows()).sum().backward()
     assert weight.grad is None
     assert all(p.grad is not None for pair in experts_adapter(model).values() for p in pair)
+    weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"frozen|requires_grad"):
+        model(*random_rows())
+    model.requires_grad_(False)
+    model(*random_rows())
 
 
 # ---- import --------------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ from helpers import (
 )
 from peft import PeftModel
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 # lora_alpha / r of every adapter here
 SCALING = 2.0
 
