@@ -1,0 +1,191 @@
+"""The layer as a user gets it, on a CUDA device: numbers, graphs, syncs, memory, sizes past 2**31."""
+
+import copy
+
+import pytest
+import torch
+from helpers import Holder, build_experts
+from torch.utils.checkpoint import checkpoint
+
+from peft_moe_lora import MoELoraConfig
+
+pytestmark = pytest.mark.gpu
+
+E, H, I, R, TOP_K, T = 8, 256, 128, 16, 2, 300  # noqa: E741
+# gated; interleaved, transposed, biased and clamped; without a gate; an activation of its own between the kernels
+FAMILIES = [
+    ("qwen3_moe", "Qwen3MoeExperts"),
+    ("gpt_oss", "GptOssExperts"),
+    ("nemotron_h", "NemotronHExperts"),
+    ("gemma4", "Gemma4TextExperts"),
+]
+# what rounding leaves where the plain path happens to be exact, relative to the largest value
+ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def adapted(family, name, dtype, **config):
+    """An experts module on the GPU with a random adapter whose share of the output is of order one."""
+    from peft import get_peft_model
+
+    experts = build_experts(family, name, H, I, E).to("cuda", dtype)
+    settings = {"r": R, "lora_alpha": R, "target_modules": ["experts"], **config}
+    model = get_peft_model(Holder(experts), MoELoraConfig(**settings))
+    layer = model.base_model.model.experts
+    with torch.no_grad():
+        for side, pairs in (("A", layer.lora_A), ("B", layer.lora_B)):
+            for p in pairs["default"].values():
+                fan_in = p.shape[1] if side == "A" else R
+                p.copy_(torch.randn_like(p) * fan_in**-0.5)
+    return model, layer
+
+
+def inputs(dtype, tokens=T, weights_dtype=torch.float32):
+    x = torch.randn(tokens, H, device="cuda", dtype=dtype)
+    index = torch.rand(tokens, E, device="cuda").topk(TOP_K).indices
+    return x, index, torch.rand(tokens, TOP_K, device="cuda", dtype=weights_dtype)
+
+
+def step(model, layer, x, index, weights):
+    """Output and gradients of one forward and backward, by name."""
+    x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+    layer.zero_grad()
+    out = model(x, index, weights)
+    torch.manual_seed(7)
+    out.backward(torch.randn_like(out))
+    found = {"output": out.detach(), "x": x.grad, "top_k_weights": weights.grad}
+    return found | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("family", "name"), FAMILIES)
+def test_fused_path_is_as_exact_as_plain_pytorch(family, name, dtype):
+    model, layer = adapted(family, name, dtype, backend="triton")
+    args = inputs(dtype)
+    with torch.no_grad(), model.disable_adapter():
+        without = model(*args)
+    fused = step(model, layer, *args)
+    assert 0.3 < ((fused["output"] - without).norm() / without.norm()).item() < 3, "the adapter's share"
+    layer.backend = "torch"
+    plain = step(model, layer, *args)
+    exact = step(*_in_double(model), *(t.double() if t.is_floating_point() else t for t in args))
+    assert fused.keys() == exact.keys()
+    for key, expected in exact.items():
+        error, twin = ((t[key].double() - expected).norm() / expected.norm() for t in (fused, plain))
+        assert error <= 2 * twin + ATOL[dtype], f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+
+
+def _in_double(model):
+    double = copy.deepcopy(model).double()
+    layer = double.base_model.model.experts
+    layer.backend = "torch"
+    return double, layer
+
+
+def test_same_bits_every_time():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    first, second = step(model, layer, *args), step(model, layer, *args)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_nothing_waits_for_the_device():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    step(model, layer, *args)  # kernels are compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(model, layer, *args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_layer_is_one_graph_with_the_same_numbers():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    eager = step(model, layer, *args)
+    compiled = step(torch.compile(model.base_model.model.experts, fullgraph=True), layer, *args)
+    for key, expected in eager.items():
+        torch.testing.assert_close(compiled[key], expected, msg=key)
+
+
+def test_a_captured_graph_follows_the_adapter():
+    """Nothing is packed at capture: a replay reads the parameters as they are then."""
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    with torch.no_grad():
+        model(*args)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(*args)
+        layer.lora_B["default"]["down"].data.mul_(-3)
+        graph.replay()
+        assert torch.equal(captured, model(*args))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_repeats_dropout(use_reentrant):
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16, lora_dropout=0.3)
+    model.train()
+    args = inputs(torch.bfloat16)
+
+    def seeded(call):
+        torch.manual_seed(3)
+        return step(call, layer, *args)
+
+    kept = seeded(model)
+    recomputed = seeded(lambda *a: checkpoint(model, *a, use_reentrant=use_reentrant))
+    assert all(torch.equal(kept[key], recomputed[key]) for key in kept)
+    model.eval()
+    assert not torch.equal(seeded(model)["output"], kept["output"]), "dropout did nothing"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_kept_memory_is_the_pre_activation_two_rank_wide_tensors_and_indices(recompute):
+    model, _ = adapted(*FAMILIES[0], torch.bfloat16, recompute=recompute)
+    x, index, weights = inputs(torch.bfloat16, tokens=20_000)
+    x.requires_grad_()
+    model(x, index, weights)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = model(x, index, weights)
+    kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
+    M = index.numel()
+    floor = M * (2 * I * 2 * (not recompute) + 2 * R * 2 + 3 * 4)
+    # tile tables and the allocator's rounding
+    assert kept <= 1.02 * floor + 2**20
+
+
+def test_weights_past_two_to_the_31_elements():
+    E, N, K = 40, 8192, 8192
+    from peft_moe_lora.ops import kernels
+
+    weight = torch.empty(E, N, K, device="cuda", dtype=torch.bfloat16)
+    for e in range(E):
+        weight[e].normal_(std=K**-0.5)
+    assert weight.numel() > 2**31
+    x = torch.randn(64, K, device="cuda", dtype=torch.bfloat16)
+    routing = kernels.route(torch.full((64, 1), E - 1, device="cuda"), E)
+    y = kernels.expert_linear(x, weight, routing, gather=True)
+    torch.testing.assert_close(y, x @ weight[-1].T, rtol=0.02, atol=0.02)
+    # stored the other way round
+    dx = kernels.expert_linear(y, weight.transpose(1, 2), routing)
+    torch.testing.assert_close(dx, y @ weight[-1], rtol=0.02, atol=0.05)
+
+
+def test_rows_past_two_to_the_31_elements():
+    E, N, K, M = 2, 8192, 64, 2**18 + 77
+    from peft_moe_lora.ops import kernels
+
+    weight = torch.randn(E, N, K, device="cuda", dtype=torch.bfloat16) * K**-0.5
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    index = torch.zeros(M, 1, dtype=torch.long, device="cuda")
+    index[-100:] = 1
+    routing = kernels.route(index, E)
+    y = kernels.expert_linear(x, weight, routing, gather=True)
+    assert y.numel() > 2**31
+    torch.testing.assert_close(y[-100:], x[-100:] @ weight[1].T, rtol=0.02, atol=0.02)
+    out = kernels.combine(y, routing, torch.ones(M, 1, device="cuda"))
+    assert torch.equal(out, y)
+    xa = kernels.expert_shrink(y, weight[:, :, :16].transpose(1, 2), routing, 1.0)
+    torch.testing.assert_close(xa[-100:], y[-100:] @ weight[1, :, :16], rtol=0.02, atol=0.05)
