@@ -15,6 +15,7 @@ from helpers import (
     adapter_parameters,
     assert_close,
     assert_share_of_order_one,
+    base_weight,
     build_experts,
     dense_deltas,
     experts_adapter,
@@ -28,9 +29,10 @@ from helpers import (
     random_rows,
     tiny_families,
     tiny_model,
+    token_ids,
     wrap,
 )
-from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
+from peft import PeftModel, get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
@@ -338,6 +340,48 @@ def test_gradients_reach_every_active_adapter():
             mine = experts_adapter(model, adapter_name=name)[projection]
             for actual, expected in zip(mine, right, strict=True):
                 assert_close(actual.grad, expected.grad, FP32, f"{name}.{projection}")
+
+
+def test_adapters_may_sit_on_different_layers():
+    base = tiny_model()
+    model = moe_lora(copy.deepcopy(base), layers_to_transform=[0])
+    config = {"r": R, "lora_alpha": 2 * R, "target_modules": ["experts"], "layers_to_transform": [1]}
+    model.add_adapter("second", MoELoraConfig(**config))
+    fill_adapter(model, "second", seed=5)
+    alone = moe_lora(copy.deepcopy(base), **config)
+    fill_adapter(alone, seed=5)
+    model.set_adapter("second")
+    assert_close(outputs(model), outputs(alone), 1e-5)
+    model.delete_adapter("default")
+    assert_close(outputs(model), outputs(alone), 1e-5)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), outputs(base))
+
+
+def test_merging_in_bf16_rounds_once():
+    plain = qwen_experts().to(torch.bfloat16)
+    model = wrap(copy.deepcopy(plain))
+    deltas = dense_deltas(experts_adapter(model), E, 2.0)
+    model.merge_adapter()
+    merged = experts_layer(model, "experts").get_base_layer()
+    for projection, delta in deltas.items():
+        right = (base_weight(plain, projection).float() + delta).to(torch.bfloat16)
+        # where two fp32 sums fall on either side of a rounding boundary
+        assert (base_weight(merged, projection) == right).float().mean() > 0.999
+
+
+def test_one_batch_with_several_adapters_is_refused():
+    model = moe_lora(tiny_model())
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(input_ids=token_ids(), adapter_names=["default", "__base__"])
+
+
+def test_injecting_without_a_peft_model():
+    base = tiny_model()
+    expected = outputs(moe_lora(copy.deepcopy(base)))
+    model = inject_adapter_in_model(MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"]), base)
+    fill_adapter(model)
+    assert torch.equal(outputs(model), expected)
 
 
 def test_merging_several_is_their_sum_and_unmerging_takes_all_back():
