@@ -92,11 +92,11 @@ def test_dropout_of_a_new_adapter_changes_nothing(probability):
     assert_close(model(*rows), plain(*rows), 1e-6)
 
 
-def drawn_inputs(probability, T=400):
-    """[T * top_k, K] of 0 and 1 / (1 - p): what dropout left of inputs that were all one, read off the output.
+def shows_its_draws(probability):
+    """A model whose output, for inputs that are all one, is what dropout left of them: 0 or 1 / (1 - p).
 
-    down's adapter is left out and gate_up's made an identity on its first r inputs, so that the pre-activation of a
-    linear, ungated expert shows what entered A.
+    One linear, ungated projection of zeros with A and B the identity, then the identity: nothing else is left of the
+    layer than what enters A.
     """
     experts = build_experts("nemotron_h", "NemotronHExperts", hidden=H, intermediate=H)
     experts.act_fn = torch.nn.Identity()
@@ -108,13 +108,13 @@ def drawn_inputs(probability, T=400):
         lora_A, lora_B = experts_adapter(model)["gate_up"]
         lora_A.copy_(torch.eye(H).repeat(E, 1))
         lora_B.copy_(torch.eye(H).repeat(1, E))
-    x, index, weights = torch.ones(T, H), torch.arange(T)[:, None] % E, torch.ones(T, 1)
-    return model(x, index, weights).detach()
+    return model
 
 
 @pytest.mark.parametrize("probability", [0.25, 0.5])
 def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
-    left = drawn_inputs(probability)
+    T = 400
+    left = shows_its_draws(probability)(torch.ones(T, H), torch.arange(T)[:, None] % E, torch.ones(T, 1)).detach()
     dropped = left.abs() < 1e-6
     # what stays is scaled up, so that the expectation stays
     assert_close(left[~dropped], torch.full_like(left[~dropped], 1 / (1 - probability)), 1e-6)
@@ -124,7 +124,7 @@ def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
     assert not dropped.all(dim=1).any()
     assert not dropped.all(dim=0).any()
     assert dropped.float().mean(dim=0).std() < 0.1
-    # a row's draw is not the next row's, nor that of the row E further on, which is its expert's next
+    # a row's draw is neither the next row's nor that of the row E further on, its expert's next
     for shift in (1, E):
         agree = (dropped[shift:] == dropped[:-shift]).float().mean().item()
         assert agree == pytest.approx(probability**2 + (1 - probability) ** 2, abs=0.03)
@@ -132,21 +132,18 @@ def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
 
 def test_rows_of_one_token_are_dropped_apart():
     """Per row, not per token: a token's slots go to different experts, each with a draw of its own."""
-    experts = build_experts("nemotron_h", "NemotronHExperts", hidden=H, intermediate=H)
-    experts.act_fn = torch.nn.Identity()
-    with torch.no_grad():
-        experts.up_proj.zero_()
-        experts.down_proj.copy_(torch.eye(H).expand_as(experts.down_proj))
-    model = wrap(experts, lora_dropout=0.5, r=H, lora_alpha=H, target_projections=["gate_up"]).train()
-    with torch.no_grad():
-        lora_A, lora_B = experts_adapter(model)["gate_up"]
-        lora_A.copy_(torch.eye(H).repeat(E, 1))
-        lora_B.copy_(torch.eye(H).repeat(1, E))
-    # the second slot counts ten times: each sum tells both draws apart
-    out = model(torch.ones(200, H), torch.tensor([[0, 3]]).repeat(200, 1), torch.tensor([[1.0, 10.0]]).repeat(200, 1))
+    # the second slot counts ten times: a sum tells both draws
+    index, weights = torch.tensor([[0, 3]]).repeat(200, 1), torch.tensor([[1.0, 10.0]]).repeat(200, 1)
+    out = shows_its_draws(0.5)(torch.ones(200, H), index, weights)
     second = (out > 19).float()
     first = (out - 20 * second > 1).float()
     assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_two_steps_draw_twice():
+    model = shows_its_draws(0.5)
+    rows = torch.ones(200, H), torch.zeros(200, 1, dtype=torch.long), torch.ones(200, 1)
+    assert ((model(*rows) == 0) == (model(*rows) == 0)).float().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
 def test_mean_over_seeds_is_the_output_without_dropout():
