@@ -32,10 +32,11 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAME
 TINY = {"output": "moe-lora-demo", "length": 128, "batch_size": 16, "learning_rate": 1e-2, "steps": 200}
 REAL = {"output": "moe-lora-out", "length": 2048, "batch_size": 4, "learning_rate": 2e-4, "save_steps": 100}
 EVAL_BLOCKS = 64
-# |a - b| / |a| of two models' logits: fp32 sums in another order, bf16 rounds the merged weights once more
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-
+# of |a - b| / |a|, logits: fp32 sums in another order; bf16 rounds merged weights, which can change a token's experts
+TOLERANCE = {
+    torch.float32: {"reloaded": 1e-4, "merged": 1e-4},
+    torch.bfloat16: {"reloaded": 1e-2, "merged": 1e-1},
+}
 WHAT_IS = {
     "base": "the tiny model, as pretrained",
     "adapter": "the adapter: PeftModel.from_pretrained(base, this)",
@@ -115,7 +116,6 @@ def train(args: argparse.Namespace, blocks: list, held_out: dict[str, list]):
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=10,
-        bf16=model.dtype == torch.bfloat16,
         **{CHECKPOINTING: not args.tiny, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
         logging_steps=50 if args.tiny else 10,
         save_strategy="steps" if args.save_steps else "no",
@@ -136,23 +136,30 @@ def train(args: argparse.Namespace, blocks: list, held_out: dict[str, list]):
 def check(args: argparse.Namespace, blocks: list, trained: torch.Tensor) -> dict[str, float]:
     """Load the saved adapter into a fresh model, then merge it; both times the logits are the trained model's.
 
-    Returns: |logits - trained| / |trained|, reloaded and merged.
+    Returns: |logits - trained| / |trained| of the base, the reloaded and the merged model.
     Raises:
-        SystemExit: if one of them is more than rounding.
+        SystemExit: if the reloaded or the merged model differs by more than rounding.
     """
-    model = PeftModel.from_pretrained(load_base(args), args.output / "adapter")
-    tolerance, differences = TOLERANCE[model.dtype], {}
-    for name in ("reloaded", "merged"):
-        if name == "merged":
-            model = model.merge_and_unload(safe_merge=True)
-        difference = (torch.linalg.norm(logits_of(model, blocks) - trained) / torch.linalg.norm(trained)).item()
-        differences[name] = difference
-        print(f"{name}: the logits differ from the trained model's by {difference:.1e} (at most {tolerance:.0e})")
-        if not difference <= tolerance:
-            raise SystemExit(f"The {name} model is not the trained model.")
+    model, distances = load_base(args), {}
+
+    def measure(name):
+        distances[name] = (torch.linalg.norm(logits_of(model, blocks) - trained) / torch.linalg.norm(trained)).item()
+        print(f"  {name:<10} {distances[name]:.1e}")
+
+    print("Distance of the logits from the trained model's:")
+    measure("base")
+    model = PeftModel.from_pretrained(model, args.output / "adapter")
+    measure("reloaded")
+    model = model.merge_and_unload(safe_merge=True)
+    measure("merged")
+    for name, tolerance in TOLERANCE[model.dtype].items():
+        if not distances[name] <= tolerance:
+            raise SystemExit(
+                f"The {name} model is not the trained one: {distances[name]:.1e} is over {tolerance:.0e}."
+            )
     if args.tiny or args.save_merged:
         model.save_pretrained(args.output / "merged")
-    return differences
+    return distances
 
 
 def main() -> None:
@@ -165,6 +172,7 @@ def main() -> None:
 
     args.tiny = args.model is None
     if args.tiny:
+        torch.set_num_threads(1)  # on tensors this small a second thread only waits, and on a busy machine for minutes
         args.model = args.output / "base"
         print(f"Pretraining a tiny model on CPython's documentation, {args.pretrain_steps} steps")
         pretrain(args.model, args.pretrain_steps)
@@ -182,9 +190,9 @@ def main() -> None:
     for name in held_out:
         print(f"{name:<32} {before[name]:6.3f}  {after[name]:6.3f}")
     print()
-    differences = check(args, held_out["documentation"], trained)
+    distances = check(args, held_out["documentation"], trained)
 
-    results = {"before": before, "after": after, "logits_differ_by": differences}
+    results = {"before": before, "after": after, "distance_from_trained": distances}
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nEverything lies in {args.output}:")
     for path in sorted(args.output.iterdir()):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 # the tests share the demo's output: on one worker it is made once
-pytestmark = pytest.mark.xdist_group("examples")
+pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
@@ -25,7 +25,7 @@ def finetune(*arguments, ok: bool = True) -> subprocess.CompletedProcess:
     """Run the example as its users do, from a shell."""
     command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 
@@ -43,8 +43,10 @@ def test_the_demo_learns_the_new_text_and_keeps_what_it_learned(demo):
     before, after = results["before"], results["after"]
     assert before["documentation"] < 4.5  # guessing would cost ln 512 = 6.2 nats
     assert after["standard library"] < before["standard library"] - 0.2
-    assert 0 <= results["logits_differ_by"]["reloaded"] < 1e-4
-    assert 0 <= results["logits_differ_by"]["merged"] < 1e-4
+    distance = results["distance_from_trained"]
+    assert distance["base"] > 0.1  # the adapter has something to say, so that losing it would show
+    assert 0 <= distance["reloaded"] < 1e-4
+    assert 0 <= distance["merged"] < 1e-4
     assert f"{after['standard library']:.3f}" in done.stdout
     for name in ("base", "adapter", "merged", "results.json"):
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
