@@ -149,15 +149,18 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             UnsupportedExperts: if its own forward says something else than act_fn(gate) * up between two projections.
         """
-        first = hidden_states[:4], top_k_index[:4], top_k_weights[:4]
+        # a module of one's own need not know sentinels
+        known = ((top_k_index >= 0) & (top_k_index < self.layout.num_experts)).all(1).nonzero()[:4, 0]
+        if not known.numel():
+            return
+        first = hidden_states[known], top_k_index[known], top_k_weights[known]
         base = (Projection(self.layout.weight(self.base_layer, n), self.layout.bias(self.base_layer, n))
                 for n in PROJECTIONS)  # fmt: skip
         own = type(self.base_layer).forward(self.base_layer, *first)
         assumed = experts(*first, *base, self.layout.activation or own_activation(self.base_layer, self.layout.gated))
-        self._contract_holds = hidden_states.shape[0] > 0
         # 5 %: bf16 rounding stays below 2 %, another activation or a forgotten factor does not
-        if (own - assumed).norm() > 0.05 * own.norm():
-            self._contract_holds = False
+        self._contract_holds = bool((own - assumed).norm() <= 0.05 * own.norm())
+        if not self._contract_holds:
             raise UnsupportedExperts(
                 f"{type(self.base_layer).__name__}.forward does not compute the sum of top_k_weights * "
                 "down(act(gate_up(x))) with the activation read from its _apply_gate or act_fn; give it an "

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -102,6 +103,16 @@ def test_counts_of_trainable_parameters_are_right(capsys):
     printed = capsys.readouterr().out
     assert f"{trainable:,}" in printed
     assert f"{total:,}" in printed
+    assert f"2 experts modules, {2 * E} experts, {4 * E} projections" in printed
+
+
+def test_copies_print_their_own_counts(capsys):
+    model = moe_lora(tiny_model())
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    model.delete_adapter("default")
+    for twin in copies:
+        twin.print_trainable_parameters()
+        assert f"2 experts modules, {2 * E} experts" in capsys.readouterr().out
 
 
 def test_attaching_says_what_got_an_adapter(caplog):
