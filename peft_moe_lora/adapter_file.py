@@ -65,7 +65,7 @@ def read_adapter_file(path: str) -> AdapterFile:
     """
     try:
         with safe_open(path, framework="pt") as f:
-            description = _description(path, f.metadata() or {})
+            description = read_description(path, f.metadata() or {})
             shapes = {}
             for name in f.keys():
                 tensor = f.get_tensor(name)
@@ -100,7 +100,12 @@ def complete_adapter_file(folder, description: dict) -> None:
         _replace_metadata(weights, {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True)})
 
 
-def _description(path: str, metadata: dict[str, str]) -> dict:
+def read_description(path: str, metadata: dict[str, str]) -> dict:
+    """What a file's metadata says under METADATA_KEY; {} where it says nothing.
+
+    Raises:
+        ValueError: if it is no JSON object, or of an unknown layout or version.
+    """
     try:
         description = json.loads(metadata.get(METADATA_KEY, "{}"))
     except json.JSONDecodeError as error:

@@ -15,12 +15,22 @@ FLOORS = [
     "functional",
     "layout",
     "adapter_file",
+    "card",
     "config",
     "layer",
     "checkpoint",
     "model",
+    "tensor_file",
+    "base_model",
+    "adapter",
+    "targets",
+    "formats",
+    "conversion",
+    "merging",
+    "loading",
     "registration",
     "__init__",
+    "cli",
 ]
 
 

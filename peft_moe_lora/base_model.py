@@ -1,0 +1,187 @@
+"""What a base model's config says of its experts: an empty model is built from it, and its modules are read.
+
+No weight is loaded. What the config's model class is called on the hub, and what its per-expert tensors were called
+there before transformers 5 stacked them, stands in the table below.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from .layout import ExpertsLayout, UnsupportedExperts, is_experts, read_layout
+from .tensor_file import AdapterError, RefusedError
+
+
+@dataclass(frozen=True)
+class HubNames:
+    """Names of per-expert tensors in a family's published checkpoints.
+
+    Attributes:
+        gate, up, down: the projections of one expert.
+        renamed: (name in transformers 5, name on the hub) of parts of paths.
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def to_hub(self, key: str) -> str:
+        for ours, theirs in self.renamed:
+            key = key.replace(ours, theirs)
+        return key
+
+    def from_hub(self, key: str) -> str:
+        for ours, theirs in self.renamed:
+            key = key.replace(theirs, ours)
+        return key
+
+
+_BLOCK_SPARSE = HubNames("w1", "w3", "w2", ((".mlp.", ".block_sparse_moe."),))
+_PLAIN = HubNames()
+
+# model types whose published checkpoints have names of their own
+HUB_NAMES = {
+    "mixtral": _BLOCK_SPARSE,
+    "minimax": _BLOCK_SPARSE,
+    "minimax_m2": _BLOCK_SPARSE,
+    "phimoe": HubNames("w1", "w3", "w2", ((".mlp.router", ".block_sparse_moe.gate"), (".mlp.", ".block_sparse_moe."))),
+}
+
+# what stands before "layers.0" where a text model is, or is not, part of a larger one
+_TEXT_PREFIX = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|model\.)")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What conversions need of a base model.
+
+    Attributes:
+        name: what was asked for, for messages.
+        model_type: of the config.
+        experts: path -> layout of every routed experts module.
+        interleaved: path -> whether the rows of its gate_up projection alternate (gate, up); None: not known.
+        linears: path -> (in_features, out_features) of every linear layer and embedding.
+        modules: every path.
+    """
+
+    name: str
+    model_type: str
+    experts: Mapping[str, ExpertsLayout]
+    interleaved: Mapping[str, bool | None]
+    linears: Mapping[str, tuple[int, int]]
+    modules: frozenset[str] = field(repr=False)
+
+    @property
+    def hub_names(self) -> HubNames:
+        return HUB_NAMES.get(self.model_type, _PLAIN)
+
+    def resolve(self, path: str) -> str:
+        """The base's own path for a path as an adapter or checkpoint has it; unchanged where there is none.
+
+        Old names on the hub are replaced, and "model.layers" meets "model.language_model.layers", either way.
+        """
+        path = self.hub_names.from_hub(path)
+        if path in self.modules:
+            return path
+        stem = _TEXT_PREFIX.sub("", path)
+        found = [p for p in self._by_stem().get(stem, ()) if p != path]
+        return found[0] if len(found) == 1 else path
+
+    def _by_stem(self) -> dict[str, list[str]]:
+        if "_stems" not in self.__dict__:
+            stems: dict[str, list[str]] = {}
+            for path in self.modules:
+                stems.setdefault(_TEXT_PREFIX.sub("", path), []).append(path)
+            object.__setattr__(self, "_stems", stems)
+        return self.__dict__["_stems"]
+
+    def gate_and_up(self, path: str) -> tuple[slice, slice]:
+        """The rows of gate and of up in a gate_up projection of N = 2I rows.
+
+        Raises:
+            RefusedError: if the module does not say how they lie.
+        """
+        width = self.experts[path].down.in_features
+        if self.interleaved[path] is None:
+            raise RefusedError(
+                f"{path} of {self.name} does not say whether its gate_up rows are [gate; up] or alternate, so they "
+                "cannot be split; keep the projection whole (peft, vllm_3d)."
+            )
+        return (slice(0, None, 2), slice(1, None, 2)) if self.interleaved[path] else (slice(width), slice(width, None))
+
+
+def read_base(base_config) -> BaseModel:
+    """The facts of a base model.
+
+    Args:
+        base_config: a folder with a config.json, such a file, a name on the hub, a config, or the dict of one.
+    Raises:
+        AdapterError: if there is no such config, or no model class for it.
+        RefusedError: if it has no routed experts that an adapter can ride on.
+    """
+    if isinstance(base_config, BaseModel):
+        return base_config
+    name, config = _config(base_config)
+    try:
+        with torch.device("meta"):
+            model = _model_class(config)(config)
+    except Exception as error:  # whatever a model class makes of a config that is not its own
+        raise AdapterError(f"{name}: no model can be built from its config ({error}).") from error
+    experts = {path: module for path, module in model.named_modules() if is_experts(module)}
+    if not experts:
+        raise RefusedError(f"{name} ({config.model_type}) has no routed experts; is this the right base model?")
+    try:
+        layouts = {path: read_layout(module) for path, module in experts.items()}
+    except UnsupportedExperts as error:
+        raise RefusedError(f"{name}: {error}") from error
+    return BaseModel(
+        name=name,
+        model_type=config.model_type,
+        experts=layouts,
+        interleaved={path: _interleaved(experts[path], layout) for path, layout in layouts.items()},
+        linears={path: shape for path, module in model.named_modules() if (shape := _features(module)) is not None},
+        modules=frozenset(path for path, _ in model.named_modules()),
+    )
+
+
+def _config(base_config) -> tuple[str, PreTrainedConfig]:
+    if isinstance(base_config, PreTrainedConfig):
+        return base_config.name_or_path or base_config.model_type, base_config
+    try:
+        if isinstance(base_config, dict):
+            return str(base_config.get("model_type")), AutoConfig.for_model(**base_config)
+        path = Path(base_config)
+        name = path.parent if path.name == "config.json" else base_config
+        return str(name), AutoConfig.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{base_config!r} gives no model config ({error}); name a folder with a config.json, or a hub model."
+        ) from error
+
+
+def _model_class(config: PreTrainedConfig):
+    """The class whose module paths a saved adapter has: the one the config names, else a causal language model."""
+    named = getattr(transformers, (getattr(config, "architectures", None) or ["-"])[0], None)
+    return named or (lambda c: AutoModelForCausalLM.from_config(c))
+
+
+def _interleaved(module: nn.Module, layout: ExpertsLayout) -> bool | None:
+    if hasattr(module, "is_concatenated"):
+        return not module.is_concatenated
+    return None if layout.activation is None else layout.activation.interleaved
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    weight = getattr(module, "weight", None)  # a router keeps its [E, H] weight in a class of its own
+    return (weight.shape[1], weight.shape[0]) if isinstance(weight, nn.Parameter) and weight.ndim == 2 else None
