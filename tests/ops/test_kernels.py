@@ -15,7 +15,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # the interpreter multiplies bf16 tiles wrongly
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# fp32: the kernels sum in order and take the fast exponential
+ATOL = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ..routing import Routing
-from .config import device_facts
+from .config import ceil_div, device_facts, find, power_of_2
+from .launch import launch
 
 # slots whose loads are in flight together
 UNROLLED = 8
@@ -79,11 +80,12 @@ def combine(
     out = torch.empty(T, N, dtype=dtype or y.dtype, device=y.device)
     if out.numel() == 0:
         return out
-    block_n = 16 if device_facts(y.device)[0] == 0 else min(1024, triton.next_power_of_2(N))
+    blocks = find("combine", device_facts(y.device)[0], y.element_size(), 16)
     strides = (0, 0) if top_k_weights is None else top_k_weights.stride()
-    _combine_kernel[(T, triton.cdiv(N, block_n))](
+    launch(
+        _combine_kernel, (T, ceil_div(N, blocks["BLOCK_N"])),
         y, top_k_weights, routing.slot_row, out, N, top_k, *y.stride(), *strides,
-        UNROLLED=min(UNROLLED, triton.next_power_of_2(top_k)), BLOCK_N=block_n, num_warps=4,
+        UNROLLED=min(UNROLLED, power_of_2(top_k)), **blocks,
     )  # fmt: skip
     return out
 
@@ -107,9 +109,10 @@ def combine_backward(
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dw = torch.empty(top_k_weights.shape, dtype=torch.float32, device=y.device)
     if M > 0:
-        block_n = 16 if device_facts(y.device)[0] == 0 else min(1024, triton.next_power_of_2(N))
-        _combine_backward_kernel[(M,)](
+        blocks = find("combine", device_facts(y.device)[0], y.element_size(), 16)
+        launch(
+            _combine_backward_kernel, (M,),
             dout, y, top_k_weights, routing.slot_row, dy, dw, N, top_k,
-            *dout.stride(), *y.stride(), *top_k_weights.stride(), BLOCK_N=block_n, num_warps=4,
+            *dout.stride(), *y.stride(), *top_k_weights.stride(), **blocks,
         )  # fmt: skip
     return dy, dw

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 
 
 @dataclass(frozen=True)
@@ -40,44 +39,43 @@ _H200 = "NVIDIA H200, 2026-11-21"
 _TINY = "small, so that tiny shapes have edges"
 TABLE = (
     # the interpreter
-    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, DESCRIPTOR=True, TAIL=False),
-    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, DESCRIPTOR=True, TAIL=False),
-    _row("linear_act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, DESCRIPTOR=True, TAIL=False),
-    _row("linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, TAIL=True),
-    _row("linear_act", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, TAIL=True),
-    _row("linear_act_backward", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, TAIL=True),
+    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, DESCRIPTOR=True, PER_SM=1, TAIL=False),
+    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, DESCRIPTOR=True, PER_SM=1, TAIL=False),
+    _row("linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True),
+    _row("linear_act", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True),
     _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32),
     _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
+    _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
+    _row("combine", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16),
     # 2-byte elements, from sm_80 on: pointer loads
-    _row("linear", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act_backward", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
-    _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act_backward", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, TAIL=False),
+    _row("act_backward", 80, 2, 16, _SAFE, 4, 1, BLOCK_M=8, BLOCK_I=256),
+    _row("combine", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=1024),
+    _row("linear", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear_act", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
     _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
+    _row("act_backward", 80, 4, 16, _SAFE, 4, 1, BLOCK_M=4, BLOCK_I=256),
+    _row("combine", 80, 4, 16, _SAFE, 4, 1, BLOCK_N=512),
     # 4-byte elements: IEEE products run on the FMA units, so small tiles
-    _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act_backward", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
-    _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
-    _row("linear_act_backward", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, TAIL=False),
+    _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
     _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
     # 2-byte elements, from sm_90 on: the weight comes by tensor descriptor
-    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
-    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
-    _row("linear_act_backward", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
-    _row("linear", 90, 2, 64, _SAFE, 4, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
-    _row("linear_act", 90, 2, 64, _SAFE, 4, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
-    _row("linear_act_backward", 90, 2, 64, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=False),
-    _row("linear", 90, 2, 128, _SAFE, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=True),
-    _row("linear_act", 90, 2, 128, _SAFE, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, TAIL=True),
-    _row("linear_act_backward", 90, 2, 128, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, TAIL=True),
-    _row("shrink", 90, 2, 16, _SAFE, 4, 4, BLOCK_M=64, BLOCK_K=64),
-    _row("outer", 90, 2, 16, _SAFE, 4, 4, BLOCK_M=64, BLOCK_WIDE=128),
+    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
+    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
+    _row("linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=2, TAIL=False, GROUP=8),
+    _row("linear_act", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=2, TAIL=True, GROUP=4),
+    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=True),
+    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=True),
+    _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
+    _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
+    _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
+    _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
 )
 
 
@@ -122,4 +120,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def padded_rank(r: int) -> int:
     """r as a tile's width: a power of two, at least the 16 that a product of tiles takes."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, power_of_2(r))
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n and 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)

@@ -23,7 +23,7 @@ def dropout_mask(seed_ptr, slots, columns, P: tl.constexpr):
     seed = tl.load(seed_ptr).to(tl.uint32)
     row_hash = _mix(slots.to(tl.uint32) ^ seed)
     h = _mix(columns.to(tl.uint32)[None, :] ^ row_hash[:, None])
-    # the threshold P * 2**32 as int64: as a literal its type would change with its size
-    keep = h.to(tl.int64) >= tl.full((), P * 4294967296.0, tl.int64)
+    # through int64: as a literal the threshold's type would change with its size
+    keep = h.to(tl.int64) >= tl.full((), P * 4294967296.0, tl.float64).to(tl.int64)
     scale: tl.constexpr = 1.0 / (1.0 - P)
     return tl.where(keep, scale, 0.0)

@@ -11,8 +11,9 @@ from ..activation import Activation
 from ..routing import Routing
 from .activation import activate, activate_plain
 from .config import dot_precision, padded_rank
+from .launch import launch
 from .routing import with_tiles
-from .tile import add_product, halves, launch_facts, low_rank, position, strides_or_zeros, tile_columns
+from .tile import halves, launch_facts, position, strides_or_zeros, table_line, tile_columns, tile_product
 
 
 @triton.jit
@@ -33,16 +34,12 @@ def _linear_act_tile(
     x_rows = tl.load(row_token_ptr + rows) if GATHER else rows
     n0 = n * (BLOCK_N // HALVES)
     cols, mask_n = tile_columns(n0, N // HALVES, BLOCK_N, HALVES)
-    acc = low_rank(
-        xa_ptr, lora_B_ptr, bias_ptr, None, None, e, rows, cols, mask_n, r,
-        stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
-        BLOCK_M, BLOCK_N, R, x_ptr.dtype.element_ty, 0.0, PRECISION,
+    acc = tile_product(
+        x_ptr, None, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, None, None,
+        e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
+        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+        stride_biase, stride_biasn, 0.0, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
     )  # fmt: skip
-    acc = add_product(
-        acc, x_ptr, None, weight_ptr, weight_desc, e, x_rows, first_row, n0, cols, mask_n, K,
-        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, PRECISION,
-    )  # fmt: skip
-
     mask_m = (offs_m < end)[:, None]
     rows_out = offs_m.to(tl.int64)[:, None]
     dtype = pre_ptr.dtype.element_ty
@@ -68,8 +65,8 @@ def _linear_act_tile(
 
 @triton.jit
 def _linear_act_kernel(
-    x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr, expert_offsets_ptr,
-    tiles_ptr, max_tiles, N, K, r,
+    x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+    tiles_ptr, lines, N, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
@@ -79,14 +76,15 @@ def _linear_act_kernel(
 ):  # fmt: skip
     """Persistent grid: each program takes every num_programs-th output tile."""
     HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
-    num_tiles = tl.load(tiles_ptr + 2 * max_tiles + 1)
+    num_tiles = tl.load(tiles_ptr + 2 * lines - 1)
     num_n = tl.cdiv(N // HALVES, BLOCK_N // HALVES)
-    for t in range(tl.program_id(0), num_tiles * num_n, tl.num_programs(0)):
-        tile, n = position(t, num_tiles, num_n, GROUP)
-        # int64: an expert index times a stride passes 2**31
-        e = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
-        first_row = tl.load(tiles_ptr + 2 * tile + 1)
-        end = tl.load(expert_offsets_ptr + e + 1)
+    total = num_tiles * num_n
+    tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)
+    e, first_row, end = table_line(tiles_ptr, tl.maximum(tile, 0))
+    for t in range(tl.program_id(0), total, tl.num_programs(0)):
+        # the next tile's line is on its way while this tile is computed
+        next_tile, next_n = position(tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP)
+        next_e, next_first_row, next_end = table_line(tiles_ptr, next_tile)
         if TAIL and end - first_row <= BLOCK_M // 2:
             _linear_act_tile(
                 x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
@@ -101,6 +99,7 @@ def _linear_act_kernel(
                 stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED,
                 LIMIT, ALPHA, UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
             )  # fmt: skip
+        e, first_row, end, n = next_e, next_first_row, next_end, next_n
 
 
 def expert_linear_act(
@@ -133,9 +132,10 @@ def expert_linear_act(
     parts = 2 if activation.gated and not activation.interleaved else 1
     programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, parts)
     r = 0 if xa is None else xa.shape[1]
-    _linear_act_kernel[(programs,)](
-        x, weight, weight_desc, bias, xa, lora_B, pre, act, routing.row_token, routing.expert_offsets, routing.tiles,
-        routing.tiles.shape[0] - 1, N, K, r,
+    launch(
+        _linear_act_kernel, (programs,),
+        x, weight, weight_desc, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles,
+        routing.tiles.shape[0], N, K, r,
         *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
         *strides_or_zeros(bias, 2),
         KIND=activation.kind, GATED=activation.gated, INTERLEAVED=activation.interleaved, LIMIT=activation.limit,

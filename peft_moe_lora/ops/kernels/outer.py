@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 
 from ..routing import Dropout, Routing
-from .config import device_facts, dot_precision, find
+from .config import ceil_div, device_facts, dot_precision, find, power_of_2
 from .dropout import dropout_mask
+from .launch import launch
 
 # programs that fill the device several times over
-PROGRAMS = 2048
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -137,24 +138,25 @@ def expert_outer(
         strides = out.stride(0), out.stride(2), out.stride(1)
     (SMALL, WIDE), arch = (small.shape[1], wide.shape[1]), device_facts(left.device)[0]
     blocks = dict(find("outer", arch, left.element_size(), 16))
-    blocks["BLOCK_SMALL"] = min(64, max(16, triton.next_power_of_2(SMALL)))
-    num_s = triton.cdiv(SMALL, blocks["BLOCK_SMALL"])
-    tiles = triton.cdiv(WIDE, blocks["BLOCK_WIDE"]) * num_s
-    # long chunks leave few partial sums, short ones leave more programs
-    even = 2 * triton.next_power_of_2(triton.cdiv(M, E))
-    chunk = min(triton.next_power_of_2(triton.cdiv(M * tiles, PROGRAMS)), even)
-    chunk = max(blocks["BLOCK_M"], chunk if arch == 0 else max(chunk, 256))
+    blocks["BLOCK_SMALL"] = min(64, max(16, power_of_2(SMALL)))
+    num_s = ceil_div(SMALL, blocks["BLOCK_SMALL"])
+    tiles = ceil_div(WIDE, blocks["BLOCK_WIDE"]) * num_s
+    # a chunk for a whole expert leaves no partial sums; shorter ones where that leaves too few programs
+    even, filling = 2 * ceil_div(M, E), 2 * ceil_div(M * tiles, PROGRAMS)
+    chunk = max(blocks["BLOCK_M"], power_of_2(min(even, filling)), 256 if arch else 1)
     max_chunks = M // chunk + min(E, M)
     partial = torch.empty(max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
-    shared = {"CHUNK": chunk, "E_PADDED": triton.next_power_of_2(E)}
-    _outer_kernel[(tiles, max_chunks)](
+    shared = {"CHUNK": chunk, "E_PADDED": power_of_2(E)}
+    launch(
+        _outer_kernel, (tiles, max_chunks),
         small, wide, None if row_weights is None else row_weights.contiguous(), dropout.seed if dropout else None,
         routing.row_token, routing.row_slot, routing.expert_offsets, partial, out, E, SMALL, WIDE, num_s,
         *small.stride(), *wide.stride(), *strides,
         GATHER_SMALL=gather_small, GATHER_WIDE=gather_wide, P=dropout.p if dropout else 0.0,
         PRECISION=dot_precision(left.dtype), **shared, **blocks,
     )  # fmt: skip
-    _sum_chunks_kernel[(tiles, E)](
+    launch(
+        _sum_chunks_kernel, (tiles, E),
         routing.expert_offsets, partial, out, E, SMALL, WIDE, num_s, *strides,
         BLOCK_SMALL=blocks["BLOCK_SMALL"], BLOCK_WIDE=blocks["BLOCK_WIDE"], **shared,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 Three launches: count each block of slots by expert; scan the counts over the blocks; place every slot.
 Legend: S slots = T * top_k, blocks of BLOCK slots, id E stands for every sentinel.
     counts_ptr [blocks, E + 1]: per block, then exclusive over the blocks     totals_ptr [E + 1]: slots of each expert
-    tiles_ptr [max_tiles + 1, 2]: (expert, first row); expert -1 past the last; the last line is (-1, number of tiles)
+    tiles_ptr [max_tiles + 2, 2]: (expert, first row); past the last tile (-1, rows routed), so that a tile ends where
+        the next line begins; the very last line is (-1, number of tiles)
 """
 
 from dataclasses import replace
@@ -13,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ..routing import Routing
-from .config import block_m_for, device_facts
+from .config import block_m_for, ceil_div, device_facts, power_of_2
+from .launch import launch
 
 BLOCK = 256
 TILES_BLOCK = 32
@@ -57,7 +59,7 @@ def _scan_kernel(counts_ptr, totals_ptr, blocks, E, BLOCK_B: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _write_tiles(totals, tiles_ptr, first_tile, max_tiles, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr):
+def _write_tiles(totals, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr):
     """Lines first_tile up to first_tile + TILES_BLOCK of the table, from the rows of each expert, totals [E]."""
     tiles_end = tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, axis=0)
     rows_end = tl.cumsum(totals, axis=0)
@@ -69,15 +71,16 @@ def _write_tiles(totals, tiles_ptr, first_tile, max_tiles, BLOCK_M: tl.constexpr
     first_row = tl.max(tl.where(passed, rows_end[None, :], 0), axis=1)
     expert_tile = tl.max(tl.where(passed, tiles_end[None, :], 0), axis=1)
     expert = tl.where(t < num_tiles, expert, -1)
-    first_row = tl.where(t == max_tiles, num_tiles, first_row + (t - expert_tile) * BLOCK_M)
-    tl.store(tiles_ptr + 2 * t, expert, mask=t <= max_tiles)
-    tl.store(tiles_ptr + 2 * t + 1, first_row, mask=t <= max_tiles)
+    first_row += tl.where(t < num_tiles, t - expert_tile, 0) * BLOCK_M
+    first_row = tl.where(t == lines - 1, num_tiles, first_row)
+    tl.store(tiles_ptr + 2 * t, expert, mask=t < lines)
+    tl.store(tiles_ptr + 2 * t + 1, first_row, mask=t < lines)
 
 
 @triton.jit
 def _place_kernel(
     top_k_index_ptr, counts_ptr, totals_ptr, expert_offsets_ptr, row_token_ptr, row_slot_ptr, slot_row_ptr, tiles_ptr,
-    S, E, top_k, stride_t, stride_k, blocks, max_tiles,
+    S, E, top_k, stride_t, stride_k, blocks, lines,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -107,24 +110,24 @@ def _place_kernel(
             tl.store(expert_offsets_ptr, 0)
             tl.store(expert_offsets_ptr + 1 + experts, tl.cumsum(totals, axis=0), mask=experts < E)
         else:
-            _write_tiles(totals, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, max_tiles, BLOCK_M, TILES_BLOCK)
+            _write_tiles(totals, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
 
 
 @triton.jit
 def _tiles_kernel(
-    expert_offsets_ptr, tiles_ptr, E, max_tiles,
+    expert_offsets_ptr, tiles_ptr, E, lines,
     E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid [tile blocks]: the tile table of a routing that has offsets only."""
     experts = tl.arange(0, E_PADDED)
     start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    _write_tiles(end - start, tiles_ptr, tl.program_id(0) * TILES_BLOCK, max_tiles, BLOCK_M, TILES_BLOCK)
+    _write_tiles(end - start, tiles_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
 
 
-def _max_tiles(M: int, E: int, block_m: int) -> int:
-    """An upper bound of the sum over experts of their rows / block_m, rounded up: no shape depends on data."""
-    return M // block_m + min(E, M)
+def _lines(M: int, E: int, block_m: int) -> int:
+    """max_tiles + 2; max_tiles bounds the sum over experts of rows / block_m, rounded up: no shape depends on data."""
+    return M // block_m + min(E, M) + 2
 
 
 def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
@@ -138,24 +141,26 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     (T, top_k), E = top_k_index.shape, num_experts
     S = T * top_k
     block_m = block_m_for(S, E, device_facts(top_k_index.device)[0])
-    max_tiles = _max_tiles(S, E, block_m)
-    blocks = triton.cdiv(S, BLOCK)
-    sizes = E + 1, S, S, S, 2 * (max_tiles + 1), blocks * (E + 1), E + 1
+    lines = _lines(S, E, block_m)
+    blocks = ceil_div(S, BLOCK)
+    sizes = E + 1, S, S, S, 2 * lines, blocks * (E + 1), E + 1
     index = [torch.empty(n, dtype=torch.int32, device=top_k_index.device) for n in sizes]
     expert_offsets, row_token, row_slot, slot_row, tiles, counts, totals = index
     tiles = tiles.view(-1, 2)
     routing = Routing(expert_offsets, row_token, row_slot, slot_row, top_k, tiles, block_m)
     if S == 0:
         expert_offsets.zero_()
-        tiles.fill_(-1)[-1, 1].zero_()
+        tiles[:, 0] = -1
+        tiles[:, 1] = 0
         return routing
     slots = S, E, top_k, *top_k_index.stride()
-    grid = blocks + 1 + triton.cdiv(max_tiles + 1, TILES_BLOCK)
-    _count_kernel[(blocks,)](top_k_index, counts, *slots, BLOCK=BLOCK, BLOCK_E=32)
-    _scan_kernel[(triton.cdiv(E + 1, 16),)](counts, totals, blocks, E, BLOCK_B=64, BLOCK_E=16)
-    _place_kernel[(grid,)](
-        top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles, *slots, blocks, max_tiles,
-        BLOCK=BLOCK, BLOCK_E=32, E_PADDED=triton.next_power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
+    grid = blocks + 1 + ceil_div(lines, TILES_BLOCK)
+    launch(_count_kernel, (blocks,), top_k_index, counts, *slots, BLOCK=BLOCK, BLOCK_E=32)
+    launch(_scan_kernel, (ceil_div(E + 1, 16),), counts, totals, blocks, E, BLOCK_B=64, BLOCK_E=16)
+    launch(
+        _place_kernel, (grid,),
+        top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles, *slots, blocks, lines,
+        BLOCK=BLOCK, BLOCK_E=32, E_PADDED=power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
     )  # fmt: skip
     return routing
 
@@ -166,10 +171,11 @@ def with_tiles(routing: Routing) -> Routing:
         return routing
     M, E, offsets = routing.num_rows, routing.num_experts, routing.expert_offsets
     block_m = block_m_for(M, E, device_facts(offsets.device)[0])
-    max_tiles = _max_tiles(M, E, block_m)
-    tiles = torch.empty(max_tiles + 1, 2, dtype=torch.int32, device=offsets.device)
-    _tiles_kernel[(triton.cdiv(max_tiles + 1, TILES_BLOCK),)](
-        offsets, tiles, E, max_tiles,
-        E_PADDED=triton.next_power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
+    lines = _lines(M, E, block_m)
+    tiles = torch.empty(lines, 2, dtype=torch.int32, device=offsets.device)
+    launch(
+        _tiles_kernel, (ceil_div(lines, TILES_BLOCK),),
+        offsets, tiles, E, lines,
+        E_PADDED=power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
     )  # fmt: skip
     return replace(routing, tiles=tiles, block_m=block_m)

@@ -7,6 +7,7 @@ import triton.language as tl
 from ..routing import Dropout, Routing
 from .config import device_facts, dot_precision, find, padded_rank
 from .dropout import dropout_mask
+from .launch import launch
 from .routing import with_tiles
 
 
@@ -17,7 +18,7 @@ def _shrink_kernel(
     PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid [max_tiles * PARTS]: a tile of the table is PARTS tiles of BLOCK_M rows here."""
+    """Grid [lines * PARTS]: a tile of the table is PARTS tiles of BLOCK_M rows here."""
     tile = tl.program_id(0) // PARTS
     # int64: an expert index times a stride passes 2**31
     e = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
@@ -83,7 +84,13 @@ def expert_shrink(
     blocks = dict(find("shrink", device_facts(x.device)[0], x.element_size(), routing.block_m))
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], routing.block_m)
     parts = routing.block_m // blocks["BLOCK_M"]
-    _shrink_kernel[((routing.tiles.shape[0] - 1) * parts,)](
+    # the tile of A grows with the rank: less of it in flight, and more threads to hold the sums
+    if r > 64:
+        blocks |= {"BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
+    elif r > 16:
+        blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 64)
+    launch(
+        _shrink_kernel, (routing.tiles.shape[0] * parts,),
         x, lora_A, xa, dropout.seed if dropout else None, routing.row_token, routing.row_slot, routing.expert_offsets,
         routing.tiles, K, r, scaling, *x.stride(), *lora_A.stride(),
         PARTS=parts, GATHER=gather, P=dropout.p if dropout else 0.0, R=padded_rank(r),

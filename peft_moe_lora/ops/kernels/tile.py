@@ -6,8 +6,10 @@ Legend, of one tile:
     HALVES: 2 where a tile holds the same BLOCK_N / 2 columns of a gate half and of an up half, else 1
     n0: first column within a half              width: columns of a half
     weight_desc: 4-D descriptor [E, HALVES, width, K] where K_UNIT, else 3-D [E, K, N]; None to load by pointers
-The low-rank term stands first: the accumulator it leaves can be masked, and is the one the K loop goes on with.
+With a mask the low-rank term stands first: the accumulator it leaves is masked, and the K loop goes on with it.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -25,9 +27,16 @@ LARGE_EXPERT_BYTES = 32 * 2**20
 def position(t, num_tiles, num_n, GROUP: tl.constexpr):
     """(row tile, column tile) of output tile t: GROUP row tiles share each weight tile before the next one is read."""
     first = t // (GROUP * num_n) * GROUP
-    size = tl.minimum(num_tiles - first, GROUP)
+    size = tl.maximum(tl.minimum(num_tiles - first, GROUP), 1)
     within = t % (GROUP * num_n)
     return first + within % size, within // size
+
+
+@triton.jit
+def table_line(tiles_ptr, tile):
+    """(expert, first row, end) of a row tile."""
+    line = tiles_ptr + 2 * tile
+    return tl.load(line), tl.load(line + 1), tl.load(line + 3)
 
 
 @triton.jit
@@ -47,40 +56,64 @@ def halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def low_rank(
-    xa_ptr, lora_B_ptr, bias_ptr, seed_ptr, row_slot_ptr, e, rows, cols, mask_n, r,
-    stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, P: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _low_rank_factors(
+    xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] fp32: the low-rank term, masked where P > 0, plus the bias; zeros without either."""
+    """Ranks r0 up to r0 + BLOCK_R of xa [M, R] and of B [R, N], undefined past r; which ranks exist."""
+    offs_r = r0 + tl.arange(0, BLOCK_R)
+    xa_ptrs = xa_ptr + rows.to(tl.int64)[:, None] * stride_xam + offs_r[None, :] * stride_xar
+    # int64: a column times r * E passes 2**31
+    lora_B_ptrs = lora_B_ptr + e * stride_be + cols.to(tl.int64)[None, :] * stride_bn
+    lora_B_ptrs += offs_r.to(tl.int64)[:, None] * stride_br
+    xa = tl.load(xa_ptrs, mask=offs_r[None, :] < r)
+    lora_B = tl.load(lora_B_ptrs, mask=(offs_r[:, None] < r) & mask_n[None, :])
+    return xa, lora_B, offs_r < r
+
+
+@triton.jit
+def _add_low_rank(acc, xa, lora_B, mask_r, PRECISION: tl.constexpr):
+    """acc + B xa.  [M, R] @ [R, N] -> [M, N]"""
+    xa = tl.where(mask_r[None, :], xa, 0.0)
+    lora_B = tl.where(mask_r[:, None], lora_B.to(xa.dtype), 0.0)
+    return tl.dot(xa, lora_B, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_product(
+    x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr, row_slot_ptr,
+    e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    stride_biase, stride_biasn,
+    P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] fp32 of the formula above."""
+    expert = e
+    # int64: an expert index times a stride passes 2**31
+    e = e.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if xa_ptr is not None:
-        BLOCK_R: tl.constexpr = min(R, 64)
+    # small factors are loaded ahead of the K loop, which hides their latency, and multiplied after it
+    LATE: tl.constexpr = xa_ptr is not None and P == 0 and R == 16
+    BLOCK_R: tl.constexpr = min(R, 32)
+    if LATE:
+        xa, lora_B, mask_r = _low_rank_factors(
+            xa_ptr, lora_B_ptr, e, rows, cols, mask_n, 0, r, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+            BLOCK_R,
+        )  # fmt: skip
+    elif xa_ptr is not None:
         for r0 in tl.static_range(0, R, BLOCK_R):
-            offs_r = r0 + tl.arange(0, BLOCK_R)
-            xa_ptrs = xa_ptr + rows.to(tl.int64)[:, None] * stride_xam + offs_r[None, :] * stride_xar
-            # int64: a column times r * E passes 2**31
-            lora_B_ptrs = lora_B_ptr + e * stride_be + cols.to(tl.int64)[None, :] * stride_bn
-            lora_B_ptrs += offs_r.to(tl.int64)[:, None] * stride_br
-            xa = tl.load(xa_ptrs, mask=offs_r[None, :] < r, other=0.0)  # [M, R]
-            lora_B = tl.load(lora_B_ptrs, mask=(offs_r[:, None] < r) & mask_n[None, :], other=0.0)  # [R, N]
-            acc = tl.dot(xa, lora_B.to(DTYPE), acc, input_precision=PRECISION)
+            xa, lora_B, mask_r = _low_rank_factors(
+                xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn,
+                stride_br, BLOCK_R,
+            )  # fmt: skip
+            acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
         if P > 0:
             acc *= dropout_mask(seed_ptr, tl.load(row_slot_ptr + rows), cols, P)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + e * stride_biase + cols * stride_biasn, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    return acc
 
-
-@triton.jit
-def add_product(
-    acc, x_ptr, x_desc, weight_ptr, weight_desc, e, x_rows, first_row, n0, cols, mask_n, K,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + x W[e]^T.  [M, K] @ [K, N] -> [M, N]"""
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
     weight_ptrs = weight_ptr + e * stride_we + cols.to(tl.int64)[None, :] * stride_wn
@@ -95,58 +128,66 @@ def add_product(
         if weight_desc is None:
             weight = tl.load(weight_ptrs, mask=(offs_k[:, None] < K - k) & mask_n[None, :], other=0.0)
         elif K_UNIT:
-            weight = weight_desc.load([e.to(tl.int32), 0, n0, k]).reshape(BLOCK_N, BLOCK_K).trans()
+            weight = weight_desc.load([expert, 0, n0, k]).reshape(BLOCK_N, BLOCK_K).trans()
         else:
-            weight = weight_desc.load([e.to(tl.int32), k, n0]).reshape(BLOCK_K, BLOCK_N)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            weight = weight_desc.load([expert, k, n0]).reshape(BLOCK_K, BLOCK_N)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # [M, K] @ [K, N] -> [M, N]
         x_ptrs += BLOCK_K * stride_xk
         weight_ptrs += BLOCK_K * stride_wk
+    if LATE:
+        acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
     return acc
 
 
-def _aligned(t: torch.Tensor) -> bool:
-    """Whether the copy engine takes t: address and all strides but the last, unit one in multiples of 16 bytes."""
-    return (
-        t.stride(-1) == 1
-        and t.data_ptr() % 16 == 0
-        and all(s * t.element_size() % 16 == 0 and s > 0 for s in t.stride()[:-1])
-    )
+def _descriptor(t: torch.Tensor, shape, strides, box) -> TensorDescriptor | None:
+    """A descriptor of t under this shape and these strides, or None where the copy engine does not take them."""
+    size = t.element_size()
+    if strides[-1] != 1 or t.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
+        return None
+    return TensorDescriptor(t, shape, strides, box)
 
 
 def weight_descriptor(weight: torch.Tensor, halves: int, block_n: int, block_k: int) -> TensorDescriptor | None:
     """A descriptor of weight [E, N, K] that loads one tile, or None where its strides, alignment or halves forbid."""
-    N = weight.shape[1]
-    if weight.stride(2) == 1:
-        split = weight.unflatten(1, (halves, N // halves))
-        box = [1, halves, block_n // halves, block_k]
-        return TensorDescriptor.from_tensor(split, box) if _aligned(split) else None
-    transposed = weight.transpose(1, 2)
-    if halves == 1 and _aligned(transposed):
-        return TensorDescriptor.from_tensor(transposed, [1, block_k, block_n])
+    (E, N, K), (stride_e, stride_n, stride_k) = weight.shape, weight.stride()
+    if stride_k == 1:
+        strides = [stride_e, N // halves * stride_n, stride_n, 1]
+        return _descriptor(weight, [E, halves, N // halves, K], strides, [1, halves, block_n // halves, block_k])
+    if halves == 1:
+        return _descriptor(weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n])
     return None
 
 
 def row_descriptor(x: torch.Tensor, block_m: int, block_k: int) -> TensorDescriptor | None:
     """A descriptor of rows x [M, K] that loads one tile, or None where strides or alignment forbid."""
-    return TensorDescriptor.from_tensor(x, [block_m, block_k]) if _aligned(x) else None
+    return _descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k])
+
+
+@cache
+def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, large: bool):
+    """(programs per multiprocessor, whether by descriptor, constexprs)."""
+    blocks = dict(find(op, arch, itemsize, block_m))
+    per_sm, by_descriptor = blocks.pop("PER_SM"), blocks.pop("DESCRIPTOR")
+    blocks |= {
+        "BLOCK_M": block_m,
+        "GROUP": 16 if large else blocks.get("GROUP", 2),
+        "EVEN_K": K % blocks["BLOCK_K"] == 0,
+        "K_UNIT": k_unit,
+    }
+    return per_sm, by_descriptor, blocks
 
 
 def launch_facts(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int, halves: int = 1):
     """(programs, constexprs, weight descriptor) of a linear kernel over this x and weight."""
     arch, sms = device_facts(x.device)
-    blocks = dict(find(op, arch, x.element_size(), block_m))
-    descriptor = None
-    if blocks.pop("DESCRIPTOR"):
-        descriptor = weight_descriptor(weight, halves, blocks["BLOCK_N"], blocks["BLOCK_K"])
     large = weight.stride(0) * weight.element_size() > LARGE_EXPERT_BYTES
-    K = weight.shape[2]
-    blocks |= {
-        "BLOCK_M": block_m,
-        "GROUP": 16 if large else 2,
-        "EVEN_K": K % blocks["BLOCK_K"] == 0,
-        "K_UNIT": weight.stride(2) == 1,
-    }
-    return sms, blocks, descriptor
+    per_sm, by_descriptor, blocks = _blocks(
+        op, arch, x.element_size(), block_m, weight.shape[2], weight.stride(2) == 1, large
+    )
+    descriptor = None
+    if by_descriptor:
+        descriptor = weight_descriptor(weight, halves, blocks["BLOCK_N"], blocks["BLOCK_K"])
+    return sms * per_sm, blocks, descriptor
 
 
 def strides_or_zeros(t: torch.Tensor | None, ndim: int) -> tuple[int, ...]:

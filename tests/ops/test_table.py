@@ -1,0 +1,48 @@
+"""Every row of the table compiles for its architecture, spills nothing and fits in shared memory, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# bytes of shared memory one block may have
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# T of a layer with E=8, top_k=2: so many rows an expert that each class of tiles comes up
+LARGE, MIDDLE, SMALL = 2048, 256, 32
+
+
+def case(T, dtype, r=16):
+    return {"T": T, "E": 8, "top_k": 2, "H": 1024, "I": 512, "r": r, "dtype": dtype}
+
+
+CASES = {
+    (80, "half"): [case(LARGE, "bfloat16"), case(SMALL, "bfloat16")],
+    (80, "single"): [case(LARGE, "float32")],
+    (90, "large"): [case(LARGE, "bfloat16"), case(LARGE, "bfloat16", r=64)],
+    (90, "small"): [case(MIDDLE, "bfloat16"), case(SMALL, "bfloat16")],
+    (100, "half"): [case(LARGE, "bfloat16")],
+}
+
+
+@pytest.mark.parametrize(("arch", "which"), CASES, ids=lambda v: str(v))
+def test_rows_compile_without_spills_and_fit(arch, which):
+    # a process of its own: in this one the kernels may be bound to the interpreter
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), env.get("PYTHONPATH", "")])
+    command = [sys.executable, str(HERE / "compiling.py"), str(arch), json.dumps(CASES[arch, which])]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {k["kernel"] for k in kernels} >= {
+        "_linear_kernel",
+        "_linear_act_kernel",
+        "_shrink_kernel",
+        "_outer_kernel",
+    }
+    for kernel in kernels:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
