@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from .layout import ExpertsLayout, UnsupportedExperts, is_experts, read_layout
 from .tensor_file import AdapterError, RefusedError
@@ -69,6 +71,7 @@ class BaseModel:
         interleaved: path -> whether the rows of its gate_up projection alternate (gate, up); None: not known.
         linears: path -> (in_features, out_features) of every linear layer and embedding.
         modules: every path.
+        renamings: transformers' own, from names on the hub to module paths.
     """
 
     name: str
@@ -77,6 +80,7 @@ class BaseModel:
     interleaved: Mapping[str, bool | None]
     linears: Mapping[str, tuple[int, int]]
     modules: frozenset[str] = field(repr=False)
+    renamings: tuple = field(default=(), repr=False)
 
     @property
     def hub_names(self) -> HubNames:
@@ -90,8 +94,11 @@ class BaseModel:
         path = self.hub_names.from_hub(path)
         if path in self.modules:
             return path
-        stem = _TEXT_PREFIX.sub("", path)
-        found = [p for p in self._by_stem().get(stem, ()) if p != path]
+        # a renaming may ask for the end of a tensor's name
+        renamed = rename_source_key(f"{path}.weight", list(self.renamings), [])[0].removesuffix(".weight")
+        if renamed in self.modules:
+            return renamed
+        found = self._by_stem().get(_TEXT_PREFIX.sub("", path), ())
         return found[0] if len(found) == 1 else path
 
     def _by_stem(self) -> dict[str, list[str]]:
@@ -134,21 +141,37 @@ def read_base(base_config) -> BaseModel:
             model = _model_class(config)(config)
     except Exception as error:  # whatever a model class makes of a config that is not its own
         raise AdapterError(f"{name}: no model can be built from its config ({error}).") from error
+    return describe_base(model, name, config.model_type)
+
+
+def describe_base(model: nn.Module, name: str, model_type: str) -> BaseModel:
+    """The facts of a model at hand; its weights are not read.
+
+    Raises:
+        RefusedError: if it has no routed experts that an adapter can ride on.
+    """
     experts = {path: module for path, module in model.named_modules() if is_experts(module)}
     if not experts:
-        raise RefusedError(f"{name} ({config.model_type}) has no routed experts; is this the right base model?")
+        raise RefusedError(f"{name} ({model_type}) has no routed experts; is this the right base model?")
     try:
         layouts = {path: read_layout(module) for path, module in experts.items()}
     except UnsupportedExperts as error:
         raise RefusedError(f"{name}: {error}") from error
     return BaseModel(
         name=name,
-        model_type=config.model_type,
+        model_type=model_type,
         experts=layouts,
         interleaved={path: _interleaved(experts[path], layout) for path, layout in layouts.items()},
         linears={path: shape for path, module in model.named_modules() if (shape := _features(module)) is not None},
         modules=frozenset(path for path, _ in model.named_modules()),
+        renamings=_renamings(model),
     )
+
+
+def _renamings(model: nn.Module) -> tuple:
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    return tuple(c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming))
 
 
 def _config(base_config) -> tuple[str, PreTrainedConfig]:

@@ -13,6 +13,7 @@ from .adapter_file import (
     find_adapter_file,
     read_adapter_file,
 )
+from .card import write_card
 from .functional import BACKENDS
 from .layout import PROJECTIONS
 
@@ -132,7 +133,7 @@ class MoELoraConfig(LoraConfig):
         return config
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As PEFT's, and completes the adapter file beside it: layout, format version and shapes in its metadata.
+        """As PEFT's, and completes what was saved beside it: the adapter file's metadata and the model card.
 
         Raises:
             ValueError: if the weights were just saved as a pickle, which is removed.
@@ -141,3 +142,5 @@ class MoELoraConfig(LoraConfig):
         if described is not None:
             complete_adapter_file(save_directory, described)
         super().save_pretrained(save_directory, **kwargs)
+        if described is not None:
+            write_card(save_directory, "moe_lora", self.to_dict())

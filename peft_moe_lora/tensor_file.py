@@ -93,8 +93,8 @@ class TensorFile:
             for name, h in ordered
         }
 
-    def load(self, name: str, row: int | None = None) -> torch.Tensor:
-        """A tensor, or one row (index along its first dimension) of it.
+    def load(self, name: str, row: int | None = None, check: bool = True) -> torch.Tensor:
+        """A tensor, or one row (index along its first dimension) of it; with `check`, only if it is finite.
 
         Raises:
             AdapterError: if a value is NaN or infinite.
@@ -109,7 +109,7 @@ class TensorFile:
             with self.path.open("rb") as f:
                 f.seek(offset)
                 f.readinto(_bytes(tensor))
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if check and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterError(
                 f"{self.path}: tensor {name} holds NaN or infinity; the training run that wrote it diverged or the "
                 "file is damaged. Take an earlier checkpoint."
