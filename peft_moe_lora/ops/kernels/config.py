@@ -14,7 +14,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        op: the operation's name without "expert_".
+        op: the operation's name without "expert_"; one that ends in "_gathered" goes before the plain one for
+            gathered rows.
         arch: compute capability times ten, 0 for the interpreter.
         itemsize: bytes of one element of x.
         block_m: rows of a tile, as `block_m_for` chose them.
@@ -70,7 +71,9 @@ TABLE = (
     _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
     _row("linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=2, TAIL=False, GROUP=8),
     _row("linear_act", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=2, TAIL=True, GROUP=4),
-    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=True),
+    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
+    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
+    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=True),
     _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=True),
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
@@ -95,6 +98,8 @@ def find(op: str, arch: int, itemsize: int, block_m: int) -> dict:
     rows = [row for row in TABLE if row.op == op and row.itemsize == itemsize and row.arch <= arch]
     # the interpreter's rows are its own
     rows = [row for row in rows if (row.arch == 0) == (arch == 0) and row.block_m <= block_m]
+    if not rows and op.endswith("_gathered"):
+        return find(op.removesuffix("_gathered"), arch, itemsize, block_m)
     if not rows:
         raise ValueError(f"no configuration of {op} for compute capability {arch / 10} and {itemsize}-byte elements.")
     return max(rows, key=lambda row: (row.arch, row.block_m)).blocks

@@ -101,10 +101,8 @@ def expert_linear(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    programs, blocks, weight_desc = launch_facts("linear", x, weight, routing.block_m)
+    programs, blocks, weight_desc = launch_facts("linear_gathered" if gather else "linear", x, weight, routing.block_m)
     x_desc = None
-    # rows in order come by descriptor, which half a tile cannot: 702 us against 722 (dX, H200, 2026-11-21)
-    blocks = blocks | {"TAIL": blocks["TAIL"] and (gather or weight_desc is None)}
     if weight_desc is not None and not gather:
         x_desc = row_descriptor(x, blocks["BLOCK_M"], blocks["BLOCK_K"])
     r = 0 if xa is None else xa.shape[1]
