@@ -415,7 +415,8 @@ def verify_adapter(
     for done, (where, updates, total) in enumerate(layers, 1):
         for a, b in updates:
             size = max(a.abs().max().item(), b.abs().max().item())
-            worst = max(worst, ((a - b).abs().max().item() / size if size else 0.0, where))
+            error = (a - b).abs().max().item() / size if size else 0.0
+            worst = max(worst, (error, where), key=lambda pair: pair[0])
             compared += 1
         if progress is not None:
             progress(done, total)

@@ -1,0 +1,153 @@
+"""Write the golden adapters: one small update per family, in every format. Run once; what it wrote is read for ever.
+
+    python tests/golden/write.py
+
+A format's files are not written again when the code changes: a release has to read what earlier ones wrote. `moe_lora`
+was saved by peft_moe_lora 0.1.0, `peft` by PEFT 0.21.0; the other formats are spelled out below from their
+definitions. `expected.safetensors` holds scaling * B[e] A[e] as PEFT forms it, [E, N, K] for every projection.
+"""
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "conversion")]
+
+from adapters import PREFIX, save_ours  # noqa: E402 the path is made above
+from helpers import experts_paths, tiny_model  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
+
+E, R, ALPHA = 3, 2, 3
+H, I = 8, 6  # noqa: E741 I is the glossary's letter
+LINEAR = {"hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+          "vocab_size": 8}  # fmt: skip
+FAMILIES = {
+    "qwen3_moe": {**LINEAR, "moe_intermediate_size": I, "num_experts": E},
+    "mixtral": {**LINEAR, "intermediate_size": I, "num_local_experts": E},
+    "gpt_oss": {**LINEAR, "intermediate_size": I, "num_local_experts": E, "layer_types": ["full_attention"]},
+}
+
+
+def write(family):
+    folder = HERE / family
+    shutil.rmtree(folder, ignore_errors=True)
+    base = tiny_model(family, **FAMILIES[family])
+    base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(folder / "base")
+    save_ours(base, folder / "moe_lora", r=R, lora_alpha=ALPHA, target_modules=["experts", "q_proj", "v_proj"])
+    ours = load_file(folder / "moe_lora" / "adapter_model.safetensors")
+    linears = {name: t for name, t in ours.items() if "self_attn" in name}
+    (path,) = experts_paths(base)
+
+    # A[e] [r, K] and B[e] [N, r], taken out by the definition of our layout
+    A = {p: [ours[f"{PREFIX}{path}.lora_A.{p}"][e * R : (e + 1) * R] for e in range(E)] for p in ("gate_up", "down")}
+    B = {
+        p: [ours[f"{PREFIX}{path}.lora_B.{p}"][:, e * R : (e + 1) * R] for e in range(E)] for p in ("gate_up", "down")
+    }
+
+    peft = write_pefts(base, folder, path, A, B, linears)
+    write_expected(peft, folder, path)
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "bias": "none", "task_type": None}
+    targets = {
+        "target_modules": ["q_proj", "v_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
+    state = load_file(folder / "peft" / "adapter_model.safetensors")
+    save(folder / "vllm_3d", state, {**config, **targets})
+    expert_major = {n: torch.cat([t[:, e::E] for e in range(E)], 1) if "experts" in n and "lora_B" in n else t
+                    for n, t in state.items()}  # fmt: skip
+    marked = {"lora_B_layout": "expert_major", "auto_mapping": {"unsloth_fixed": True}}
+    save(folder / "unsloth", expert_major, {**config, **targets, **marked})
+    save(
+        folder / "per_expert", {**per_expert(family, path, A, B), **linears}, {**config, **per_expert_targets(family)}
+    )
+    if family != "gpt_oss":  # transposed stacks were never swapped; SGLang's order of alternating rows is not known
+        save(
+            folder / "peft_legacy", {**legacy(path, A, B), **linears}, {**config, **targets, "peft_version": "0.18.1"}
+        )
+        stacked = {f"{PREFIX}{path}.{p}_proj.lora_{side}.weight": torch.stack(pairs[p])
+                   for side, pairs in (("A", A), ("B", B)) for p in pairs}  # fmt: skip
+        names = {"target_modules": ["gate_up_proj", "down_proj", "q_proj", "v_proj"]}
+        save(folder / "sglang_3d", {**stacked, **linears}, {**config, **names})
+    for card in folder.glob("*/README.md"):
+        card.unlink()
+
+
+def write_pefts(base, folder, path, A, B, linears):
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"],
+                           target_parameters=["experts.gate_up_proj", "experts.down_proj"]))  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.replace(".default", "") in linears:
+                parameter.copy_(linears[name.replace(".default", "")])
+        for projection, wrapper in wrappers(model, path).items():
+            wrapper.lora_A["default"].weight.copy_(torch.cat(A[projection]))
+            # rank-major: column j*E + e
+            columns = [B[projection][e][:, j] for j in range(R) for e in range(E)]
+            wrapper.lora_B["default"].weight.copy_(torch.stack(columns, 1))
+    model.save_pretrained(folder / "peft")
+    return model
+
+
+def write_expected(model, folder, path):
+    expected = {}
+    for projection, wrapper in wrappers(model, path).items():
+        update = wrapper.get_delta_weight("default").detach()
+        transposed = getattr(wrapper.get_base_layer(), "is_transposed", False)
+        expected[projection] = (update.mT if transposed else update).contiguous()
+    save_file(expected, folder / "expected.safetensors")
+
+
+def wrappers(model, path):
+    module, found = model.get_submodule(PREFIX + path), {}
+    while isinstance(module, ParamWrapper):
+        found[module.parameter_name.removesuffix("_proj")] = module
+        module = module.base_layer
+    return found
+
+
+def per_expert(family, path, A, B):
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    hub = path.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else path
+    state = {}
+    for e in range(E):
+        both = B["gate_up"][e]
+        halves = (both[0::2], both[1::2]) if family == "gpt_oss" else (both[:I], both[I:])
+        for leaf, a, b in ((gate, A["gate_up"][e], halves[0]), (up, A["gate_up"][e], halves[1]),
+                           (down, A["down"][e], B["down"][e])):  # fmt: skip
+            state[f"{PREFIX}{hub}.{e}.{leaf}.lora_A.weight"], state[f"{PREFIX}{hub}.{e}.{leaf}.lora_B.weight"] = a, b
+    return state
+
+
+def per_expert_targets(family):
+    names = ["w1", "w3", "w2"] if family == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    return {"target_modules": [*names, "q_proj", "v_proj"]}
+
+
+def legacy(path, A, B):
+    """PEFT 0.18 read a parameter [E, N, K] as [E, in, out]: A' over N, B' over K, both transposed."""
+    state = {}
+    for projection, inner in (("gate_up", ".base_layer"), ("down", "")):
+        columns = [A[projection][e][j] for j in range(R) for e in range(E)]
+        state[f"{PREFIX}{path}{inner}.lora_A.weight"] = torch.cat([b.T for b in B[projection]])
+        state[f"{PREFIX}{path}{inner}.lora_B.weight"] = torch.stack(columns, 1)
+    return state
+
+
+def save(folder, state, config):
+    folder.mkdir()
+    tensors = {n: t.detach().contiguous().clone() for n, t in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    for name in FAMILIES:
+        write(name)
