@@ -29,7 +29,6 @@ try:
     import typer
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
 except ImportError as error:
     raise SystemExit(
         f"error: the command line needs typer and rich ({error}): pip install 'peft-moe-lora[cli]'"
@@ -189,13 +188,10 @@ def _print(found: dict, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    width = max(len(name) for name in found)
     for name, value in found.items():
         for i, line in enumerate(_lines(value)):
-            table.add_row("" if i else name, line)
-    Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty()).print(table)
+            print(f"{'' if i else name:<{width}}  {line}")
 
 
 def _lines(value) -> list[str]:

@@ -27,6 +27,8 @@ from .tensor_file import AdapterError, Block, RefusedError
 
 PREFIX = "base_model.model."
 B_LAYOUTS = ("auto", "rank_major", "expert_major")
+# model types that vLLM is known to read in 3-D (its class says is_3d_moe_weight); the others it reads per expert
+VLLM_3D = frozenset({"gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"})
 
 Slots = dict[str, dict]  # experts path -> slot of the format -> {"A": key, "B": key}
 
@@ -337,6 +339,11 @@ class Vllm3d(Peft):
                 f"vLLM takes ranks up to {VLLM_RANKS[-1]}, this adapter has {max(p.r for p in adapter.layers())}; "
                 "merge it into the base model instead (peft-moe-lora merge)."
             )
+        if adapter.base is not None and adapter.base.model_type not in VLLM_3D:
+            return adapter.noted(
+                f"vLLM is not known to read {adapter.base.model_type} in 3-D and would not say so; check that its class "
+                "has is_3d_moe_weight, or convert to per_expert"
+            )
         return adapter
 
 
@@ -552,6 +559,11 @@ def refusals_elsewhere(adapter: Adapter) -> Iterator[str]:
     """What one of the several readers of per-expert adapters would refuse or ignore, though others take it."""
     if peft_reads_per_expert(adapter.base.model_type) is False:
         yield f"PEFT does not read per-expert tensors of {adapter.base.model_type}, it ignores them; give it --to peft"
+    if adapter.base.model_type in VLLM_3D:
+        yield (
+            f"vLLM reads {adapter.base.model_type} in 3-D: convert to vllm_3d, or serve with "
+            "--enable-mixed-moe-lora-format and is_3d_lora_weight false"
+        )
     if adapter.carried:
         yield f"vLLM and SGLang refuse adapters with modules_to_save ({adapter.carried[0]}); PEFT loads this one"
     if max(layer.r for layer in adapter.layers()) > VLLM_RANKS[-1]:

@@ -369,6 +369,9 @@ def test_what_some_reader_would_refuse_is_said(qwen, made, tmp_path):
     oss = made("gpt_oss")
     done = convert_adapter(oss.ours, tmp_path / "oss", to="per_expert", base_config=oss.config)
     assert any("PEFT does not read" in note for note in done.notes)
+    assert any("vLLM reads gpt_oss in 3-D" in note for note in done.notes)
+    done = convert_adapter(qwen.ours, tmp_path / "3d", to="vllm_3d", base_config=qwen.config)
+    assert any("not known to read qwen3_moe in 3-D" in note for note in done.notes)
     with pytest.raises(RefusedError, match="--base-config"):
         convert_adapter(qwen.ours, tmp_path / "no-base", to="per_expert")
 
