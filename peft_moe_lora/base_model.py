@@ -70,6 +70,7 @@ class BaseModel:
         experts: path -> layout of every routed experts module.
         interleaved: path -> whether the rows of its gate_up projection alternate (gate, up); None: not known.
         linears: path -> (in_features, out_features) of every linear layer and embedding.
+        bare: those of them that are no linear layers but hold a 2-D weight, as routers do.
         modules: every path.
         renamings: transformers' own, from names on the hub to module paths.
     """
@@ -79,6 +80,7 @@ class BaseModel:
     experts: Mapping[str, ExpertsLayout]
     interleaved: Mapping[str, bool | None]
     linears: Mapping[str, tuple[int, int]]
+    bare: frozenset[str]
     modules: frozenset[str] = field(repr=False)
     renamings: tuple = field(default=(), repr=False)
 
@@ -163,6 +165,7 @@ def describe_base(model: nn.Module, name: str, model_type: str) -> BaseModel:
         experts=layouts,
         interleaved={path: _interleaved(experts[path], layout) for path, layout in layouts.items()},
         linears={path: shape for path, module in model.named_modules() if (shape := _features(module)) is not None},
+        bare=frozenset(path for path, module in model.named_modules() if _is_bare(module)),
         modules=frozenset(path for path, _ in model.named_modules()),
         renamings=_renamings(model),
     )
@@ -206,5 +209,11 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
         return module.num_embeddings, module.embedding_dim
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features
-    weight = getattr(module, "weight", None)  # a router keeps its [E, H] weight in a class of its own
-    return (weight.shape[1], weight.shape[0]) if isinstance(weight, nn.Parameter) and weight.ndim == 2 else None
+    return (module.weight.shape[1], module.weight.shape[0]) if _is_bare(module) else None
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a module keeps a 2-D weight in a class of its own, as routers do their [E, H]."""
+    weight = getattr(module, "weight", None)
+    own = not isinstance(module, nn.Embedding) and not hasattr(module, "in_features")
+    return own and isinstance(weight, nn.Parameter) and weight.ndim == 2

@@ -237,7 +237,9 @@ def _others(source: Source, keys: list[str]) -> tuple[dict[str, LinearPair], tup
             )
     linears = {}
     for path, sides in sorted(found.items(), key=lambda item: _natural(item[0])):
-        r, scaling = source.rank(path), source.scaling(path)
+        bare = _is_bare(source, path)
+        name = f"{path}.weight" if bare else path
+        r, scaling = source.rank(name), source.scaling(name)
         if len(sides) < 2:
             raise AdapterError(f"{source.file.path}: {next(iter(sides.values()))} stands without its other half.")
         A, B = source.info(sides["A"]).shape, source.info(sides["B"]).shape
@@ -250,8 +252,15 @@ def _others(source: Source, keys: list[str]) -> tuple[dict[str, LinearPair], tup
             )
         if source.base is not None and path not in source.base.modules:
             raise AdapterError(f"{source.file.path} adapts {path}, which {source.base.name} does not have.")
-        linears[path] = LinearPair(path, sides["A"], sides["B"], r, scaling)
+        linears[path] = LinearPair(path, sides["A"], sides["B"], r, scaling, bare=bare)
     return linears, tuple(carried)
+
+
+def _is_bare(source: Source, path: str) -> bool:
+    """Whether LoRA is on the weight of a module that is no linear layer: as the base says, else as targeted."""
+    if source.base is not None:
+        return path in source.base.bare
+    return any(f".{path}.weight".endswith(f".{name}") for name in source.config.get("target_parameters") or ())
 
 
 def _blocks(adapter: Adapter, to: str) -> Iterator[Block]:

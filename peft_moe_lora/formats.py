@@ -127,6 +127,11 @@ class MoELora(Format):
 
     def prepare(self, adapter):
         """One rank and scaling per module, the same projections everywhere."""
+        for name in adapter.bare_parameters():
+            raise RefusedError(
+                f"{name} is a parameter of no linear layer, and PEFT's layers for such do not go with this tuner; "
+                "keep the adapter in PEFT's form, or train without it."
+            )
         projections = {name for pairs in adapter.experts.values() for name in pairs}
         experts = {}
         for path, pairs in fill_in(adapter, projections, self.name).experts.items():
@@ -321,7 +326,7 @@ class Peft(Format):
         return LoraConfig(
             **common_fields(adapter, parameters),
             target_modules=linear_targets(adapter),
-            target_parameters=short_names(adapter, parameters),
+            target_parameters=short_names(adapter, [*parameters, *adapter.bare_parameters()]),
         )
 
 
@@ -341,8 +346,8 @@ class Vllm3d(Peft):
             )
         if adapter.base is not None and adapter.base.model_type not in VLLM_3D:
             return adapter.noted(
-                f"vLLM is not known to read {adapter.base.model_type} in 3-D and would not say so; check that its class "
-                "has is_3d_moe_weight, or convert to per_expert"
+                f"vLLM is not known to read {adapter.base.model_type} in 3-D and would not say so; check that its "
+                "class has is_3d_moe_weight, or convert to per_expert"
             )
         return adapter
 
@@ -458,7 +463,7 @@ class PerExpert(Format):
         gated = next(iter(adapter.base.experts.values())).gated
         parts = ([names.gate] if gated else []) + [names.up] if "gate_up" in projections else []
         parts += [names.down] if "down" in projections else []
-        return LoraConfig(**common_fields(adapter, {}), target_modules=[*parts, *linear_targets(adapter)])
+        return LoraConfig(**common_fields(adapter, {}), target_modules=[*parts, *linear_targets(adapter, bare=True)])
 
     def rename(self, adapter, key):
         return PREFIX + adapter.base.hub_names.to_hub(key)
@@ -526,7 +531,8 @@ class Sglang3d(Format):
 
     def config(self, adapter):
         return LoraConfig(
-            **common_fields(adapter, {}), target_modules=["gate_up_proj", "down_proj", *linear_targets(adapter)]
+            **common_fields(adapter, {}),
+            target_modules=["gate_up_proj", "down_proj", *linear_targets(adapter, bare=True)],
         )
 
 

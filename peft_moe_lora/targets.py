@@ -29,14 +29,12 @@ def parameter_name(base, config: dict, path: str, projection: str, pairs: dict[s
 def common_fields(adapter: Adapter, experts: dict[str, Pair]) -> dict:
     """LoraConfig's fields but the targets; `experts` says what patterns know the experts' layers by."""
     config = adapter.config
-    layers = {**experts, **adapter.linears}
+    layers = {**experts, **{f"{p}.weight" if layer.bare else p: layer for p, layer in adapter.linears.items()}}
     root = math.sqrt if config["use_rslora"] else float
     ranks = {path: layer.r for path, layer in layers.items()}
-    r = (
-        config["r"]
-        if config["r"] in ranks.values() or not ranks
-        else max(ranks.values(), key=list(ranks.values()).count)
-    )
+    r = config["r"]
+    if ranks and r not in ranks.values():
+        r = max(ranks.values(), key=list(ranks.values()).count)
     alphas = {path: tidy(layer.scaling * root(layer.r)) for path, layer in layers.items()}
     alpha = tidy(config["lora_alpha"])
     if alphas and alpha not in alphas.values():
@@ -80,6 +78,7 @@ def short_names(adapter: Adapter, paths) -> list[str]:
         return sorted(paths) if restricted or numbered else sorted({_last(path) for path in paths})
     every = [
         *adapter.base.modules,
+        *(f"{path}.weight" for path in adapter.base.bare),
         *(
             f"{path}.{layout.projection(n).weight}"
             for path, layout in adapter.base.experts.items()
@@ -95,12 +94,13 @@ def short_names(adapter: Adapter, paths) -> list[str]:
     return sorted({_last(path) if here[_last(path)] == meant[_last(path)] else path for path in paths})
 
 
-def linear_targets(adapter: Adapter) -> list[str]:
-    return short_names(adapter, adapter.linears)
+def linear_targets(adapter: Adapter, bare: bool = False) -> list[str]:
+    """target_modules of the layers beside the experts; with `bare`, of routers that are no linear layers too."""
+    return short_names(adapter, [path for path, layer in adapter.linears.items() if bare or not layer.bare])
 
 
 def _last(path: str) -> str:
-    """The last name of a path; for an experts' parameter the module's too."""
+    """The last name of a path; for a parameter its module's too."""
     head, _, last = path.rpartition(".")
-    return f"{head.rpartition('.')[2]}.{last}" if last in ("gate_up_proj", "up_proj", "down_proj") and head.endswith(
-        "experts") else last  # fmt: skip
+    of_experts = last in ("gate_up_proj", "up_proj", "down_proj") and head.endswith("experts")
+    return f"{head.rpartition('.')[2]}.{last}" if of_experts or last == "weight" else last

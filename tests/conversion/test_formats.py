@@ -357,6 +357,20 @@ def test_attention_router_and_saved_modules_travel(qwen, tmp_path):
             convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=qwen.config)
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_router_that_is_no_linear_layer_travels_where_it_can(qwen, tmp_path, with_base):
+    targets = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+    theirs = save_pefts(qwen.base, tmp_path / "theirs", target_parameters=targets, rank_pattern={"gate.weight": 2})
+    base_config = qwen.config if with_base else None
+    assert [n for n in tensors(tmp_path / "theirs") if "mlp.gate.lora_A" in n]
+    for to in ("peft", "vllm_3d", *(["per_expert"] if with_base else [])):
+        convert_adapter(tmp_path / "theirs", tmp_path / to, to=to, base_config=base_config)
+        assert_close(outputs(load(qwen, tmp_path / to)), outputs(theirs), TOLERANCE, to)
+    with pytest.raises(RefusedError, match="no linear layer"):
+        convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=base_config)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_what_some_reader_would_refuse_is_said(qwen, made, tmp_path):
     save_ours(qwen.base, tmp_path / "q", target_modules=["experts", "q_proj"])
     with pytest.raises(RefusedError, match="q_proj without v_proj"):
