@@ -152,11 +152,11 @@ def open_adapter(path, base_config=None, b_layout: str = "auto") -> Adapter:
     (form, slots), taken = found[0], set()
     for sides in (sides for found_slots in slots.values() for sides in found_slots.values()):
         taken |= set(sides.values())
-    experts, notes = form.read(source, slots)
+    name, experts, notes = form.read(source, slots)
     _check_description(source, experts)
     linears, carried = _others(source, [key for key in names if key not in taken])
     ordered = dict(sorted(experts.items(), key=lambda item: _natural(item[0])))
-    return Adapter(form.name, config, file, names, ordered, linears, carried, base, notes)
+    return Adapter(name, config, file, names, ordered, linears, carried, base, notes)
 
 
 def _base(base_config, config: dict) -> BaseModel | None:

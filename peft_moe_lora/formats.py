@@ -71,8 +71,8 @@ class Format:
     def slot(self, match: re.Match):
         return match["slot"]
 
-    def read(self, source: Source, slots: Slots) -> tuple[dict[str, dict[str, Pair]], tuple[str, ...]]:
-        """experts path -> projection -> Pair, and notes."""
+    def read(self, source: Source, slots: Slots) -> tuple[str, dict[str, dict[str, Pair]], tuple[str, ...]]:
+        """The format's name, experts path -> projection -> Pair, and notes."""
         raise NotImplementedError
 
     def prepare(self, adapter: Adapter) -> Adapter:
@@ -115,7 +115,7 @@ class MoELora(Format):
                                   self._loader(source, slot, sizes))
                 for name, slot in sorted(projections.items(), key=lambda item: PROJECTIONS.index(item[0]))
             }  # fmt: skip
-        return experts, ()
+        return self.name, experts, ()
 
     @staticmethod
     def _loader(source, slot, sizes):
@@ -182,7 +182,7 @@ class Peft(Format):
 
     def read(self, source, slots):
         layout, notes = self._b_layout(source)
-        experts = {}
+        experts, name = {}, self.name
         for path, sides in slots.items():
             named = self._projections(source, path, sides)
             legacy = self._legacy(source, path, named)
@@ -196,11 +196,9 @@ class Peft(Format):
                     path, projection, sizes, source.scaling(parameter), slot["A"], load
                 )
             if legacy:
-                notes = (
-                    *notes,
-                    "in and out are swapped, as PEFT 0.17 and 0.18 stored them; the conversion swaps back",
-                )
-        return experts, tuple(dict.fromkeys(notes))
+                name = "peft_legacy"
+                notes = (*notes, "in and out are swapped, as PEFT 0.17 and 0.18 stored them; they are swapped back")
+        return name, experts, tuple(dict.fromkeys(notes))
 
     @staticmethod
     def _b_layout(source) -> tuple[str, tuple[str, ...]]:
@@ -393,7 +391,7 @@ class PerExpert(Format):
             "gate_up" in p and p["gate_up"].r == 2 * source.rank(f"{path}.0.gate_proj") for path, p in experts.items()
         ):
             notes = ("gate and up have A's of their own: put together at twice the rank, exactly",)
-        return experts, notes
+        return self.name, experts, notes
 
     def _pair(self, source, path, projection, found, parts) -> Pair:
         E = source.base.experts[path].num_experts
@@ -498,7 +496,7 @@ class Sglang3d(Format):
                 experts[path][projection] = source.pair(
                     path, projection, (A[0], r, A[2], B[1]), scaling, slot["A"], load
                 )
-        return experts, ()
+        return self.name, experts, ()
 
     @staticmethod
     def _loader(source, slot):

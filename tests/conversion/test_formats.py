@@ -238,6 +238,7 @@ def test_peft_0_18_swapped_in_and_out(qwen, tmp_path, with_base):
     done = convert_adapter(
         tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=qwen.config if with_base else None
     )
+    assert done.source == "peft_legacy"
     assert "swapped" in " ".join(done.notes)
     assert_close(outputs(load(qwen, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
 

@@ -73,6 +73,6 @@ def test_ours_loads_in_peft(adapter):
 def test_goldens_are_small_and_their_formats_are_told_apart(adapter):
     assert (adapter / "adapter_model.safetensors").stat().st_size < 16_000
     found = inspect_adapter(adapter, adapter.parent / "base")
-    aliases = {"vllm_3d": "peft", "unsloth": "peft", "peft_legacy": "peft"}
+    aliases = {"vllm_3d": "peft", "unsloth": "peft"}
     assert found.format == aliases.get(adapter.name, adapter.name)
     assert (found.modules, found.num_experts, set(found.ranks)) == (1, (E,), {2})
