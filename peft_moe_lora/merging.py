@@ -44,10 +44,12 @@ class Rounding:
     error: float = 0.0
     update: float = 0.0
 
-    def add(self, merged: torch.Tensor, exact: torch.Tensor, update: torch.Tensor) -> None:
+    def add(self, merged: torch.Tensor, exact: torch.Tensor, scaling: float, A: torch.Tensor, B: torch.Tensor) -> None:
         self.dtypes.add(str(merged.dtype).removeprefix("torch."))
-        self.error += (merged.to(exact.dtype) - exact).square().sum().item()
-        self.update += update.square().sum().item()
+        if merged.dtype != exact.dtype:
+            self.error += torch.linalg.vector_norm(exact - merged).item() ** 2
+        # |B A|^2 = sum of (B^T B) * (A A^T): r x r instead of N x K
+        self.update += scaling**2 * ((B.mT @ B) * (A @ A.mT)).sum().item()
 
     @property
     def share(self) -> float:
@@ -281,9 +283,9 @@ class _Merger:
             yield shard.load(name, check=False)
         elif (target := self.targets[name]).expert is None and isinstance(target.pair, Pair):
             for e in range(target.pair.num_experts):
-                yield self._merged(shard.load(name, row=e), replace(target, expert=e))
+                yield self._merged(shard.load(name, row=e, check=False), replace(target, expert=e))
         else:
-            yield self._merged(shard.load(name), target)
+            yield self._merged(shard.load(name, check=False), target)
 
     def _merged(self, weight: torch.Tensor, target: Target) -> torch.Tensor:
         A, B = self._factors(target.pair)
@@ -291,13 +293,13 @@ class _Merger:
             A, B = A[target.expert], B[target.expert] if target.rows is None else B[target.expert, target.rows]
         # at least fp32: the product of bf16 factors is not rounded before it is added
         dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
-        update = target.pair.scaling * (B.to(dtype) @ A.to(dtype))
-        update = update.mT if target.transposed else update
-        exact = weight.to(dtype) + update
+        A, B, scaling = A.to(dtype), B.to(dtype), target.pair.scaling
+        left, right = (A.mT, B.mT) if target.transposed else (B, A)
+        exact = torch.addmm(weight.to(dtype), left, right, alpha=scaling)
         merged = exact.to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise AdapterError(f"a merged weight is not finite in {weight.dtype}; the adapter or the base is damaged.")
-        self.rounding.add(merged, exact, update)
+        self.rounding.add(merged, exact, scaling, A, B)
         return merged
 
     def _factors(self, pair: Pair | LinearPair) -> tuple[torch.Tensor, torch.Tensor]:
