@@ -243,7 +243,13 @@ def make_uniform(adapter: Adapter, reader: str) -> Adapter:
             f"ranks {sorted({layer.r for layer in layers})} padded with zeros to {r}: {reader} knows one rank"
         )
     if not all(math.isclose(s, scaling) for s in scalings):
-        notes.append(f"other scalings than {scaling:g} folded into B: {reader} knows lora_alpha / r only")
+        narrow = sorted(
+            {str(pair.dtype).removeprefix("torch.") for pair in adapter.pairs() if pair.dtype.itemsize < 4}
+        )
+        notes.append(
+            f"other scalings than {scaling:g} folded into B: {reader} knows lora_alpha / r only"
+            + (f" (B is rounded to {narrow[0]} once more)" if narrow else "")
+        )
     linears = {
         path: replace(layer, r=r, scaling=scaling, factor=layer.scaling / scaling)
         for path, layer in adapter.linears.items()

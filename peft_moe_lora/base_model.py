@@ -22,38 +22,53 @@ from .tensor_file import AdapterError, RefusedError
 
 @dataclass(frozen=True)
 class HubNames:
-    """Names of per-expert tensors in a family's published checkpoints.
+    """Names of experts in a family's published checkpoints.
 
     Attributes:
         gate, up, down: the projections of one expert.
-        renamed: (name in transformers 5, name on the hub) of parts of paths.
+        block: what holds experts and router, "mlp" in transformers 5.
+        router: what transformers 5 calls the block's "gate".
     """
 
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    renamed: tuple[tuple[str, str], ...] = ()
+    block: str = "mlp"
+    router: str = "gate"
 
     def to_hub(self, key: str) -> str:
-        for ours, theirs in self.renamed:
-            key = key.replace(ours, theirs)
-        return key
+        """A key with transformers' names in the hub's; dense layers' "mlp" stays."""
+        return self._rename(key, ("mlp", self.router), (self.block, "gate"))
 
     def from_hub(self, key: str) -> str:
-        for ours, theirs in self.renamed:
-            key = key.replace(theirs, ours)
-        return key
+        return self._rename(key, (self.block, "gate"), ("mlp", self.router))
+
+    @staticmethod
+    def _rename(key: str, old: tuple[str, str], new: tuple[str, str]) -> str:
+        if old == new:
+            return key
+        return re.sub(
+            rf"\.{old[0]}\.(experts|shared_experts|{old[1]})\b",
+            lambda match: f".{new[0]}.{new[1] if match[1] == old[1] else match[1]}",
+            key,
+        )
 
 
-_BLOCK_SPARSE = HubNames("w1", "w3", "w2", ((".mlp.", ".block_sparse_moe."),))
 _PLAIN = HubNames()
+_NUMBERED = HubNames("w1", "w3", "w2")
+_BLOCK_SPARSE = HubNames("w1", "w3", "w2", "block_sparse_moe")
 
 # model types whose published checkpoints have names of their own
 HUB_NAMES = {
-    "mixtral": _BLOCK_SPARSE,
+    "deepseek_v4": _NUMBERED,
+    "kimi_linear": _BLOCK_SPARSE,
+    "lfm2_moe": _NUMBERED,
     "minimax": _BLOCK_SPARSE,
     "minimax_m2": _BLOCK_SPARSE,
-    "phimoe": HubNames("w1", "w3", "w2", ((".mlp.router", ".block_sparse_moe.gate"), (".mlp.", ".block_sparse_moe."))),
+    "minimax_m3_vl": _BLOCK_SPARSE,
+    "mistral_large4_text": _NUMBERED,
+    "mixtral": _BLOCK_SPARSE,
+    "phimoe": HubNames("w1", "w3", "w2", "block_sparse_moe", "router"),
 }
 
 # what stands before "layers.0" where a text model is, or is not, part of a larger one

@@ -34,6 +34,8 @@ CONFIG_NAME = "adapter_config.json"
 # experts sampled per projection when two files are compared
 SAMPLED_EXPERTS = 2
 
+# beginnings of the names of what lies beside an adapter and belongs to it: its tokenizer, what its README says
+_TRAVELS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab.", "merges.txt", "README.md")
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
 
 
@@ -111,13 +113,13 @@ def prepare(adapter: Adapter, to: str) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, to: str, folder: Path, progress: Progress | None = None) -> None:
-    """Write a prepared adapter into an empty folder: weights, configuration, model card, the tokenizer's files."""
+    """Write a prepared adapter into an empty folder: weights, configuration, card, the tokenizer beside it."""
     form = FORMATS[to]
     config = form.config(adapter)
     write_tensors(folder / WEIGHTS_NAME, _blocks(adapter, to), form.metadata(adapter), progress)
     config.save_pretrained(folder)
     for file in adapter.file.path.parent.iterdir():
-        if file.is_file() and file.suffix in (".json", ".jinja", ".model") and file.name != CONFIG_NAME:
+        if file.is_file() and file.name.startswith(_TRAVELS):
             shutil.copy(file, folder)
     write_card(folder, to, config.to_dict(), adapter.notes)
 
@@ -150,8 +152,11 @@ def open_adapter(path, base_config=None, b_layout: str = "auto") -> Adapter:
             + ("an adapter has them in one format." if found else "there is nothing for a MoE conversion to do.")
         )
     (form, slots), taken = found[0], set()
-    for sides in (sides for found_slots in slots.values() for sides in found_slots.values()):
-        taken |= set(sides.values())
+    for path, sides in slots.items():
+        keys = {key for side in sides.values() for key in side.values()}
+        if len(dtypes := {str(source.info(key).dtype) for key in keys}) > 1:
+            raise AdapterError(f"{file.path}: {path} mixes {' and '.join(sorted(dtypes))}; save it in one dtype.")
+        taken |= keys
     name, experts, notes = form.read(source, slots)
     _check_description(source, experts)
     linears, carried = _others(source, [key for key in names if key not in taken])

@@ -66,6 +66,11 @@ def test_wrong_dtype(written, qwen, tmp_path):
     refused(qwen, tmp_path, "int8")
 
 
+def test_two_dtypes_in_one_module(written, qwen, tmp_path):
+    rewrite(tmp_path / "in", lambda s: {n: t.bfloat16() if n == first_of(s) else t for n, t in s.items()})
+    refused(qwen, tmp_path, "mixes torch.bfloat16 and torch.float32")
+
+
 def test_a_tensor_without_its_other_half(written, qwen, tmp_path):
     rewrite(tmp_path / "in", lambda s: {n: t for n, t in s.items() if n != first_of(s, "lora_B")})
     refused(qwen, tmp_path, r"lora_B|misses|metadata says")

@@ -147,6 +147,22 @@ def test_saving_again_replaces_our_part_and_leaves_the_rest(qwen, tmp_path):
     assert "It works." in text
 
 
+def test_what_belongs_to_an_adapter_comes_along_and_nothing_else(qwen, tmp_path):
+    shutil.copytree(qwen.ours, tmp_path / "in")
+    for name in ("tokenizer.json", "added_tokens.json", "trainer_state.json", "optimizer.pt"):
+        (tmp_path / "in" / name).write_text("{}")
+    card = tmp_path / "in" / "README.md"
+    card.write_text(card.read_text() + "\n## Results\n\nIt works.\n")
+    convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "added_tokens.json"
+    }  # fmt: skip
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "It works." in text
+    assert text.count("## LoRA on the experts") == 1
+    assert "both expert-major" not in text
+
+
 @pytest.mark.parametrize("to", ["peft", "per_expert", "vllm_3d", "sglang_3d"])
 def test_a_converted_adapter_has_a_card_of_its_format(qwen, to, tmp_path):
     convert_adapter(qwen.ours, tmp_path / "o", to=to, base_config=qwen.config)
