@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
@@ -29,8 +30,8 @@ class Projection:
     Attributes:
         weight: [E, N, K] float, any strides (a transposed model passes a view).
         bias: [E, N] or None.
-        lora_A: [E, r, K], a view of the expert-major parameter; None where no adapter is active.
-        lora_B: [E, N, r], likewise.
+        lora_A: [r * E, K], expert-major: rows e*r up to (e + 1)*r are A[e]; None where no adapter is active.
+        lora_B: [N, r * E], expert-major: columns e*r up to (e + 1)*r are B[e].
         scaling: factor of the update.
         dropout_p: probability that an element of x is dropped before A, in [0, 1).
     """
@@ -116,8 +117,7 @@ def experts(
     _check(hidden_states, top_k_index, top_k_weights, up, down)
     x = hidden_states.to(up.weight.dtype)
     seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
-    # the operations fix their own dtypes: autocast would round inside them
-    with torch.autocast(x.device.type, enabled=False):
+    with _on_device_of(x), _without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None:
             plan = _Plan(activation, backend, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p)
             fused = _compiled_experts if torch.compiler.is_compiling() else _FusedExperts.apply
@@ -136,6 +136,7 @@ def experts(
 def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
     """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the Routing."""
     ops = _ops(plan.backend, x.device)
+    (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, up.shape[0]), per_expert(down_A, down_B, up.shape[0])
     up_drop, down_drop = _dropouts(plan, seed)
     routing = ops.route(top_k_index, up.shape[0])
     xa = ha = None
@@ -155,7 +156,13 @@ def _backward(
     """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
     ops = _ops(plan.backend, x.device)
     up_drop, down_drop = _dropouts(plan, seed)
-    dx = dup_A = dup_B = ddown_A = ddown_B = yb = None
+    gradients = [None if t is None or not needed else _gradient_like(t) for t, needed in (
+        (up_A, needs_up), (up_B, needs_up), (down_A, needs_down), (down_B, needs_down)
+    )]  # fmt: skip
+    dup_A, dup_B = per_expert(*gradients[:2], up.shape[0])
+    ddown_A, ddown_B = per_expert(*gradients[2:], up.shape[0])
+    (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, up.shape[0]), per_expert(down_A, down_B, up.shape[0])
+    dx = yb = None
     if pre is None:
         pre = ops.expert_linear(x, up, routing, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
     if down_A is not None:
@@ -165,7 +172,6 @@ def _backward(
         yb=yb, lora_A=None if down_A is None else down_A.transpose(1, 2), bias=down_bias, dropout=down_drop,
     )  # fmt: skip
     if needs_down:
-        ddown_A, ddown_B = _gradient_like(down_A), _expert_major_gradient(down_B)
         ops.expert_outer(yb, act, routing, ddown_A, row_weights=top_k_weights, dropout=down_drop)
         ops.expert_outer(dout, ha, routing, ddown_B, row_weights=top_k_weights, gather_left=True)
     del act
@@ -173,14 +179,13 @@ def _backward(
     if up_A is not None and (needs_x or needs_up):
         yb = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, plan.up_scaling)
     if needs_up:
-        dup_A, dup_B = _gradient_like(up_A), _expert_major_gradient(up_B)
         ops.expert_outer(yb, x, routing, dup_A, gather_right=True, dropout=up_drop)
         ops.expert_outer(dpre, xa, routing, dup_B)
     if needs_x:
         lora_B = None if up_A is None else up_A.transpose(1, 2)
         rows = ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb, lora_B=lora_B, dropout=up_drop)
         dx = ops.combine(rows, routing)
-    return dx, dweights, dup_A, dup_B, ddown_A, ddown_B
+    return dx, dweights, *gradients
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -241,7 +246,7 @@ def _experts_op(
 def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, *args):
     plan, M = _Plan.from_scalars(*args[4:]), top_k_index.numel()
     pre = x.new_empty((0,) if plan.recompute else (M, up.shape[1]))
-    xa, ha = (x.new_empty(0) if A is None else x.new_empty(M, A.shape[1]) for A in (up_A, down_A))
+    xa, ha = (x.new_empty(0) if A is None else x.new_empty(M, A.shape[0] // up.shape[0]) for A in (up_A, down_A))
     index = [x.new_empty(n, dtype=torch.int32) for n in (up.shape[0] + 1, M, M, M)]
     return torch.empty_like(x), pre, xa, ha, index
 
@@ -262,7 +267,7 @@ def _experts_backward_fake(dout, x, top_k_weights, up_A, up_B, down_A, down_B, *
     dweights = top_k_weights.new_empty(top_k_weights.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     grads = [torch.empty_like(x) if needs_x else x.new_empty(0), dweights]
     for A, B, needs in ((up_A, up_B, needs_up), (down_A, down_B, needs_down)):
-        grads += [_gradient_like(A), _expert_major_gradient(B)] if needs else [x.new_empty(0), x.new_empty(0)]
+        grads += [_gradient_like(A), _gradient_like(B)] if needs else [x.new_empty(0), x.new_empty(0)]
     return tuple(grads)
 
 
@@ -333,12 +338,13 @@ class _ExpertLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, frozen: Projection, routing: Routing, dropout, gather: bool, ops: ModuleType):
+        A, B = per_expert(lora_A, lora_B, routing.num_experts)
         xa = None
-        if lora_A is not None:
-            xa = ops.expert_shrink(x, lora_A, routing, frozen.scaling, gather=gather, dropout=dropout)
+        if A is not None:
+            xa = ops.expert_shrink(x, A, routing, frozen.scaling, gather=gather, dropout=dropout)
         ctx.save_for_backward(x, lora_A, lora_B, xa)
         ctx.call = frozen, routing, dropout, gather, ops
-        return ops.expert_linear(x, frozen.weight, routing, bias=frozen.bias, xa=xa, lora_B=lora_B, gather=gather)
+        return ops.expert_linear(x, frozen.weight, routing, bias=frozen.bias, xa=xa, lora_B=B, gather=gather)
 
     @staticmethod
     @once_differentiable
@@ -348,12 +354,14 @@ class _ExpertLinear(torch.autograd.Function):
         dy = dy.contiguous()
         dx = dA = dB = yb = None
         if lora_A is not None:
-            yb = ops.expert_shrink(dy, lora_B.transpose(1, 2), routing, frozen.scaling)
-            dA, dB = _gradient_like(lora_A), _expert_major_gradient(lora_B)
-            ops.expert_outer(yb, x, routing, dA, gather_right=gather, dropout=dropout)
-            ops.expert_outer(dy, xa, routing, dB)
+            A, B = per_expert(lora_A, lora_B, routing.num_experts)
+            yb = ops.expert_shrink(dy, B.transpose(1, 2), routing, frozen.scaling)
+            dA, dB = _gradient_like(lora_A), _gradient_like(lora_B)
+            A_out, B_out = per_expert(dA, dB, routing.num_experts)
+            ops.expert_outer(yb, x, routing, A_out, gather_right=gather, dropout=dropout)
+            ops.expert_outer(dy, xa, routing, B_out)
         if ctx.needs_input_grad[0]:
-            transposed_A = None if lora_A is None else lora_A.transpose(1, 2)
+            transposed_A = None if lora_A is None else A.transpose(1, 2)
             dx = ops.expert_linear(
                 dy, frozen.weight.transpose(1, 2), routing, xa=yb, lora_B=transposed_A, dropout=dropout
             )
@@ -402,6 +410,20 @@ def _check(hidden_states, top_k_index, top_k_weights, up: Projection, down: Proj
         )
 
 
+def _on_device_of(x: torch.Tensor):
+    """Kernels start on the current device, which need not be the one this layer of a spread-out model lies on."""
+    # compiled code sets the device itself
+    if torch.compiler.is_compiling() or not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device_of(x)
+
+
+def _without_autocast(device_type: str):
+    """The operations fix their own dtypes: autocast would round inside them."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
 def _draw_seeds(device: torch.device) -> torch.Tensor:
     """[2] int64 from the default generator, so that recomputation under checkpointing repeats the masks."""
     return torch.randint(2**31 - 1, (2,), device=device)
@@ -418,11 +440,12 @@ def _gradient_like(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.new_empty(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
-def _expert_major_gradient(lora_B: torch.Tensor) -> torch.Tensor:
-    """[E, N, r] over the memory of an expert-major [N, r * E], so that going back to the parameter copies nothing."""
-    E, N, r = lora_B.shape
-    dtype = torch.promote_types(lora_B.dtype, torch.float32)
-    return lora_B.new_empty((N, E, r), dtype=dtype).permute(1, 0, 2)
+def per_expert(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, num_experts: int):
+    """Views [E, r, K] and [E, N, r] of an expert-major pair [r * E, K] and [N, r * E], or of nothing."""
+    if lora_A is None:
+        return None, None
+    A = lora_A.view(num_experts, -1, lora_A.shape[1])
+    return A, lora_B.view(lora_B.shape[0], num_experts, -1).permute(1, 0, 2)
 
 
 def _as(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:

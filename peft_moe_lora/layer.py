@@ -1,14 +1,13 @@
 """An experts module with a low-rank pair for every expert: W[e] + scaling * B[e] A[e]."""
 
 import math
-from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import MoELoraConfig
-from .functional import Projection, experts
+from .functional import Projection, experts, per_expert
 from .layout import PROJECTIONS, ExpertsLayout, UnsupportedExperts, own_activation, read_layout
 
 IMPLEMENTATION = "moe_lora"
@@ -118,29 +117,25 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             top_k_weights: [T, top_k] float.
         Returns: [T, H], dtype of hidden_states.
         """
-        with self._onloaded():
-            return experts(
-                hidden_states,
-                top_k_index,
-                top_k_weights,
-                self._projection(module, "gate_up"),
-                self._projection(module, "down"),
-                self.layout.activation or own_activation(module, self.layout.gated),
-                post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-                backend=self.backend,
-                recompute=self.recompute,
-            )
-
-    @contextmanager
-    def _onloaded(self):
-        """Bring offloaded adapters in: accelerate's hooks wait for a forward, which a ParameterDict does not have."""
+        # accelerate's offload waits for a forward, which a ParameterDict does not have
         pairs = (sides[a] for sides in (self.lora_A, self.lora_B) for a in self.active_adapters if a in sides)
         offloaded = [p for p in pairs if hasattr(p, "_hf_hook")]
         for p in offloaded:
             p._hf_hook.pre_forward(p)
-        yield
+        out = experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self._projection(module, "gate_up"),
+            self._projection(module, "down"),
+            self.layout.activation or own_activation(module, self.layout.gated),
+            post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+            backend=self.backend,
+            recompute=self.recompute,
+        )
         for p in offloaded:
             p._hf_hook.post_forward(p, None)
+        return out
 
     @torch.no_grad()
     def _check_contract(self, hidden_states, top_k_index, top_k_weights) -> None:
@@ -172,7 +167,6 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         active = [a for a in self.active_adapters if a in self.lora_A and name in self.lora_A[a]]
         if not active:
             return base
-        pairs = [self._expert_views(a, name) for a in active]
         dropouts = {self.lora_dropout[a] for a in active} if self.training else {0.0}
         if len(dropouts) > 1:
             raise ValueError(
@@ -180,21 +174,20 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
                 "train them one at a time, or give them one value."
             )
         if len(active) == 1:
-            A, B = pairs[0]
+            A, B = self.lora_A[active[0]][name], self.lora_B[active[0]][name]
             scaling = self.scaling[active[0]]
         else:
             # ranks add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2, each scaling folded into its B
-            A = torch.cat([A for A, _ in pairs], dim=1)
+            pairs = [self._per_expert(a, name) for a in active]
+            A = torch.cat([A for A, _ in pairs], dim=1).flatten(0, 1)
             B = torch.cat([self.scaling[a] * B for a, (_, B) in zip(active, pairs, strict=True)], dim=2)
+            B = B.transpose(0, 1).flatten(1)
             scaling = 1.0
         return Projection(base.weight, base.bias, A, B, scaling, dropouts.pop())
 
-    def _expert_views(self, adapter_name: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _per_expert(self, adapter_name: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A as [E, r, K] and B as [E, N, r], views of the expert-major parameters."""
-        r = self.r[adapter_name]
-        A = self.lora_A[adapter_name][name].unflatten(0, (-1, r))
-        B = self.lora_B[adapter_name][name].unflatten(1, (-1, r)).permute(1, 0, 2)
-        return A, B
+        return per_expert(self.lora_A[adapter_name][name], self.lora_B[adapter_name][name], self.layout.num_experts)
 
     # ------------------------------------------------------------------------------------------------------- merging
 
@@ -206,7 +199,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             projection: "gate_up" or "down", targeted by the adapter.
             expert: index of the expert, 0..E-1.
         """
-        A, B = self._expert_views(adapter_name, projection)
+        A, B = self._per_expert(adapter_name, projection)
         dtype = torch.promote_types(A.dtype, torch.float32)
         return self.scaling[adapter_name] * (B[expert].to(dtype) @ A[expert].to(dtype))
 

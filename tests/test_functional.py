@@ -20,7 +20,7 @@ def _call(activation, *, gated=True, bias=False, dropout=0.0, dtype=torch.float6
     up, down = draw(E, N, H), draw(E, H, INNER)
     up_bias, down_bias = (draw(E, N), draw(E, H)) if bias else (None, None)
     index = torch.randint(E + 1 if sentinels else E, (T, TOP_K), generator=g)
-    leaves = [draw(T, H), draw(T, TOP_K), draw(E, R, H), draw(E, N, R), draw(E, R, INNER), draw(E, H, R)]
+    leaves = [draw(T, H), draw(T, TOP_K), draw(R * E, H), draw(N, R * E), draw(R * E, INNER), draw(H, R * E)]
 
     def run(x, w, A1, B1, A2, B2, **options):
         return experts(

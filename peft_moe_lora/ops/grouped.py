@@ -57,7 +57,9 @@ def _grouped_mm_runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
         t.data_ptr() % 16 == 0 and all(s == 1 or s * t.element_size() % 16 == 0 for s in t.stride())
         for t in (x, weight)
     )
-    return x.dtype == torch.bfloat16 and aligned and 1 in weight.stride()[1:] and hasattr(F, "grouped_mm")
+    # its result has rows of N elements, which must fit the 16 bytes too
+    even = all(n % 8 == 0 for n in weight.shape[1:])
+    return x.dtype == torch.bfloat16 and aligned and even and 1 in weight.stride()[1:] and hasattr(F, "grouped_mm")
 
 
 def _segments(expert_offsets: torch.Tensor):
