@@ -112,11 +112,15 @@ class BaseModel:
         if path in self.modules:
             return path
         # a renaming may ask for the end of a tensor's name
-        renamed = rename_source_key(f"{path}.weight", list(self.renamings), [])[0].removesuffix(".weight")
+        renamed = self.renamed(f"{path}.weight").removesuffix(".weight")
         if renamed in self.modules:
             return renamed
         found = self._by_stem().get(_TEXT_PREFIX.sub("", path), ())
         return found[0] if len(found) == 1 else path
+
+    def renamed(self, name: str) -> str:
+        """A checkpoint tensor's name after transformers' renamings."""
+        return rename_source_key(name, list(self.renamings), [])[0]
 
     def _by_stem(self) -> dict[str, list[str]]:
         if "_stems" not in self.__dict__:

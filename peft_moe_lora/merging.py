@@ -221,6 +221,9 @@ def _targets(adapter: Adapter, base: BaseModel, tensors: dict[str, TensorInfo]) 
 
 def _expert_name(base: BaseModel, name: str) -> tuple[str, int | None, str]:
     """(path, expert or None, last name) of a tensor as far as it is one of experts."""
+    path, _, leaf = base.renamed(name).rpartition(".")
+    if path in base.experts:
+        return path, None, leaf
     parts = name.removesuffix(".weight").split(".")
     expert = int(parts[-2]) if len(parts) > 2 and parts[-2].isdigit() else None
     path = ".".join(parts[: -1 if expert is None else -2])
