@@ -16,6 +16,7 @@ import torch
 
 from peft_moe_lora.ops import Activation, kernels, reference
 from peft_moe_lora.ops.kernels import config
+from peft_moe_lora.ops.kernels.launch import forget
 
 # E, H, I, top_k
 SHAPES = {
@@ -195,6 +196,7 @@ def sweep(name, T, r, op, calls, settings):
             row.blocks.clear()
             row.blocks.update({**blocks, **setting})
         config.find.cache_clear()
+        forget()
         times = {}
 
         def timed(op, function, times=times):
@@ -212,6 +214,7 @@ def sweep(name, T, r, op, calls, settings):
         row.blocks.clear()
         row.blocks.update(blocks)
     config.find.cache_clear()
+    forget()
     for call in calls:
         print(f"{name} T={T} r={r} {call}:")
         for times, setting in sorted(results, key=lambda result: result[0][call])[:6]:

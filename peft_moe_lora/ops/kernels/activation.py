@@ -6,6 +6,8 @@ Twin: `activation.Activation`, whose fields are the constexprs here; LIMIT is No
 import triton
 import triton.language as tl
 
+from ..activation import Activation
+
 
 @triton.jit
 def _f_and_df(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
@@ -71,3 +73,11 @@ def activate_plain_backward(pre, dact, KIND: tl.constexpr, ALPHA: tl.constexpr):
     """(act, dpre) of an ungated pre-activation."""
     f, df = _f_and_df(pre, KIND, ALPHA)
     return f, dact * df
+
+
+def activation_constants(activation: Activation) -> dict:
+    """The constexprs that say an activation to a kernel."""
+    return {
+        "KIND": activation.kind, "GATED": activation.gated, "INTERLEAVED": activation.interleaved,
+        "LIMIT": activation.limit, "ALPHA": activation.alpha, "UP_SHIFT": activation.up_shift,
+    }  # fmt: skip

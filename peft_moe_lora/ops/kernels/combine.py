@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..routing import Routing
 from .config import ceil_div, device_facts, find, power_of_2
-from .launch import launch
+from .launch import facts, launch
 
 # slots whose loads are in flight together
 UNROLLED = 8
@@ -81,12 +81,15 @@ def combine(
     if out.numel() == 0:
         return out
     blocks = find("combine", device_facts(y.device)[0], y.element_size(), 16)
-    strides = (0, 0) if top_k_weights is None else top_k_weights.stride()
-    launch(
-        _combine_kernel, (T, ceil_div(N, blocks["BLOCK_N"])),
-        y, top_k_weights, routing.slot_row, out, N, top_k, *y.stride(), *strides,
-        UNROLLED=min(UNROLLED, power_of_2(top_k)), **blocks,
-    )  # fmt: skip
+
+    def rest():
+        strides = (0, 0) if top_k_weights is None else top_k_weights.stride()
+        constants = {"UNROLLED": min(UNROLLED, power_of_2(top_k)), **blocks}
+        return (N, top_k, *y.stride(), *strides), constants
+
+    key = "combine", facts(y, top_k_weights), out.dtype, N, top_k
+    grid = T, ceil_div(N, blocks["BLOCK_N"]), 1
+    launch(key, _combine_kernel, grid, (y, top_k_weights, routing.slot_row, out), rest)
     return out
 
 
@@ -108,11 +111,14 @@ def combine_backward(
     M, N, top_k = routing.num_rows, y.shape[1], routing.top_k
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dw = torch.empty(top_k_weights.shape, dtype=torch.float32, device=y.device)
-    if M > 0:
-        blocks = find("combine", device_facts(y.device)[0], y.element_size(), 16)
-        launch(
-            _combine_backward_kernel, (M,),
-            dout, y, top_k_weights, routing.slot_row, dy, dw, N, top_k,
-            *dout.stride(), *y.stride(), *top_k_weights.stride(), **blocks,
-        )  # fmt: skip
+    if M == 0:
+        return dy, dw
+
+    def rest():
+        fixed = N, top_k, *dout.stride(), *y.stride(), *top_k_weights.stride()
+        return fixed, find("combine", device_facts(y.device)[0], y.element_size(), 16)
+
+    key = "combine_backward", facts(dout, y, top_k_weights), N, top_k
+    tensors = dout, y, top_k_weights, routing.slot_row, dy, dw
+    launch(key, _combine_backward_kernel, (M, 1, 1), tensors, rest)
     return dy, dw

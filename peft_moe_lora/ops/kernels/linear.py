@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..routing import Dropout, Routing
 from .config import dot_precision, padded_rank
-from .launch import launch
+from .launch import facts, launch
 from .routing import with_tiles
 from .tile import launch_facts, position, row_descriptor, strides_or_zeros, table_line, tile_columns, tile_product
 
@@ -36,9 +36,9 @@ def _linear_tile(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & mask_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def _linear_kernel(
-    x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
+    x_desc, weight_desc, x_ptr, weight_ptr, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
     tiles_ptr, lines, N, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn, stride_ym,
@@ -105,13 +105,21 @@ def expert_linear(
     x_desc = None
     if weight_desc is not None and not gather:
         x_desc = row_descriptor(x, blocks["BLOCK_M"], blocks["BLOCK_K"])
-    r = 0 if xa is None else xa.shape[1]
-    launch(
-        _linear_kernel, (programs,),
-        x, x_desc, weight, weight_desc, bias, xa, lora_B, y, dropout.seed if dropout else None, routing.row_token,
-        routing.row_slot, routing.tiles, routing.tiles.shape[0], N, K, r,
-        *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
-        *strides_or_zeros(bias, 2), N,
-        GATHER=gather, P=dropout.p if dropout else 0.0, R=padded_rank(r), PRECISION=dot_precision(x.dtype), **blocks,
+    r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
+    p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
+
+    def rest():
+        strides = (
+            *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
+            *strides_or_zeros(bias, 2), N,
+        )  # fmt: skip
+        constants = {"GATHER": gather, "P": p, "R": padded_rank(r), "PRECISION": precision, **blocks}
+        return (N, K, r, *strides), constants
+
+    key = (
+        "linear", facts(x, weight, bias, xa, lora_B), N, K, r, gather, p, precision, routing.block_m,
+        x_desc is None, weight_desc is None,
     )  # fmt: skip
+    tensors = x, weight, bias, xa, lora_B, y, seed, routing.row_token, routing.row_slot, routing.tiles
+    launch(key, _linear_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (x_desc, weight_desc))
     return y

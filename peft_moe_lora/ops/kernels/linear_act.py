@@ -9,9 +9,9 @@ import triton.language as tl
 
 from ..activation import Activation
 from ..routing import Routing
-from .activation import activate, activate_plain
+from .activation import activate, activate_plain, activation_constants
 from .config import dot_precision, padded_rank
-from .launch import launch
+from .launch import facts, launch
 from .routing import with_tiles
 from .tile import halves, launch_facts, position, strides_or_zeros, table_line, tile_columns, tile_product
 
@@ -63,9 +63,9 @@ def _linear_act_tile(
         tl.store(act_ptrs, activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT).to(dtype), mask=mask_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def _linear_act_kernel(
-    x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+    weight_desc, x_ptr, weight_ptr, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
     tiles_ptr, lines, N, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn,
@@ -131,15 +131,20 @@ def expert_linear_act(
         return pre, act
     parts = 2 if activation.gated and not activation.interleaved else 1
     programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, parts)
-    r = 0 if xa is None else xa.shape[1]
-    launch(
-        _linear_act_kernel, (programs,),
-        x, weight, weight_desc, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles,
-        routing.tiles.shape[0], N, K, r,
-        *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
-        *strides_or_zeros(bias, 2),
-        KIND=activation.kind, GATED=activation.gated, INTERLEAVED=activation.interleaved, LIMIT=activation.limit,
-        ALPHA=activation.alpha, UP_SHIFT=activation.up_shift,
-        GATHER=gather, R=padded_rank(r), PRECISION=dot_precision(x.dtype), **blocks,
+    r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
+
+    def rest():
+        strides = (
+            *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
+            *strides_or_zeros(bias, 2),
+        )  # fmt: skip
+        constants = {"GATHER": gather, "R": padded_rank(r), "PRECISION": precision}
+        return (N, K, r, *strides), activation_constants(activation) | constants | blocks
+
+    key = (
+        "linear_act", facts(x, weight, bias, xa, lora_B), N, K, r, activation, gather, precision, routing.block_m,
+        weight_desc is None,
     )  # fmt: skip
+    tensors = x, weight, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles
+    launch(key, _linear_act_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (weight_desc,))
     return pre, act

@@ -11,14 +11,14 @@ import triton.language as tl
 
 from ..activation import Activation
 from ..routing import Dropout, Routing
-from .activation import activate_backward, activate_plain_backward
+from .activation import activate_backward, activate_plain_backward, activation_constants
 from .config import ceil_div, device_facts, find, power_of_2
-from .launch import launch
+from .launch import facts, launch
 from .linear import expert_linear
 from .routing import with_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _act_backward_kernel(
     draw_ptr, pre_ptr, top_k_weights_ptr, bias_ptr, dout_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
     dpre_ptr, dw_ptr, M, E, I, H,  # noqa: E741
@@ -103,13 +103,15 @@ def expert_linear_act_backward(
     if M == 0:
         return dpre, draw, d_top_k_weights
     blocks = find("act_backward", device_facts(pre.device)[0], pre.element_size(), 16)
-    launch(
-        _act_backward_kernel, (ceil_div(M, blocks["BLOCK_M"]),),
+
+    def rest():
+        strides = *pre.stride(), *((0, 0) if bias is None else bias.stride()), *dout.stride()
+        return (E, I, H, *strides), activation_constants(activation) | {"E_PADDED": power_of_2(E)} | blocks
+
+    key = "act_backward", facts(pre, dout, bias), top_k_weights.dtype, E, I, H, activation
+    tensors = (
         draw, pre, top_k_weights.contiguous(), bias, dout, routing.row_token, routing.row_slot,
-        routing.expert_offsets, dpre, d_top_k_weights, M, E, I, H,
-        *pre.stride(), *((0, 0) if bias is None else bias.stride()), *dout.stride(),
-        KIND=activation.kind, GATED=activation.gated, INTERLEAVED=activation.interleaved, LIMIT=activation.limit,
-        ALPHA=activation.alpha, UP_SHIFT=activation.up_shift, E_PADDED=power_of_2(E),
-        **blocks,
+        routing.expert_offsets, dpre, d_top_k_weights,
     )  # fmt: skip
+    launch(key, _act_backward_kernel, (ceil_div(M, blocks["BLOCK_M"]), 1, 1), tensors, rest, (M,))
     return dpre, draw, d_top_k_weights

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..routing import Dropout, Routing
 from .config import ceil_div, device_facts, dot_precision, find, power_of_2
 from .dropout import dropout_mask
-from .launch import launch
+from .launch import facts, launch
 
 # programs that fill the device several times over
 PROGRAMS = 1024
@@ -147,17 +147,23 @@ def expert_outer(
     max_chunks = M // chunk + min(E, M)
     partial = torch.empty(max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
     shared = {"CHUNK": chunk, "E_PADDED": power_of_2(E)}
-    launch(
-        _outer_kernel, (tiles, max_chunks),
-        small, wide, None if row_weights is None else row_weights.contiguous(), dropout.seed if dropout else None,
-        routing.row_token, routing.row_slot, routing.expert_offsets, partial, out, E, SMALL, WIDE, num_s,
-        *small.stride(), *wide.stride(), *strides,
-        GATHER_SMALL=gather_small, GATHER_WIDE=gather_wide, P=dropout.p if dropout else 0.0,
-        PRECISION=dot_precision(left.dtype), **shared, **blocks,
+    precision = dot_precision(left.dtype)
+    p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
+    weights = None if row_weights is None else row_weights.contiguous()
+
+    def rest():
+        constants = {"GATHER_SMALL": gather_small, "GATHER_WIDE": gather_wide, "P": p, "PRECISION": precision}
+        return (E, SMALL, WIDE, num_s, *small.stride(), *wide.stride(), *strides), constants | shared | blocks
+
+    def rest_of_sum():
+        constants = {name: blocks[name] for name in ("BLOCK_SMALL", "BLOCK_WIDE")}
+        return (E, SMALL, WIDE, num_s, *strides), constants | shared
+
+    shape = E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"]
+    key = "outer", *shape, facts(small, wide, weights), gather_small, gather_wide, p, precision
+    tensors = (
+        small, wide, weights, seed, routing.row_token, routing.row_slot, routing.expert_offsets, partial, out,
     )  # fmt: skip
-    launch(
-        _sum_chunks_kernel, (tiles, E),
-        routing.expert_offsets, partial, out, E, SMALL, WIDE, num_s, *strides,
-        BLOCK_SMALL=blocks["BLOCK_SMALL"], BLOCK_WIDE=blocks["BLOCK_WIDE"], **shared,
-    )  # fmt: skip
+    launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
+    launch(("sum", *shape), _sum_chunks_kernel, (tiles, E, 1), (routing.expert_offsets, partial, out), rest_of_sum)
     return out

@@ -30,7 +30,7 @@ def _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k):
     return tl.where(slots < S, ids, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _count_kernel(
     top_k_index_ptr, counts_ptr, S, E, top_k, stride_t, stride_k, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -43,7 +43,7 @@ def _count_kernel(
         tl.store(counts_ptr + pid * (E + 1) + experts, counts, mask=experts <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _scan_kernel(counts_ptr, totals_ptr, blocks, E, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
     """Grid [experts / BLOCK_E]: counts become exclusive sums over the blocks, in place."""
     experts = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -77,10 +77,10 @@ def _write_tiles(totals, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TI
     tl.store(tiles_ptr + 2 * t + 1, first_row, mask=t < lines)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "blocks", "lines"])
 def _place_kernel(
     top_k_index_ptr, counts_ptr, totals_ptr, expert_offsets_ptr, row_token_ptr, row_slot_ptr, slot_row_ptr, tiles_ptr,
-    S, E, top_k, stride_t, stride_k, blocks, lines,
+    S, blocks, lines, E, top_k, stride_t, stride_k,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -113,9 +113,9 @@ def _place_kernel(
             _write_tiles(totals, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def _tiles_kernel(
-    expert_offsets_ptr, tiles_ptr, E, lines,
+    expert_offsets_ptr, tiles_ptr, lines, E,
     E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid [tile blocks]: the tile table of a routing that has offsets only."""
@@ -153,14 +153,22 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
         tiles[:, 0] = -1
         tiles[:, 1] = 0
         return routing
-    slots = S, E, top_k, *top_k_index.stride()
-    grid = blocks + 1 + ceil_div(lines, TILES_BLOCK)
-    launch(_count_kernel, (blocks,), top_k_index, counts, *slots, BLOCK=BLOCK, BLOCK_E=32)
-    launch(_scan_kernel, (ceil_div(E + 1, 16),), counts, totals, blocks, E, BLOCK_B=64, BLOCK_E=16)
+    slots = E, top_k, *top_k_index.stride()
+    key = top_k_index.dtype, block_m, *slots
     launch(
-        _place_kernel, (grid,),
-        top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles, *slots, blocks, lines,
-        BLOCK=BLOCK, BLOCK_E=32, E_PADDED=power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
+        ("count", *key), _count_kernel, (blocks, 1, 1), (top_k_index, counts),
+        lambda: (slots, {"BLOCK": BLOCK, "BLOCK_E": 32}), (S,),
+    )  # fmt: skip
+    launch(
+        ("scan", E), _scan_kernel, (ceil_div(E + 1, 16), 1, 1), (counts, totals),
+        lambda: ((E,), {"BLOCK_B": 64, "BLOCK_E": 16}), (blocks,),
+    )  # fmt: skip
+    constants = {"BLOCK": BLOCK, "BLOCK_E": 32, "E_PADDED": power_of_2(E), "BLOCK_M": block_m}
+    tensors = top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles
+    grid = blocks + 1 + ceil_div(lines, TILES_BLOCK), 1, 1
+    launch(
+        ("place", *key), _place_kernel, grid, tensors,
+        lambda: (slots, constants | {"TILES_BLOCK": TILES_BLOCK}), (S, blocks, lines),
     )  # fmt: skip
     return routing
 
@@ -173,9 +181,7 @@ def with_tiles(routing: Routing) -> Routing:
     block_m = block_m_for(M, E, device_facts(offsets.device)[0])
     lines = _lines(M, E, block_m)
     tiles = torch.empty(lines, 2, dtype=torch.int32, device=offsets.device)
-    launch(
-        _tiles_kernel, (ceil_div(lines, TILES_BLOCK),),
-        offsets, tiles, E, lines,
-        E_PADDED=power_of_2(E), BLOCK_M=block_m, TILES_BLOCK=TILES_BLOCK,
-    )  # fmt: skip
+    constants = {"E_PADDED": power_of_2(E), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
+    grid = ceil_div(lines, TILES_BLOCK), 1, 1
+    launch(("tiles", E, block_m), _tiles_kernel, grid, (offsets, tiles), lambda: ((E,), constants), (lines,))
     return replace(routing, tiles=tiles, block_m=block_m)

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..routing import Dropout, Routing
 from .config import device_facts, dot_precision, find, padded_rank
 from .dropout import dropout_mask
-from .launch import launch
+from .launch import facts, launch
 from .routing import with_tiles
 
 
@@ -89,11 +89,17 @@ def expert_shrink(
         blocks |= {"BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
     elif r > 16:
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 64)
-    launch(
-        _shrink_kernel, (routing.tiles.shape[0] * parts,),
-        x, lora_A, xa, dropout.seed if dropout else None, routing.row_token, routing.row_slot, routing.expert_offsets,
-        routing.tiles, K, r, scaling, *x.stride(), *lora_A.stride(),
-        PARTS=parts, GATHER=gather, P=dropout.p if dropout else 0.0, R=padded_rank(r),
-        PRECISION=dot_precision(x.dtype), EVEN_K=K % blocks["BLOCK_K"] == 0, **blocks,
-    )  # fmt: skip
+    precision = dot_precision(x.dtype)
+    p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
+
+    def rest():
+        constants = {
+            "PARTS": parts, "GATHER": gather, "P": p, "R": padded_rank(r), "PRECISION": precision,
+            "EVEN_K": K % blocks["BLOCK_K"] == 0, **blocks,
+        }  # fmt: skip
+        return (K, r, scaling, *x.stride(), *lora_A.stride()), constants
+
+    key = "shrink", facts(x, lora_A), K, r, scaling, gather, p, precision, routing.block_m
+    tensors = x, lora_A, xa, seed, routing.row_token, routing.row_slot, routing.expert_offsets, routing.tiles
+    launch(key, _shrink_kernel, (routing.tiles.shape[0] * parts, 1, 1), tensors, rest)
     return xa
