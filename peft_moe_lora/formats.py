@@ -109,12 +109,11 @@ class MoELora(Format):
     def read(self, source, slots):
         experts = {}
         for path, projections in slots.items():
-            r, scaling = source.rank(path), source.scaling(path)
-            experts[path] = {
-                name: source.pair(path, name, (sizes := source.stacked_sizes(path, slot, r)), scaling, slot["A"],
-                                  self._loader(source, slot, sizes))
-                for name, slot in sorted(projections.items(), key=lambda item: PROJECTIONS.index(item[0]))
-            }  # fmt: skip
+            experts[path] = {}
+            for name, slot in sorted(projections.items(), key=lambda item: PROJECTIONS.index(item[0])):
+                sizes = source.stacked_sizes(path, slot, source.rank(path))
+                load = self._loader(source, slot, sizes)
+                experts[path][name] = source.pair(path, name, sizes, source.scaling(path), slot["A"], load)
         return self.name, experts, ()
 
     @staticmethod
@@ -132,12 +131,14 @@ class MoELora(Format):
                 f"{name} is a parameter of no linear layer, and PEFT's layers for such do not go with this tuner; "
                 "keep the adapter in PEFT's form, or train without it."
             )
-        projections = {name for pairs in adapter.experts.values() for name in pairs}
+        adapter = fill_in(adapter, {name for pairs in adapter.experts.values() for name in pairs}, self.name)
         experts = {}
-        for path, pairs in fill_in(adapter, projections, self.name).experts.items():
+        for path, pairs in adapter.experts.items():
             r, scaling = max(p.r for p in pairs.values()), next(iter(pairs.values())).scaling
             experts[path] = {name: pair.padded(r).scaled_to(scaling) for name, pair in pairs.items()}
-        return replace(adapter, experts=experts)
+        padded = any(len({pair.r for pair in pairs.values()}) > 1 for pairs in adapter.experts.values())
+        notes = ["lower ranks padded with zeros: one rank for the projections of a module"] if padded else []
+        return replace(adapter, experts=experts).noted(*notes)
 
     def block(self, adapter, path, projection, pair):
         def make():

@@ -1,8 +1,10 @@
 """Bad input: one clear error each, and nothing is written; an interrupted conversion leaves what was there."""
 
 import copy
+import os
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from peft_moe_lora.conversion import (
     open_adapter,
     verify_adapter,
 )
-from peft_moe_lora.tensor_file import Block, ExistsError, TensorFile, write_tensors
+from peft_moe_lora.tensor_file import Block, ExistsError, TensorFile, new_folder, write_tensors
 
 
 @pytest.fixture(params=["moe_lora", "peft", "per_expert", "sglang_3d"])
@@ -209,6 +211,23 @@ def test_an_interrupted_conversion_leaves_what_was_there(qwen, tmp_path, force):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"][: 1 + force]
     if force:
         assert all(torch.equal(t, before[n]) for n, t in tensors(tmp_path / "out").items())
+
+
+def test_what_was_there_comes_back_if_the_new_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    replace = os.replace
+
+    def fail_on_new(source, target):
+        if Path(source).name == "new":
+            raise OSError("no space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_on_new)
+    with pytest.raises(OSError, match="no space"), new_folder(tmp_path / "out", force=True) as folder:
+        (folder / "new.txt").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old.txt").read_text() == "old"
 
 
 def test_verify_names_what_only_one_of_two_adapts(qwen, tmp_path):

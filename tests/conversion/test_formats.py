@@ -206,6 +206,7 @@ def test_a_per_expert_adapter_of_others(made, family, shared, tmp_path):
     right = per_expert_adapter(case, tmp_path / "theirs", leaves, shared=shared)
     done = convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=case.config)
     assert any("twice the rank" in note for note in done.notes) is not shared
+    assert any("padded with zeros" in note for note in done.notes) is not shared
     assert config_of(tmp_path / "ours")["r"] == (4 if shared else 8)
     found = update_of_ours(tmp_path / "ours", case.base)
     for path, updates in right.items():
