@@ -186,19 +186,19 @@ class Peft(Format):
         experts, name = {}, self.name
         for path, sides in slots.items():
             named = self._projections(source, path, sides)
-            legacy = self._legacy(source, path, named)
+            swapped = self._swapped(source, path, named)
             experts[path] = {}
             for projection, slot in named.items():
                 parameter = f"{path}.{parameter_name(source.base, source.config, path, projection)}"
                 E, r, K, N = source.stacked_sizes(path, slot, source.rank(parameter))
-                sizes = (E, r, N, K) if legacy else (E, r, K, N)
-                load = self._loader(source, slot, (E, r), layout, legacy)
+                sizes = (E, r, N, K) if swapped[projection] else (E, r, K, N)
+                load = self._loader(source, slot, (E, r), layout, swapped[projection])
                 experts[path][projection] = source.pair(
                     path, projection, sizes, source.scaling(parameter), slot["A"], load
                 )
-            if legacy:
+            if any(swapped.values()):
                 name = "peft_legacy"
-                notes = (*notes, "in and out are swapped, as PEFT 0.17 and 0.18 stored them; they are swapped back")
+                notes = (*notes, "in and out are swapped, as PEFT before 0.19.1 stored them; they are swapped back")
         return name, experts, tuple(dict.fromkeys(notes))
 
     @staticmethod
@@ -247,50 +247,54 @@ class Peft(Format):
             )
         return {named.pop(): slot}
 
-    @staticmethod
-    def _legacy(source, path, named) -> bool:
-        """Whether in and out are swapped, decided by the shapes, by the PEFT version where they coincide.
+    def _swapped(self, source, path, named) -> dict[str, bool]:
+        """projection -> whether in and out are swapped: by the shapes, where they coincide by the version.
 
         Raises:
-            RefusedError: where neither decides.
+            RefusedError: where nothing decides.
         """
         sizes = {n: (source.info(slot["A"]).shape[-1], source.info(slot["B"]).shape[0]) for n, slot in named.items()}
-        version = str(source.config.get("peft_version") or "")
-        fits: dict[str, set[bool]] = {}
-        if source.base is not None and path in source.base.experts:
-            layout = source.base.experts[path]
-            for n, size in sizes.items():
-                right = (layout.projection(n).in_features, layout.projection(n).out_features)
-                swapped = set() if layout.transposed or size != right[::-1] else {True}
-                fits[n] = swapped | ({False} if size == right else set())
-        elif len(sizes) == 2:
-            (K, N), (width, H) = sizes["gate_up"], sizes["down"]
-            both = ({False} if K == H and N in (width, 2 * width) else set()) | (
-                {True} if N == width and K in (H, 2 * H) else set()
-            )
-            fits = dict.fromkeys(sizes, both)
-        else:
-            fits = {n: {False, True} for n in sizes}
-        if any(not fit for fit in fits.values()):
+        fits = self._fits(source, path, sizes)
+        if not all(fits.values()):
+            of_base = f" of {source.base.name}" if source.base else " (name the base model to be sure: --base-config)"
             raise AdapterError(
-                f"{source.file.path}: {path} has A and B of {sizes} (in, out), which is no experts projection"
-                f"{f' of {source.base.name}' if source.base else ''}; the adapter is for another model, or damaged."
+                f"{source.file.path}: {path} has A and B of {sizes} (in, out), which is no experts projection{of_base}; "
+                "the adapter is for another model, or damaged."
             )
-        certain = {next(iter(fit)) for fit in fits.values() if len(fit) == 1}
-        if len(certain) == 1 and (all(len(fit) == 1 for fit in fits.values()) or not version.startswith("0.19.0")):
-            return certain.pop()
+        certain = {n: next(iter(fit)) for n, fit in fits.items() if len(fit) == 1}
+        version = str(source.config.get("peft_version") or "")
         release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+        # 0.19.0 swapped some projections and others not, so there one says nothing of another
+        if len(certain) == len(fits) or (release[:3] != (0, 19, 0) and len(set(certain.values())) == 1):
+            return {n: certain.get(n, next(iter(certain.values()))) for n in fits}
         if not certain and release and release[:3] != (0, 19, 0):
-            return release < (0, 19, 1)
+            return dict.fromkeys(fits, release < (0, 19, 1))
         raise RefusedError(
-            f"{source.file.path}: {path} has as many in- as out-features ({sizes}), so the shapes do not tell whether "
-            f"PEFT swapped them as it did before 0.19.1, and peft_version={version or None!r} does not either; "
-            "write the PEFT version that saved the adapter into peft_version of its adapter_config.json, or name the "
-            "base model (--base-config)."
+            f"{source.file.path}: the shapes of {path}, {sizes} (in, out), do not tell whether PEFT swapped in and "
+            f"out as it did before 0.19.1, and peft_version={version or None!r} does not either; write the PEFT version "
+            "that saved the adapter into peft_version of its adapter_config.json, or name the base model "
+            "(--base-config)."
         )
 
     @staticmethod
-    def _loader(source, slot, expert_sizes, layout, legacy):
+    def _fits(source, path, sizes) -> dict[str, set[bool]]:
+        """projection -> what its (in, out) can be: right (False), swapped (True), both or neither."""
+        if source.base is not None and path in source.base.experts:
+            layout, fits = source.base.experts[path], {}
+            for n, size in sizes.items():
+                right = (layout.projection(n).in_features, layout.projection(n).out_features)
+                # stacks stored [E, K, N] were never swapped
+                fits[n] = {wrong for wrong in (False, True) if size == (right[::-1] if wrong else right)}
+                fits[n] -= {True} if layout.transposed else set()
+            return fits
+        if len(sizes) < 2:
+            return {n: {False, True} for n in sizes}
+        (K, N), (width, H) = sizes["gate_up"], sizes["down"]
+        right, swapped = K == H and N in (width, 2 * width), N == width and K in (H, 2 * H)
+        return {n: {wrong for wrong, fit in ((False, right), (True, swapped)) if fit} for n in sizes}
+
+    @staticmethod
+    def _loader(source, slot, expert_sizes, layout, swapped):
         E, r = expert_sizes
 
         def load():
@@ -301,7 +305,7 @@ class Peft(Format):
             else:
                 B = B.unflatten(1, (E, r)).permute(1, 0, 2)
             # PEFT 0.18 builds the delta as [in, out]: (B A)^T = A^T B^T
-            return (B.mT, A.mT) if legacy else (A, B)
+            return (B.mT, A.mT) if swapped else (A, B)
 
         return load
 

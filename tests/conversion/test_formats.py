@@ -29,7 +29,7 @@ from peft import LoraModel, PeftModel
 from safetensors.torch import save_file
 
 from peft_moe_lora.base_model import HUB_NAMES
-from peft_moe_lora.conversion import RefusedError, convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.conversion import AdapterError, RefusedError, convert_adapter, inspect_adapter, verify_adapter
 
 # fp32: what the promise of equal logits says; measured differences are below 1e-6
 TOLERANCE = 1e-5
@@ -242,6 +242,19 @@ def test_peft_0_18_swapped_in_and_out(qwen, tmp_path, with_base):
     assert done.source == "peft_legacy"
     assert "swapped" in " ".join(done.notes)
     assert_close(outputs(load(qwen, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
+
+
+def test_peft_0_19_0_swapped_one_and_not_the_other(qwen, tmp_path):
+    theirs = save_pefts(qwen.base, tmp_path / "theirs")
+
+    def swap_gate_up(state):
+        return state | {n: t for n, t in swap_in_and_out(state).items() if "base_layer" in n}
+
+    rewrite(tmp_path / "theirs", swap_gate_up, peft_version="0.19.0")
+    convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=qwen.config)
+    assert_close(outputs(load(qwen, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
+    with pytest.raises(AdapterError, match="no experts projection"):
+        convert_adapter(tmp_path / "theirs", tmp_path / "without", to="moe_lora")
 
 
 def test_swapped_where_the_shapes_coincide(tmp_path):
