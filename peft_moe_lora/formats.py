@@ -256,9 +256,9 @@ class Peft(Format):
         sizes = {n: (source.info(slot["A"]).shape[-1], source.info(slot["B"]).shape[0]) for n, slot in named.items()}
         fits = self._fits(source, path, sizes)
         if not all(fits.values()):
-            of_base = f" of {source.base.name}" if source.base else " (name the base model to be sure: --base-config)"
+            whose = f" of {source.base.name}" if source.base else " (name the base model to be sure: --base-config)"
             raise AdapterError(
-                f"{source.file.path}: {path} has A and B of {sizes} (in, out), which is no experts projection{of_base}; "
+                f"{source.file.path}: {path} has A and B of {sizes} (in, out), which is no experts projection{whose}; "
                 "the adapter is for another model, or damaged."
             )
         certain = {n: next(iter(fit)) for n, fit in fits.items() if len(fit) == 1}
@@ -271,8 +271,8 @@ class Peft(Format):
             return dict.fromkeys(fits, release < (0, 19, 1))
         raise RefusedError(
             f"{source.file.path}: the shapes of {path}, {sizes} (in, out), do not tell whether PEFT swapped in and "
-            f"out as it did before 0.19.1, and peft_version={version or None!r} does not either; write the PEFT version "
-            "that saved the adapter into peft_version of its adapter_config.json, or name the base model "
+            f"out as it did before 0.19.1, and peft_version={version or None!r} does not either; write the PEFT "
+            "version that saved the adapter into peft_version of its adapter_config.json, or name the base model "
             "(--base-config)."
         )
 
