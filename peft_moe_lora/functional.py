@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -223,14 +223,6 @@ def _compiled_experts(*args):
     return torch.ops.peft_moe_lora.experts(*tensors, *plan.scalars())[0]
 
 
-_SCALARS = (
-    "str kind, bool gated, bool interleaved, float? limit, float alpha, float up_shift, str backend, bool recompute, "
-    "float up_scaling, float down_scaling, float up_dropout, float down_dropout"
-)
-_LORAS = "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
-_WEIGHTS = "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? seed"
-
-
 def _experts_op(
     x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, *scalars
 ):
@@ -294,97 +286,212 @@ def _experts_autograd(ctx, dout, *_):
     return *grads, *[None] * (6 + len(ctx.scalars))
 
 
-torch.library.define(
-    "peft_moe_lora::experts",
+# ------------------------------------- the path around an activation of the model's: operators, eager or under compile
+
+
+def _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend):
+    routing = _route(top_k_index, up.weight.shape[0], backend)
+    pre = _expert_linear(x, up, routing, seed, 0, backend, gather=True)
+    y = _expert_linear(activation(pre), down, routing, seed, 1, backend)
+    if post_norm is not None:
+        y = post_norm(y)
+    return _combine(y, top_k_weights, *_flat(routing), backend).to(x.dtype)
+
+
+def _route(top_k_index: torch.Tensor, num_experts: int, backend: str) -> Routing:
+    if torch.compiler.is_compiling():
+        index = torch.ops.peft_moe_lora.route(top_k_index, num_experts, backend)
+        return Routing.from_tensors(index, top_k_index.shape[1], 0)
+    return _ops(backend, top_k_index.device).route(top_k_index, num_experts)
+
+
+def _expert_linear(x, projection: Projection, routing: Routing, seed, nth: int, backend: str, gather: bool = False):
+    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] drop(x[m]); row m reads token row_token[m] where gather."""
+    p = projection
+    seed = seed[nth : nth + 1] if p.dropout_p else None
+    return _linear(
+        x.to(p.weight.dtype), p.lora_A, p.lora_B, p.weight, p.bias, seed, *_flat(routing),
+        p.scaling, p.dropout_p, gather, backend,
+    )[0]  # fmt: skip
+
+
+def _flat(routing: Routing) -> tuple:
+    """A routing as an operator takes it."""
+    r = routing
+    return r.expert_offsets, r.row_token, r.row_slot, r.slot_row, r.tiles, r.top_k, r.block_m
+
+
+def _routing(offsets, row_token, row_slot, slot_row, tiles, top_k, block_m) -> Routing:
+    """The inverse of `_flat`."""
+    return Routing(offsets, row_token, row_slot, slot_row, top_k, tiles, block_m)
+
+
+def _route_op(top_k_index, num_experts, backend):
+    # the tile table's size is the device's business; whoever needs the table makes it from the offsets
+    return _ops(backend, top_k_index.device).route(top_k_index, num_experts).tensors()[:4]
+
+
+def _route_fake(top_k_index, num_experts, backend):
+    M = top_k_index.numel()
+    return [top_k_index.new_empty(n, dtype=torch.int32) for n in (num_experts + 1, M, M, M)]
+
+
+def _linear_op(x, lora_A, lora_B, weight, bias, seed, *rest):
+    routing, (scaling, dropout_p, gather, backend) = _routing(*rest[:7]), rest[7:]
+    ops = _ops(backend, x.device)
+    A, B = per_expert(lora_A, lora_B, weight.shape[0])
+    xa = None
+    if A is not None:
+        dropout = Dropout(dropout_p, seed) if dropout_p else None
+        xa = ops.expert_shrink(x, A, routing, scaling, gather=gather, dropout=dropout)
+    y = ops.expert_linear(x, weight, routing, bias=bias, xa=xa, lora_B=B, gather=gather)
+    return y, x.new_empty(0) if xa is None else xa
+
+
+def _linear_fake(x, lora_A, lora_B, weight, bias, seed, offsets, row_token, *args):
+    (E, N, _), M = weight.shape, row_token.shape[0]
+    return x.new_empty(M, N), x.new_empty(0) if lora_A is None else x.new_empty(M, lora_A.shape[0] // E)
+
+
+def _linear_backward_op(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *rest):
+    routing, (scaling, dropout_p, gather, backend) = _routing(*rest[:7]), rest[7:]
+    ops, dropout = _ops(backend, x.device), Dropout(dropout_p, seed) if dropout_p else None
+    A, B = per_expert(lora_A, lora_B, weight.shape[0])
+    dx = dA = dB = yb = None
+    if A is not None:
+        yb = ops.expert_shrink(dy, B.transpose(1, 2), routing, scaling)
+    if needs_lora:
+        dA, dB = _gradient_like(lora_A), _gradient_like(lora_B)
+        A_out, B_out = per_expert(dA, dB, weight.shape[0])
+        ops.expert_outer(yb, x, routing, A_out, gather_right=gather, dropout=dropout)
+        ops.expert_outer(dy, xa, routing, B_out)
+    if needs_x:
+        transposed_A = None if A is None else A.transpose(1, 2)
+        dx = ops.expert_linear(dy, weight.transpose(1, 2), routing, xa=yb, lora_B=transposed_A, dropout=dropout)
+        dx = ops.combine(dx, routing) if gather else dx
+    return tuple(dy.new_empty(0) if g is None else g for g in (dx, dA, dB))
+
+
+def _linear_backward_fake(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *args):
+    grads = [_gradient_like(lora_A), _gradient_like(lora_B)] if needs_lora else [dy.new_empty(0), dy.new_empty(0)]
+    return torch.empty_like(x) if needs_x else dy.new_empty(0), *grads
+
+
+def _linear_setup_context(ctx, inputs, output):
+    x, lora_A, lora_B, weight, _, seed, *index = inputs[:11]
+    ctx.scalars = inputs[11:]
+    ctx.save_for_backward(x, lora_A, lora_B, weight, seed, output[1], *index)
+
+
+def _linear_autograd(ctx, dy, _):
+    x, lora_A, lora_B, weight, seed, xa, *index = ctx.saved_tensors
+    needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
+    needs_lora = needs_A or needs_B
+    dx, dA, dB = torch.ops.peft_moe_lora.expert_linear_backward(
+        dy.contiguous(), x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *index, *ctx.scalars
+    )
+    loras = (_as(dA, lora_A), _as(dB, lora_B)) if needs_lora else (None, None)
+    return dx if needs_x else None, *loras, *[None] * (8 + len(ctx.scalars))
+
+
+def _combine_op(y, top_k_weights, *rest):
+    return _ops(rest[-1], y.device).combine(y, _routing(*rest[:-1]), top_k_weights)
+
+
+def _combine_fake(y, top_k_weights, *args):
+    return y.new_empty(top_k_weights.shape[0], y.shape[1])
+
+
+def _combine_backward_op(dout, y, top_k_weights, *rest):
+    return _ops(rest[-1], y.device).combine_backward(dout, y, _routing(*rest[:-1]), top_k_weights)
+
+
+def _combine_backward_fake(dout, y, top_k_weights, *args):
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return y.new_empty(y.shape), top_k_weights.new_empty(top_k_weights.shape, dtype=dtype)
+
+
+def _combine_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.scalars = inputs[7:]
+
+
+def _combine_autograd(ctx, dout):
+    y, top_k_weights, *index = ctx.saved_tensors
+    dy, dweights = torch.ops.peft_moe_lora.combine_backward(dout.contiguous(), y, top_k_weights, *index, *ctx.scalars)
+    return dy, dweights.to(top_k_weights.dtype), *[None] * (5 + len(ctx.scalars))
+
+
+# ------------------------------------------------------------------------------------------------------ the operators
+
+_SCALARS = (
+    "str kind, bool gated, bool interleaved, float? limit, float alpha, float up_shift, str backend, bool recompute, "
+    "float up_scaling, float down_scaling, float up_dropout, float down_dropout"
+)
+_LORAS = "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
+_WEIGHTS = "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? seed"
+_ROUTING = (
+    "Tensor expert_offsets, Tensor row_token, Tensor row_slot, Tensor slot_row, Tensor? tiles, int top_k, int block_m"
+)
+_LINEAR = "float scaling, float dropout_p, bool gather, str backend"
+
+
+def _define(name: str, signature: str, run: Callable, fake: Callable, autograd=None, setup_context=None) -> Callable:
+    """An operator for any device under torch.compile; eager, the same functions without the operator's overhead.
+
+    Args:
+        run: from the arguments to new tensors.
+        fake: the same, of shapes alone.
+        autograd, setup_context: its backward, and what that keeps.
+    Returns: the call.
+    """
+    qualified = f"peft_moe_lora::{name}"
+    torch.library.define(qualified, signature)
+    torch.library.impl(qualified, "default", run)
+    torch.library.register_fake(qualified, fake)
+    operator, eager = getattr(torch.ops.peft_moe_lora, name), run
+    if autograd is not None:
+        torch.library.register_autograd(qualified, autograd, setup_context=setup_context)
+        parts = {"forward": run, "setup_context": setup_context, "backward": once_differentiable(autograd)}
+        eager = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in parts.items()}).apply
+    return lambda *args: (operator if torch.compiler.is_compiling() else eager)(*args)
+
+
+_define(
+    "experts",
     f"(Tensor x, Tensor top_k_weights, {_LORAS}, Tensor top_k_index, {_WEIGHTS}, {_SCALARS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
-)
-torch.library.define(
-    "peft_moe_lora::experts_backward",
+    _experts_op, _experts_fake, _experts_autograd, _experts_setup_context,
+)  # fmt: skip
+_define(
+    "experts_backward",
     f"(Tensor dout, Tensor x, Tensor top_k_weights, {_LORAS}, {_WEIGHTS}, Tensor pre, Tensor xa, Tensor ha, "
     f"Tensor[] index, int top_k, bool needs_x, bool needs_up, bool needs_down, {_SCALARS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("peft_moe_lora::experts", "default", _experts_op)
-torch.library.impl("peft_moe_lora::experts_backward", "default", _experts_backward_op)
-torch.library.register_fake("peft_moe_lora::experts", _experts_fake)
-torch.library.register_fake("peft_moe_lora::experts_backward", _experts_backward_fake)
-torch.library.register_autograd("peft_moe_lora::experts", _experts_autograd, setup_context=_experts_setup_context)
-
-
-# --------------------------------------------------------------------- the path around an activation of the model's
-
-
-@torch.compiler.disable
-def _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend):
-    ops = _ops(backend, x.device)
-    routing = ops.route(top_k_index, up.weight.shape[0])
-    pre = _expert_linear(x, up, routing, ops, seed, 0, gather=True)
-    y = _expert_linear(activation(pre), down, routing, ops, seed, 1)
-    if post_norm is not None:
-        y = post_norm(y)
-    return _Combine.apply(y, top_k_weights, routing, ops).to(x.dtype)
-
-
-def _expert_linear(x, projection: Projection, routing: Routing, ops, seed, nth: int, gather: bool = False):
-    dropout = Dropout(projection.dropout_p, seed[nth : nth + 1]) if projection.dropout_p else None
-    frozen = replace(projection, lora_A=None, lora_B=None)
-    x = x.to(projection.weight.dtype)
-    return _ExpertLinear.apply(x, projection.lora_A, projection.lora_B, frozen, routing, dropout, gather, ops)
-
-
-class _ExpertLinear(torch.autograd.Function):
-    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] drop(x[m]); row m reads token row_token[m] where gather."""
-
-    @staticmethod
-    def forward(ctx, x, lora_A, lora_B, frozen: Projection, routing: Routing, dropout, gather: bool, ops: ModuleType):
-        A, B = per_expert(lora_A, lora_B, routing.num_experts)
-        xa = None
-        if A is not None:
-            xa = ops.expert_shrink(x, A, routing, frozen.scaling, gather=gather, dropout=dropout)
-        ctx.save_for_backward(x, lora_A, lora_B, xa)
-        ctx.call = frozen, routing, dropout, gather, ops
-        return ops.expert_linear(x, frozen.weight, routing, bias=frozen.bias, xa=xa, lora_B=B, gather=gather)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, lora_A, lora_B, xa = ctx.saved_tensors
-        frozen, routing, dropout, gather, ops = ctx.call
-        dy = dy.contiguous()
-        dx = dA = dB = yb = None
-        if lora_A is not None:
-            A, B = per_expert(lora_A, lora_B, routing.num_experts)
-            yb = ops.expert_shrink(dy, B.transpose(1, 2), routing, frozen.scaling)
-            dA, dB = _gradient_like(lora_A), _gradient_like(lora_B)
-            A_out, B_out = per_expert(dA, dB, routing.num_experts)
-            ops.expert_outer(yb, x, routing, A_out, gather_right=gather, dropout=dropout)
-            ops.expert_outer(dy, xa, routing, B_out)
-        if ctx.needs_input_grad[0]:
-            transposed_A = None if lora_A is None else A.transpose(1, 2)
-            dx = ops.expert_linear(
-                dy, frozen.weight.transpose(1, 2), routing, xa=yb, lora_B=transposed_A, dropout=dropout
-            )
-            dx = ops.combine(dx, routing) if gather else dx
-        return dx, _as(dA, lora_A), _as(dB, lora_B), None, None, None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """out[t] = sum over slots of top_k_weights[t, slot] * y[row of the slot]."""
-
-    @staticmethod
-    def forward(ctx, y, top_k_weights, routing: Routing, ops: ModuleType):
-        ctx.save_for_backward(y, top_k_weights)
-        ctx.call = routing, ops
-        return ops.combine(y, routing, top_k_weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        y, top_k_weights = ctx.saved_tensors
-        routing, ops = ctx.call
-        dy, dweights = ops.combine_backward(dout.contiguous(), y, routing, top_k_weights)
-        return dy, dweights.to(top_k_weights.dtype), None, None
+    _experts_backward_op, _experts_backward_fake,
+)  # fmt: skip
+_define("route", "(Tensor top_k_index, int num_experts, str backend) -> Tensor[]", _route_op, _route_fake)
+_linear = _define(
+    "expert_linear",
+    "(Tensor x, Tensor? lora_A, Tensor? lora_B, Tensor weight, Tensor? bias, Tensor? seed, "
+    f"{_ROUTING}, {_LINEAR}) -> (Tensor, Tensor)",
+    _linear_op, _linear_fake, _linear_autograd, _linear_setup_context,
+)  # fmt: skip
+_define(
+    "expert_linear_backward",
+    "(Tensor dy, Tensor x, Tensor? lora_A, Tensor? lora_B, Tensor weight, Tensor? seed, Tensor xa, "
+    f"bool needs_x, bool needs_lora, {_ROUTING}, {_LINEAR}) -> (Tensor, Tensor, Tensor)",
+    _linear_backward_op, _linear_backward_fake,
+)  # fmt: skip
+_combine = _define(
+    "combine", f"(Tensor y, Tensor top_k_weights, {_ROUTING}, str backend) -> Tensor",
+    _combine_op, _combine_fake, _combine_autograd, _combine_setup_context,
+)  # fmt: skip
+_define(
+    "combine_backward",
+    f"(Tensor dout, Tensor y, Tensor top_k_weights, {_ROUTING}, str backend) -> (Tensor, Tensor)",
+    _combine_backward_op, _combine_backward_fake,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

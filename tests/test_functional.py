@@ -81,9 +81,16 @@ def test_recompute_changes_nothing(options):
         assert torch.equal(a, b)
 
 
+def own_activation(pre):
+    """What no kernel has."""
+    gate, up = pre.chunk(2, -1)
+    return torch.tanh(gate) * up
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": True, "dropout": 0.4}], ids=str)
-def test_compiled_layer_is_one_graph_with_the_same_gradients(options):
-    leaves, run = _call(Activation(), dtype=torch.float32, **options)
+@pytest.mark.parametrize("activation", [Activation(), own_activation], ids=["fused", "unfused"])
+def test_compiled_layer_is_one_graph_with_the_same_gradients(activation, options):
+    leaves, run = _call(activation, dtype=torch.float32, **options)
     eager = run(*leaves)
     expected = torch.autograd.grad(eager.square().sum(), leaves)
     torch.manual_seed(1)
