@@ -15,6 +15,7 @@ from .adapter_file import (
 )
 from .card import write_card
 from .functional import BACKENDS
+from .implementations import MATERIALIZE
 from .layout import PROJECTIONS
 
 # LoraConfig's fields that change what an adapter computes in ways experts have no counterpart for: off value, name
@@ -49,7 +50,8 @@ class MoELoraConfig(LoraConfig):
         target_modules: names of experts modules and of ordinary layers; None for every experts module of the model.
         target_projections: which projections of the experts get an adapter, out of "gate_up" (the up projection where
             there is no gate) and "down"; both by default.
-        backend: "triton" (fused kernels), "torch", or "auto": triton on CUDA of compute capability 8.0 and newer.
+        backend: "triton" (fused kernels), "torch", or "auto": triton on CUDA of compute capability 8.0 and newer;
+            "materialize": the model's own experts implementation, on W + scaling * B A written out in every call.
         recompute: keep no pre-activation for backward; costs the gate_up product once more.
         layout, format_version: of the adapter file; written on save, checked on load, not for users to set.
     Raises:
@@ -61,7 +63,9 @@ class MoELoraConfig(LoraConfig):
         default=None,
         metadata={"help": 'Projections of the experts that get an adapter: "gate_up", "down"; both by default.'},
     )
-    backend: str = field(default="auto", metadata={"help": 'What runs the experts: "auto", "triton" or "torch".'})
+    backend: str = field(
+        default="auto", metadata={"help": 'What runs the experts: "auto", "triton", "torch" or "materialize".'}
+    )
     recompute: bool = field(
         default=False, metadata={"help": "Keep no pre-activation for backward: less memory, one more product."}
     )
@@ -106,8 +110,18 @@ class MoELoraConfig(LoraConfig):
         wrong = [name for name in self.target_projections if name not in PROJECTIONS]
         if wrong or not self.target_projections or len(set(self.target_projections)) < len(self.target_projections):
             raise ValueError(f"target_projections must name {PROJECTIONS} once each, got {self.target_projections!r}.")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}.")
+        if self.backend not in (*BACKENDS, MATERIALIZE):
+            raise ValueError(f"backend must be one of {(*BACKENDS, MATERIALIZE)}, got {self.backend!r}.")
+        if self.backend == MATERIALIZE and self.lora_dropout:
+            raise ValueError(
+                f'lora_dropout={self.lora_dropout!r}: with backend="{MATERIALIZE}" there is no low-rank path whose '
+                "input could be dropped; leave lora_dropout at 0."
+            )
+        if self.backend == MATERIALIZE and self.recompute:
+            raise ValueError(
+                f'recompute=True: with backend="{MATERIALIZE}" the experts implementation of the model decides what '
+                "is kept for backward; use gradient checkpointing."
+            )
         if self.layout != LAYOUT:
             raise ValueError(
                 f"layout={self.layout!r} is not known; this version reads {LAYOUT!r}. If a newer peft_moe_lora wrote "

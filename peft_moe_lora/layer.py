@@ -8,9 +8,8 @@ from torch import nn
 
 from .config import MoELoraConfig
 from .functional import Projection, experts, per_expert
+from .implementations import IMPLEMENTATION, MATERIALIZE, check_gradients, check_implementation, run_implementation
 from .layout import PROJECTIONS, ExpertsLayout, UnsupportedExperts, own_activation, read_layout
-
-IMPLEMENTATION = "moe_lora"
 
 
 class MoELoraLayer(nn.Module, BaseTunerLayer):
@@ -41,10 +40,12 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.lora_dropout: dict[str, float] = {}
         self._disable_adapters, self.merged_adapters = False, []
         self.backend, self.recompute = config.backend, config.recompute
-        self._contract_holds = self.layout.decorated
-        _attach(self, base_layer)
+        # running the module's own forward assumes nothing of it
+        self._contract_holds = self.layout.decorated or self.backend == MATERIALIZE
+        self._proven: set[str | None] = set()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha)
+        _attach(self, base_layer)
 
     @property
     def in_features(self) -> int:
@@ -57,7 +58,13 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         return self.layout.down.out_features
 
     def update_layer(self, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float) -> None:
-        """Add an adapter, or draw an existing one anew; it starts frozen unless it is active."""
+        """Add an adapter, or draw an existing one anew; it starts frozen unless it is active.
+
+        Raises:
+            ValueError: if it asks for what the backend of the adapters already here cannot do.
+            RuntimeError: with backend="materialize", if the model's experts implementation cannot run here.
+        """
+        self._check_backend(config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = float(config.lora_dropout)
@@ -70,6 +77,31 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _check_backend(self, config: MoELoraConfig) -> None:
+        if config.backend not in ("auto", self.backend) and MATERIALIZE in (config.backend, self.backend):
+            raise ValueError(
+                f"backend={config.backend!r}: the adapters on these experts run with backend={self.backend!r}, and a "
+                "layer has one; give the new adapter the same."
+            )
+        if self.backend == MATERIALIZE:
+            if config.lora_dropout:
+                raise ValueError(
+                    f"lora_dropout={config.lora_dropout!r}: the adapters on these experts run with "
+                    f'backend="{MATERIALIZE}", which has no low-rank path whose input could be dropped; '
+                    "set lora_dropout=0."
+                )
+            check_implementation(self._shared_implementation(), self.base_layer, self.layout)
+
+    def _shared_config(self):
+        """The model's own config as the base module was given it; None for a module that does not dispatch."""
+        config = self.base_layer.config if self.layout.decorated else None
+        return config._shared if isinstance(config, AdaptedExpertsConfig) else config
+
+    def _shared_implementation(self) -> str | None:
+        """The experts implementation the model is told to run with."""
+        config = self._shared_config()
+        return None if config is None else config._experts_implementation
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """A as nn.Linear draws it (or normal), B zero, so that a new adapter changes nothing; False: both random."""
@@ -122,19 +154,34 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         offloaded = [p for p in pairs if hasattr(p, "_hf_hook")]
         for p in offloaded:
             p._hf_hook.pre_forward(p)
-        out = experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            self._projection(module, "gate_up"),
-            self._projection(module, "down"),
-            self.layout.activation or own_activation(module, self.layout.gated),
-            post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-            backend=self.backend,
-            recompute=self.recompute,
-        )
+        projections = self._projection(module, "gate_up"), self._projection(module, "down")
+        if self.backend == MATERIALIZE:
+            out = self._compute_materialized(module, *projections, hidden_states, top_k_index, top_k_weights)
+        else:
+            out = experts(
+                hidden_states,
+                top_k_index,
+                top_k_weights,
+                *projections,
+                self.layout.activation or own_activation(module, self.layout.gated),
+                post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+                backend=self.backend,
+                recompute=self.recompute,
+            )
         for p in offloaded:
             p._hf_hook.post_forward(p, None)
+        return out
+
+    @torch.compiler.disable
+    def _compute_materialized(self, module, up: Projection, down: Projection, *rows: torch.Tensor) -> torch.Tensor:
+        """What the model's own experts implementation makes of the rows; a new one is checked before and after."""
+        name = self._shared_implementation()
+        if name not in self._proven:
+            check_implementation(name, module, self.layout)
+        out, weights = run_implementation(module, self.layout, self._shared_config(), up, down, *rows)
+        if name not in self._proven and torch.is_grad_enabled():
+            if check_gradients(out, weights, *rows, self.layout.num_experts):
+                self._proven.add(name)
         return out
 
     @torch.no_grad()

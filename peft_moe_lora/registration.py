@@ -6,7 +6,8 @@ from peft.utils import register_peft_method
 from transformers.integrations.moe import ExpertsInterface
 
 from .config import MoELoraConfig
-from .layer import IMPLEMENTATION, moe_lora_experts_forward
+from .implementations import IMPLEMENTATION
+from .layer import moe_lora_experts_forward
 from .model import MoELoraModel
 
 NAME = "MOE_LORA"

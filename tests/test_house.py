@@ -14,6 +14,8 @@ FLOORS = [
     "ops",
     "functional",
     "layout",
+    "materialize",
+    "implementations",
     "adapter_file",
     "card",
     "config",
