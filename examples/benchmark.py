@@ -5,12 +5,13 @@
     python examples/benchmark.py --shapes qwen3-30b 64,4096,1024,6 --tokens 2048 8192 --rank 16 64 --skew
 
 Routes, all in one run on one machine, on the same inputs, frozen base weights and fp32 adapters:
-    moe_lora            `get_peft_model(model, MoELoraConfig(...))` on transformers' experts, wrapper and all
-    moe_lora-recompute  the same with recompute=True
-    moe_lora-torch      the same with backend="torch"
-    peft                PEFT's `LoraConfig(target_parameters=...)` on the same experts, grouped_mm
-    torch               plain PyTorch: sort, gather, grouped_mm for the base and for both rank-r products
-    base                transformers' grouped_mm experts without an adapter: what the adapter is added to
+    moe_lora              `get_peft_model(model, MoELoraConfig(...))` on transformers' experts, wrapper and all
+    moe_lora-recompute    the same with recompute=True
+    moe_lora-torch        the same with backend="torch"
+    moe_lora-materialize  the same with backend="materialize": transformers' grouped_mm on W + scaling * B A
+    peft                  PEFT's `LoraConfig(target_parameters=...)` on the same experts, grouped_mm
+    torch                 plain PyTorch: sort, gather, grouped_mm for the base and for both rank-r products
+    base                  transformers' grouped_mm experts without an adapter: what the adapter is added to
 
 Output and every gradient of a route are compared with a reference in higher precision first: a route that fails has
 its name in the table and no number. Every timed step starts with the L2 cache flushed and with new versions of A and
@@ -339,6 +340,10 @@ def moe_lora_torch(problem: Problem) -> Route:
     return moe_lora(problem, backend="torch")
 
 
+def moe_lora_materialize(problem: Problem) -> Route:
+    return moe_lora(problem, backend="materialize")
+
+
 def moe_lora_recompute(problem: Problem) -> Route:
     return moe_lora(problem, recompute=True)
 
@@ -347,6 +352,7 @@ ROUTES: dict[str, Callable[[Problem], Route]] = {
     "moe_lora": moe_lora,
     "moe_lora-recompute": moe_lora_recompute,
     "moe_lora-torch": moe_lora_torch,
+    "moe_lora-materialize": moe_lora_materialize,
     "peft": peft,
     "torch": plain_torch,
     "base": base,

@@ -34,7 +34,7 @@ def run(benchmark, tmp_path, capsys, *arguments):
 
 
 def test_report_has_every_field(benchmark, tmp_path, capsys):
-    routes = ["moe_lora", "peft", "torch", "base"]
+    routes = ["moe_lora", "moe_lora-materialize", "peft", "torch", "base"]
     status, report, lines = run(benchmark, tmp_path, capsys, "--routes", *routes, "--plot", str(tmp_path / "b.png"))
     assert status == 0
     assert report.keys() == {"machine", "date", "what", "roofline", "command", "cold", "ceilings", "rows"}
