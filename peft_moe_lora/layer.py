@@ -123,7 +123,11 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.layout.decorated or not self.is_at_work():
-            return self.base_layer(*args, **kwargs)
+            try:
+                return self.base_layer(*args, **kwargs)
+            except Exception:
+                _offload(self.base_layer)
+                raise
         # a module off the interface dispatches nowhere, so an offloading hook is served here
         hook = getattr(self.base_layer, "_hf_hook", None)
         if hook is not None:
@@ -309,7 +313,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         base_device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         device = base_device if device is None else device
         if device.type == "meta":
-            return
+            device = _execution_device(self.base_layer)
+            if device is None:
+                return
         for pairs in (self.lora_A, self.lora_B):
             if adapter_name in pairs and not any(p.is_meta for p in pairs[adapter_name].parameters()):
                 pairs[adapter_name].to(device, dtype)
@@ -364,6 +370,24 @@ def moe_lora_experts_forward(
 ) -> torch.Tensor:
     """The experts implementation registered with transformers; `module` is the base module of a MoELoraLayer."""
     return module.config._layer.compute(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _offload(module: nn.Module) -> None:
+    """Send an offloaded module's weights back, which accelerate does after a forward that returns.
+
+    One under non-reentrant checkpointing does not: recomputation ends by an exception as soon as it has what backward
+    needs, and layer after layer would stay on the device.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.post_forward(module, None)
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings an offloaded module's weights to run it; None for a module without such a hook."""
+    hook = getattr(module, "_hf_hook", None)
+    devices = (getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook]))
+    return next((torch.device(d) for d in devices if d is not None), None)
 
 
 def _attach(layer: MoELoraLayer, base_layer: nn.Module) -> None:

@@ -425,6 +425,50 @@ def moe_lora(model, randomize=True, adapter_name="default", **config):
     return model
 
 
+class DenseTwin(nn.Module):
+    """What a model with an adapter computes, in plain PyTorch: the base model on W + scaling * B A, written out.
+
+    Attributes:
+        leaves: {name in the adapted model: parameter}, copies of the adapter's A and B to take gradients of.
+    """
+
+    def __init__(self, model, adapter_name="default"):
+        super().__init__()
+        self.leaves = {
+            n: p.detach().clone().requires_grad_() for n, p in adapter_parameters(model, adapter_name).items()
+        }
+        config = model.peft_config[adapter_name]
+        self.scaling = config.lora_alpha / config.r
+        self.plain = copy.deepcopy(model).unload().requires_grad_(False)
+        self.plain.set_experts_implementation("eager")
+
+    def weights(self):
+        """{parameter of the plain model: W + scaling * B A}."""
+        named, found = dict(self.plain.named_parameters()), {}
+        for name, A in self.leaves.items():
+            if ".lora_A." not in name:
+                continue
+            B = self.leaves[name.replace("lora_A", "lora_B")]
+            path, _, rest = name.removeprefix("base_model.model.").partition(".lora_A.")
+            projection = rest.partition(".")[2]
+            if projection == "weight":
+                found[f"{path}.weight"] = named[f"{path}.weight"] + self.scaling * B @ A
+                continue
+            experts = self.plain.get_submodule(path)
+            weight = base_weight(experts, projection)
+            delta = dense_delta(A, B, weight.shape[0], self.scaling)
+            (key,) = (n for n, p in experts.named_parameters() if p.data_ptr() == weight.data_ptr())
+            found[f"{path}.{key}"] = named[f"{path}.{key}"] + (delta.mT if experts.is_transposed else delta)
+        return {name: weight.to(named[name].dtype) for name, weight in found.items()}
+
+    def forward(self, *args, **kwargs):
+        return torch.func.functional_call(self.plain, self.weights(), args, kwargs)
+
+    def gradients(self, loss):
+        """{name in the adapted model: gradient of the loss}."""
+        return dict(zip(self.leaves, torch.autograd.grad(loss, list(self.leaves.values())), strict=True))
+
+
 def snapshot(model):
     """All that a failed call must leave as it was: modules, state and what is trainable."""
     return {
