@@ -13,7 +13,8 @@ TRITON ?= triton==3.9.0
 PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 \
        ipykernel==7.4.0 ipywidgets==8.1.9 matplotlib==3.11.2 \
        nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 \
-       rich==15.0.0 typer==0.29.2
+       rich==15.0.0 typer==0.29.2 \
+       datasets==5.2.0 trl==1.16.0
 RUFF = ruff==0.17.5
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
@@ -48,7 +49,7 @@ lint: $(LINT_READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) moe-lora-demo
+	rm -rf $(VENV) moe-lora-demo moe-lora-trl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -34,10 +34,11 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.layout: ExpertsLayout = read_layout(base_layer)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        # modules, as in PEFT, for whoever switches a model's dropout off by looking for them
+        self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
         self._disable_adapters, self.merged_adapters = False, []
         self.backend, self.recompute = config.backend, config.recompute
         # running the module's own forward assumes nothing of it
@@ -67,7 +68,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self._check_backend(config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_dropout[adapter_name] = float(config.lora_dropout)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         A, B = nn.ParameterDict(), nn.ParameterDict()
         for name in config.target_projections:
             projection = self.layout.projection(name)
@@ -218,7 +219,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         active = [a for a in self.active_adapters if a in self.lora_A and name in self.lora_A[a]]
         if not active:
             return base
-        dropouts = {self.lora_dropout[a] for a in active} if self.training else {0.0}
+        dropouts = {self.lora_dropout[a].p for a in active} if self.training else {0.0}
         if len(dropouts) > 1:
             raise ValueError(
                 f"adapters {active} are active together with different lora_dropout {sorted(dropouts)}; "
