@@ -73,7 +73,7 @@ class LinearPair:
     Attributes:
         A, B: key -> where the tensor is; A [r, .] and B [., r].
         factor: what B is multiplied by on writing.
-        bare: whether it is on the weight of a module that is no linear layer, as a router may be.
+        bare: whether it is on a router, which to PEFT is no linear layer.
     """
 
     path: str
@@ -113,10 +113,6 @@ class Adapter:
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for projections in self.experts.values() for pair in projections.values())
-
-    def bare_parameters(self) -> list[str]:
-        """Paths of the weights that carry LoRA outside of experts and linear layers."""
-        return [f"{path}.weight" for path, layer in self.linears.items() if layer.bare]
 
     def layers(self) -> list[Pair | LinearPair]:
         return [*self.pairs(), *self.linears.values()]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from .layout import ExpertsLayout, UnsupportedExperts, is_experts, read_layout
+from .layout import ExpertsLayout, UnsupportedExperts, is_experts, is_router, linear_features, read_layout
 from .tensor_file import AdapterError, RefusedError
 
 
@@ -85,7 +85,7 @@ class BaseModel:
         experts: path -> layout of every routed experts module.
         interleaved: path -> whether the rows of its gate_up projection alternate (gate, up); None: not known.
         linears: path -> (in_features, out_features) of every linear layer and embedding.
-        bare: those of them that are no linear layers but hold a 2-D weight, as routers do.
+        bare: those of them that are routers, and so no linear layers to PEFT.
         modules: every path.
         renamings: transformers' own, from names on the hub to module paths.
     """
@@ -183,8 +183,12 @@ def describe_base(model: nn.Module, name: str, model_type: str) -> BaseModel:
         model_type=model_type,
         experts=layouts,
         interleaved={path: _interleaved(experts[path], layout) for path, layout in layouts.items()},
-        linears={path: shape for path, module in model.named_modules() if (shape := _features(module)) is not None},
-        bare=frozenset(path for path, module in model.named_modules() if _is_bare(module)),
+        linears={path: k_n for path, module in model.named_modules() if (k_n := linear_features(module)) is not None},
+        bare=frozenset(
+            path
+            for path, module in model.named_modules()
+            if path and is_router(module, model.get_submodule(path.rpartition(".")[0]))
+        ),
         modules=frozenset(path for path, _ in model.named_modules()),
         renamings=_renamings(model),
     )
@@ -221,18 +225,3 @@ def _interleaved(module: nn.Module, layout: ExpertsLayout) -> bool | None:
     if hasattr(module, "is_concatenated"):
         return not module.is_concatenated
     return None if layout.activation is None else layout.activation.interleaved
-
-
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.in_features, module.out_features
-    return (module.weight.shape[1], module.weight.shape[0]) if _is_bare(module) else None
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether a module keeps a 2-D weight in a class of its own, as routers do their [E, H]."""
-    weight = getattr(module, "weight", None)
-    own = not isinstance(module, nn.Embedding) and not hasattr(module, "in_features")
-    return own and isinstance(weight, nn.Parameter) and weight.ndim == 2

@@ -9,28 +9,31 @@ from torch import nn
 from .adapter_file import FORMAT_VERSION, LAYOUT, AdapterFile
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
-from .layout import ExpertsLayout
+from .layout import ExpertsLayout, linear_features
+from .router import MoELoraRouter
 
 PEFT_PREFIX = "base_model.model."
 
 
 def describe(model: nn.Module, adapter_name: str) -> dict:
-    """The metadata of an adapter file: format version, layout, and E, r, K, N of every adapted projection."""
-    modules = {}
-    for key, layer in adapted_experts(model):
-        if adapter_name in layer.lora_A:
+    """The metadata of an adapter file: format version, layout, E, r, K, N of every adapted projection, and routers."""
+    modules, routers = {}, []
+    for key, layer in adapted(model):
+        if adapter_name in layer.lora_A and isinstance(layer, MoELoraRouter):
+            routers.append(key)
+        elif adapter_name in layer.lora_A:
             r = layer.r[adapter_name]
             modules[key] = {"num_experts": layer.layout.num_experts} | {
                 name: {"r": r, "in_features": A.shape[1], "out_features": layer.lora_B[adapter_name][name].shape[0]}
                 for name, A in layer.lora_A[adapter_name].items()
             }
-    return {"format_version": FORMAT_VERSION, "layout": LAYOUT, "experts": modules}
+    return {"format_version": FORMAT_VERSION, "layout": LAYOUT, "experts": modules, "routers": routers}
 
 
-def adapted_experts(model: nn.Module) -> Iterable[tuple[str, MoELoraLayer]]:
-    """(module path without wrappers' prefixes, layer) of every adapted experts module."""
+def adapted(model: nn.Module) -> Iterable[tuple[str, MoELoraLayer | MoELoraRouter]]:
+    """(module path without wrappers' prefixes, layer) of every adapted experts module and router."""
     for key, module in model.named_modules():
-        if isinstance(module, MoELoraLayer):
+        if isinstance(module, MoELoraLayer | MoELoraRouter):
             yield key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix(PEFT_PREFIX), module
 
 
@@ -62,9 +65,9 @@ class Targets:
             if isinstance(module, nn.Embedding):
                 shapes[f"{key}.lora_embedding_A"] = (r, module.num_embeddings)
                 shapes[f"{key}.lora_embedding_B"] = (module.embedding_dim, r)
-            elif hasattr(module, "in_features") and hasattr(module, "out_features"):
-                shapes[f"{key}.lora_A.weight"] = (r, module.in_features)
-                shapes[f"{key}.lora_B.weight"] = (module.out_features, r)
+            elif (k_n := linear_features(module)) is not None:
+                shapes[f"{key}.lora_A.weight"] = (r, k_n[0])
+                shapes[f"{key}.lora_B.weight"] = (k_n[1], r)
         for key, module in self.saved.items():
             shapes |= {f"{key}.{name}": tuple(t.shape) for name, t in module.state_dict().items()}
         return {PEFT_PREFIX + key: shape for key, shape in shapes.items()}

@@ -234,16 +234,17 @@ def _others(source: Source, keys: list[str]) -> tuple[dict[str, LinearPair], tup
         match = _LORA.fullmatch(key)
         if match is not None:
             found.setdefault(match["path"], {})[match["side"]] = key
-        elif ".lora_" not in key and (any(f".{n}." in f".{key}" for n in saved) or key.endswith(".bias")):
+        # as PEFT matches them: the name may be the end of a longer one
+        elif ".lora_" not in key and (any(f"{n}." in key for n in saved) or key.endswith(".bias")):
             carried.append(key)
         else:
             raise AdapterError(
                 f"{source.file.path}: {source.names[key]} is no tensor of a LoRA adapter as known here."
             )
-    linears = {}
+    linears, routers = {}, read_description(str(source.file.path), source.file.metadata).get("routers", ())
     for path, sides in sorted(found.items(), key=lambda item: _natural(item[0])):
-        bare = _is_bare(source, path)
-        name = f"{path}.weight" if bare else path
+        by_parameter = _matches(f"{path}.weight", source.config.get("target_parameters"))
+        name = f"{path}.weight" if by_parameter else path
         r, scaling = source.rank(name), source.scaling(name)
         if len(sides) < 2:
             raise AdapterError(f"{source.file.path}: {next(iter(sides.values()))} stands without its other half.")
@@ -257,15 +258,14 @@ def _others(source: Source, keys: list[str]) -> tuple[dict[str, LinearPair], tup
             )
         if source.base is not None and path not in source.base.modules:
             raise AdapterError(f"{source.file.path} adapts {path}, which {source.base.name} does not have.")
+        # a router is no linear layer to PEFT: as the base says, else as it was targeted or as our own files say
+        bare = by_parameter or path in routers if source.base is None else path in source.base.bare
         linears[path] = LinearPair(path, sides["A"], sides["B"], r, scaling, bare=bare)
     return linears, tuple(carried)
 
 
-def _is_bare(source: Source, path: str) -> bool:
-    """Whether LoRA is on the weight of a module that is no linear layer: as the base says, else as targeted."""
-    if source.base is not None:
-        return path in source.base.bare
-    return any(f".{path}.weight".endswith(f".{name}") for name in source.config.get("target_parameters") or ())
+def _matches(path: str, names) -> bool:
+    return any(f".{path}".endswith(f".{name}") for name in names or ())
 
 
 def _blocks(adapter: Adapter, to: str) -> Iterator[Block]:

@@ -22,7 +22,7 @@ from .adapter_file import FORMAT_VERSION, LAYOUT, METADATA_KEY
 from .card import VLLM_RANKS
 from .config import MoELoraConfig
 from .layout import PROJECTIONS
-from .targets import PARAMETERS, common_fields, linear_targets, parameter_name, short_names
+from .targets import PARAMETERS, common_fields, parameter_name, short_names
 from .tensor_file import AdapterError, Block, RefusedError
 
 PREFIX = "base_model.model."
@@ -126,11 +126,6 @@ class MoELora(Format):
 
     def prepare(self, adapter):
         """One rank and scaling per module, the same projections everywhere."""
-        for name in adapter.bare_parameters():
-            raise RefusedError(
-                f"{name} is a parameter of no linear layer, and PEFT's layers for such do not go with this tuner; "
-                "keep the adapter in PEFT's form, or train without it."
-            )
         adapter = fill_in(adapter, {name for pairs in adapter.experts.values() for name in pairs}, self.name)
         experts = {}
         for path, pairs in adapter.experts.items():
@@ -153,8 +148,8 @@ class MoELora(Format):
     def config(self, adapter):
         modules = {path: next(iter(pairs.values())) for path, pairs in adapter.experts.items()}
         return MoELoraConfig(
-            **common_fields(adapter, modules),
-            target_modules=[*short_names(adapter, modules), *linear_targets(adapter)],
+            **common_fields(adapter, {**modules, **adapter.linears}),
+            target_modules=short_names(adapter, [*modules, *adapter.linears]),
             target_projections=[n for n in PROJECTIONS if n in next(iter(adapter.experts.values()))],
             lora_dropout=adapter.config.get("lora_dropout") or 0.0,
         )
@@ -165,7 +160,10 @@ class MoELora(Format):
             | {n: {"r": p.r, "in_features": p.in_features, "out_features": p.out_features} for n, p in pairs.items()}
             for path, pairs in adapter.experts.items()
         }
-        description = {"format_version": FORMAT_VERSION, "layout": LAYOUT, "experts": described}
+        routers = [path for path, layer in adapter.linears.items() if layer.bare]
+        description = {
+            "format_version": FORMAT_VERSION, "layout": LAYOUT, "experts": described, "routers": routers,
+        }  # fmt: skip
         return {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True)}
 
 
@@ -326,10 +324,13 @@ class Peft(Format):
             for path, pairs in adapter.experts.items()
             for n, pair in pairs.items()
         }
+        # PEFT adapts a router by its parameter
+        linears = {path: layer for path, layer in adapter.linears.items() if not layer.bare}
+        parameters |= {f"{path}.weight": layer for path, layer in adapter.linears.items() if layer.bare}
         return LoraConfig(
-            **common_fields(adapter, parameters),
-            target_modules=linear_targets(adapter),
-            target_parameters=short_names(adapter, [*parameters, *adapter.bare_parameters()]),
+            **common_fields(adapter, {**parameters, **linears}),
+            target_modules=short_names(adapter, linears),
+            target_parameters=short_names(adapter, parameters),
         )
 
 
@@ -466,7 +467,9 @@ class PerExpert(Format):
         gated = next(iter(adapter.base.experts.values())).gated
         parts = ([names.gate] if gated else []) + [names.up] if "gate_up" in projections else []
         parts += [names.down] if "down" in projections else []
-        return LoraConfig(**common_fields(adapter, {}), target_modules=[*parts, *linear_targets(adapter, bare=True)])
+        return LoraConfig(
+            **common_fields(adapter, adapter.linears), target_modules=[*parts, *short_names(adapter, adapter.linears)]
+        )
 
     def rename(self, adapter, key):
         return PREFIX + adapter.base.hub_names.to_hub(key)
@@ -534,8 +537,8 @@ class Sglang3d(Format):
 
     def config(self, adapter):
         return LoraConfig(
-            **common_fields(adapter, {}),
-            target_modules=["gate_up_proj", "down_proj", *linear_targets(adapter, bare=True)],
+            **common_fields(adapter, adapter.linears),
+            target_modules=["gate_up_proj", "down_proj", *short_names(adapter, adapter.linears)],
         )
 
 

@@ -1,4 +1,4 @@
-"""How an experts module stores its weights and what it computes, read from the module itself.
+"""How an experts module stores its weights and what it computes, and which modules are routers, read from the modules.
 
 transformers' experts interface gives most classes the same attributes (`has_gate`, `is_transposed`, ...); where they
 are missing, the shapes tell. What `_apply_gate` computes is found by running it on a few numbers, not by its name.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .ops import Activation
 from .ops.activation import KINDS
@@ -86,9 +87,37 @@ class ExpertsLayout:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether the module holds routed experts, supported or not."""
+    # three stacks hold experts that every token passes, as inkling's shared ones: they take no expert ids
     return type(module).__name__ in NOT_YET or (
-        _stacked(module, "down_proj") and (_stacked(module, "gate_up_proj") or _stacked(module, "up_proj"))
+        _stacked(module, "down_proj")
+        and (_stacked(module, "gate_up_proj") or _stacked(module, "up_proj"))
+        and not _stacked(module, "gate_proj")
     )
+
+
+def is_router(module: nn.Module, parent: nn.Module | None = None) -> bool:
+    """Whether the module multiplies by a 2-D weight in a forward of its own, as routers do by their [E, H].
+
+    Such a weight is a bare parameter of a class that is no linear layer; or the module is a linear layer whose class
+    has another forward (phimoe, llama4): then it counts as a router where its parent holds experts beside it.
+    """
+    if isinstance(module, nn.Linear):
+        beside = () if parent is None else parent.children()
+        return type(module).forward is not nn.Linear.forward and any(
+            is_experts(getattr(sibling, "base_layer", sibling)) for sibling in beside
+        )
+    weight = getattr(module, "weight", None)
+    other = isinstance(module, nn.Embedding | Conv1D) or hasattr(module, "in_features")
+    return not other and isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.ndim == 2
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in-features, out-features) of a linear layer, an embedding or a router; None of any other module."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    return (module.weight.shape[1], module.weight.shape[0]) if is_router(module) else None
 
 
 def read_layout(module: nn.Module) -> ExpertsLayout:

@@ -1,29 +1,31 @@
-"""Which modules get an adapter: experts modules become MoELoraLayer, everything else PEFT's own LoRA layers."""
+"""Which modules get an adapter: experts a MoELoraLayer, routers a MoELoraRouter, the rest PEFT's own LoRA layers."""
 
 import logging
 import weakref
+from collections import Counter
 
 from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import checkpoint
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
-from .layout import ExpertsLayout, is_experts, read_layout
+from .layout import ExpertsLayout, is_experts, is_router, read_layout
+from .router import MoELoraRouter
 
 logger = logging.getLogger(__name__)
 
 
 class MoELoraModel(LoraModel):
-    """Per-expert LoRA on a model's experts, ordinary LoRA on its other targets.
+    """Per-expert LoRA on a model's experts, ordinary LoRA on its other targets, routers among them.
 
     Args:
-        model: any model whose targets are experts modules or layers PEFT's LoRA knows; changed in place.
+        model: any model whose targets are experts modules, routers or layers PEFT's LoRA knows; changed in place.
         config: MoELoraConfig, or adapter name -> MoELoraConfig.
         adapter_name: the adapter's name.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
@@ -59,7 +61,8 @@ class MoELoraModel(LoraModel):
         saved, carried = {}, []
         for key, module in self._base_modules():
             last = key.rpartition(".")[2]
-            if any(key == name or key.endswith(f".{name}") for name in config.modules_to_save or ()):
+            # as PEFT matches them: the name may be the end of a longer one
+            if key.endswith(tuple(config.modules_to_save or ())):
                 saved[key] = getattr(module, "original_module", module)
             elif last in EMBEDDING_LAYER_NAMES or config.bias != "none":
                 carried.append(key)
@@ -145,6 +148,11 @@ class MoELoraModel(LoraModel):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # adding a further adapter: it is not trained until it is set active
             self._replace_module(parent, target_name, layer, target)
+        elif is_router(target, parent):
+            router = MoELoraRouter(target, adapter_name, config=lora_config, r=r, lora_alpha=alpha)
+            if adapter_name not in self.active_adapters:
+                router.requires_grad_(False)
+            self._replace_module(parent, target_name, router, target)
         else:
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
@@ -163,21 +171,34 @@ class MoELoraModel(LoraModel):
         _PrintWithSummary.install_around(self)
 
     def summary(self, adapter_name: str | None = None) -> str:
-        """How many experts modules, experts and projections an adapter (the active one by default) rides on."""
+        """What an adapter (the active one by default) is on: experts, routers, other layers, modules saved whole."""
         names = self.active_adapters if adapter_name is None else [adapter_name]
-        layers = [m for m in self.model.modules() if isinstance(m, MoELoraLayer) and any(n in m.lora_A for n in names)]
-        experts = sum(layer.layout.num_experts for layer in layers)
+        experts, others = [], {"routers": Counter(), "other layers": Counter(), "modules saved whole": Counter()}
+        for key, module in self.model.named_modules():
+            if not _names_of_adapters(module).isdisjoint(names):
+                kind = ("modules saved whole" if isinstance(module, ModulesToSaveWrapper) else
+                        "routers" if isinstance(module, MoELoraRouter) else "other layers")  # fmt: skip
+                if isinstance(module, MoELoraLayer):
+                    experts.append(module)
+                else:
+                    others[kind][".".join([part for part in key.split(".") if not part.isdigit()][-2:])] += 1
         projections = sum(
             layer.layout.num_experts * len({p for n in names if n in layer.lora_A for p in layer.lora_A[n]})
-            for layer in layers
+            for layer in experts
         )
-        return f"{len(layers)} experts modules, {experts:,} experts, {projections:,} projections adapted"
+        number = sum(layer.layout.num_experts for layer in experts)
+        told = [f"{len(experts)} experts modules, {number:,} experts, {projections:,} projections adapted"]
+        for kind, counts in others.items():
+            if counts:
+                listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+                told.append(f"{counts.total()} {kind}: {listed}")
+        return "; ".join(told)
 
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        if kwargs.get("adapter_names") is not None and self._has_experts():
+        if kwargs.get("adapter_names") is not None and self._has(MoELoraLayer, MoELoraRouter):
             raise ValueError(
-                "adapter_names: experts do not mix adapters within one batch, as their rows are no longer in batch "
-                "order; run one batch per adapter with set_adapter."
+                "adapter_names: experts and routers do not mix adapters within one batch, as their rows are tokens, "
+                "not samples; run one batch per adapter with set_adapter."
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
@@ -187,15 +208,15 @@ class MoELoraModel(LoraModel):
         Raises:
             ValueError: if experts are adapted; several adapters can be active at once instead.
         """
-        if self._has_experts():
+        if self._has(MoELoraLayer):
             raise ValueError(
                 "add_weighted_adapter does not combine experts' adapters; activate several with set_adapter([...]), "
                 "or merge them one after the other."
             )
         super().add_weighted_adapter(*args, **kwargs)
 
-    def _has_experts(self) -> bool:
-        return any(isinstance(module, MoELoraLayer) for module in self.model.modules())
+    def _has(self, *layers: type) -> bool:
+        return any(isinstance(module, layers) for module in self.model.modules())
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -245,6 +266,13 @@ def _layout(module: nn.Module) -> ExpertsLayout:
 
 def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _names_of_adapters(module: nn.Module) -> set[str]:
+    """The adapters that have a part of their own in this module."""
+    if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+        return set()
+    return {name for part in module.adapter_layer_names for name in getattr(module, part, ())}
 
 
 def _matched(result) -> bool:

@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 
-from .adapter import Adapter, Pair, need_base, tidy
+from .adapter import Adapter, LinearPair, Pair, need_base, tidy
 from .layout import PROJECTIONS
 
 PARAMETERS = {"gate_up": ("gate_up_proj", "up_proj"), "down": ("down_proj",)}
@@ -26,10 +26,9 @@ def parameter_name(base, config: dict, path: str, projection: str, pairs: dict[s
     return "gate_up_proj"
 
 
-def common_fields(adapter: Adapter, experts: dict[str, Pair]) -> dict:
-    """LoraConfig's fields but the targets; `experts` says what patterns know the experts' layers by."""
+def common_fields(adapter: Adapter, layers: dict[str, Pair | LinearPair]) -> dict:
+    """LoraConfig's fields but the targets; the keys of `layers` are what patterns know the layers by."""
     config = adapter.config
-    layers = {**experts, **{f"{p}.weight" if layer.bare else p: layer for p, layer in adapter.linears.items()}}
     root = math.sqrt if config["use_rslora"] else float
     ranks = {path: layer.r for path, layer in layers.items()}
     r = config["r"]
@@ -92,11 +91,6 @@ def short_names(adapter: Adapter, paths) -> list[str]:
     for path in paths:
         here[_last(path)] += 1
     return sorted({_last(path) if here[_last(path)] == meant[_last(path)] else path for path in paths})
-
-
-def linear_targets(adapter: Adapter, bare: bool = False) -> list[str]:
-    """target_modules of the layers beside the experts; with `bare`, of routers that are no linear layers too."""
-    return short_names(adapter, [path for path, layer in adapter.linears.items() if bare or not layer.bare])
 
 
 def _last(path: str) -> str:

@@ -374,6 +374,32 @@ _TINY = {
                                 "moe_num_shared_experts": 1}),
 }  # fmt: skip
 
+# families that are here for what they have beside their experts
+_BESIDE = {
+    # a sigmoid gate [1, H] on the shared expert: its name ends on "gate" too
+    "qwen2_moe": ("Qwen2MoeConfig", {"intermediate_size": 40, "moe_intermediate_size": I, "num_experts": E,
+                                     "num_experts_per_tok": TOP_K, "shared_expert_intermediate_size": 40}),
+    # the same, and linear attention in one of two layers
+    "qwen3_next": ("Qwen3NextConfig", {"head_dim": 8, "intermediate_size": 40, "moe_intermediate_size": I,
+                                       "num_experts": E, "num_experts_per_tok": TOP_K,
+                                       "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2,
+                                       "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+                                       "linear_value_head_dim": 8,
+                                       "layer_types": ["linear_attention", "full_attention"]}),
+    # its projections of linear attention have other names
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {"head_dim": 8, "moe_intermediate_size": I, "num_experts": E,
+                                             "num_experts_per_tok": TOP_K, "shared_expert_intermediate_size": 40,
+                                             "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                                             "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                                             "layer_types": ["linear_attention", "full_attention"]}),
+    # grouped sigmoid routing with plain attention; a dense layer first
+    "glm4_moe": ("Glm4MoeConfig", {"head_dim": 8, "intermediate_size": 40, "moe_intermediate_size": I,
+                                   "n_routed_experts": 6, "num_experts_per_tok": TOP_K, "n_group": 2, "topk_group": 1,
+                                   "first_k_dense_replace": 1, "n_shared_experts": 1}),
+    # the router is a linear layer with a forward of its own
+    "phimoe": ("PhimoeConfig", {"intermediate_size": I, "num_local_experts": E, "num_experts_per_tok": TOP_K}),
+}  # fmt: skip
+
 
 def tiny_families():
     """The families above whose experts are on the interface in the installed transformers."""
@@ -383,7 +409,7 @@ def tiny_families():
 
 def tiny_model(family="qwen3_moe", dtype=torch.float32, seed=0, **changes):
     """A whole random model of a family, in eval mode, whose experts carry a good share of its output."""
-    name, settings = _TINY[family]
+    name, settings = {**_TINY, **_BESIDE}[family]
     settings = {**_COMMON, **settings, **changes}
     config = getattr(modeling_module(family), name)(**{k: v for k, v in settings.items() if v is not None})
     torch.manual_seed(seed)

@@ -95,7 +95,6 @@ def test_the_ends_of_the_ranges_are_allowed(field, value):
         ("one name of two is misspelt", {"target_modules": ["experts", "qproj"]}, "qproj"),
         ("no such layer", {"target_modules": ["experts"], "layers_to_transform": [7]}, "layers_to_transform"),
         ("every target is excluded", {"target_modules": ["experts"], "exclude_modules": ["experts"]}, "exclude"),
-        ("the router is no linear layer", {"target_modules": ["q_proj", "experts", "gate"]}, "Router"),
         ("a block is no linear layer", {"target_modules": ["experts", "self_attn"]}, "Attention"),
     ],
 )
@@ -151,8 +150,8 @@ def test_experts_of_another_contract_raise_by_name(family, name):
 def test_a_bad_second_adapter_leaves_the_first_alone():
     model = moe_lora(tiny_model())
     before, expected = snapshot(model), outputs(model)
-    for settings in ({"target_modules": ["expert"]}, {"target_modules": ["q_proj", "experts", "gate"]}):
-        with pytest.raises(ValueError, match=r"expert|Router"):
+    for settings in ({"target_modules": ["expert"]}, {"target_modules": ["q_proj", "experts", "self_attn"]}):
+        with pytest.raises(ValueError, match=r"expert|Attention"):
             model.add_adapter("second", MoELoraConfig(r=2, **settings))
         assert_unchanged(model, before)
         assert list(model.peft_config) == ["default"]

@@ -20,6 +20,7 @@ FLOORS = [
     "card",
     "config",
     "layer",
+    "router",
     "checkpoint",
     "model",
     "tensor_file",

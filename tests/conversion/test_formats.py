@@ -15,6 +15,7 @@ from adapters import (
     config_of,
     experts_count,
     rewrite,
+    save_base,
     save_ours,
     save_pefts,
     swap_experts,
@@ -373,17 +374,49 @@ def test_attention_router_and_saved_modules_travel(qwen, tmp_path):
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_a_router_that_is_no_linear_layer_travels_where_it_can(qwen, tmp_path, with_base):
+def test_a_router_of_pefts_travels(qwen, tmp_path, with_base):
     targets = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
     theirs = save_pefts(qwen.base, tmp_path / "theirs", target_parameters=targets, rank_pattern={"gate.weight": 2})
     base_config = qwen.config if with_base else None
     assert [n for n in tensors(tmp_path / "theirs") if "mlp.gate.lora_A" in n]
-    for to in ("peft", "vllm_3d", *(["per_expert"] if with_base else [])):
+    for to in ("moe_lora", "peft", "vllm_3d", *(["per_expert"] if with_base else [])):
         convert_adapter(tmp_path / "theirs", tmp_path / to, to=to, base_config=base_config)
         assert_close(outputs(load(qwen, tmp_path / to)), outputs(theirs), TOLERANCE, to)
-    with pytest.raises(RefusedError, match="no linear layer"):
-        convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=base_config)
-    assert not (tmp_path / "ours").exists()
+    assert config_of(tmp_path / "moe_lora")["rank_pattern"] == {"gate": 2}
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_router_of_ours_travels_and_comes_back(qwen, tmp_path, with_base):
+    """To PEFT a router is a parameter, to us and to servers a module: without the base the file itself says which."""
+    targets = ["experts", "gate", "q_proj", "v_proj"]
+    ours = save_ours(qwen.base, tmp_path / "ours", target_modules=targets, rank_pattern={"gate": 2})
+    base_config = qwen.config if with_base else None
+    for to in ("moe_lora", "peft", "vllm_3d", *(["per_expert"] if with_base else [])):
+        convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=base_config)
+        assert_close(outputs(load(qwen, tmp_path / to)), outputs(ours), TOLERANCE, to)
+        convert_adapter(tmp_path / to, tmp_path / "back", to="moe_lora", base_config=base_config, force=True)
+        assert_close(outputs(load(qwen, tmp_path / "back")), outputs(ours), TOLERANCE, f"{to} and back")
+    assert "gate.weight" in config_of(tmp_path / "peft")["target_parameters"]
+    assert config_of(tmp_path / "peft")["rank_pattern"] == {"gate.weight": 2}
+    if with_base:
+        assert verify_adapter(tmp_path / "ours", qwen.config, tmp_path / "per_expert").ok
+
+
+def test_routers_saved_whole_travel_with_what_ends_on_their_name(tmp_path):
+    """PEFT matches modules_to_save by the ends of names: "gate" is also a shared expert's shared_expert_gate."""
+    base = save_base("qwen2_moe", tmp_path / "base")
+    model = save_ours(base, tmp_path / "ours", modules_to_save=["gate"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    saved = {name.split(".")[-2] for name in tensors(tmp_path / "ours") if name.endswith("gate.weight")}
+    assert saved == {"gate", "shared_expert_gate"}
+    model.save_pretrained(tmp_path / "ours")
+    for to in ("peft", "moe_lora"):
+        convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=tmp_path / "base")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / to)
+        assert_close(outputs(loaded), outputs(model), TOLERANCE, to)
 
 
 def test_what_some_reader_would_refuse_is_said(qwen, made, tmp_path):
