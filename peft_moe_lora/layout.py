@@ -27,6 +27,9 @@ NOT_YET = {
     "Mxfp4GptOssExperts": "its weights are quantized to MXFP4",
 }
 
+# routers that read the weight of a linear layer and never call it, so that nothing around the layer has a say
+READ_NOT_CALLED = {"LongcatFlashTopkRouter": "classifier"}
+
 
 class UnsupportedExperts(ValueError):
     """A module that holds routed experts, but not in a form an adapter can ride on."""

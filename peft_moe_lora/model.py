@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from . import checkpoint
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
-from .layout import ExpertsLayout, is_experts, is_router, read_layout
+from .layout import READ_NOT_CALLED, ExpertsLayout, is_experts, is_router, read_layout
 from .router import MoELoraRouter
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,11 @@ class MoELoraModel(LoraModel):
             if adapter_name not in self.active_adapters:
                 router.requires_grad_(False)
             self._replace_module(parent, target_name, router, target)
+        elif READ_NOT_CALLED.get(type(parent).__name__) == target_name:
+            raise ValueError(
+                f"{type(parent).__name__} reads the weight of its {target_name} and never calls it: a LoRA there "
+                f"would do nothing. Train it whole, modules_to_save=[{target_name!r}], or leave it out."
+            )
         else:
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
@@ -161,7 +166,8 @@ class MoELoraModel(LoraModel):
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         if isinstance(child, MoELoraLayer):
             setattr(parent, child_name, child.release())
-        elif isinstance(new_module, MoELoraLayer):
+        elif isinstance(new_module, MoELoraLayer | MoELoraRouter):
+            # PEFT would move the adapter to where the weight lies, and an offloaded one lies nowhere
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -55,6 +55,13 @@ class MoELoraRouter(lora.Linear):
         for side in (self.lora_A, self.lora_B):
             side[adapter_name] = _Factor.of(side[adapter_name])
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # where accelerate offloads the weight, it is brought to this device for every forward
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        if device is None and self.base_layer.weight.is_meta and hook is not None:
+            device = hook.execution_device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def forward(self, *args, **kwargs):
         """The router's own forward, with the active adapters' low-rank terms in its logits.
 

@@ -397,7 +397,9 @@ _BESIDE = {
                                    "n_routed_experts": 6, "num_experts_per_tok": TOP_K, "n_group": 2, "topk_group": 1,
                                    "first_k_dense_replace": 1, "n_shared_experts": 1}),
     # the router is a linear layer with a forward of its own
-    "phimoe": ("PhimoeConfig", {"intermediate_size": I, "num_local_experts": E, "num_experts_per_tok": TOP_K}),
+    "phimoe": ("PhimoeConfig", {"intermediate_size": I, "num_local_experts": E, "num_experts_per_tok": TOP_K,
+                                # how far a score may lie from the best one and still count in its softmax
+                                "router_jitter_noise": 4.0}),
 }  # fmt: skip
 
 

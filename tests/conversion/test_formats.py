@@ -402,6 +402,19 @@ def test_a_router_of_ours_travels_and_comes_back(qwen, tmp_path, with_base):
         assert verify_adapter(tmp_path / "ours", qwen.config, tmp_path / "per_expert").ok
 
 
+def test_a_router_that_is_a_linear_layer_with_a_forward_of_its_own_travels(tmp_path):
+    """phimoe's: PEFT's layer for linear layers would add to a tuple, so to PEFT it is a parameter too."""
+    base = save_base("phimoe", tmp_path / "base")
+    model = save_ours(base, tmp_path / "ours", target_modules=["experts", "router"])
+    for to in ("peft", "moe_lora"):
+        convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=tmp_path / "base")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / to).eval()
+        assert_close(outputs(loaded), outputs(model), TOLERANCE, to)
+    assert "router.weight" in config_of(tmp_path / "peft")["target_parameters"]
+    convert_adapter(tmp_path / "peft", tmp_path / "back", to="moe_lora", base_config=tmp_path / "base")
+    assert tensors(tmp_path / "back").keys() == tensors(tmp_path / "ours").keys()
+
+
 def test_routers_saved_whole_travel_with_what_ends_on_their_name(tmp_path):
     """PEFT matches modules_to_save by the ends of names: "gate" is also a shared expert's shared_expert_gate."""
     base = save_base("qwen2_moe", tmp_path / "base")

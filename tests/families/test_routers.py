@@ -21,6 +21,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig
 
 from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.layout import is_experts
 from peft_moe_lora.router import MoELoraRouter, UnsupportedRouter
 
 T, WIDTH, EXPERTS, TOP = 9, 16, 6, 2
@@ -261,6 +262,31 @@ def test_other_products_are_left_alone():
     (A, B), router = factors(model), model.base_model.model.gate.base_layer
     right = F.linear(x, router.weight + SCALING * B @ A) + F.softplus(F.linear(x, router.noise))
     assert_close(model(x), right)
+
+
+def test_a_linear_layer_that_is_only_read_is_an_error():
+    """longcat_flash multiplies by its classifier's weight without calling it: PEFT's LoRA there would do nothing."""
+    cls = modeling_module("longcat_flash").LongcatFlashTopkRouter
+    router = cls(router_config("longcat_flash", cls))
+    for buffer in router.buffers():
+        nn.init.zeros_(buffer)
+    with pytest.raises(
+        ValueError, match=r"LongcatFlashTopkRouter reads the weight of its classifier.*modules_to_save"
+    ):
+        get_peft_model(Block(copy.deepcopy(router)), MoELoraConfig(target_modules=["classifier"]))
+    config = MoELoraConfig(target_modules=["experts"], modules_to_save=["classifier"])
+    model = get_peft_model(Block(router), config)
+    model(torch.randn(T, WIDTH))[0].square().mean().backward()
+    assert model.base_model.model.gate.classifier.modules_to_save.default.weight.grad.abs().max() > 0
+
+
+def test_shared_experts_in_stacks_are_no_routed_ones():
+    """inkling keeps the experts that every token passes in stacks too; they take no expert ids."""
+    cls = modeling_module("inkling").InklingSharedExperts
+    config = router_config("inkling", cls)
+    config.moe_intermediate_size = 8
+    assert not is_experts(cls(config))
+    assert is_experts(HandWrittenExperts())
 
 
 # ---- all that PEFT does with a layer -----------------------------------------------------------------------------
