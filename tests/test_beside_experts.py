@@ -22,6 +22,7 @@ from helpers import (
     experts_adapter,
     experts_paths,
     fill_adapter,
+    interface_families,
     moe_lora,
     outputs,
     tiny_model,
@@ -39,6 +40,7 @@ from peft_moe_lora.router import MoELoraRouter
 # with shared experts, gates on them, latent projections, linear attention, MLA
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "glm4_moe", "qwen2_moe", "qwen3_next",
             "qwen3_5_moe", "phimoe", "muse_spark", "aria"]  # fmt: skip
+FAMILIES = [family for family in FAMILIES if family in {installed for installed, _ in interface_families()}]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SCALING = 2.0
 
@@ -354,3 +356,47 @@ def test_one_batch_has_one_adapter():
     fill_adapter(model)
     with pytest.raises(ValueError, match="adapter_names"):
         model(input_ids=token_ids(), adapter_names=["default"] * 2)
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@every_family
+def test_everything_adapted_on_a_gpu(family):
+    """The kernels between routers and attention: fp32 as on the CPU, bf16 without a dtype error."""
+    model = with_everything(tiny_model(family))
+    expected, parameters = outputs(model), adapter_parameters(model)
+    expected_grads = gradients(expected, parameters)
+    model.cuda()
+    on_gpu = outputs(model, token_ids().cuda())
+    # the same sums in another order, through two layers
+    assert_close(on_gpu.cpu(), expected, GRADIENTS)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7)).cuda()
+    parameters = adapter_parameters(model)
+    for name, grad in zip(parameters, torch.autograd.grad(on_gpu, list(parameters.values()), direction), strict=True):
+        assert_close(grad.cpu(), expected_grads[name], 1e-3, name)
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    model.base_model.model.set_experts_implementation("eager")
+    outputs(model, token_ids().cuda()).float().square().mean().backward()
+    for name, parameter in adapter_parameters(model).items():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_everything_compiles_on_a_gpu(family):
+    model = with_everything(tiny_model(family)).cuda()
+    ids, parameters = token_ids().cuda(), adapter_parameters(model)
+    expected = outputs(model, ids)
+    grads = torch.autograd.grad(expected.square().mean(), list(parameters.values()))
+    torch.compiler.reset()
+    compiled = outputs(torch.compile(model), ids)
+    assert_close(compiled, expected, 1e-3)
+    for name, grad, wanted in zip(
+        parameters, torch.autograd.grad(compiled.square().mean(), list(parameters.values())), grads, strict=True
+    ):
+        assert_close(grad, wanted, 1e-2, name)

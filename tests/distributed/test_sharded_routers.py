@@ -29,6 +29,7 @@ def train_sharded(rank, store):
         for name, p in adapter_parameters(model).items():
             assert isinstance(p, DTensor), "nothing is sharded: the test proves nothing"
             assert_close(p.grad.full_tensor(), expected[name], SAME, name)
+    dist.barrier()
     dist.destroy_process_group()
 
 

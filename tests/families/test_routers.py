@@ -404,3 +404,17 @@ def test_it_compiles_without_a_graph_break(product):
         assert_close(got, wanted)
     for got, wanted in zip(grads(actual, factors(model)), grads(expected, factors(model)), strict=True):
         assert_close(got, wanted)
+
+
+@pytest.mark.gpu
+def test_a_product_with_a_dtype_of_its_own_is_seen():
+    """kolibri1, on a GPU and without gradients: torch.mm of bf16 with fp32 out."""
+    router = build("kolibri1", "Kolibri1TopKRouter")
+    model = adapted(copy.deepcopy(router)).cuda()
+    router = model.base_model.model.gate.base_layer.bfloat16()
+    x = torch.randn(T, WIDTH, device="cuda", dtype=torch.bfloat16)
+    A, B = factors(model)
+    with torch.no_grad():
+        plain, logits = router(x)[0], model(x)[0]
+        assert plain.dtype == logits.dtype == torch.float32
+        assert_close(logits, plain + SCALING * x.float() @ A.T @ B.T, FP32)
