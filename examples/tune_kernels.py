@@ -15,8 +15,7 @@ import statistics
 import torch
 
 from peft_moe_lora.ops import Activation, kernels, reference
-from peft_moe_lora.ops.kernels import config
-from peft_moe_lora.ops.kernels.launch import forget
+from peft_moe_lora.ops.kernels import config, launch, tile
 
 # E, H, I, top_k
 SHAPES = {
@@ -117,13 +116,13 @@ class Layer:
         del act
         out = call("combine", lambda: ops.combine(y, R, s.weights))
         yb2 = call("shrink dout", lambda: ops.expert_shrink(s.dout, s.down_B.transpose(1, 2), R, 2.0, gather=True))
-        dpre, act, dw = call(
+        draw = call(
             "d act",
-            lambda: ops.expert_linear_act_backward(
-                s.dout, s.down.transpose(1, 2), R, s.activation, pre, s.weights,
-                yb=yb2, lora_A=s.down_A.transpose(1, 2),
+            lambda: ops.expert_linear(
+                s.dout, s.down.transpose(1, 2), R, xa=yb2, lora_B=s.down_A.transpose(1, 2), gather=True
             ),
-        )  # fmt: skip
+        )
+        dpre, act, dw = call("act backward", lambda: ops.expert_act_backward(draw, pre, R, s.activation, s.weights))
         w, (dA1, dB1, dA2, dB2) = s.weights, s.grads
         call("dA2", lambda: ops.expert_outer(yb2, act, R, dA2, row_weights=w))
         call("dB2", lambda: ops.expert_outer(s.dout, ha, R, dB2, row_weights=w, gather_left=True))
@@ -179,6 +178,13 @@ def report(name, T, r, flops, bandwidth, skew=0.0, checked=True):
     torch.cuda.reset_peak_memory_stats()
 
 
+def forget():
+    """Drop what was chosen and compiled by the table as it was."""
+    for chosen in (config.lookup, tile._blocks):
+        chosen.cache_clear()
+    launch.forget()
+
+
 def variants(vary):
     """Every combination of {"BLOCK_N": [..], ..} as a dict."""
     return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
@@ -195,7 +201,6 @@ def sweep(name, T, r, op, calls, settings):
         for row, blocks in zip(rows, kept, strict=True):
             row.blocks.clear()
             row.blocks.update({**blocks, **setting})
-        config.find.cache_clear()
         forget()
         times = {}
 
@@ -213,7 +218,6 @@ def sweep(name, T, r, op, calls, settings):
     for row, blocks in zip(rows, kept, strict=True):
         row.blocks.clear()
         row.blocks.update(blocks)
-    config.find.cache_clear()
     forget()
     for call in calls:
         print(f"{name} T={T} r={r} {call}:")

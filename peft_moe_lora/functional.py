@@ -167,10 +167,14 @@ def _backward(
         pre = ops.expert_linear(x, up, routing, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
     if down_A is not None:
         yb = ops.expert_shrink(dout, down_B.transpose(1, 2), routing, plan.down_scaling, gather=True)
-    dpre, act, dweights = ops.expert_linear_act_backward(
-        dout, down.transpose(1, 2), routing, plan.activation, pre, top_k_weights,
-        yb=yb, lora_A=None if down_A is None else down_A.transpose(1, 2), bias=down_bias, dropout=down_drop,
-    )  # fmt: skip
+    down_AT = None if down_A is None else down_A.transpose(1, 2)
+    draw = ops.expert_linear(
+        dout, down.transpose(1, 2), routing, xa=yb, lora_B=down_AT, gather=True, dropout=down_drop
+    )
+    dpre, act, dweights = ops.expert_act_backward(
+        draw, pre, routing, plan.activation, top_k_weights, dout=dout, bias=down_bias
+    )
+    del draw
     if needs_down:
         ops.expert_outer(yb, act, routing, ddown_A, row_weights=top_k_weights, dropout=down_drop)
         ops.expert_outer(dout, ha, routing, ddown_B, row_weights=top_k_weights, gather_left=True)

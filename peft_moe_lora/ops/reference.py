@@ -14,9 +14,9 @@ from .routing import Dropout, Routing
 __all__ = [
     "combine",
     "combine_backward",
+    "expert_act_backward",
     "expert_linear",
     "expert_linear_act",
-    "expert_linear_act_backward",
     "expert_outer",
     "expert_shrink",
     "route",
@@ -102,34 +102,27 @@ def expert_linear_act(
     return pre, activation(pre)
 
 
-def expert_linear_act_backward(
-    dout: torch.Tensor,
-    weight: torch.Tensor,
+def expert_act_backward(
+    draw: torch.Tensor,
+    pre: torch.Tensor,
     routing: Routing,
     activation: Activation,
-    pre: torch.Tensor,
     top_k_weights: torch.Tensor,
     *,
-    yb: torch.Tensor | None = None,
-    lora_A: torch.Tensor | None = None,
+    dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the gradient of the combined output to that of the pre-activation and of the routing weights.
+    """From the gradient of act, before the routing weight, to those of the pre-activation and the routing weights.
 
-    draw[m] = W[e]^T dout[t] + drop(A[e]^T yb[m]) is the gradient of act before weighting, so the down output itself
-    need not be kept: d top_k_weights = <act, draw> + <bias, dout>.
+    d top_k_weights = <act, draw> + <bias, dout>, so the down output itself need not be kept.
 
     Args:
-        dout: [T, H]; row m reads token row_token[m].
-        weight: [E, I, H], the down weight transposed.
+        draw: [M, I] = W[e]^T dout[t] of the down projection and its low-rank term.
         pre: [M, N] kept by forward.
         top_k_weights: [T, top_k] float.
-        yb: [M, r] = scaling * B[e]^T dout[t], with lora_A [E, I, r], the down A transposed.
-        bias: [E, H], the down bias.
+        dout: [T, H], with bias: [E, H], the down bias.
     Returns: dpre [M, N], act [M, I] (dtype of pre), d_top_k_weights [T, top_k] fp32 (fp64 for fp64), 0 for sentinels.
     """
-    draw = expert_linear(dout, weight, routing, xa=yb, lora_B=lora_A, gather=True, dropout=dropout)
     act = activation(pre)
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(draw.dtype)
     dpre = activation.backward(pre, w[:, None] * draw)

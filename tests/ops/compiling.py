@@ -99,10 +99,10 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
     pre, act = kernels.expert_linear_act(x, up, routing, activation, xa=xa, lora_B=up_B, gather=True)
     y = kernels.expert_linear(act, down, routing, xa=xa, lora_B=down_B)
     kernels.combine(y, routing, weights)
-    kernels.expert_linear_act_backward(
-        x, down.transpose(1, 2), routing, activation, pre, weights, yb=xa, lora_A=down_A.transpose(1, 2)
-    )
+    draw = kernels.expert_linear(x, down.transpose(1, 2), routing, xa=xa, lora_B=down_A.transpose(1, 2), gather=True)
+    kernels.expert_act_backward(draw, pre, routing, activation, weights)
     yb = kernels.expert_shrink(pre, up_B.transpose(1, 2), routing, 1.0)
+    kernels.expert_shrink(x, down_B.transpose(1, 2), routing, 1.0, gather=True)
     kernels.expert_linear(pre, up.transpose(1, 2), routing, xa=yb, lora_B=up_A.transpose(1, 2))
     fp32 = torch.float32
     kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True)

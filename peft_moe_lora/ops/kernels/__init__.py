@@ -1,9 +1,9 @@
 """The operations as Triton kernels: same names and signatures as `reference`."""
 
+from .act_backward import expert_act_backward
 from .combine import combine, combine_backward
 from .linear import expert_linear
 from .linear_act import expert_linear_act
-from .linear_act_backward import expert_linear_act_backward
 from .outer import expert_outer
 from .routing import route
 from .shrink import expert_shrink
@@ -11,9 +11,9 @@ from .shrink import expert_shrink
 __all__ = [
     "combine",
     "combine_backward",
+    "expert_act_backward",
     "expert_linear",
     "expert_linear_act",
-    "expert_linear_act_backward",
     "expert_outer",
     "expert_shrink",
     "route",

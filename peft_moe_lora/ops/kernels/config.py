@@ -38,12 +38,32 @@ def _row(op, arch, itemsize, block_m, source, num_warps, num_stages, **blocks):
 _SAFE = "chosen to compile without spills, not timed"
 _H200 = "NVIDIA H200, 2026-11-21"
 _TINY = "small, so that tiny shapes have edges"
+# GROUP: row tiles that share a weight tile, of small and of large experts
+_POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": (2, 16)}
+_TMA = {"DESCRIPTOR": True, "PER_SM": 1}
 TABLE = (
     # the interpreter
-    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, DESCRIPTOR=True, PER_SM=1, TAIL=False),
-    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, DESCRIPTOR=True, PER_SM=1, TAIL=False),
-    _row("linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True),
-    _row("linear_act", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True),
+    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row(
+        "linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True, GROUP=(2, 16)
+    ),
+    _row(
+        "linear_act",
+        0,
+        2,
+        32,
+        _TINY,
+        1,
+        1,
+        BLOCK_N=32,
+        BLOCK_K=16,
+        DESCRIPTOR=False,
+        PER_SM=1,
+        TAIL=True,
+        GROUP=(2, 16),
+    ),
+    _row("linear_ordered", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, GROUP=(2, 16)),
     _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32),
     _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
@@ -51,30 +71,33 @@ TABLE = (
     # 2-byte elements, from sm_80 on: pointer loads
     _row("act_backward", 80, 2, 16, _SAFE, 4, 1, BLOCK_M=8, BLOCK_I=256),
     _row("combine", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=1024),
-    _row("linear", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
-    _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
-    _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
-    _row("linear_act", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
+    _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
+    _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
+    _row("linear_act", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
     _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("act_backward", 80, 4, 16, _SAFE, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 80, 4, 16, _SAFE, 4, 1, BLOCK_N=512),
     # 4-byte elements: IEEE products run on the FMA units, so small tiles
-    _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
-    _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
-    _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
-    _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, DESCRIPTOR=False, PER_SM=1, TAIL=False),
+    _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
+    _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
+    _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
+    _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
     # 2-byte elements, from sm_90 on: the weight comes by tensor descriptor
-    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
-    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
-    _row("linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=2, TAIL=False, GROUP=8),
-    _row("linear_act", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, DESCRIPTOR=True, PER_SM=2, TAIL=True, GROUP=4),
-    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
-    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=False),
-    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=True),
-    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, DESCRIPTOR=True, PER_SM=1, TAIL=True),
+    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA | {"PER_SM": 2}, TAIL=False, GROUP=(8, 16)),
+    _row(
+        "linear_act", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA | {"PER_SM": 2}, TAIL=True, GROUP=(4, 16)
+    ),
+    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 8)),
+    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 8)),
+    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 8)),
+    _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=(2, 16)),
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
@@ -91,18 +114,24 @@ def block_m_for(num_rows: int, num_experts: int, arch: int) -> int:
 
 
 @cache
-def find(op: str, arch: int, itemsize: int, block_m: int) -> dict:
-    """The constexprs of `op`: the row of the newest architecture, then of the largest block_m, that fit."""
+def lookup(op: str, arch: int, itemsize: int, block_m: int) -> dict | None:
+    """The constexprs of `op`: the row of the newest architecture, then of the largest block_m, that fit; or None."""
     if arch == 0:
         itemsize = 2
     rows = [row for row in TABLE if row.op == op and row.itemsize == itemsize and row.arch <= arch]
     # the interpreter's rows are its own
     rows = [row for row in rows if (row.arch == 0) == (arch == 0) and row.block_m <= block_m]
     if not rows and op.endswith("_gathered"):
-        return find(op.removesuffix("_gathered"), arch, itemsize, block_m)
-    if not rows:
+        return lookup(op.removesuffix("_gathered"), arch, itemsize, block_m)
+    return max(rows, key=lambda row: (row.arch, row.block_m)).blocks if rows else None
+
+
+def find(op: str, arch: int, itemsize: int, block_m: int) -> dict:
+    """`lookup`, where there has to be a row."""
+    blocks = lookup(op, arch, itemsize, block_m)
+    if blocks is None:
         raise ValueError(f"no configuration of {op} for compute capability {arch / 10} and {itemsize}-byte elements.")
-    return max(rows, key=lambda row: (row.arch, row.block_m)).blocks
+    return blocks
 
 
 @cache

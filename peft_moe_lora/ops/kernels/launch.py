@@ -23,24 +23,25 @@ def launch(key: tuple, kernel, grid: tuple[int, int, int], tensors: tuple, rest,
         sizes: ints that follow the batch; the kernel does not specialize on them.
         descriptors: tensor descriptors or None.
     """
-    device, pointers = tensors[0].get_device(), 0
-    for t in tensors:
-        if t is not None:
-            pointers |= t.data_ptr()
+    device, union = tensors[0].get_device(), 0
+    # addresses, because the launcher asks the driver about every tensor it is given
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    for pointer in pointers:
+        union |= pointer or 0
     # an address off sixteen is specialized argument by argument: rare, and left to Triton
-    found = None if pointers & 15 else _plans.get((key, device))
+    found = None if union & 15 else _plans.get((key, device))
     if found is not None:
         compiled, run, tail = found
         stream = driver.active.get_current_stream(device)
         run(
             *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *descriptors, *tensors, *sizes, *tail,
+            *descriptors, *pointers, *sizes, *tail,
         )  # fmt: skip
         return
     fixed, constants = rest()
     compiled = kernel[grid](*descriptors, *tensors, *sizes, *fixed, **constants)
     # the interpreter compiles nothing
-    if compiled is not None and not pointers & 15:
+    if compiled is not None and not union & 15:
         names = kernel.arg_names[len(descriptors) + len(tensors) + len(sizes) + len(fixed) :]
         _plans[key, device] = compiled, compiled.run, (*fixed, *(constants[name] for name in names))
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from ..routing import Dropout, Routing
 from .config import dot_precision, padded_rank
 from .launch import facts, launch
+from .linear_ordered import linear_ordered
 from .routing import with_tiles
 from .tile import launch_facts, position, row_descriptor, strides_or_zeros, table_line, tile_columns, tile_product
 
@@ -98,14 +99,19 @@ def expert_linear(
     """
     routing = with_tiles(routing)
     M, (_, N, K) = routing.num_rows, weight.shape
+    if M and N and not gather and dropout is None:
+        y = linear_ordered(x, weight, routing, bias, xa, lora_B)
+        if y is not None:
+            return y
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    programs, blocks, weight_desc = launch_facts("linear_gathered" if gather else "linear", x, weight, routing.block_m)
+    r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
+    op = "linear_gathered" if gather else "linear"
+    programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m)
     x_desc = None
     if weight_desc is not None and not gather:
         x_desc = row_descriptor(x, blocks["BLOCK_M"], blocks["BLOCK_K"])
-    r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
     p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
 
     def rest():

@@ -130,8 +130,8 @@ def expert_linear_act(
     if M == 0:
         return pre, act
     parts = 2 if activation.gated and not activation.interleaved else 1
-    programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, parts)
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
+    programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, parts)
 
     def rest():
         strides = (
