@@ -1,16 +1,20 @@
 """Time the operations and their whole forward and backward on one GPU, with the table's rows or with others.
 
     python examples/tune_kernels.py --shapes qwen3-30b olmoe
-    python examples/tune_kernels.py --ops linear --vary '{"BLOCK_N": [128, 256], "num_stages": [3, 4]}'
+    python examples/tune_kernels.py --op shrink --calls "shrink x" --vary '{"BLOCK_M": [64, 128]}' --write
 
-Every operation is checked against its twin before a number is printed. A row that wins goes into
-`peft_moe_lora/ops/kernels/config.py` with the machine and the date.
+Without --op every operation is checked against its twin and timed. With it, the settings of one are varied; --write
+puts the best into the table of `peft_moe_lora/ops/kernels/config.py`, with the machine and the date.
 """
 
 import argparse
+import ast
 import itertools
 import json
+import math
 import statistics
+from datetime import date
+from pathlib import Path
 
 import torch
 
@@ -190,17 +194,24 @@ def variants(vary):
     return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
 
 
+def current_row(op, x, M, E):
+    """The table's row for `op` on this device, at the tiles that M rows of E experts get."""
+    arch, _ = config.device_facts(x.device)
+    blocks = config.find(op, arch, x.element_size(), config.block_m_for(M, E, arch))
+    return next(row for row in config.TABLE if row.blocks is blocks)
+
+
 def sweep(name, T, r, op, calls, settings):
-    """Print the time of the named calls under each of the settings of `op`, best first."""
+    """Print the time of the named calls under each of the settings of `op`, best first.
+
+    Returns: the row that was varied, and the us of all calls together by setting, in the order of `settings`.
+    """
     E, H, I, top_k = SHAPES[name]  # noqa: E741
     layer = Layer(T, E, H, I, top_k, r)
-    rows = [row for row in config.TABLE if row.op == op and row.arch == 90 and row.itemsize == 2]
-    kept = [dict(row.blocks) for row in rows]
-    results = []
+    row = current_row(op, layer.x, T * top_k, E)
+    kept, results = dict(row.blocks), []
     for setting in settings:
-        for row, blocks in zip(rows, kept, strict=True):
-            row.blocks.clear()
-            row.blocks.update({**blocks, **setting})
+        row.blocks.update(setting)
         forget()
         times = {}
 
@@ -215,15 +226,44 @@ def sweep(name, T, r, op, calls, settings):
             times = {call: float("inf") for call in calls}
             setting = {**setting, "error": str(error)[:60]}
         results.append((times, setting))
-    for row, blocks in zip(rows, kept, strict=True):
         row.blocks.clear()
-        row.blocks.update(blocks)
+        row.blocks.update(kept)
     forget()
     for call in calls:
         print(f"{name} T={T} r={r} {call}:")
         for times, setting in sorted(results, key=lambda result: result[0][call])[:6]:
             print(f"   {1000 * times[call]:.0f} us  {setting}")
     print(end="", flush=True)
+    return row, [1000 * sum(times.values()) for times, _ in results]
+
+
+def write_row(path, row, blocks, source):
+    """Replace a row's blocks and source in the table of the file at `path`.
+
+    Raises:
+        LookupError: if the table has no such row.
+    """
+    text = path.read_text()
+    (table,) = (
+        node.value
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "TABLE"
+    )
+    wanted = row.op, row.arch, row.itemsize, row.block_m
+    for call in table.elts:
+        if tuple(getattr(argument, "value", None) for argument in call.args[:4]) == wanted:
+            break
+    else:
+        raise LookupError(f"{path} has no row {wanted}.")
+    rest = {name: value for name, value in blocks.items() if name not in ("num_warps", "num_stages")}
+    words = [*map(repr, (*wanted, source, blocks["num_warps"], blocks["num_stages"]))]
+    words += [f"{name}={value!r}" for name, value in rest.items()]
+    call_text = f"    _row({', '.join(words)}),".replace("'", '"')
+    if len(call_text) > 119:
+        call_text = "    _row(\n" + "".join(f"        {word},\n" for word in words).replace("'", '"') + "    ),"
+    lines = text.splitlines()
+    lines[call.lineno - 1 : call.end_lineno] = call_text.splitlines()
+    path.write_text("\n".join(lines) + "\n")
 
 
 def main():
@@ -235,16 +275,27 @@ def main():
     parser.add_argument("--op", help="vary the settings of one operation: linear, linear_act, shrink, outer, ...")
     parser.add_argument("--calls", nargs="*", help="the calls to time then, by their names in the report")
     parser.add_argument("--vary", type=json.loads, default={}, help="JSON: constexpr to list of values")
+    parser.add_argument(
+        "--write", action="store_true", help="put the setting of the least time, over all, in the table"
+    )
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the twins")
     args = parser.parse_args()
     flops, bandwidth = ceilings()
     print(f"{torch.cuda.get_device_name()}: {flops / 1e9:.0f} TFLOP/s bf16, {bandwidth / 1e9:.2f} TB/s")
-    for name in args.shapes:
-        for T in args.tokens:
-            if args.op:
-                sweep(name, T, args.rank, args.op, args.calls, variants(args.vary))
-            else:
-                report(name, T, args.rank, flops, bandwidth, args.skew, not args.no_check)
+    settings, totals = variants(args.vary), {}
+    for name, T in itertools.product(args.shapes, args.tokens):
+        if args.op:
+            row, times = sweep(name, T, args.rank, args.op, args.calls, settings)
+            before = totals.get(row.block_m, (row, [0.0] * len(settings)))[1]
+            totals[row.block_m] = row, [sum(pair) for pair in zip(before, times, strict=True)]
+        else:
+            report(name, T, args.rank, flops, bandwidth, args.skew, not args.no_check)
+    for row, times in totals.values():
+        best = min(range(len(settings)), key=times.__getitem__)
+        print(f"{row.op}, tiles of {row.block_m} rows: {settings[best]} {times[best]:.0f} us over all")
+        if args.write and math.isfinite(times[best]):
+            source = f"{torch.cuda.get_device_name()}, {date.today()}"
+            write_row(Path(config.__file__), row, {**row.blocks, **settings[best]}, source)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""What `examples/tune_kernels.py --write` does to the table."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_moe_lora.ops.kernels import config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(Path(config.__file__).read_text())
+    return path
+
+
+@pytest.mark.parametrize(("op", "block_m"), [("linear_act", 128), ("shrink", 16)])
+def test_a_written_row_is_the_only_one_that_changes(table, op, block_m):
+    tune = load(EXAMPLES / "tune_kernels.py", "tune_kernels")
+    (row,) = (r for r in config.TABLE if (r.op, r.arch, r.itemsize, r.block_m) == (op, 90, 2, block_m))
+    blocks = {**row.blocks, "num_stages": 7}
+    tune.write_row(table, row, blocks, "a machine, a day")
+    written = load(table, "written_config").TABLE
+    assert len(written) == len(config.TABLE)
+    for old, new in zip(config.TABLE, written, strict=True):
+        expected = (blocks, "a machine, a day") if old is row else (old.blocks, old.source)
+        assert (new.op, new.arch, new.itemsize, new.block_m) == (old.op, old.arch, old.itemsize, old.block_m)
+        assert (new.blocks, new.source) == expected
+    tune.write_row(table, row, row.blocks, row.source)
+    assert [r.blocks for r in load(table, "written_config").TABLE] == [r.blocks for r in config.TABLE]
+
+
+def test_a_row_that_is_not_there_is_an_error(table):
+    tune = load(EXAMPLES / "tune_kernels.py", "tune_kernels")
+    before = table.read_text()
+    with pytest.raises(LookupError, match="no row"):
+        tune.write_row(table, config.Row("linear", 70, 2, 16, {}, ""), {"num_warps": 4, "num_stages": 1}, "")
+    assert table.read_text() == before
