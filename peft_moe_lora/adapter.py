@@ -6,12 +6,13 @@ Nothing is loaded before a projection's turn comes; padding a rank and folding a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from peft.utils.other import get_pattern_key
 
+from .adapter_file import read_description
 from .base_model import BaseModel
 from .layout import PROJECTIONS
 from .tensor_file import AdapterError, RefusedError, TensorFile, TensorInfo
@@ -26,6 +27,7 @@ class Pair:
         scaling: what B[e] A[e] is multiplied by.
         dtype: of the tensors.
         load: gives A [E, r, K] and B [E, N, r].
+        chosen: ascending ids of the experts that have an update, zeros being loaded for the others; None for all.
     """
 
     num_experts: int
@@ -35,6 +37,12 @@ class Pair:
     scaling: float
     dtype: torch.dtype
     load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def experts(self) -> Sequence[int]:
+        """Ascending ids of the experts that have an update."""
+        return range(self.num_experts) if self.chosen is None else self.chosen
 
     def padded(self, r: int) -> "Pair":
         """The same update at a higher rank: the further rows of A and columns of B are zero."""
@@ -58,12 +66,11 @@ class Pair:
 
         return replace(self, scaling=scaling, load=load)
 
-    @classmethod
-    def zeros(cls, num_experts, r, in_features, out_features, scaling, dtype) -> "Pair":
-        """An update that changes nothing."""
-        shapes = (num_experts, r, in_features), (num_experts, out_features, r)
-        return cls(num_experts, r, in_features, out_features, scaling, dtype,
-                   lambda: tuple(torch.zeros(shape, dtype=dtype) for shape in shapes))  # fmt: skip
+    def zeros_like(self, in_features: int, out_features: int) -> "Pair":
+        """An update of the same experts, in another projection, that changes nothing."""
+        shapes = (self.num_experts, self.r, in_features), (self.num_experts, out_features, self.r)
+        return replace(self, in_features=in_features, out_features=out_features,
+                       load=lambda: tuple(torch.zeros(shape, dtype=self.dtype) for shape in shapes))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,21 @@ class Source:
         alpha = patterns.get(get_pattern_key(patterns.keys(), path), self.config["lora_alpha"])
         return alpha / (math.sqrt(r) if self.config["use_rslora"] else r)
 
+    def chosen(self, path: str) -> tuple[int, ...] | None:
+        """Ascending ids of the experts of a module that have a pair; None for all."""
+        indices = self.config.get("expert_indices")
+        return None if indices is None else tuple(indices.get(get_pattern_key(indices.keys(), path), ()))
+
+    def num_experts(self, path: str) -> int:
+        """E of a module whose tensors do not tell."""
+        said = read_description(str(self.file.path), self.file.metadata).get("experts", {}).get(path, {})
+        if self.base is None and "num_experts" in said:
+            return said["num_experts"]
+        known = need_base(self.base, f"{self.file.path} holds some experts of {path} and does not say out of how many")
+        return known.experts[path].num_experts if path in known.experts else len(self.chosen(path))
+
     def pair(
-        self, path: str, projection: str, sizes: tuple[int, int, int, int], scaling: float, key: str, load
+        self, path: str, projection: str, sizes: tuple[int, int, int, int], scaling: float, key: str, load, chosen=None
     ) -> Pair:
         """A Pair of sizes (E, r, K, N), held against the base model where it is known."""
         if self.base is not None:
@@ -170,7 +190,7 @@ class Source:
                     f"{layout.num_experts} of {known.in_features} -> {known.out_features}. Name the base model the "
                     "adapter was trained on."
                 )
-        return Pair(*sizes, scaling, self.info(key).dtype, load)
+        return Pair(*sizes, scaling, self.info(key).dtype, load, chosen)
 
     def stacked_sizes(self, path: str, slot: dict, r: int) -> tuple[int, int, int, int]:
         """(E, r, in, out) of A [E*r, in] and B [out, E*r].
@@ -219,9 +239,7 @@ def fill_in(adapter: Adapter, projections: set[str], reader: str) -> Adapter:
     experts = {path: dict(pairs) for path, pairs in adapter.experts.items()}
     for path, n in missing:
         like, size = next(iter(experts[path].values())), base.experts[path].projection(n)
-        experts[path][n] = Pair.zeros(
-            like.num_experts, like.r, size.in_features, size.out_features, like.scaling, like.dtype
-        )
+        experts[path][n] = like.zeros_like(size.in_features, size.out_features)
     experts = {path: {n: pairs[n] for n in PROJECTIONS if n in pairs} for path, pairs in experts.items()}
     what = sorted({n for _, n in missing})
     return replace(adapter, experts=experts).noted(f"{', '.join(what)} not adapted: written as zeros for {reader}")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-FORMAT_VERSION = 1
+# the newest version read; 2 may hold some experts of a module only and is written where it does, else 1
+FORMAT_VERSION = 2
+CHOSEN_EXPERTS_VERSION = 2
 LAYOUT = "expert_major"
 METADATA_KEY = "peft_moe_lora"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -98,6 +101,18 @@ def complete_adapter_file(folder, description: dict) -> None:
         )
     if weights.is_file():
         _replace_metadata(weights, {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True)})
+
+
+def described_module(num_experts: int, experts: Sequence[int] | None) -> dict:
+    """What the metadata says of one experts module beside its projections: E, and the experts it holds if not all."""
+    return {"num_experts": num_experts} | ({} if experts is None else {"experts": list(experts)})
+
+
+def described(modules: dict[str, dict], routers: list[str]) -> dict:
+    """The metadata of a whole file: of its experts modules, and paths of its routers; the oldest version that fits."""
+    some = any("experts" in module for module in modules.values())
+    version = CHOSEN_EXPERTS_VERSION if some else 1
+    return {"format_version": version, "layout": LAYOUT, "experts": modules, "routers": routers}
 
 
 def read_description(path: str, metadata: dict[str, str]) -> dict:

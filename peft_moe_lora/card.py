@@ -48,6 +48,7 @@ def card_section(format_name: str, config: dict, notes=()) -> str:
         "rank": f"{config.get('r')}{f', by name {ranks}' if ranks else ''}",
         "scaling": f"lora_alpha / {'sqrt(r)' if config.get('use_rslora') else 'r'}, lora_alpha {config['lora_alpha']}",
         "targets": ", ".join(f"`{target}`" for target in targets) or "every experts module",
+        "experts": _chosen(config.get("expert_indices")),
         "projections": ", ".join(config.get("target_projections") or ()),
         "layout": _LAYOUTS[format_name],
     }
@@ -57,6 +58,12 @@ def card_section(format_name: str, config: dict, notes=()) -> str:
     lines += ["", "### Load", "", *_loading(format_name, base)]
     lines += ["", "### Serve", "", *_serving(format_name, base, max((config.get("r") or 1, *ranks.values())))]
     return "\n".join(lines)
+
+
+def _chosen(indices: dict[str, list[int]] | None) -> str:
+    if not indices:
+        return ""
+    return "only those that `expert_indices` in adapter_config.json names; the others are the base model's"
 
 
 def _loading(format_name: str, base: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .adapter_file import FORMAT_VERSION, LAYOUT, AdapterFile
+from .adapter_file import AdapterFile, described, described_module
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .layout import ExpertsLayout, linear_features
@@ -23,11 +23,11 @@ def describe(model: nn.Module, adapter_name: str) -> dict:
             routers.append(key)
         elif adapter_name in layer.lora_A:
             r = layer.r[adapter_name]
-            modules[key] = {"num_experts": layer.layout.num_experts} | {
+            modules[key] = described_module(layer.layout.num_experts, layer.experts[adapter_name]) | {
                 name: {"r": r, "in_features": A.shape[1], "out_features": layer.lora_B[adapter_name][name].shape[0]}
                 for name, A in layer.lora_A[adapter_name].items()
             }
-    return {"format_version": FORMAT_VERSION, "layout": LAYOUT, "experts": modules, "routers": routers}
+    return described(modules, routers)
 
 
 def adapted(model: nn.Module) -> Iterable[tuple[str, MoELoraLayer | MoELoraRouter]]:
@@ -42,13 +42,13 @@ class Targets:
     """What a configuration means for a model, by module path in the base model.
 
     Attributes:
-        experts: experts modules -> their layout and rank.
+        experts: experts modules -> their layout, rank, and the experts that have a pair (None: all).
         others: other targeted modules -> the base module and rank.
         saved: modules saved whole (modules_to_save) -> the base module.
         carried: modules whose weights a file may hold besides, as PEFT does for embeddings and biases.
     """
 
-    experts: Mapping[str, tuple[ExpertsLayout, int]]
+    experts: Mapping[str, tuple[ExpertsLayout, int, tuple[int, ...] | None]]
     others: Mapping[str, tuple[nn.Module, int]]
     saved: Mapping[str, nn.Module]
     carried: tuple[str, ...]
@@ -56,11 +56,12 @@ class Targets:
     def expected_shapes(self, config: MoELoraConfig) -> dict[str, tuple[int, ...]]:
         """File key -> shape, of all tensors whose shapes are known."""
         shapes = {}
-        for key, (layout, r) in self.experts.items():
+        for key, (layout, r, chosen) in self.experts.items():
+            ranks = r * (layout.num_experts if chosen is None else len(chosen))
             for name in config.target_projections:
                 projection = layout.projection(name)
-                shapes[f"{key}.lora_A.{name}"] = (r * layout.num_experts, projection.in_features)
-                shapes[f"{key}.lora_B.{name}"] = (projection.out_features, r * layout.num_experts)
+                shapes[f"{key}.lora_A.{name}"] = (ranks, projection.in_features)
+                shapes[f"{key}.lora_B.{name}"] = (projection.out_features, ranks)
         for key, (module, r) in self.others.items():
             if isinstance(module, nn.Embedding):
                 shapes[f"{key}.lora_embedding_A"] = (r, module.num_embeddings)
@@ -77,13 +78,22 @@ def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> No
     """Hold an adapter file against a model, before the model is touched.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or wrongly shaped, or the adapter is for another number of experts.
+        ValueError: if a tensor is missing, unknown or wrongly shaped, or the adapter is for another number of experts
+            or other ones.
     """
-    for key, described in file.description.get("experts", {}).items():
-        if key in targets.experts and described.get("num_experts") != targets.experts[key][0].num_experts:
+    for key, said in file.description.get("experts", {}).items():
+        if key not in targets.experts:
+            continue
+        layout, _, chosen = targets.experts[key]
+        if said.get("num_experts") != layout.num_experts:
             raise ValueError(
-                f"{file.path} holds an adapter for {described.get('num_experts')} experts in {key}, the model has "
-                f"{targets.experts[key][0].num_experts} there; load the base model the adapter was trained on."
+                f"{file.path} holds an adapter for {said.get('num_experts')} experts in {key}, the model has "
+                f"{layout.num_experts} there; load the base model the adapter was trained on."
+            )
+        if said.get("experts") != (None if chosen is None else list(chosen)):
+            raise ValueError(
+                f"{file.path} holds {_listed(said.get('experts'))} in {key}, expert_indices says {_listed(chosen)}; "
+                "the two files do not belong together: load it with the adapter_config.json it was saved with."
             )
     expected = targets.expected_shapes(config)
     # transformers may save without PEFT's prefix
@@ -118,6 +128,10 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
             raise ValueError(
                 f"the adapter's state dict: tensor {key} holds NaN or infinity; load an earlier checkpoint."
             )
+
+
+def _listed(experts) -> str:
+    return "every expert" if experts is None else f"experts {list(experts)}"
 
 
 def _raise_unless_whole(where: str, missing: list[str], unknown: list[str], found: Mapping, expected: Mapping) -> None:

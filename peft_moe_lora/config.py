@@ -1,11 +1,16 @@
 """MoELoraConfig: what the user says, checked before anything is touched."""
 
 import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from operator import index
 
 from peft import LoraConfig, PeftType
+from peft.utils.other import get_pattern_key
 
 from .adapter_file import (
+    CHOSEN_EXPERTS_VERSION,
     FORMAT_VERSION,
     LAYOUT,
     AdapterFile,
@@ -48,6 +53,10 @@ class MoELoraConfig(LoraConfig):
     Args:
         r: rank of each expert's update, at least 1.
         target_modules: names of experts modules and of ordinary layers; None for every experts module of the model.
+        expert_indices: which experts of which layer get an adapter: experts modules, by path, the end of a path or a
+            regular expression as in rank_pattern, to ids 0..E-1. The first entry that matches a module counts; one
+            that none matches, or an empty list, gets no adapter. None for every expert. A and B, their gradients and
+            the optimizer's state hold the chosen experts alone, in ascending order.
         target_projections: which projections of the experts get an adapter, out of "gate_up" (the up projection where
             there is no gate) and "down"; both by default.
         backend: "triton" (fused kernels), "torch", or "auto": triton on CUDA of compute capability 8.0 and newer;
@@ -59,6 +68,10 @@ class MoELoraConfig(LoraConfig):
     Source: Hu et al. 2021, arXiv:2106.09685, applied to each expert on its own.
     """
 
+    expert_indices: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Experts that get an adapter, by layer: path or pattern -> ids; every expert by default."},
+    )
     target_projections: list[str] | None = field(
         default=None,
         metadata={"help": 'Projections of the experts that get an adapter: "gate_up", "down"; both by default.'},
@@ -70,7 +83,7 @@ class MoELoraConfig(LoraConfig):
         default=False, metadata={"help": "Keep no pre-activation for backward: less memory, one more product."}
     )
     layout: str = field(default=LAYOUT, metadata={"help": "Order of the adapter tensors on disk."})
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file format."})
+    format_version: int = field(default=1, metadata={"help": "Version of the adapter file format."})
 
     def __post_init__(self):
         # before PEFT's own checks: theirs warn about fields that ours refuse
@@ -81,6 +94,9 @@ class MoELoraConfig(LoraConfig):
             self.target_projections = [self.target_projections]
         self.target_projections = list(PROJECTIONS if self.target_projections is None else self.target_projections)
         self._check_values()
+        if self.expert_indices is not None:
+            self.expert_indices = checked_indices(self.expert_indices)
+            self.format_version = max(self.format_version, CHOSEN_EXPERTS_VERSION)
         # not fields, so never written: what was read beside this configuration, what is to be written beside it
         self._file: AdapterFile | None = None
         self._description: dict | None = None
@@ -133,6 +149,40 @@ class MoELoraConfig(LoraConfig):
                 "Upgrade peft_moe_lora to read the adapter."
             )
 
+    def experts_of(self, key: str, num_experts: int) -> tuple[int, ...] | None:
+        """Ascending ids of the experts of a module that get an adapter; None for all, () for none.
+
+        Args:
+            key: path of the experts module.
+            num_experts: E, which every id must be below.
+        Raises:
+            ValueError: naming the entry of expert_indices that asks for experts the module does not have.
+        """
+        if self.expert_indices is None:
+            return None
+        pattern = get_pattern_key(self.expert_indices.keys(), key)
+        chosen = tuple(self.expert_indices.get(pattern, ()))
+        if chosen and chosen[-1] >= num_experts:
+            raise ValueError(
+                f"expert_indices[{pattern!r}] names expert {chosen[-1]}, but {key} has {num_experts} experts, "
+                f"0 to {num_experts - 1}."
+            )
+        return chosen
+
+    def check_every_entry_matches(self, keys: Iterable[str]) -> None:
+        """Hold expert_indices against the paths of all experts modules that are targeted.
+
+        Raises:
+            ValueError: naming an entry that decides for none of them.
+        """
+        patterns, keys = self.expert_indices or {}, list(keys)
+        idle = set(patterns) - {get_pattern_key(patterns.keys(), key) for key in keys}
+        if idle:
+            raise ValueError(
+                f"expert_indices: {sorted(idle)[0]!r} matches no targeted experts module that an earlier entry leaves "
+                f"to it; these are {keys[:4] or 'none'}{f' and {len(keys) - 4} more' if keys[4:] else ''}."
+            )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         """As PEFT's, and reads the adapter file beside the configuration, so that a bad one fails before it is used.
@@ -158,3 +208,30 @@ class MoELoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         if described is not None:
             write_card(save_directory, "moe_lora", self.to_dict())
+
+
+def checked_indices(indices: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """expert_indices with ascending lists of plain integers.
+
+    Raises:
+        ValueError: if it is no dict of patterns to lists of different ids, or chooses no expert at all.
+    """
+    if not isinstance(indices, Mapping):
+        raise ValueError(f"expert_indices must be a dict of layer patterns to lists of expert ids, got {indices!r}.")
+    found = {}
+    for pattern, experts in indices.items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"expert_indices: {pattern!r} is no path or regular expression ({error}).") from error
+        ids = list(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else None
+        # index(): numpy's integers and tensors of one number are welcome, and written as numbers
+        if ids is None or not all(hasattr(e, "__index__") and not isinstance(e, bool) for e in ids):
+            raise ValueError(f"expert_indices[{pattern!r}] must be a list of expert ids, got {experts!r}.")
+        ids = sorted(index(e) for e in ids)
+        if len(set(ids)) < len(ids) or (ids and ids[0] < 0):
+            raise ValueError(f"expert_indices[{pattern!r}] must name experts from 0 up, each once, got {experts!r}.")
+        found[pattern] = ids
+    if not any(found.values()):
+        raise ValueError(f"expert_indices={indices!r} chooses no expert; leave it unset for every expert.")
+    return found

@@ -17,6 +17,7 @@ from .adapter import Adapter, LinearPair, Source, fill_in, make_uniform, pad, re
 from .adapter_file import PICKLE_NAME, WEIGHTS_NAME, read_description
 from .base_model import BaseModel, read_base
 from .card import VLLM_RANKS, write_card
+from .config import checked_indices
 from .formats import FORMATS, PREFIX, READERS
 from .layout import PROJECTIONS
 from .tensor_file import (
@@ -46,7 +47,7 @@ class Conversion:
     Attributes:
         source, to: format read, format written.
         path: the folder written.
-        modules, experts: experts modules, and experts in all of them.
+        modules, experts: experts modules, and experts adapted in all of them.
         notes: what was changed or should be known, in sentences.
     """
 
@@ -90,7 +91,7 @@ def convert_adapter(
     adapter = prepare(open_adapter(src, base_config, b_layout), to)
     with new_folder(dst, force) as folder:
         write_adapter(adapter, to, folder, progress)
-    experts = sum(next(iter(pairs.values())).num_experts for pairs in adapter.experts.values())
+    experts = sum(len(next(iter(pairs.values())).experts) for pairs in adapter.experts.values())
     return Conversion(adapter.format, to, Path(dst), len(adapter.experts), experts, adapter.notes)
 
 
@@ -107,6 +108,8 @@ def prepare(adapter: Adapter, to: str) -> Adapter:
         fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
         if fitting:
             adapter = adapter.noted(f"vLLM: serve with --max-lora-rank {fitting[0]}")
+    if to != "moe_lora" and any(pair.chosen is not None for pair in adapter.pairs()):
+        adapter = adapter.noted("experts without an adapter are written as zeros: only moe_lora can leave them out")
     if to != "moe_lora" and adapter.config.get("lora_dropout"):
         adapter = adapter.noted("lora_dropout is written as 0: it has no meaning once training is over")
     return adapter
@@ -190,6 +193,11 @@ def _read_config(path: Path) -> dict:
     if not all(isinstance(x, int | float) and math.isfinite(x) and x != 0 for x in alphas):
         raise AdapterError(f"{path}: lora_alpha is a finite number other than 0, got {alphas}.")
     config["use_rslora"] = bool(config.get("use_rslora"))
+    if config.get("expert_indices") is not None:
+        try:
+            config["expert_indices"] = checked_indices(config["expert_indices"])
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
     return config
 
 
@@ -217,11 +225,13 @@ def _check_description(source: Source, experts: dict) -> None:
         pairs = experts.get(source.base.resolve(path) if source.base else path, {})
         held = {n: {"r": p.r, "in_features": p.in_features, "out_features": p.out_features} for n, p in pairs.items()}
         numbers = {p.num_experts for p in pairs.values()}
-        said = {n: value for n, value in described.items() if n != "num_experts"}
-        if said != held or numbers != {described.get("num_experts")}:
+        said = {n: value for n, value in described.items() if n not in ("num_experts", "experts")}
+        chosen, listed = {p.chosen for p in pairs.values()}, described.get("experts")
+        same_experts = chosen == {None if listed is None else tuple(listed)}
+        if said != held or numbers != {described.get("num_experts")} or not same_experts:
             raise AdapterError(
-                f"{source.file.path}: its metadata says {described} of {path}, the tensors with adapter_config.json's "
-                f"rank say {numbers or 'no'} experts of {held}; the two files do not belong together."
+                f"{source.file.path}: its metadata says {described} of {path}, the tensors with adapter_config.json "
+                f"say {numbers or 'no'} experts of {held}, experts {chosen}; the two files do not belong together."
             )
 
 
@@ -306,7 +316,8 @@ class Inspection:
 
     Attributes:
         path, format, base_model: folder, format its tensors are in, base_model_name_or_path.
-        modules: number of experts modules; num_experts: of each; projections: adapted.
+        modules: number of experts modules; num_experts: of each; adapted: experts in all of them that have an update.
+        projections: adapted.
         ranks, scalings, dtypes: value -> number of projections and layers that have it.
         linears: last name of ordinary layers -> how many carry LoRA.
         carried: keys of tensors saved whole.
@@ -320,6 +331,7 @@ class Inspection:
     base_model: str | None
     modules: int
     num_experts: tuple[int, ...]
+    adapted: int
     projections: tuple[str, ...]
     ranks: dict[int, int]
     scalings: dict[float, int]
@@ -356,6 +368,7 @@ def inspect_adapter(path, base_config=None, b_layout: str = "auto") -> Inspectio
         base_model=adapter.config.get("base_model_name_or_path"),
         modules=len(adapter.experts),
         num_experts=tuple(sorted({pair.num_experts for pair in pairs})),
+        adapted=sum(len(next(iter(found.values())).experts) for found in adapter.experts.values()),
         projections=tuple(n for n in PROJECTIONS if any(n in found for found in adapter.experts.values())),
         ranks=dict(Counter(layer.r for layer in layers)),
         scalings=dict(Counter(layer.scaling for layer in layers)),
@@ -449,11 +462,21 @@ def _updates(first: Adapter, second: Adapter, generator) -> Iterator[tuple[str, 
     total = len(named) + len(first.linears)
     for path, n in named:
         found = [adapter.experts[path].get(n) for adapter in (first, second)]
-        E = next(pair for pair in found if pair is not None).num_experts
-        drawn = torch.randperm(E, generator=generator)[:SAMPLED_EXPERTS].tolist()
+        drawn = _drawn([pair for pair in found if pair is not None], generator)
         yield f"{path}, {n}", zip(*(_experts_updates(pair, found, drawn) for pair in found), strict=True), total
     for path in first.linears:
         yield path, [tuple(_linear_update(a, a.linears[path]) for a in (first, second))], total
+
+
+def _drawn(pairs: list, generator) -> list[int]:
+    """Some experts that either has an update of, and one that it has none of, where there is such a one."""
+    chosen = sorted(set().union(*(pair.chosen or () for pair in pairs)))
+    E = pairs[0].num_experts
+    if not chosen:
+        return torch.randperm(E, generator=generator)[:SAMPLED_EXPERTS].tolist()
+    rest = sorted(set(range(E)) - set(chosen))
+    few = torch.randperm(len(chosen), generator=generator)[:SAMPLED_EXPERTS].tolist()
+    return [chosen[i] for i in few] + rest[:1]
 
 
 def _experts_updates(pair, found, drawn) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 
 from .adapter import Adapter, Pair, Source, fill_in, need_base
-from .adapter_file import FORMAT_VERSION, LAYOUT, METADATA_KEY
+from .adapter_file import METADATA_KEY, described, described_module
 from .card import VLLM_RANKS
 from .config import MoELoraConfig
 from .layout import PROJECTIONS
@@ -111,16 +111,36 @@ class MoELora(Format):
         for path, projections in slots.items():
             experts[path] = {}
             for name, slot in sorted(projections.items(), key=lambda item: PROJECTIONS.index(item[0])):
-                sizes = source.stacked_sizes(path, slot, source.rank(path))
-                load = self._loader(source, slot, sizes)
-                experts[path][name] = source.pair(path, name, sizes, source.scaling(path), slot["A"], load)
+                S, r, K, N = source.stacked_sizes(path, slot, source.rank(path))
+                chosen, E = source.chosen(path), S
+                if chosen is not None:
+                    E = self._experts_in_all(source, path, S, chosen)
+                load = self._loader(source, slot, (S, r), E, chosen)
+                experts[path][name] = source.pair(
+                    path, name, (E, r, K, N), source.scaling(path), slot["A"], load, chosen
+                )
         return self.name, experts, ()
 
     @staticmethod
-    def _loader(source, slot, sizes):
+    def _experts_in_all(source, path, held, chosen) -> int:
+        """E, held against what expert_indices chooses of it."""
+        E = source.num_experts(path)
+        if held != len(chosen) or chosen[-1] >= E:
+            raise AdapterError(
+                f"{source.file.path} holds {held} experts of {path}, which has {E}; expert_indices of "
+                f"adapter_config.json names {list(chosen)}. The two files do not belong together."
+            )
+        return E
+
+    @staticmethod
+    def _loader(source, slot, sizes, num_experts, chosen):
         def load():
             A, B = source.load(slot["A"]), source.load(slot["B"])
-            return A.unflatten(0, sizes[:2]), B.unflatten(1, sizes[:2]).permute(1, 0, 2)
+            pairs = A.unflatten(0, sizes), B.unflatten(1, sizes).permute(1, 0, 2)
+            if chosen is None:
+                return pairs
+            index = torch.tensor(chosen)
+            return tuple(t.new_zeros(num_experts, *t.shape[1:]).index_copy_(0, index, t) for t in pairs)
 
         return load
 
@@ -138,12 +158,13 @@ class MoELora(Format):
     def block(self, adapter, path, projection, pair):
         def make():
             A, B = pair.load()
-            yield A.flatten(0, 1)
-            yield B.permute(1, 0, 2).flatten(1)
+            held = slice(None) if pair.chosen is None else list(pair.chosen)
+            yield A[held].flatten(0, 1)
+            yield B[held].permute(1, 0, 2).flatten(1)
 
-        E, r, K, N = pair.num_experts, pair.r, pair.in_features, pair.out_features
+        ranks, K, N = pair.r * len(pair.experts), pair.in_features, pair.out_features
         keys = (f"{PREFIX}{path}.lora_{side}.{projection}" for side in "AB")
-        return Block(dict(zip(keys, ((r * E, K), (N, r * E)), strict=True)), pair.dtype, make)
+        return Block(dict(zip(keys, ((ranks, K), (N, ranks)), strict=True)), pair.dtype, make)
 
     def config(self, adapter):
         modules = {path: next(iter(pairs.values())) for path, pairs in adapter.experts.items()}
@@ -152,19 +173,20 @@ class MoELora(Format):
             target_modules=short_names(adapter, [*modules, *adapter.linears]),
             target_projections=[n for n in PROJECTIONS if n in next(iter(adapter.experts.values()))],
             lora_dropout=adapter.config.get("lora_dropout") or 0.0,
+            expert_indices={path: list(pair.experts) for path, pair in modules.items()}
+            if any(pair.chosen is not None for pair in modules.values())
+            else None,
         )
 
     def metadata(self, adapter):
-        described = {
-            path: {"num_experts": next(iter(pairs.values())).num_experts}
-            | {n: {"r": p.r, "in_features": p.in_features, "out_features": p.out_features} for n, p in pairs.items()}
-            for path, pairs in adapter.experts.items()
-        }
+        modules = {}
+        for path, pairs in adapter.experts.items():
+            first = next(iter(pairs.values()))
+            modules[path] = described_module(first.num_experts, first.chosen) | {
+                n: {"r": p.r, "in_features": p.in_features, "out_features": p.out_features} for n, p in pairs.items()
+            }
         routers = [path for path, layer in adapter.linears.items() if layer.bare]
-        description = {
-            "format_version": FORMAT_VERSION, "layout": LAYOUT, "experts": described, "routers": routers,
-        }  # fmt: skip
-        return {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True)}
+        return {"format": "pt", METADATA_KEY: json.dumps(described(modules, routers), sort_keys=True)}
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT

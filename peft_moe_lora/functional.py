@@ -7,7 +7,7 @@ these functions forms a gradient for them, and none materialises W + scaling * B
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -30,10 +30,12 @@ class Projection:
     Attributes:
         weight: [E, N, K] float, any strides (a transposed model passes a view).
         bias: [E, N] or None.
-        lora_A: [r * E, K], expert-major: rows e*r up to (e + 1)*r are A[e]; None where no adapter is active.
-        lora_B: [N, r * E], expert-major: columns e*r up to (e + 1)*r are B[e].
+        lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th expert that has one; S = E unless
+            `experts` says otherwise. None where no adapter is active.
+        lora_B: [N, r * S], expert-major: columns s*r up to (s + 1)*r are B of that expert.
         scaling: factor of the update.
         dropout_p: probability that an element of x is dropped before A, in [0, 1).
+        experts: ascending ids of the S experts that have an update; None for all E.
     """
 
     weight: torch.Tensor
@@ -42,6 +44,7 @@ class Projection:
     lora_B: torch.Tensor | None = None
     scaling: float = 1.0
     dropout_p: float = 0.0
+    experts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ class _Plan:
     down_scaling: float
     up_dropout: float
     down_dropout: float
+    up_experts: Sequence[int] | None
+    down_experts: Sequence[int] | None
 
     def scalars(self) -> tuple:
         a = self.activation
         return (
             a.kind, a.gated, a.interleaved, a.limit, a.alpha, a.up_shift, self.backend, self.recompute,
-            self.up_scaling, self.down_scaling, self.up_dropout, self.down_dropout,
+            self.up_scaling, self.down_scaling, self.up_dropout, self.down_dropout, self.up_experts, self.down_experts,
         )  # fmt: skip
 
     @classmethod
@@ -119,7 +124,10 @@ def experts(
     seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
     with _on_device_of(x), _without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None:
-            plan = _Plan(activation, backend, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p)
+            plan = _Plan(
+                activation, backend, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p, up.experts,
+                down.experts,
+            )  # fmt: skip
             fused = _compiled_experts if torch.compiler.is_compiling() else _FusedExperts.apply
             out = fused(
                 x, top_k_weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B,
@@ -136,7 +144,8 @@ def experts(
 def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
     """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the Routing."""
     ops = _ops(plan.backend, x.device)
-    (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, up.shape[0]), per_expert(down_A, down_B, up.shape[0])
+    up_A, up_B = spread(up_A, up_B, up.shape[0], plan.up_experts, x.dtype)
+    down_A, down_B = spread(down_A, down_B, up.shape[0], plan.down_experts, x.dtype)
     up_drop, down_drop = _dropouts(plan, seed)
     routing = ops.route(top_k_index, up.shape[0])
     xa = ha = None
@@ -156,12 +165,12 @@ def _backward(
     """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
     ops = _ops(plan.backend, x.device)
     up_drop, down_drop = _dropouts(plan, seed)
-    gradients = [None if t is None or not needed else _gradient_like(t) for t, needed in (
-        (up_A, needs_up), (up_B, needs_up), (down_A, needs_down), (down_B, needs_down)
-    )]  # fmt: skip
-    dup_A, dup_B = per_expert(*gradients[:2], up.shape[0])
-    ddown_A, ddown_B = per_expert(*gradients[2:], up.shape[0])
-    (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, up.shape[0]), per_expert(down_A, down_B, up.shape[0])
+    E = up.shape[0]
+    up_gradients = whole_gradients(up_A, up_B, E, plan.up_experts) if needs_up else (None, None)
+    down_gradients = whole_gradients(down_A, down_B, E, plan.down_experts) if needs_down else (None, None)
+    (dup_A, dup_B), (ddown_A, ddown_B) = per_expert(*up_gradients, E), per_expert(*down_gradients, E)
+    up_A, up_B = spread(up_A, up_B, E, plan.up_experts, x.dtype)
+    down_A, down_B = spread(down_A, down_B, E, plan.down_experts, x.dtype)
     dx = yb = None
     if pre is None:
         pre = ops.expert_linear(x, up, routing, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
@@ -189,7 +198,9 @@ def _backward(
         lora_B = None if up_A is None else up_A.transpose(1, 2)
         rows = ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb, lora_B=lora_B, dropout=up_drop)
         dx = ops.combine(rows, routing)
-    return dx, dweights, *gradients
+    return (
+        dx, dweights, *gathered(*up_gradients, E, plan.up_experts), *gathered(*down_gradients, E, plan.down_experts)
+    )  # fmt: skip
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -242,7 +253,10 @@ def _experts_op(
 def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, *args):
     plan, M = _Plan.from_scalars(*args[4:]), top_k_index.numel()
     pre = x.new_empty((0,) if plan.recompute else (M, up.shape[1]))
-    xa, ha = (x.new_empty(0) if A is None else x.new_empty(M, A.shape[0] // up.shape[0]) for A in (up_A, down_A))
+    xa, ha = (
+        x.new_empty(0) if A is None else x.new_empty(M, A.shape[0] // (up.shape[0] if chosen is None else len(chosen)))
+        for A, chosen in ((up_A, plan.up_experts), (down_A, plan.down_experts))
+    )
     index = [x.new_empty(n, dtype=torch.int32) for n in (up.shape[0] + 1, M, M, M)]
     return torch.empty_like(x), pre, xa, ha, index
 
@@ -315,7 +329,7 @@ def _expert_linear(x, projection: Projection, routing: Routing, seed, nth: int, 
     seed = seed[nth : nth + 1] if p.dropout_p else None
     return _linear(
         x.to(p.weight.dtype), p.lora_A, p.lora_B, p.weight, p.bias, seed, *_flat(routing),
-        p.scaling, p.dropout_p, gather, backend,
+        p.scaling, p.dropout_p, gather, backend, p.experts,
     )[0]  # fmt: skip
 
 
@@ -341,9 +355,9 @@ def _route_fake(top_k_index, num_experts, backend):
 
 
 def _linear_op(x, lora_A, lora_B, weight, bias, seed, *rest):
-    routing, (scaling, dropout_p, gather, backend) = _routing(*rest[:7]), rest[7:]
+    routing, (scaling, dropout_p, gather, backend, experts) = _routing(*rest[:7]), rest[7:]
     ops = _ops(backend, x.device)
-    A, B = per_expert(lora_A, lora_B, weight.shape[0])
+    A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
     xa = None
     if A is not None:
         dropout = Dropout(dropout_p, seed) if dropout_p else None
@@ -354,21 +368,23 @@ def _linear_op(x, lora_A, lora_B, weight, bias, seed, *rest):
 
 def _linear_fake(x, lora_A, lora_B, weight, bias, seed, offsets, row_token, *args):
     (E, N, _), M = weight.shape, row_token.shape[0]
-    return x.new_empty(M, N), x.new_empty(0) if lora_A is None else x.new_empty(M, lora_A.shape[0] // E)
+    held = E if args[-1] is None else len(args[-1])
+    return x.new_empty(M, N), x.new_empty(0) if lora_A is None else x.new_empty(M, lora_A.shape[0] // held)
 
 
 def _linear_backward_op(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *rest):
-    routing, (scaling, dropout_p, gather, backend) = _routing(*rest[:7]), rest[7:]
+    routing, (scaling, dropout_p, gather, backend, experts) = _routing(*rest[:7]), rest[7:]
     ops, dropout = _ops(backend, x.device), Dropout(dropout_p, seed) if dropout_p else None
-    A, B = per_expert(lora_A, lora_B, weight.shape[0])
+    A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
     dx = dA = dB = yb = None
     if A is not None:
         yb = ops.expert_shrink(dy, B.transpose(1, 2), routing, scaling)
     if needs_lora:
-        dA, dB = _gradient_like(lora_A), _gradient_like(lora_B)
+        dA, dB = whole_gradients(lora_A, lora_B, weight.shape[0], experts)
         A_out, B_out = per_expert(dA, dB, weight.shape[0])
         ops.expert_outer(yb, x, routing, A_out, gather_right=gather, dropout=dropout)
         ops.expert_outer(dy, xa, routing, B_out)
+        dA, dB = gathered(dA, dB, weight.shape[0], experts)
     if needs_x:
         transposed_A = None if A is None else A.transpose(1, 2)
         dx = ops.expert_linear(dy, weight.transpose(1, 2), routing, xa=yb, lora_B=transposed_A, dropout=dropout)
@@ -430,14 +446,15 @@ def _combine_autograd(ctx, dout):
 
 _SCALARS = (
     "str kind, bool gated, bool interleaved, float? limit, float alpha, float up_shift, str backend, bool recompute, "
-    "float up_scaling, float down_scaling, float up_dropout, float down_dropout"
+    "float up_scaling, float down_scaling, float up_dropout, float down_dropout, int[]? up_experts, "
+    "int[]? down_experts"
 )
 _LORAS = "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
 _WEIGHTS = "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? seed"
 _ROUTING = (
     "Tensor expert_offsets, Tensor row_token, Tensor row_slot, Tensor slot_row, Tensor? tiles, int top_k, int block_m"
 )
-_LINEAR = "float scaling, float dropout_p, bool gather, str backend"
+_LINEAR = "float scaling, float dropout_p, bool gather, str backend, int[]? experts"
 
 
 def _define(name: str, signature: str, run: Callable, fake: Callable, autograd=None, setup_context=None) -> Callable:
@@ -546,9 +563,9 @@ def _dropouts(plan: _Plan, seed: torch.Tensor | None) -> tuple[Dropout | None, D
     return up, down
 
 
-def _gradient_like(parameter: torch.Tensor) -> torch.Tensor:
+def _gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
     """Uninitialised, contiguous, at least fp32: gradients are summed wide whatever the parameter is stored in."""
-    return parameter.new_empty(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    return parameter.new_empty(shape or parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def per_expert(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, num_experts: int):
@@ -557,6 +574,42 @@ def per_expert(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, num_exp
         return None, None
     A = lora_A.view(num_experts, -1, lora_A.shape[1])
     return A, lora_B.view(lora_B.shape[0], num_experts, -1).permute(1, 0, 2)
+
+
+def spread(lora_A, lora_B, num_experts: int, experts: Sequence[int] | None, dtype: torch.dtype):
+    """[E, r, K] and [E, N, r] of a pair [r * S, K] and [N, r * S]: views where all experts have one.
+
+    Where only `experts` do, a scratch of `dtype` with zeros for the others, that lives as long as the call: the
+    kernels then address A and B as they do W, and A, B, their gradients and the optimizer's state hold S experts.
+    """
+    if lora_A is None or experts is None:
+        return per_expert(lora_A, lora_B, num_experts)
+    index = _index(tuple(experts), lora_A.device)
+    return tuple(
+        t.new_zeros(num_experts, *t.shape[1:], dtype=dtype).index_copy_(0, index, t.to(dtype))
+        for t in per_expert(lora_A, lora_B, len(experts))
+    )
+
+
+def whole_gradients(lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int, experts: Sequence[int] | None):
+    """Uninitialised dA [r * E, K] and dB [N, r * E] of all experts, also where the pair is of some."""
+    ranks = lora_A.shape[0] if experts is None else lora_A.shape[0] // len(experts) * num_experts
+    return _gradient_like(lora_A, (ranks, lora_A.shape[1])), _gradient_like(lora_B, (lora_B.shape[0], ranks))
+
+
+def gathered(dA: torch.Tensor | None, dB: torch.Tensor | None, num_experts: int, experts: Sequence[int] | None):
+    """Of gradients [r * E, K] and [N, r * E] the [r * S, K] and [N, r * S] of `experts`; all where that is None."""
+    if dA is None or experts is None:
+        return dA, dB
+    index = _index(tuple(experts), dA.device)
+    dA = dA.unflatten(0, (num_experts, -1)).index_select(0, index).flatten(0, 1)
+    return dA, dB.unflatten(1, (num_experts, -1)).index_select(1, index).flatten(1)
+
+
+@cache
+def _index(experts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[S] int64 on the device, kept: made anew, each call would wait for a copy from the host."""
+    return torch.tensor(experts, device=device)
 
 
 def _as(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 """An experts module with a low-rank pair for every expert: W[e] + scaling * B[e] A[e]."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -21,15 +22,24 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         config: its configuration.
         r: rank of each expert's update.
         lora_alpha: numerator of the scaling.
-    Parameters, per adapter and projection (E experts, K in- and N out-features of the projection):
-        lora_A: [r * E, K], expert-major: rows e*r up to (e + 1)*r are A[e].
-        lora_B: [N, r * E], expert-major: columns e*r up to (e + 1)*r are B[e].
+        experts: ascending ids of the S experts that get a pair; None for all, S = E.
+    Parameters, per adapter and projection (K in- and N out-features of the projection):
+        lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th of these experts.
+        lora_B: [N, r * S], expert-major: columns s*r up to (s + 1)*r are its B.
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "experts")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MoELoraConfig,
+        r: int,
+        lora_alpha: float,
+        experts: tuple[int, ...] | None = None,
+    ):
         super().__init__()
         self.base_layer = base_layer
         self.layout: ExpertsLayout = read_layout(base_layer)
@@ -39,13 +49,14 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.experts: dict[str, tuple[int, ...] | None] = {}
         self._disable_adapters, self.merged_adapters = False, []
         self.backend, self.recompute = config.backend, config.recompute
         # running the module's own forward assumes nothing of it
         self._contract_holds = self.layout.decorated or self.backend == MATERIALIZE
         self._proven: set[str | None] = set()
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, r, lora_alpha)
+        self.update_layer(adapter_name, config, r, lora_alpha, experts)
         _attach(self, base_layer)
 
     @property
@@ -58,7 +69,14 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         """H again: the layer maps hidden states to hidden states."""
         return self.layout.down.out_features
 
-    def update_layer(self, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: MoELoraConfig,
+        r: int,
+        lora_alpha: float,
+        experts: tuple[int, ...] | None = None,
+    ) -> None:
         """Add an adapter, or draw an existing one anew; it starts frozen unless it is active.
 
         Raises:
@@ -67,13 +85,15 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         """
         self._check_backend(config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.experts[adapter_name] = experts
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         A, B = nn.ParameterDict(), nn.ParameterDict()
         for name in config.target_projections:
             projection = self.layout.projection(name)
-            A[name] = nn.Parameter(torch.empty(r * self.layout.num_experts, projection.in_features))
-            B[name] = nn.Parameter(torch.empty(projection.out_features, r * self.layout.num_experts))
+            ranks = r * len(self.experts_of(adapter_name))
+            A[name] = nn.Parameter(torch.empty(ranks, projection.in_features))
+            B[name] = nn.Parameter(torch.empty(projection.out_features, ranks))
         self.lora_A[adapter_name], self.lora_B[adapter_name] = A, B
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -103,6 +123,11 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         """The experts implementation the model is told to run with."""
         config = self._shared_config()
         return None if config is None else config._experts_implementation
+
+    def experts_of(self, adapter_name: str) -> Sequence[int]:
+        """Ascending ids of the experts that have a pair in an adapter."""
+        chosen = self.experts[adapter_name]
+        return range(self.layout.num_experts) if chosen is None else chosen
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """A as nn.Linear draws it (or normal), B zero, so that a new adapter changes nothing; False: both random."""
@@ -227,19 +252,35 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             )
         if len(active) == 1:
             A, B = self.lora_A[active[0]][name], self.lora_B[active[0]][name]
-            scaling = self.scaling[active[0]]
+            scaling, experts = self.scaling[active[0]], self.experts[active[0]]
         else:
             # ranks add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2, each scaling folded into its B
-            pairs = [self._per_expert(a, name) for a in active]
+            some = [self.experts[a] for a in active]
+            experts = None if None in some else tuple(sorted(set().union(*some)))
+            pairs = [self._among(a, name, experts) for a in active]
             A = torch.cat([A for A, _ in pairs], dim=1).flatten(0, 1)
             B = torch.cat([self.scaling[a] * B for a, (_, B) in zip(active, pairs, strict=True)], dim=2)
             B = B.transpose(0, 1).flatten(1)
             scaling = 1.0
-        return Projection(base.weight, base.bias, A, B, scaling, dropouts.pop())
+        return Projection(base.weight, base.bias, A, B, scaling, dropouts.pop(), experts)
 
     def _per_expert(self, adapter_name: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A as [E, r, K] and B as [E, N, r], views of the expert-major parameters."""
-        return per_expert(self.lora_A[adapter_name][name], self.lora_B[adapter_name][name], self.layout.num_experts)
+        """A as [S, r, K] and B as [S, N, r], views of the expert-major parameters."""
+        pairs = self.lora_A[adapter_name][name], self.lora_B[adapter_name][name]
+        return per_expert(*pairs, len(self.experts_of(adapter_name)))
+
+    def _among(self, adapter_name: str, name: str, experts: tuple[int, ...] | None):
+        """A and B of an adapter as above, but of `experts` (None for all E): zeros for those it has none of."""
+        pairs = self._per_expert(adapter_name, name)
+        if experts == self.experts[adapter_name]:
+            return pairs
+        wanted = range(self.layout.num_experts) if experts is None else experts
+        slots = {expert: s for s, expert in enumerate(self.experts_of(adapter_name))}
+        spread = []
+        for pair in pairs:
+            nothing, held = torch.zeros_like(pair[0]), pair.unbind(0)
+            spread.append(torch.stack([held[slots[e]] if e in slots else nothing for e in wanted]))
+        return spread
 
     # ------------------------------------------------------------------------------------------------------- merging
 
@@ -249,11 +290,15 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: an adapter of this layer.
             projection: "gate_up" or "down", targeted by the adapter.
-            expert: index of the expert, 0..E-1.
+            expert: index of the expert, 0..E-1; one without a pair gets zeros.
         """
         A, B = self._per_expert(adapter_name, projection)
         dtype = torch.promote_types(A.dtype, torch.float32)
-        return self.scaling[adapter_name] * (B[expert].to(dtype) @ A[expert].to(dtype))
+        held = self.experts_of(adapter_name)
+        if expert not in held:
+            return A.new_zeros(B.shape[1], A.shape[2], dtype=dtype)
+        s = held.index(expert)
+        return self.scaling[adapter_name] * (B[s].to(dtype) @ A[s].to(dtype))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -292,8 +337,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     def _each_expert(self, adapter_name: str):
         """(projection, [N, K] view of the expert's base weight, expert) of all that an adapter touches."""
         for name in self.lora_A[adapter_name]:
-            for expert, weight in enumerate(self.layout.weight(self.base_layer, name).detach()):
-                yield name, weight, expert
+            weights = self.layout.weight(self.base_layer, name).detach()
+            for expert in self.experts_of(adapter_name):
+                yield name, weights[expert], expert
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert other methods' layers of this kind to LoRA: this one already is."""

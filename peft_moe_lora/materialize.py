@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .functional import Projection, per_expert
+from .functional import Projection, gathered, per_expert, spread, whole_gradients
 
 # a chunk of experts that stays in a large GPU's L2 between the copy of W and the product that is added to it
 _CHUNK_BYTES = 32 * 2**20
@@ -25,18 +25,19 @@ def materialize(projection: Projection) -> torch.Tensor:
             "the experts' base weights are frozen and get no gradient here, but one has requires_grad=True; "
             "call requires_grad_(False) on it, or train it without an adapter on these experts."
         )
-    return _Materialize.apply(projection.lora_A, projection.lora_B, projection.weight, projection.scaling)
+    p = projection
+    return _Materialize.apply(p.lora_A, p.lora_B, p.weight, p.scaling, p.experts)
 
 
 class _Materialize(torch.autograd.Function):
     """Keeps A and B. Nothing of the size of W exists in fp32, only a chunk of experts at a time."""
 
     @staticmethod
-    def forward(ctx, lora_A, lora_B, weight, scaling: float):
+    def forward(ctx, lora_A, lora_B, weight, scaling: float, experts):
         ctx.save_for_backward(lora_A, lora_B)
-        ctx.scaling, ctx.num_experts = scaling, weight.shape[0]
+        ctx.scaling, ctx.num_experts, ctx.experts = scaling, weight.shape[0], experts
         ctx.set_materialize_grads(False)
-        A, B = per_expert(lora_A.to(weight.dtype), lora_B.to(weight.dtype), weight.shape[0])
+        A, B = spread(lora_A.to(weight.dtype), lora_B.to(weight.dtype), weight.shape[0], experts, weight.dtype)
         out = torch.empty_like(weight)
         for chunk in _chunks(weight):
             # [c, N, K] + [c, N, r] @ [c, r, K]; autocast leaves products into a given tensor alone
@@ -53,8 +54,9 @@ class _Materialize(torch.autograd.Function):
             )
         lora_A, lora_B = ctx.saved_tensors
         wide = torch.promote_types(lora_A.dtype, torch.float32)
-        A, B = per_expert(lora_A.to(wide) * ctx.scaling, lora_B.to(wide) * ctx.scaling, ctx.num_experts)
-        dlora_A, dlora_B = torch.empty_like(lora_A, dtype=wide), torch.empty_like(lora_B, dtype=wide)
+        scaled = lora_A.to(wide) * ctx.scaling, lora_B.to(wide) * ctx.scaling
+        A, B = spread(*scaled, ctx.num_experts, ctx.experts, wide)
+        dlora_A, dlora_B = whole_gradients(lora_A, lora_B, ctx.num_experts, ctx.experts)
         dA, dB = per_expert(dlora_A, dlora_B, ctx.num_experts)
         with torch.autocast(dweight.device.type, enabled=False):
             for chunk in _chunks(dweight):
@@ -62,7 +64,8 @@ class _Materialize(torch.autograd.Function):
                 # [c, r, N] @ [c, N, K] and [c, N, K] @ [c, K, r]
                 dA[chunk] = B[chunk].transpose(1, 2) @ d
                 dB[chunk] = d @ A[chunk].transpose(1, 2)
-        return dlora_A.to(lora_A.dtype), dlora_B.to(lora_B.dtype), None, None
+        dlora_A, dlora_B = gathered(dlora_A, dlora_B, ctx.num_experts, ctx.experts)
+        return dlora_A.to(lora_A.dtype), dlora_B.to(lora_B.dtype), None, None, None
 
 
 def _chunks(weight: torch.Tensor) -> list[slice]:

@@ -43,12 +43,14 @@ class MoELoraModel(LoraModel):
             peft_config.target_modules = self._every_experts_module(names)
         targets = self._targets(peft_config)
         experts = {key: _layout(module) for key, module in targets.items() if _holds_experts(module)}
+        chosen = {key: peft_config.experts_of(key, layout.num_experts) for key, layout in experts.items()}
+        peft_config.check_every_entry_matches(experts)
         if peft_config._file is not None:
             ranked = {key: self._rank(peft_config, key) for key in targets}
             checkpoint.check_file(
                 peft_config._file,
                 checkpoint.Targets(
-                    {key: (layout, ranked[key]) for key, layout in experts.items()},
+                    {key: (layout, ranked[key], chosen[key]) for key, layout in experts.items() if chosen[key] != ()},
                     {key: (_base(module), ranked[key]) for key, module in targets.items() if key not in experts},
                     *self._saved_and_carried(peft_config),
                 ),
@@ -140,11 +142,15 @@ class MoELoraModel(LoraModel):
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, *, parameter_name=None
     ) -> None:
-        r, alpha = self._rank(lora_config, current_key), self._alpha(lora_config, current_key)
+        r, alpha, chosen = self._rank(lora_config, current_key), self._alpha(lora_config, current_key), None
+        if lora_config.expert_indices is not None and _holds_experts(target):
+            chosen = lora_config.experts_of(current_key, _layout(target).num_experts)
+        if chosen == ():
+            return
         if isinstance(target, MoELoraLayer):
-            target.update_layer(adapter_name, lora_config, r, alpha)
+            target.update_layer(adapter_name, lora_config, r, alpha, chosen)
         elif is_experts(target):
-            layer = MoELoraLayer(target, adapter_name, lora_config, r, alpha)
+            layer = MoELoraLayer(target, adapter_name, lora_config, r, alpha, chosen)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # adding a further adapter: it is not trained until it is set active
             self._replace_module(parent, target_name, layer, target)
@@ -188,12 +194,14 @@ class MoELoraModel(LoraModel):
                     experts.append(module)
                 else:
                     others[kind][".".join([part for part in key.split(".") if not part.isdigit()][-2:])] += 1
-        projections = sum(
-            layer.layout.num_experts * len({p for n in names if n in layer.lora_A for p in layer.lora_A[n]})
+        adapted = [
+            {(p, e) for n in names if n in layer.lora_A for p in layer.lora_A[n] for e in layer.experts_of(n)}
             for layer in experts
-        )
-        number = sum(layer.layout.num_experts for layer in experts)
-        told = [f"{len(experts)} experts modules, {number:,} experts, {projections:,} projections adapted"]
+        ]
+        number, projections = sum(len({e for _, e in pairs}) for pairs in adapted), sum(map(len, adapted))
+        held = sum(layer.layout.num_experts for layer in experts)
+        of_all = "" if held == number else f" of {held:,}"
+        told = [f"{len(experts)} experts modules, {number:,}{of_all} experts, {projections:,} projections adapted"]
         for kind, counts in others.items():
             if counts:
                 listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))

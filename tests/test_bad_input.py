@@ -52,7 +52,7 @@ BAD_FIELDS = [
     ("target_projections", ["down", "gate_up_proj"]),
     ("backend", "cuda"),
     ("layout", "rank_major"),
-    ("format_version", 2),
+    ("format_version", 3),
     ("format_version", 0),
     ("use_dora", True),
     ("lora_bias", True),
@@ -226,11 +226,11 @@ def unknown_layout_in_config(directory):
 
 
 def newer_version(directory):
-    rewrite(directory, change_document=lambda d: d.update(format_version=2))
+    rewrite(directory, change_document=lambda d: d.update(format_version=3))
 
 
 def newer_version_in_config(directory):
-    rewrite(directory, change_config=lambda c: c.update(format_version=2))
+    rewrite(directory, change_config=lambda c: c.update(format_version=3))
 
 
 def another_expert_count(directory):

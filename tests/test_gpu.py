@@ -81,6 +81,28 @@ def _in_double(model):
     return double, layer
 
 
+@pytest.mark.parametrize(("family", "name"), FAMILIES)
+def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
+    dtype = torch.bfloat16
+    model, layer = adapted(family, name, dtype, backend="triton", expert_indices={"experts": [6, 1, 2]})
+    args = inputs(dtype)
+    fused = step(model, layer, *args)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step(model, layer, *args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(fused[key], again[key]) for key in fused)
+    layer.backend = "torch"
+    plain = step(model, layer, *args)
+    exact = step(*_in_double(model), *(t.double() if t.is_floating_point() else t for t in args))
+    assert fused["lora_A.default.gate_up"].shape == (3 * R, H)
+    for key, expected in exact.items():
+        error, twin = ((t[key].double() - expected).norm() / expected.norm() for t in (fused, plain))
+        assert error <= 2 * twin + ATOL[dtype], f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+
+
 def test_same_bits_every_time():
     model, layer = adapted(*FAMILIES[0], torch.bfloat16)
     args = inputs(torch.bfloat16)
