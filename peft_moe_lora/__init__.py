@@ -2,18 +2,26 @@
 
 from .config import MoELoraConfig
 from .conversion import convert_adapter, inspect_adapter, verify_adapter
+from .expert_statistics import ExpertLoad, expert_load, select_experts
 from .loading import load_peft_adapter
 from .merging import merge_adapter
 from .model import MoELoraModel
+from .plotting import plot_expert_load
 from .registration import register
+from .training_callback import ExpertLoadCallback
 
 __all__ = [
+    "ExpertLoad",
+    "ExpertLoadCallback",
     "MoELoraConfig",
     "MoELoraModel",
     "convert_adapter",
+    "expert_load",
     "inspect_adapter",
     "load_peft_adapter",
     "merge_adapter",
+    "plot_expert_load",
+    "select_experts",
     "verify_adapter",
 ]
 __version__ = "0.1.0"
