@@ -57,11 +57,11 @@ class ExpertLoadCallback(TrainerCallback):
         self._watch.remove()
 
     def _take(self) -> ExpertLoad:
-        self.last = ExpertLoad(self._watch.take(_sum_over_processes))
+        self.last = ExpertLoad(self._watch.take(sum_over_processes))
         self.total = self.last if self.total is None else self.total + self.last
         return self.last
 
 
-def _sum_over_processes(counts) -> None:
+def sum_over_processes(counts) -> None:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)

@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers import adapter_parameters, moe_lora, tiny_model, token_ids
 
+from peft_moe_lora.expert_statistics import RoutingWatch
 from peft_moe_lora.layer import MoELoraLayer
+from peft_moe_lora.training_callback import sum_over_processes
 
 # many experts for few tokens: on each rank most get no rows
 NUM_EXPERTS, LENGTH, STEPS, LEARNING_RATE = 16, 5, 3, 0.1
@@ -100,12 +102,14 @@ def main(rank, world_size, folder, backend):
     for name, scenario in SCENARIOS.items():
         model, counts = build(device, **scenario), {}
         count_rows(model, counts)
+        watch = RoutingWatch(model)
         parallel = DistributedDataParallel(
             model, device_ids=[rank] if backend == "nccl" else None, find_unused_parameters=False
         )
         parameters = adapter_parameters(model)
         first = train(parallel, parameters, device, [rank], **scenario)
-        results[name] = {"gradients": first, "parameters": parameters, "rows": counts}
+        load = watch.take(sum_over_processes)
+        results[name] = {"gradients": first, "parameters": parameters, "rows": counts, "load": load}
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -81,6 +81,17 @@ def test_training_ends_where_one_process_ends(name, ranks):
         assert_close(ended - start[key], parameter - start[key], 1e-3, key)
 
 
+def test_expert_loads_are_those_of_all_ranks(ranks):
+    rows = [list(ranks[rank]["plain"]["rows"].values()) for rank in RANKS]
+    for rank in RANKS:
+        for load, first, second in zip(ranks[rank]["plain"]["load"].values(), *rows, strict=True):
+            assert torch.equal(load, first + second)
+    # as many tokens under checkpointing: what it runs again is not counted
+    for name in ("non-reentrant checkpointing", "reentrant checkpointing"):
+        for load, plain in zip(ranks[0][name]["load"].values(), ranks[0]["plain"]["load"].values(), strict=True):
+            assert load.sum() == plain.sum()
+
+
 def test_an_expert_that_no_rank_uses_stays_where_it_is(ranks):
     result = ranks[0]["plain"]
     unused = 0
