@@ -8,6 +8,7 @@ from helpers import Holder, build_experts
 from torch.utils.checkpoint import checkpoint
 
 from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.expert_statistics import RoutingWatch
 
 pytestmark = pytest.mark.gpu
 
@@ -101,6 +102,22 @@ def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
     for key, expected in exact.items():
         error, twin = ((t[key].double() - expected).norm() / expected.norm() for t in (fused, plain))
         assert error <= 2 * twin + ATOL[dtype], f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+
+
+def test_counting_rows_waits_for_nothing():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    with RoutingWatch(model) as watch:
+        step(model, layer, *args)  # kernels are compiled
+        watch.take()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(model, layer, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        (counts,) = watch.take().values()
+    assert torch.equal(counts, args[1].flatten().bincount(minlength=E).cpu())
 
 
 def test_same_bits_every_time():
