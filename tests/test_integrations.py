@@ -218,29 +218,6 @@ def test_gradients_of_the_router_loss_still_flow():
     assert all(p.grad.abs().max() > 0 for p in adapter_parameters(model).values())
 
 
-# ---- trl -----------------------------------------------------------------------------------------------------------
-
-
-def test_trls_reference_adapter_copies_everything():
-    """TRL makes its reference adapter with `".default." in name`; what does not match stays random, silently."""
-    base = tiny_model()
-    plain = outputs(base)
-    config = {"r": R, "lora_alpha": 2 * R, "target_modules": ["experts", "q_proj"]}
-    model = moe_lora(base, **config)
-    expected = outputs(model)
-    model.add_adapter("ref", MoELoraConfig(**config))
-    named = dict(model.named_parameters())
-    trainable = {name for name, parameter in named.items() if parameter.requires_grad}
-    copied = {name for name in named if ".default." in name}
-    assert copied == trainable
-    with torch.no_grad():
-        for name in copied:
-            model.get_parameter(name.replace(".default.", ".ref.")).copy_(named[name])
-    model.set_adapter("ref")
-    assert_share_of_order_one(outputs(model), plain)
-    assert torch.equal(outputs(model), expected)
-
-
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 

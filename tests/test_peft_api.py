@@ -688,18 +688,6 @@ def test_recompute_changes_no_number(family):
         assert_close(parameter.grad, dict(kept.named_parameters())[name].grad, 1e-6, name)
 
 
-def test_generate_works_and_follows_the_adapter():
-    base = tiny_model()
-    model = moe_lora(copy.deepcopy(base))
-    ids = torch.tensor([[5, 6, 7]])
-    plain = base.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    with_adapter = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    merged = model.merge_and_unload()
-    again = merged.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(with_adapter, again)
-    assert not torch.equal(with_adapter, plain)
-
-
 def test_two_models_do_not_share_an_adapter():
     """The implementation is chosen per module, not for the process."""
     rows = random_rows()
