@@ -484,6 +484,16 @@ def test_experts_offloaded_to_the_cpu_train(device, family, checkpointing):
     assert offloaded(model) == len(experts_paths(tiny_model(family)))
 
 
+def test_an_adapter_lies_where_its_offloaded_experts_run():
+    """Not where their weights wait: shown with a device that neither is."""
+    base = tiny_model()
+    cpu_offload(base, execution_device=torch.device("meta"))
+    assert all(p.is_meta for p in adapter_parameters(moe_lora(base, randomize=False)).values())
+    base = tiny_model()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    assert not any(p.is_meta for p in adapter_parameters(moe_lora(base, randomize=False)).values())
+
+
 @families
 def test_a_whole_model_offloaded_after_wrapping_runs(device, family):
     model, ids = adapted(device, family), ids_on(device)

@@ -79,7 +79,10 @@ def arguments(kind, device, folder, checkpointing=False, **changes):
         CHECKPOINTING: checkpointing,
         **changes,
     }
-    return kind(**settings)
+    made = kind(**settings)
+    # where there are several devices, the Trainer would take DataParallel, which TRL refuses
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def logits(model, device):
