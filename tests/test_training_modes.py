@@ -20,6 +20,7 @@ from helpers import (
     experts_paths,
     fill_adapter,
     moe_lora,
+    tiny_families,
     tiny_model,
     token_ids,
 )
@@ -31,6 +32,8 @@ from peft_moe_lora import functional
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 EVERYWHERE = ["experts", "q_proj", "v_proj"]
 families = pytest.mark.parametrize("family", FAMILIES)
+# a norm after down_proj, which no kernel has; transformers 5.17 does not have the family
+UNFUSED = ["muse_spark"] if "muse_spark" in tiny_families() else []
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -324,8 +327,7 @@ def count_breaks(model, ids):
     return found.graph_break_count, [str(reason.reason)[:200] for reason in found.break_reasons]
 
 
-# muse_spark: a norm that no kernel has
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", *UNFUSED])
 def test_compiling_breaks_no_more_graphs_than_without_the_adapter(device, family):
     base, ids = tiny_model(family).to(device), ids_on(device)
     without, _ = count_breaks(base, ids)
@@ -351,7 +353,7 @@ def test_compiling_breaks_no_more_graphs_with_attention_adapted_too(device):
     assert breaks <= without, reasons
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "muse_spark"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", *UNFUSED])
 def test_a_compiled_model_is_the_eager_one(device, family):
     """Outputs, gradients, and what switches after compiling: the adapter off and on again, another adapter."""
     torch._dynamo.reset()
