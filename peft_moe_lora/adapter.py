@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 
 from .adapter_file import read_description
 from .base_model import BaseModel
-from .layout import PROJECTIONS
+from .layout import EVERY_PROJECTION
 from .tensor_file import AdapterError, RefusedError, TensorFile, TensorInfo
 
 
@@ -240,7 +240,7 @@ def fill_in(adapter: Adapter, projections: set[str], reader: str) -> Adapter:
     for path, n in missing:
         like, size = next(iter(experts[path].values())), base.experts[path].projection(n)
         experts[path][n] = like.zeros_like(size.in_features, size.out_features)
-    experts = {path: {n: pairs[n] for n in PROJECTIONS if n in pairs} for path, pairs in experts.items()}
+    experts = {path: {n: pairs[n] for n in EVERY_PROJECTION if n in pairs} for path, pairs in experts.items()}
     what = sorted({n for _, n in missing})
     return replace(adapter, experts=experts).noted(f"{', '.join(what)} not adapted: written as zeros for {reader}")
 

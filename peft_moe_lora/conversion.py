@@ -18,8 +18,9 @@ from .adapter_file import PICKLE_NAME, WEIGHTS_NAME, read_description
 from .base_model import BaseModel, read_base
 from .card import VLLM_RANKS, write_card
 from .config import checked_indices
+from .families import FAMILIES
 from .formats import FORMATS, PREFIX, READERS
-from .layout import PROJECTIONS
+from .layout import EVERY_PROJECTION, PROJECTIONS
 from .tensor_file import (
     AdapterError,
     Block,
@@ -98,6 +99,8 @@ def convert_adapter(
 def prepare(adapter: Adapter, to: str) -> Adapter:
     """The adapter as the readers of a format take it; all that they would refuse is refused here."""
     form = FORMATS[to]
+    if to != "moe_lora":
+        _refuse_own_kinds(adapter, to)
     adapter = form.prepare(adapter)
     if form.whole:
         adapter = fill_in(adapter, set(PROJECTIONS), to)
@@ -113,6 +116,16 @@ def prepare(adapter: Adapter, to: str) -> Adapter:
     if to != "moe_lora" and adapter.config.get("lora_dropout"):
         adapter = adapter.noted("lora_dropout is written as 0: it has no meaning once training is over")
     return adapter
+
+
+def _refuse_own_kinds(adapter: Adapter, to: str) -> None:
+    """Families whose experts no format but ours describes."""
+    for path, pairs in adapter.experts.items():
+        family = adapter.base.experts[path].family if adapter.base is not None else None
+        # without a base model, what shows in the file
+        why = family.exports if family is not None else FAMILIES["JetMoeParallelExperts"].exports * ("linear" in pairs)
+        if why:
+            raise RefusedError(f"{path} cannot be written as {to}: {why}; merge it into its model instead.")
 
 
 def write_adapter(adapter: Adapter, to: str, folder: Path, progress: Progress | None = None) -> None:
@@ -369,7 +382,7 @@ def inspect_adapter(path, base_config=None, b_layout: str = "auto") -> Inspectio
         modules=len(adapter.experts),
         num_experts=tuple(sorted({pair.num_experts for pair in pairs})),
         adapted=sum(len(next(iter(found.values())).experts) for found in adapter.experts.values()),
-        projections=tuple(n for n in PROJECTIONS if any(n in found for found in adapter.experts.values())),
+        projections=tuple(n for n in EVERY_PROJECTION if any(n in found for found in adapter.experts.values())),
         ranks=dict(Counter(layer.r for layer in layers)),
         scalings=dict(Counter(layer.scaling for layer in layers)),
         dtypes=dict(Counter(str(info.dtype).removeprefix("torch.") for info in lora)),

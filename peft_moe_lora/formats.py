@@ -21,7 +21,7 @@ from .adapter import Adapter, Pair, Source, fill_in, need_base
 from .adapter_file import METADATA_KEY, described, described_module
 from .card import VLLM_RANKS
 from .config import MoELoraConfig
-from .layout import PROJECTIONS
+from .layout import EVERY_PROJECTION, PROJECTIONS
 from .targets import PARAMETERS, common_fields, parameter_name, short_names
 from .tensor_file import AdapterError, Block, RefusedError
 
@@ -104,13 +104,13 @@ class MoELora(Format):
     """`<experts>.lora_A.<projection>` [r*E, K] and `lora_B` [N, r*E], both expert-major; one rank per module."""
 
     name = "moe_lora"
-    key = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.(?P<slot>gate_up|down)")
+    key = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.(?P<slot>gate_up|down|linear)")
 
     def read(self, source, slots):
         experts = {}
         for path, projections in slots.items():
             experts[path] = {}
-            for name, slot in sorted(projections.items(), key=lambda item: PROJECTIONS.index(item[0])):
+            for name, slot in sorted(projections.items(), key=lambda item: EVERY_PROJECTION.index(item[0])):
                 S, r, K, N = source.stacked_sizes(path, slot, source.rank(path))
                 chosen, E = source.chosen(path), S
                 if chosen is not None:
@@ -171,7 +171,7 @@ class MoELora(Format):
         return MoELoraConfig(
             **common_fields(adapter, {**modules, **adapter.linears}),
             target_modules=short_names(adapter, [*modules, *adapter.linears]),
-            target_projections=[n for n in PROJECTIONS if n in next(iter(adapter.experts.values()))],
+            target_projections=[n for n in PROJECTIONS if n in next(iter(adapter.experts.values()))] or None,
             lora_dropout=adapter.config.get("lora_dropout") or 0.0,
             expert_indices={path: list(pair.experts) for path, pair in modules.items()}
             if any(pair.chosen is not None for pair in modules.values())

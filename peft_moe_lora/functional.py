@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -28,7 +28,8 @@ class Projection:
     """One frozen projection of every expert and the low-rank update that rides on it.
 
     Attributes:
-        weight: [E, N, K] float, any strides (a transposed model passes a view).
+        weight: [E, N, K] float, any strides (a transposed model passes a view); its gate half [E, N/2, K] where
+            `up_weight` is the other half.
         bias: [E, N] or None.
         lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th expert that has one; S = E unless
             `experts` says otherwise. None where no adapter is active.
@@ -36,6 +37,7 @@ class Projection:
         scaling: factor of the update.
         dropout_p: probability that an element of x is dropped before A, in [0, 1).
         experts: ascending ids of the S experts that have an update; None for all E.
+        up_weight: [E, N/2, K], the up half of a gate_up projection whose halves are stored apart; else None.
     """
 
     weight: torch.Tensor
@@ -45,6 +47,23 @@ class Projection:
     scaling: float = 1.0
     dropout_p: float = 0.0
     experts: tuple[int, ...] | None = None
+    up_weight: torch.Tensor | None = None
+
+    def halves(self) -> list["Projection"]:
+        """The gate and the up half, which share A; itself where it is stored whole."""
+        if self.up_weight is None:
+            return [self]
+        n = self.weight.shape[1]
+        return [
+            replace(
+                self,
+                weight=weight,
+                up_weight=None,
+                bias=None if self.bias is None else self.bias[:, rows],
+                lora_B=None if self.lora_B is None else self.lora_B[rows],
+            )
+            for weight, rows in ((self.weight, slice(n)), (self.up_weight, slice(n, None)))
+        ]
 
 
 @dataclass(frozen=True)
@@ -123,7 +142,7 @@ def experts(
     x = hidden_states.to(up.weight.dtype)
     seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
     with _on_device_of(x), _without_autocast(x.device.type):
-        if isinstance(activation, Activation) and post_norm is None:
+        if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             plan = _Plan(
                 activation, backend, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p, up.experts,
                 down.experts,
@@ -136,6 +155,32 @@ def experts(
         else:
             out = _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend)
     return out.to(hidden_states.dtype)
+
+
+def rows_linear(x: torch.Tensor, expert_size, projection: Projection, *, backend: str = "auto") -> torch.Tensor:
+    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] x[m]: one projection of rows that stand in expert order.
+
+    Args:
+        x: [M, K] float; computed in the dtype of the weights.
+        expert_size: E integers, the rows of each expert, adding up to M; a list or a tensor.
+        projection: [E, N, K].
+        backend: out of BACKENDS.
+    Returns: [M, N], dtype of x.
+    Raises:
+        ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
+    """
+    E, _, K = projection.weight.shape
+    sizes = torch.as_tensor(expert_size, device=x.device)
+    if x.ndim != 2 or x.shape[1] != K or sizes.shape != (E,):
+        raise ValueError(
+            f"rows_linear needs x [M, {K}] and {E} expert sizes; got {tuple(x.shape)} and {tuple(sizes.shape)}."
+        )
+    _check_frozen(projection)
+    seed = _draw_seeds(x.device) if projection.dropout_p else None
+    with _on_device_of(x), _without_autocast(x.device.type):
+        expert = torch.repeat_interleave(torch.arange(E, device=x.device), sizes, output_size=x.shape[0])
+        y = _expert_linear(x, projection, _route(expert[:, None], E, backend), seed, 0, backend)
+    return y.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ the fused path
@@ -309,7 +354,8 @@ def _experts_autograd(ctx, dout, *_):
 
 def _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend):
     routing = _route(top_k_index, up.weight.shape[0], backend)
-    pre = _expert_linear(x, up, routing, seed, 0, backend, gather=True)
+    pre = [_expert_linear(x, half, routing, seed, 0, backend, gather=True) for half in up.halves()]
+    pre = pre[0] if len(pre) == 1 else torch.cat(pre, -1)
     y = _expert_linear(activation(pre), down, routing, seed, 1, backend)
     if post_norm is not None:
         y = post_norm(y)
@@ -530,7 +576,11 @@ def _check(hidden_states, top_k_index, top_k_weights, up: Projection, down: Proj
             f"experts needs top_k_index and top_k_weights [T, top_k] with T = {hidden_states.shape[0]}; got "
             f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}."
         )
-    frozen = (up.weight, up.bias, down.weight, down.bias)
+    _check_frozen(up, down)
+
+
+def _check_frozen(*projections: Projection) -> None:
+    frozen = [t for p in projections for t in (p.weight, p.up_weight, p.bias)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
         raise ValueError(
             "the experts' base weights are frozen and get no gradient here, but one has requires_grad=True; "

@@ -35,9 +35,15 @@ def check_implementation(name: str | None, module: nn.Module, layout: ExpertsLay
         module: the experts module; its shapes, dtypes and attributes are read, never its weights.
         layout: of the module.
     Raises:
-        ValueError: if the weights are not plain parameters, or the implementation is ours.
+        ValueError: if the weights are not plain parameters, the class has a call of its own, or the implementation is
+            ours.
         RuntimeError: with the reason, if hardware, a package or support for the module's layout is missing.
     """
+    if layout.family is not None:
+        raise ValueError(
+            f'backend="{MATERIALIZE}" runs an implementation of transformers\' experts interface, which '
+            f"{type(module).__name__} is not on; use another backend."
+        )
     for projection in (layout.gate_up, layout.down):
         if projection.weight not in module._parameters:
             raise ValueError(

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import MoELoraConfig
-from .functional import Projection, experts, per_expert
+from .functional import Projection, experts, per_expert, rows_linear
 from .implementations import IMPLEMENTATION, MATERIALIZE, check_gradients, check_implementation, run_implementation
 from .layout import PROJECTIONS, ExpertsLayout, UnsupportedExperts, own_activation, read_layout
 
@@ -17,7 +19,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     """Wraps an experts module; owns A and B of every adapter. The base module keeps its weights and its forward.
 
     Args:
-        base_layer: the experts module, called as experts(hidden_states, top_k_index, top_k_weights).
+        base_layer: the experts module, called as experts(hidden_states, top_k_index, top_k_weights), or as its row in
+            `families` says.
         adapter_name: the first adapter.
         config: its configuration.
         r: rank of each expert's update.
@@ -52,8 +55,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.experts: dict[str, tuple[int, ...] | None] = {}
         self._disable_adapters, self.merged_adapters = False, []
         self.backend, self.recompute = config.backend, config.recompute
-        # running the module's own forward assumes nothing of it
-        self._contract_holds = self.layout.decorated or self.backend == MATERIALIZE
+        # running the module's own forward assumes nothing of it, and a family's row is known to hold
+        known = self.layout.decorated or self.layout.family is not None
+        self._contract_holds = known or self.backend == MATERIALIZE
         self._proven: set[str | None] = set()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha, experts)
@@ -61,13 +65,13 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
 
     @property
     def in_features(self) -> int:
-        """H, the width of hidden_states."""
-        return self.layout.gate_up.in_features
+        """K of the first projection: H, the width of hidden_states."""
+        return self.layout.first.in_features
 
     @property
     def out_features(self) -> int:
-        """H again: the layer maps hidden states to hidden states."""
-        return self.layout.down.out_features
+        """N of the last projection: H again where the layer maps hidden states to hidden states."""
+        return self.layout.last.out_features
 
     def update_layer(
         self,
@@ -89,7 +93,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         A, B = nn.ParameterDict(), nn.ParameterDict()
-        for name in config.target_projections:
+        for name in self.layout.targeted(config.target_projections):
             projection = self.layout.projection(name)
             ranks = r * len(self.experts_of(adapter_name))
             A[name] = nn.Parameter(torch.empty(ranks, projection.in_features))
@@ -154,13 +158,28 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             except Exception:
                 _offload(self.base_layer)
                 raise
-        # a module off the interface dispatches nowhere, so an offloading hook is served here
+        # a module off the interface dispatches nowhere, so offloading hooks are served here: its own and those of what
+        # holds its weights
         hook = getattr(self.base_layer, "_hf_hook", None)
+        within = [m for m in self.base_layer.modules() if m is not self.base_layer]
         if hook is not None:
             args, kwargs = hook.pre_forward(self.base_layer, *args, **kwargs)
-        if not self._contract_holds:
-            self._check_contract(*args, **kwargs)
-        out = self.compute(self.base_layer, *args, **kwargs)
+        offloaded = _fetch(within)
+        try:
+            if hasattr(self.weight, "device_mesh"):
+                raise UnsupportedExperts(
+                    f"{type(self.base_layer).__name__} holds sharded weights (tensor or expert parallelism); off "
+                    "transformers' experts interface an adapter needs whole ones. Load the model without a plan."
+                )
+            if not self._contract_holds:
+                self._check_contract(*args, **kwargs)
+            call = type(self).compute if self.layout.family is None else self.layout.family.call
+            out = call(self, self.base_layer, *args, **kwargs)
+        except Exception:
+            _offload(self.base_layer)
+            raise
+        finally:
+            _put_back(offloaded)
         return out if hook is None else hook.post_forward(self.base_layer, out)
 
     def is_at_work(self) -> bool:
@@ -179,11 +198,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             top_k_weights: [T, top_k] float.
         Returns: [T, H], dtype of hidden_states.
         """
-        # accelerate's offload waits for a forward, which a ParameterDict does not have
-        pairs = (sides[a] for sides in (self.lora_A, self.lora_B) for a in self.active_adapters if a in sides)
-        offloaded = [p for p in pairs if hasattr(p, "_hf_hook")]
-        for p in offloaded:
-            p._hf_hook.pre_forward(p)
+        offloaded = _fetch(self._active_pairs())
         projections = self._projection(module, "gate_up"), self._projection(module, "down")
         if self.backend == MATERIALIZE:
             out = self._compute_materialized(module, *projections, hidden_states, top_k_index, top_k_weights)
@@ -198,8 +213,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
                 backend=self.backend,
                 recompute=self.recompute,
             )
-        for p in offloaded:
-            p._hf_hook.post_forward(p, None)
+        _put_back(offloaded)
         return out
 
     @torch.compiler.disable
@@ -213,6 +227,24 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             if check_gradients(out, weights, *rows, self.layout.num_experts):
                 self._proven.add(name)
         return out
+
+    def compute_rows(self, module: nn.Module, rows: torch.Tensor, expert_size) -> torch.Tensor:
+        """A module that is one projection, with the active adapters.
+
+        Args:
+            module: as in `compute`.
+            rows: [M, K] float in expert order.
+            expert_size: E integers, the rows of each expert.
+        Returns: [M, N], dtype of rows.
+        """
+        (name,) = self.layout.projections
+        offloaded = _fetch(self._active_pairs())
+        out = rows_linear(rows, expert_size, self._projection(module, name), backend=self.backend)
+        _put_back(offloaded)
+        return out
+
+    def _active_pairs(self) -> list[nn.ParameterDict]:
+        return [sides[a] for sides in (self.lora_A, self.lora_B) for a in self.active_adapters if a in sides]
 
     @torch.no_grad()
     def _check_contract(self, hidden_states, top_k_index, top_k_weights) -> None:
@@ -240,7 +272,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             )
 
     def _projection(self, module: nn.Module, name: str) -> Projection:
-        base = Projection(self.layout.weight(module, name), self.layout.bias(module, name))
+        weight, *up_weight = self.layout.parts(module, name)
+        base = Projection(weight, self.layout.bias(module, name), up_weight=up_weight[0] if up_weight else None)
         active = [a for a in self.active_adapters if a in self.lora_A and name in self.lora_A[a]]
         if not active:
             return base
@@ -262,7 +295,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             B = torch.cat([self.scaling[a] * B for a, (_, B) in zip(active, pairs, strict=True)], dim=2)
             B = B.transpose(0, 1).flatten(1)
             scaling = 1.0
-        return Projection(base.weight, base.bias, A, B, scaling, dropouts.pop(), experts)
+        lora = {"lora_A": A, "lora_B": B, "scaling": scaling, "dropout_p": dropouts.pop(), "experts": experts}
+        return replace(base, **lora)
 
     def _per_expert(self, adapter_name: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A as [S, r, K] and B as [S, N, r], views of the expert-major parameters."""
@@ -314,15 +348,15 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in self.lora_A:
                 continue
             if safe_merge:
-                for name, weight, expert in self._each_expert(adapter_name):
-                    merged = weight + self.get_delta_weight(adapter_name, name, expert)
+                for name, weight, expert, rows in self._each_expert(adapter_name):
+                    merged = weight + self.get_delta_weight(adapter_name, name, expert)[rows]
                     if not torch.isfinite(merged).all():
                         raise ValueError(
                             f"NaNs detected in the merged weights: adapter {adapter_name!r}, {name} of expert "
                             f"{expert} is not finite; nothing was merged into this layer."
                         )
-            for name, weight, expert in self._each_expert(adapter_name):
-                weight.copy_(weight + self.get_delta_weight(adapter_name, name, expert))
+            for name, weight, expert, rows in self._each_expert(adapter_name):
+                weight.copy_(weight + self.get_delta_weight(adapter_name, name, expert)[rows])
             self.merged_adapters.append(adapter_name)
 
     @torch.no_grad()
@@ -331,15 +365,18 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
             if adapter_name in self.lora_A:
-                for name, weight, expert in self._each_expert(adapter_name):
-                    weight.copy_(weight - self.get_delta_weight(adapter_name, name, expert))
+                for name, weight, expert, rows in self._each_expert(adapter_name):
+                    weight.copy_(weight - self.get_delta_weight(adapter_name, name, expert)[rows])
 
     def _each_expert(self, adapter_name: str):
-        """(projection, [N, K] view of the expert's base weight, expert) of all that an adapter touches."""
+        """(projection, [n, K] view of the expert's base weight, expert, which rows of N) of all an adapter touches."""
         for name in self.lora_A[adapter_name]:
-            weights = self.layout.weight(self.base_layer, name).detach()
-            for expert in self.experts_of(adapter_name):
-                yield name, weights[expert], expert
+            start = 0
+            for part in self.layout.parts(self.base_layer, name):
+                rows = slice(start, start + part.shape[1])
+                for expert in self.experts_of(adapter_name):
+                    yield name, part.detach()[expert], expert, rows
+                start = rows.stop
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert other methods' layers of this kind to LoRA: this one already is."""
@@ -350,10 +387,10 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> torch.Tensor:
         """The stacked [E, ., .] weight into the experts: what PEFT reads a layer's device and dtype from."""
-        return getattr(self.base_layer, self.layout.gate_up.weight)
+        return attrgetter(self.layout.first.weight)(self.base_layer)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        weight = getattr(base_layer, self.layout.gate_up.weight)
+        weight = attrgetter(self.layout.first.weight)(base_layer)
         return weight.device, weight.dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -372,8 +409,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         return _detach(self.base_layer)
 
     def extra_repr(self) -> str:
-        sides = (self.layout.gate_up, self.layout.down)
-        shapes = ", ".join(f"{p.weight} {p.in_features}->{p.out_features}" for p in sides)
+        sides = self.layout.projections.values()
+        shapes = ", ".join(f"{' + '.join(p.weights)} {p.in_features}->{p.out_features}" for p in sides)
         return f"E={self.layout.num_experts}, {shapes}, r={self.r}"
 
 
@@ -432,9 +469,22 @@ def _offload(module: nn.Module) -> None:
 
 def _execution_device(module: nn.Module) -> torch.device | None:
     """Where accelerate brings an offloaded module's weights to run it; None for a module without such a hook."""
-    hook = getattr(module, "_hf_hook", None)
-    devices = (getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook]))
+    hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+    devices = (getattr(h, "execution_device", None) for hook in hooks for h in getattr(hook, "hooks", [hook]))
     return next((torch.device(d) for d in devices if d is not None), None)
+
+
+def _fetch(modules: list[nn.Module]) -> list[nn.Module]:
+    """Bring in what accelerate offloaded of modules whose forward, for which it waits, is not called."""
+    offloaded = [m for m in modules if hasattr(m, "_hf_hook")]
+    for m in offloaded:
+        m._hf_hook.pre_forward(m)
+    return offloaded
+
+
+def _put_back(offloaded: list[nn.Module]) -> None:
+    for m in offloaded:
+        m._hf_hook.post_forward(m, None)
 
 
 def _attach(layer: MoELoraLayer, base_layer: nn.Module) -> None:

@@ -1,28 +1,30 @@
 """How an experts module stores its weights and what it computes, and which modules are routers, read from the modules.
 
 transformers' experts interface gives most classes the same attributes (`has_gate`, `is_transposed`, ...); where they
-are missing, the shapes tell. What `_apply_gate` computes is found by running it on a few numbers, not by its name.
+are missing, the shapes tell, or the class's row in `families`. What `_apply_gate` computes is found by running it on
+a few numbers, not by its name.
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .families import FAMILIES, Family
 from .ops import Activation
 from .ops.activation import KINDS
 
+# the two of an experts module, which a configuration may choose from
 PROJECTIONS = ("gate_up", "down")
+# and the one of a module that is one projection alone, in the order of files
+EVERY_PROJECTION = (*PROJECTIONS, "linear")
 
 # modules that hold routed experts in a form of their own, and what is missing to adapt them
 NOT_YET = {
-    "Llama4TextExperts": "it multiplies dense batches and weights its input, not its output",
-    "LongcatFlashExperts": "some of its experts are the identity",
-    "JetMoeParallelExperts": "it holds one projection per module and takes sorted rows",
-    "DbrxExperts": "it stores its experts in 2-D weights and takes 3-D input",
-    "DbrxExpertGLU": "it stores its experts in 2-D weights and takes 3-D input",
     "FP8Experts": "its weights are quantized to 8-bit floats",
     "Mxfp4GptOssExperts": "its weights are quantized to MXFP4",
 }
@@ -40,16 +42,24 @@ class ProjectionLayout:
     """One projection of every expert.
 
     Attributes:
-        weight: name of the parameter, [E, N, K] or, transposed, [E, K, N].
+        weights: names of the parameters that, one below another, are the N rows; one in most families. Each is
+            [E, n, K], [E, K, n] where transposed, or [E * n, K]; what lies beyond the E experts belongs to none.
         bias: name of the [E, N] bias parameter, or None.
         in_features: K.
         out_features: N.
+        transposed: whether the last two dimensions are stored the other way round.
     """
 
-    weight: str
+    weights: tuple[str, ...]
     bias: str | None
     in_features: int
     out_features: int
+    transposed: bool = False
+
+    @property
+    def weight(self) -> str:
+        """Name of the parameter, the first of several."""
+        return self.weights[0]
 
 
 @dataclass(frozen=True)
@@ -58,40 +68,77 @@ class ExpertsLayout:
 
     Attributes:
         num_experts: E.
-        gate_up: the projection into the experts, N = 2I where gated.
-        down: the projection out of them.
-        transposed: weights are stored [E, K, N].
+        projections: "gate_up" into the experts, N = 2I where gated, and "down" out of them; where a module is one
+            projection alone, "linear".
         gated: whether the pre-activation holds a gate and an up half.
         activation: the fused form of what stands between the projections; None: the module's own code runs there.
         decorated: whether the class dispatches through transformers' experts interface.
+        family: how the module is called, where that is not experts(hidden_states, top_k_index, top_k_weights).
     """
 
     num_experts: int
-    gate_up: ProjectionLayout
-    down: ProjectionLayout
-    transposed: bool
+    projections: Mapping[str, ProjectionLayout]
     gated: bool
     activation: Activation | None
     decorated: bool
+    family: Family | None = None
+
+    @property
+    def gate_up(self) -> ProjectionLayout:
+        return self.projections["gate_up"]
+
+    @property
+    def down(self) -> ProjectionLayout:
+        return self.projections["down"]
+
+    @property
+    def first(self) -> ProjectionLayout:
+        """What hidden states go into."""
+        return next(iter(self.projections.values()))
+
+    @property
+    def last(self) -> ProjectionLayout:
+        """What comes out of it leaves the module."""
+        return [*self.projections.values()][-1]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights into the experts are stored [E, K, N]."""
+        return self.first.transposed
 
     def projection(self, name: str) -> ProjectionLayout:
-        return {"gate_up": self.gate_up, "down": self.down}[name]
+        return self.projections[name]
+
+    def targeted(self, target_projections: list[str]) -> list[str]:
+        """The projections a configuration means here; a module that is one alone is chosen by its own name."""
+        return [name for name in self.projections if name in target_projections or len(self.projections) == 1]
+
+    def parts(self, module: nn.Module, name: str) -> tuple[torch.Tensor, ...]:
+        """[E, n, K] views of a projection's parameters, one below another its N rows, however they are stored."""
+        layout = self.projections[name]
+        stacks = [self._stack(attrgetter(weight)(module)) for weight in layout.weights]
+        return tuple(w.mT if layout.transposed else w for w in stacks)
+
+    def _stack(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.ndim == 2:
+            return weight.unflatten(0, (self.num_experts, -1))
+        return weight if weight.shape[0] == self.num_experts else weight[: self.num_experts]
 
     def weight(self, module: nn.Module, name: str) -> torch.Tensor:
-        """[E, N, K] view of a projection's weight, however it is stored."""
-        weight = getattr(module, self.projection(name).weight)
-        return weight.transpose(1, 2) if self.transposed else weight
+        """[E, N, K] view of a projection that is one parameter."""
+        (weight,) = self.parts(module, name)
+        return weight
 
     def bias(self, module: nn.Module, name: str) -> torch.Tensor | None:
         """[E, N] bias of a projection, or None."""
-        bias = self.projection(name).bias
+        bias = self.projections[name].bias
         return None if bias is None else getattr(module, bias)
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether the module holds routed experts, supported or not."""
     # three stacks hold experts that every token passes, as inkling's shared ones: they take no expert ids
-    return type(module).__name__ in NOT_YET or (
+    return type(module).__name__ in {*FAMILIES, *NOT_YET} or (
         _stacked(module, "down_proj")
         and (_stacked(module, "gate_up_proj") or _stacked(module, "up_proj"))
         and not _stacked(module, "gate_proj")
@@ -132,6 +179,8 @@ def read_layout(module: nn.Module) -> ExpertsLayout:
     name = type(module).__name__
     if name in NOT_YET:
         raise UnsupportedExperts(f"{name} is not supported yet: {NOT_YET[name]}. Take it out of target_modules.")
+    if name in FAMILIES:
+        return _read_family(module, FAMILIES[name])
     gated = getattr(module, "has_gate", _stacked(module, "gate_up_proj"))
     up_name = "gate_up_proj" if gated else "up_proj"
     if not (_stacked(module, up_name) and _stacked(module, "down_proj")):
@@ -140,12 +189,7 @@ def read_layout(module: nn.Module) -> ExpertsLayout:
             "take it out of target_modules."
         )
     up, down = getattr(module, up_name), module.down_proj
-    for weight_name, weight in ((up_name, up), ("down_proj", down)):
-        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise UnsupportedExperts(
-                f"{name}.{weight_name} is stored as {weight.dtype}; adapters need fp32, bf16 or fp16 experts: "
-                "load the model dequantized."
-            )
+    _check_dtypes(module, up_name, "down_proj")
     decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     if not decorated:
         _check_signature(module)
@@ -159,25 +203,70 @@ def read_layout(module: nn.Module) -> ExpertsLayout:
     has_bias = getattr(module, "has_bias", getattr(module, f"{up_name}_bias", None) is not None)
     return ExpertsLayout(
         num_experts=E,
-        gate_up=ProjectionLayout(up_name, f"{up_name}_bias" if has_bias else None, K, N),
-        down=ProjectionLayout("down_proj", "down_proj_bias" if has_bias else None, width, H),
-        transposed=transposed,
+        projections={
+            "gate_up": ProjectionLayout((up_name,), f"{up_name}_bias" if has_bias else None, K, N, transposed),
+            "down": ProjectionLayout(("down_proj",), "down_proj_bias" if has_bias else None, width, H, transposed),
+        },
         gated=gated,
         activation=None if getattr(module, "has_post_expert_norm", False) else fused_activation(module, gated),
         decorated=decorated,
     )
 
 
+def _read_family(module: nn.Module, family: Family) -> ExpertsLayout:
+    taken = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    if taken != family.arguments:
+        raise UnsupportedExperts(
+            f"{type(module).__name__}.forward takes {taken}, not {family.arguments} as in transformers, so it is "
+            "another class of that name. Take it out of target_modules."
+        )
+    names = [name for weights in family.weights.values() for name in weights]
+    _check_dtypes(module, *names)
+    # the last projection's parameter has rows of the E experts alone; a 2-D one does not tell how many they are
+    stack = attrgetter(names[-1])(module)
+    E = module.num_experts if stack.ndim == 2 else stack.shape[0]
+    projections = {}
+    for name, weights in family.weights.items():
+        shapes = [attrgetter(weight)(module).shape for weight in weights]
+        sizes = [(shape[0] // E, shape[1]) if len(shape) == 2 else tuple(shape[1:]) for shape in shapes]
+        sizes = [(n, K) if name not in family.transposed else (K, n) for n, K in sizes]
+        rows = sum(n for n, _ in sizes)
+        projections[name] = ProjectionLayout(weights, None, sizes[0][1], rows, name in family.transposed)
+    gated = "gate_up" in projections
+    # an activation is fused with one product, and runs between the products where gate and up are two
+    fused = gated and len(family.weights["gate_up"]) == 1
+    return ExpertsLayout(
+        num_experts=E,
+        projections=projections,
+        gated=gated,
+        activation=fused_activation(module, gated) if fused else None,
+        decorated=False,
+        family=family,
+    )
+
+
+def _check_dtypes(module: nn.Module, *names: str) -> None:
+    for name in names:
+        dtype = attrgetter(name)(module).dtype
+        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise UnsupportedExperts(
+                f"{type(module).__name__}.{name} is stored as {dtype}; adapters need fp32, bf16 or fp16 experts: "
+                "load the model dequantized."
+            )
+
+
 def own_activation(module: nn.Module, gated: bool):
     """The module's own [M, N] -> [M, I] between its projections."""
-    if not gated:
-        return module.act_fn
-    if hasattr(module, "_apply_gate"):
+    if gated and hasattr(module, "_apply_gate"):
         return module._apply_gate
+    family = FAMILIES.get(type(module).__name__)
+    act_fn = attrgetter("act_fn" if family is None else family.act_fn)(module)
+    if not gated:
+        return act_fn
 
     def act_times_up(pre: torch.Tensor) -> torch.Tensor:
         gate, up = pre.chunk(2, dim=-1)
-        return module.act_fn(gate) * up
+        return act_fn(gate) * up
 
     return act_times_up
 

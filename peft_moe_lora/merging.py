@@ -14,7 +14,7 @@ import torch
 from .adapter import Adapter, LinearPair, Pair
 from .base_model import BaseModel, read_base
 from .conversion import open_adapter
-from .layout import PROJECTIONS
+from .layout import ExpertsLayout
 from .tensor_file import (
     AdapterError,
     Block,
@@ -88,12 +88,14 @@ class Target:
         expert: the one it holds, None for all of them stacked.
         rows: the rows of the projection it holds: all, gate's or up's.
         transposed: whether it is stored [.., K, N].
+        stack: its shape with the experts as a dimension of their own, where it is a stack.
     """
 
     pair: Pair | LinearPair
     expert: int | None = None
     rows: slice | None = None
     transposed: bool = False
+    stack: tuple[int, ...] | None = None
 
 
 def merge_adapter(
@@ -179,29 +181,31 @@ def _targets(adapter: Adapter, base: BaseModel, tensors: dict[str, TensorInfo]) 
     """
     hub = base.hub_names
     found: dict[str, Target] = {}
-    resolved = {name: _expert_name(base, name) for name in tensors}
     by_path: dict[str, list[tuple[str, int | None, str]]] = {}
-    for name, (path, expert, leaf) in resolved.items():
+    for name in tensors:
+        path, expert, leaf = _expert_name(base, name)
         by_path.setdefault(path, []).append((name, expert, leaf))
     for path, pairs in adapter.experts.items():
-        layout = base.experts[path]
+        layout, here = base.experts[path], by_path.get(path, ())
+        stacks = {leaf: name for name, expert, leaf in here if expert is None}
         for projection, pair in pairs.items():
+            weights = layout.projection(projection).weights
+            if set(weights) <= set(stacks):
+                shapes = {leaf: tensors[name].shape for leaf, name in stacks.items()}
+                found |= _stacked(pair, layout, path, projection, stacks, shapes)
+                continue
             parts = {hub.down: None} if projection == "down" else {hub.up: None}
-            if projection == "gate_up" and layout.gated and any(e is not None for _, e, _ in by_path.get(path, ())):
+            if projection == "gate_up" and layout.gated and any(e is not None for _, e, _ in here):
                 gate, up = base.gate_and_up(path)
                 parts = {hub.gate: gate, hub.up: up}
-            stack, held = layout.projection(projection).weight, []
-            for name, expert, leaf in by_path.get(path, ()):
-                if expert is None and leaf == stack:
-                    shapes = {leaf: tensors[n].shape for n, e, leaf in by_path[path] if e is None}
-                    found[name] = Target(pair, transposed=_is_transposed(base, path, shapes))
-                    held = None
-                    break
-                elif expert is not None and leaf in parts:
+            held = set()
+            for name, expert, leaf in here:
+                # beyond E lie the identity experts of some families
+                if expert is not None and expert < pair.num_experts and leaf in parts:
                     found[name] = Target(pair, expert, parts[leaf])
-                    held.append((expert, leaf))
+                    held.add((expert, leaf))
                     _check(name, tensors[name].shape, (pair.out_features // len(parts), pair.in_features))
-            if held is not None and len(set(held)) != pair.num_experts * len(parts):
+            if len(held) != pair.num_experts * len(parts):
                 raise RefusedError(
                     f"{base.name} holds {len(held)} of the {pair.num_experts * len(parts)} tensors of {path}, "
                     f"{projection}: its experts are stored in a way that is not known (quantized, perhaps). "
@@ -220,9 +224,14 @@ def _targets(adapter: Adapter, base: BaseModel, tensors: dict[str, TensorInfo]) 
 
 
 def _expert_name(base: BaseModel, name: str) -> tuple[str, int | None, str]:
-    """(path, expert or None, last name) of a tensor as far as it is one of experts."""
-    path, _, leaf = base.renamed(name).rpartition(".")
-    if path in base.experts:
+    """(path, expert or None, name of the stack or of the expert's projection), as far as a tensor is of experts."""
+    renamed = base.renamed(name)
+    path = renamed.rpartition(".")[0]
+    # a stack may lie in a module of its own within the experts
+    while path and path not in base.experts:
+        path = path.rpartition(".")[0]
+    leaf = renamed.removeprefix(f"{path}.")
+    if path and any(leaf in p.weights or leaf == p.bias for p in base.experts[path].projections.values()):
         return path, None, leaf
     parts = name.removesuffix(".weight").split(".")
     expert = int(parts[-2]) if len(parts) > 2 and parts[-2].isdigit() else None
@@ -230,17 +239,38 @@ def _expert_name(base: BaseModel, name: str) -> tuple[str, int | None, str]:
     return base.resolve(path), expert, parts[-1]
 
 
-def _is_transposed(base: BaseModel, path: str, tensors: dict[str, tuple[int, ...]]) -> bool:
+def _stacked(
+    pair: Pair, layout: ExpertsLayout, path: str, projection: str, stacks: dict[str, str], shapes: dict
+) -> dict[str, Target]:
+    """Tensor -> update, of a projection whose experts lie in stacks: one of all its rows, or gate's and up's.
+
+    Args:
+        pair, layout, path, projection: of the update.
+        stacks: parameter name -> tensor of the checkpoint.
+        shapes: parameter name -> its shape there.
+    """
+    size, found = layout.projection(projection), {}
+    n = size.out_features // len(size.weights)
+    for i, weight in enumerate(size.weights):
+        flat = len(shapes[weight]) == 2
+        transposed = size.transposed if flat else _is_transposed(layout, path, shapes)
+        stack = (layout.num_experts, *((size.in_features, n) if transposed else (n, size.in_features)))
+        _check(stacks[weight], shapes[weight], (stack[0] * stack[1], stack[2]) if flat else stack)
+        rows = slice(i * n, (i + 1) * n) if len(size.weights) > 1 else None
+        found[stacks[weight]] = Target(pair, rows=rows, transposed=transposed, stack=stack)
+    return found
+
+
+def _is_transposed(layout: ExpertsLayout, path: str, tensors: dict[str, tuple[int, ...]]) -> bool:
     """Whether the stacks of a module are stored [E, K, N]; some families' published files differ from their modules.
 
     Args:
-        base: the model.
+        layout: of the module.
         path: of the module.
         tensors: parameter name -> shape of the stacks in the checkpoint. Where K = N the other stack decides.
     """
-    layout, seen = base.experts[path], set()
-    for name in PROJECTIONS:
-        projection = layout.projection(name)
+    seen = set()
+    for projection in layout.projections.values():
         E, K, N = layout.num_experts, projection.in_features, projection.out_features
         shape = tensors.get(projection.weight)
         if shape is not None and shape == (E, K, N) != (E, N, K):
@@ -284,9 +314,10 @@ class _Merger:
             yield self.adapter.file.load(source).to(shard.tensors[name].dtype)
         elif name not in self.targets:
             yield shard.load(name, check=False)
-        elif (target := self.targets[name]).expert is None and isinstance(target.pair, Pair):
+        elif (target := self.targets[name]).stack is not None:
             for e in range(target.pair.num_experts):
-                yield self._merged(shard.load(name, row=e, check=False), replace(target, expert=e))
+                weight = shard.load(name, row=e, check=False, view=target.stack)
+                yield self._merged(weight, replace(target, expert=e))
         else:
             yield self._merged(shard.load(name, check=False), target)
 

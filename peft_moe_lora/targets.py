@@ -5,7 +5,6 @@ import re
 from collections import defaultdict
 
 from .adapter import Adapter, LinearPair, Pair, need_base, tidy
-from .layout import PROJECTIONS
 
 PARAMETERS = {"gate_up": ("gate_up_proj", "up_proj"), "down": ("down_proj",)}
 
@@ -79,9 +78,10 @@ def short_names(adapter: Adapter, paths) -> list[str]:
         *adapter.base.modules,
         *(f"{path}.weight" for path in adapter.base.bare),
         *(
-            f"{path}.{layout.projection(n).weight}"
+            f"{path}.{weight}"
             for path, layout in adapter.base.experts.items()
-            for n in PROJECTIONS
+            for projection in layout.projections.values()
+            for weight in projection.weights
         ),
     ]
     meant: dict[str, int] = defaultdict(int)

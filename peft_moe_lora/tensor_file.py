@@ -93,14 +93,19 @@ class TensorFile:
             for name, h in ordered
         }
 
-    def load(self, name: str, row: int | None = None, check: bool = True) -> torch.Tensor:
+    def load(self, name: str, row: int | None = None, check: bool = True, view: tuple[int, ...] = ()) -> torch.Tensor:
         """A tensor, or one row (index along its first dimension) of it; with `check`, only if it is finite.
 
+        Args:
+            name: of the tensor.
+            row: which row; None for all.
+            check: refuse what is not finite.
+            view: another shape of as many elements to see it in; its own by default.
         Raises:
             AdapterError: if a value is NaN or infinite.
         """
         info = self.tensors[name]
-        shape, offset = info.shape, info.offset
+        shape, offset = view or info.shape, info.offset
         if row is not None:
             shape = shape[1:]
             offset += row * math.prod(shape) * info.dtype.itemsize

@@ -181,8 +181,8 @@ class Holder(nn.Module):
         super().__init__()
         self.experts = experts
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        return self.experts(hidden_states, top_k_index, top_k_weights)
+    def forward(self, *args):
+        return self.experts(*args)
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------

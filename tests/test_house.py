@@ -13,6 +13,7 @@ PACKAGE = Path(peft_moe_lora.__file__).parent
 FLOORS = [
     "ops",
     "functional",
+    "families",
     "layout",
     "materialize",
     "implementations",

@@ -1,0 +1,189 @@
+"""The families off the interface: their experts modules, how each is called, and whole tiny models of them.
+
+The oracle is the class's own forward with base weight + scaling * B[e] @ A[e] in the place of its parameters; where
+the update of each expert goes is written out here a second time, from the definition of the layout.
+"""
+
+import torch
+import transformers
+from helpers import (
+    TOP_K,
+    VOCAB,
+    E,
+    H,
+    I,
+    dense_delta,
+    fill,
+    modeling_module,
+    random_rows,
+)
+from torch.func import functional_call
+from transformers import PreTrainedConfig
+
+# of LongCat's experts, how many are the identity
+IDENTITY = 2
+
+
+def settings(**values):
+    config = PreTrainedConfig()
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
+
+
+def llama4():
+    config = settings(num_local_experts=E, intermediate_size=I, hidden_size=H, hidden_act="silu")
+    return fill_transposed(modeling_module("llama4").Llama4TextExperts(config))
+
+
+def longcat_flash():
+    config = settings(
+        expert_ffn_hidden_size=I, hidden_size=H, n_routed_experts=E, zero_expert_num=IDENTITY, hidden_act="silu"
+    )
+    return fill(modeling_module("longcat_flash").LongcatFlashExperts(config))
+
+
+def jetmoe():
+    return fill(modeling_module("jetmoe").JetMoeParallelExperts(E, H, I))
+
+
+def dbrx():
+    config = settings(hidden_size=H, ffn_hidden_size=I, moe_num_experts=E, ffn_act_fn={"name": "silu"})
+    return fill_stacked(modeling_module("dbrx").DbrxExperts(config))
+
+
+BUILD = {"llama4": llama4, "longcat_flash": longcat_flash, "jetmoe": jetmoe, "dbrx": dbrx}
+PROJECTIONS = {family: ["linear"] if family == "jetmoe" else ["gate_up", "down"] for family in BUILD}
+
+
+def fill_transposed(module, seed=0):
+    module.is_transposed = True  # for `fill`, which divides by the fan-in
+    fill(module, seed)
+    del module.is_transposed
+    return module
+
+
+def fill_stacked(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            fan_in = I if name.endswith("w2") else H
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+    return module
+
+
+def leaves(family, T=13, dtype=torch.float32, seed=2):
+    """The float tensors a call differentiates, and the call: (module, *leaves) -> output."""
+    x, top_k_index, top_k_weights = random_rows(T=T, dtype=dtype, seed=seed)
+    if family == "llama4":
+        scores = torch.zeros(T, E, dtype=dtype).scatter(1, top_k_index, top_k_weights)
+
+        def call(module, x, scores):
+            # as Llama4TextMoe does: every token for every expert, weighted on the way in
+            return module(x.repeat(E, 1) * scores.T.reshape(-1, 1)).view(E, T, H).sum(0)
+
+        return (x, scores), call
+    if family == "longcat_flash":
+        top_k_index = random_rows(T=T, num_experts=E + IDENTITY, seed=seed)[1]
+        assert T == 0 or (top_k_index >= E).any()
+    if family == "jetmoe":
+        sizes = torch.bincount(top_k_index[:, 0], minlength=E).tolist()
+        return (x,), lambda module, rows: module(rows, sizes)
+    if family == "dbrx":
+
+        def call(module, x, weights):
+            return module(x[None], top_k_index, weights)[0]
+
+        return (x, top_k_weights), call
+    return (x, top_k_weights), lambda module, x, weights: module(x, top_k_index, weights)
+
+
+def with_deltas(family, plain, deltas):
+    """Parameter name -> base weight + delta [E, N, K], in the base's own form, differentiable in the deltas."""
+    parameters, changed = dict(plain.named_parameters()), {}
+    for projection, delta in deltas.items():
+        if family == "llama4":
+            changed[f"{projection}_proj"] = parameters[f"{projection}_proj"] + delta.transpose(1, 2)
+        elif family == "longcat_flash":
+            weight = parameters[f"{projection}_proj"]
+            num_experts = delta.shape[0]
+            changed[f"{projection}_proj"] = torch.cat([weight[:num_experts] + delta, weight[num_experts:]])
+        elif family == "jetmoe":
+            changed["weight"] = parameters["weight"] + delta
+        elif family == "dbrx" and projection == "gate_up":
+            gate, up = delta.chunk(2, dim=1)
+            changed["mlp.w1"] = parameters["mlp.w1"] + gate.flatten(0, 1)
+            changed["mlp.v1"] = parameters["mlp.v1"] + up.flatten(0, 1)
+        elif family == "dbrx":
+            changed["mlp.w2"] = parameters["mlp.w2"] + delta.transpose(1, 2).flatten(0, 1)
+        else:
+            # on the interface, or as if: step3p7
+            name = "down_proj" if projection == "down" else "gate_up_proj"
+            name = name if name in parameters else "up_proj"
+            transposed = getattr(plain, "is_transposed", False)
+            changed[name] = parameters[name] + (delta.transpose(1, 2) if transposed else delta)
+    return changed
+
+
+class Explicit(torch.nn.Module):
+    """A plain experts module that is called with base + delta."""
+
+    def __init__(self, family, plain, deltas):
+        super().__init__()
+        self.plain, self.changed = plain, with_deltas(family, plain, deltas)
+
+    def forward(self, *args):
+        return functional_call(self.plain, self.changed, args)
+
+
+def deltas_of(adapters, num_experts, scaling):
+    return {name: dense_delta(a, b, num_experts, scaling) for name, (a, b) in adapters.items()}
+
+
+# ---- whole tiny models ---------------------------------------------------------------------------------------------
+
+_LAYER = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": H,
+          "num_hidden_layers": 2, "initializer_range": 0.2, "max_position_embeddings": 64, "pad_token_id": 0,
+          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+CONFIGS = {
+    "llama4": ("Llama4TextConfig", {**_LAYER, "intermediate_size": I, "intermediate_size_mlp": 40,
+                                    "num_local_experts": E, "num_experts_per_tok": TOP_K}),
+    "longcat_flash": ("LongcatFlashConfig", {
+        **{k: v for k, v in _LAYER.items() if k != "num_hidden_layers"}, "num_layers": 2, "num_key_value_heads": 4,
+        "ffn_hidden_size": 40, "expert_ffn_hidden_size": I, "n_routed_experts": E, "zero_expert_num": IDENTITY,
+        "moe_topk": TOP_K, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "routed_scaling_factor": 2.0}),
+    "jetmoe": ("JetMoeConfig", {
+        "hidden_size": H, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": I,
+        "max_position_embeddings": 64, "num_local_experts": E, "num_experts_per_tok": TOP_K, "pad_token_id": 0,
+        "initializer_range": 0.2}),
+    "dbrx": ("DbrxConfig", {
+        "d_model": H, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": I, "moe_num_experts": E, "moe_top_k": TOP_K}}),
+    "step3p7": ("Step3p7TextConfig", {
+        **_LAYER, "intermediate_size": 40, "moe_intermediate_size": I, "n_routed_experts": E, "share_expert_dim": 40,
+        "num_experts_per_tok": TOP_K, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"], "swiglu_limits": [0.0, 2.0]}),
+}  # fmt: skip
+CLASSES = {"Llama4TextExperts", "LongcatFlashExperts", "JetMoeParallelExperts", "DbrxExperts", "Step3p7Experts"}
+
+
+def off_interface_model(family, dtype=torch.float32, seed=0, **changes):
+    """A whole random model, in eval mode, whose experts carry a good share of its output."""
+    name, values = CONFIGS[family]
+    config = getattr(modeling_module(family), name)(**{"vocab_size": VOCAB, **values, **changes})
+    torch.manual_seed(seed)
+    if family == "step3p7":
+        model = modeling_module(family).Step3p7TextModel(config)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    for i, path in enumerate(paths_of(model)):
+        experts = model.get_submodule(path)
+        {"llama4": fill_transposed, "dbrx": fill_stacked}.get(family, fill)(experts, seed=seed + i)
+    return model.to(dtype).eval()
+
+
+def paths_of(model):
+    """Dotted paths of the experts modules of a plain model of these families."""
+    return [name for name, module in model.named_modules() if type(module).__name__ in CLASSES]
