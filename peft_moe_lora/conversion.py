@@ -18,7 +18,7 @@ from .adapter_file import PICKLE_NAME, WEIGHTS_NAME, read_description
 from .base_model import BaseModel, read_base
 from .card import VLLM_RANKS, write_card
 from .config import checked_indices
-from .families import FAMILIES
+from .families import ONE_EACH
 from .formats import FORMATS, PREFIX, READERS
 from .layout import EVERY_PROJECTION, PROJECTIONS
 from .tensor_file import (
@@ -123,7 +123,7 @@ def _refuse_own_kinds(adapter: Adapter, to: str) -> None:
     for path, pairs in adapter.experts.items():
         family = adapter.base.experts[path].family if adapter.base is not None else None
         # without a base model, what shows in the file
-        why = family.exports if family is not None else FAMILIES["JetMoeParallelExperts"].exports * ("linear" in pairs)
+        why = family.exports if family is not None else ONE_EACH * ("linear" in pairs)
         if why:
             raise RefusedError(f"{path} cannot be written as {to}: {why}; merge it into its model instead.")
 

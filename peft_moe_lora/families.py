@@ -57,9 +57,9 @@ def _longcat_flash(layer, module, hidden_states, top_k_index, top_k_weights):
     return layer.compute(module, hidden_states, top_k_index, top_k_weights) + passed.to(hidden_states.dtype)
 
 
-def _jetmoe(layer, module, inputs, expert_size):
-    """One projection of rows in expert order."""
-    return layer.compute_rows(module, inputs, expert_size)
+def _rows(layer, module, rows, expert_size):
+    """A module that is one projection of rows in expert order."""
+    return layer.compute_rows(module, rows, expert_size)
 
 
 def _dbrx(layer, module, hidden_states, top_k_index, top_k_weights):
@@ -67,6 +67,8 @@ def _dbrx(layer, module, hidden_states, top_k_index, top_k_weights):
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     return layer.compute(module, rows, top_k_index, top_k_weights).view_as(hidden_states)
 
+
+ONE_EACH = "its modules hold one projection each, which other formats do not know"
 
 FAMILIES = {
     "Llama4TextExperts": Family(
@@ -86,8 +88,16 @@ FAMILIES = {
     "JetMoeParallelExperts": Family(
         arguments=("inputs", "expert_size"),
         weights={"linear": ("weight",)},
-        call=_jetmoe,
-        exports="its modules hold one projection each, which other formats do not know",
+        call=_rows,
+        exports=ONE_EACH,
+    ),
+    # aria before transformers 5.18; drop when the floor passes it
+    "AriaGroupedExpertsGemm": Family(
+        arguments=("input", "tokens_per_expert"),
+        weights={"linear": ("weight",)},
+        transposed=("linear",),
+        call=_rows,
+        exports=ONE_EACH,
     ),
     "DbrxExperts": Family(
         arguments=("hidden_states", "top_k_index", "top_k_weights"),

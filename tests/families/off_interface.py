@@ -52,8 +52,17 @@ def dbrx():
     return fill_stacked(modeling_module("dbrx").DbrxExperts(config))
 
 
+def aria():
+    return fill_transposed(modeling_module("aria").AriaGroupedExpertsGemm(H, I, E))
+
+
 BUILD = {"llama4": llama4, "longcat_flash": longcat_flash, "jetmoe": jetmoe, "dbrx": dbrx}
-PROJECTIONS = {family: ["linear"] if family == "jetmoe" else ["gate_up", "down"] for family in BUILD}
+if hasattr(modeling_module("aria"), "AriaGroupedExpertsGemm"):
+    # before transformers 5.18; later ones have it on the interface
+    BUILD["aria"] = aria
+# families whose modules are one projection of rows in expert order
+ROWS = {"jetmoe", "aria"}
+PROJECTIONS = {family: ["linear"] if family in ROWS else ["gate_up", "down"] for family in BUILD}
 
 
 def fill_transposed(module, seed=0):
@@ -86,8 +95,9 @@ def leaves(family, T=13, dtype=torch.float32, seed=2):
     if family == "longcat_flash":
         top_k_index = random_rows(T=T, num_experts=E + IDENTITY, seed=seed)[1]
         assert T == 0 or (top_k_index >= E).any()
-    if family == "jetmoe":
-        sizes = torch.bincount(top_k_index[:, 0], minlength=E).tolist()
+    if family in ROWS:
+        sizes = torch.bincount(top_k_index[:, 0], minlength=E)
+        sizes = sizes.tolist() if family == "jetmoe" else sizes
         return (x,), lambda module, rows: module(rows, sizes)
     if family == "dbrx":
 
@@ -108,8 +118,8 @@ def with_deltas(family, plain, deltas):
             weight = parameters[f"{projection}_proj"]
             num_experts = delta.shape[0]
             changed[f"{projection}_proj"] = torch.cat([weight[:num_experts] + delta, weight[num_experts:]])
-        elif family == "jetmoe":
-            changed["weight"] = parameters["weight"] + delta
+        elif "weight" in parameters:
+            changed["weight"] = parameters["weight"] + (delta.transpose(1, 2) if family == "aria" else delta)
         elif family == "dbrx" and projection == "gate_up":
             gate, up = delta.chunk(2, dim=1)
             changed["mlp.w1"] = parameters["mlp.w1"] + gate.flatten(0, 1)
@@ -166,7 +176,19 @@ CONFIGS = {
         "num_experts_per_tok": TOP_K, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 8,
         "layer_types": ["full_attention", "sliding_attention"], "swiglu_limits": [0.0, 2.0]}),
 }  # fmt: skip
-CLASSES = {"Llama4TextExperts", "LongcatFlashExperts", "JetMoeParallelExperts", "DbrxExperts", "Step3p7Experts"}
+if "aria" in BUILD:
+    CONFIGS["aria"] = ("AriaTextConfig", {
+        **_LAYER, "intermediate_size": I, "moe_num_experts": E, "moe_topk": TOP_K, "moe_num_shared_experts": 1
+    })  # fmt: skip
+CLASSES = {
+    "AriaGroupedExpertsGemm",
+    "DbrxExperts",
+    "JetMoeParallelExperts",
+    "Llama4TextExperts",
+    "LongcatFlashExperts",
+    "Step3p7Experts",
+}
+FILL = {"llama4": fill_transposed, "aria": fill_transposed, "dbrx": fill_stacked}
 
 
 def off_interface_model(family, dtype=torch.float32, seed=0, **changes):
@@ -179,8 +201,7 @@ def off_interface_model(family, dtype=torch.float32, seed=0, **changes):
     else:
         model = transformers.AutoModelForCausalLM.from_config(config)
     for i, path in enumerate(paths_of(model)):
-        experts = model.get_submodule(path)
-        {"llama4": fill_transposed, "dbrx": fill_stacked}.get(family, fill)(experts, seed=seed + i)
+        FILL.get(family, fill)(model.get_submodule(path), seed=seed + i)
     return model.to(dtype).eval()
 
 
