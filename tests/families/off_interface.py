@@ -81,20 +81,19 @@ def fill_stacked(module, seed=0):
     return module
 
 
-def leaves(family, T=13, dtype=torch.float32, seed=2):
+def leaves(family, T=13, dtype=torch.float32, seed=2, device="cpu"):
     """The float tensors a call differentiates, and the call: (module, *leaves) -> output."""
-    x, top_k_index, top_k_weights = random_rows(T=T, dtype=dtype, seed=seed)
+    num_experts = E + IDENTITY if family == "longcat_flash" else E
+    rows = random_rows(T=T, num_experts=num_experts, dtype=dtype, seed=seed)
+    x, top_k_index, top_k_weights = (t.to(device) for t in rows)
     if family == "llama4":
-        scores = torch.zeros(T, E, dtype=dtype).scatter(1, top_k_index, top_k_weights)
+        scores = x.new_zeros(T, E).scatter(1, top_k_index, top_k_weights)
 
         def call(module, x, scores):
             # as Llama4TextMoe does: every token for every expert, weighted on the way in
             return module(x.repeat(E, 1) * scores.T.reshape(-1, 1)).view(E, T, H).sum(0)
 
         return (x, scores), call
-    if family == "longcat_flash":
-        top_k_index = random_rows(T=T, num_experts=E + IDENTITY, seed=seed)[1]
-        assert T == 0 or (top_k_index >= E).any()
     if family in ROWS:
         sizes = torch.bincount(top_k_index[:, 0], minlength=E)
         sizes = sizes.tolist() if family == "jetmoe" else sizes
