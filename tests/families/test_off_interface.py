@@ -23,7 +23,6 @@ from helpers import (
     fill_adapter,
     grads_of,
     in_double,
-    modeling_module,
     moe_lora,
     outputs,
     token_ids,
@@ -40,7 +39,6 @@ from off_interface import (
     leaves,
     off_interface_model,
     paths_of,
-    settings,
     with_deltas,
 )
 from peft import PeftModel, get_peft_model
@@ -53,7 +51,6 @@ from peft_moe_lora import MoELoraConfig, convert_adapter, merge_adapter
 from peft_moe_lora.conversion import RefusedError
 from peft_moe_lora.formats import FORMATS
 from peft_moe_lora.layer import MoELoraLayer
-from peft_moe_lora.layout import is_experts
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -417,11 +414,6 @@ def test_another_class_of_a_known_name_raises():
 
     with pytest.raises(ValueError, match=r"DbrxExperts.forward takes .*top_experts"):
         wrap(DbrxExperts())
-
-
-def test_shared_experts_are_not_taken_for_routed_ones():
-    config = settings(n_shared_experts=2, moe_intermediate_size=I, hidden_size=H, hidden_act="silu")
-    assert not is_experts(modeling_module("inkling").InklingSharedExperts(config))
 
 
 # ---- whole models --------------------------------------------------------------------------------------------------
