@@ -248,7 +248,6 @@ def example(*arguments, ok=True):
     return done
 
 
-@pytest.mark.xdist_group("trl example")
 @pytest.mark.timeout(600)
 def test_the_example_runs_on_a_tiny_model_and_on_ones_own(tmp_path):
     size = ["--steps", 12, "--dpo-steps", 8, "--length", 64]

@@ -11,8 +11,6 @@ from data_parallel import SCENARIOS, batches, build, loss_of, train
 from helpers import FP32, DenseTwin, adapter_parameters, assert_close
 
 RANKS = [0, 1]
-# two processes start once for all of these
-pytestmark = pytest.mark.xdist_group("data parallel")
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one process per CUDA device, two of them")
 
 
