@@ -288,7 +288,13 @@ def _num_experts(module: nn.Module) -> int:
         return module.layout.num_experts
     # reading a quantized weight would dequantize it
     E = getattr(module, "num_experts", None)
-    return E if isinstance(E, int) else module.down_proj.shape[0]
+    if isinstance(E, int):
+        return E
+    if not hasattr(module, "down_proj"):
+        raise ValueError(
+            f"{type(module).__name__} says nowhere how many experts it holds: no num_experts, no down_proj."
+        )
+    return module.down_proj.shape[0]
 
 
 def _routed(module: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
