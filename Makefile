@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 PEFT ?= peft==0.21.0
 TRITON ?= triton==3.9.0
-PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 \
+PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 bitsandbytes==0.50.2 torchao==0.18.0 \
        ipykernel==7.4.0 ipywidgets==8.1.9 matplotlib==3.11.2 \
        nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 \
        rich==15.0.0 typer==0.29.2 \

@@ -7,6 +7,8 @@ from .loading import load_peft_adapter
 from .merging import merge_adapter
 from .model import MoELoraModel
 from .plotting import plot_expert_load
+from .quantization import dequantize_experts, quantize_experts
+from .quantized_loading import load_quantized
 from .registration import register
 from .training_callback import ExpertLoadCallback
 
@@ -16,11 +18,14 @@ __all__ = [
     "MoELoraConfig",
     "MoELoraModel",
     "convert_adapter",
+    "dequantize_experts",
     "expert_load",
     "inspect_adapter",
     "load_peft_adapter",
+    "load_quantized",
     "merge_adapter",
     "plot_expert_load",
+    "quantize_experts",
     "select_experts",
     "verify_adapter",
 ]

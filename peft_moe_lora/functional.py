@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch.autograd.function import once_differentiable
 
-from .ops import Activation, Dropout, Routing, reference
+from .ops import Activation, Dropout, QuantizedWeight, Routing, reference
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class Projection:
     """One frozen projection of every expert and the low-rank update that rides on it.
 
     Attributes:
-        weight: [E, N, K] float, any strides (a transposed model passes a view); its gate half [E, N/2, K] where
-            `up_weight` is the other half.
+        weight: [E, N, K] float, any strides (a transposed model passes a view), or quantized; its gate half
+            [E, N/2, K] where `up_weight` is the other half.
         bias: [E, N] or None.
         lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th expert that has one; S = E unless
             `experts` says otherwise. None where no adapter is active.
@@ -40,7 +40,7 @@ class Projection:
         up_weight: [E, N/2, K], the up half of a gate_up projection whose halves are stored apart; else None.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | QuantizedWeight
     bias: torch.Tensor | None = None
     lora_A: torch.Tensor | None = None
     lora_B: torch.Tensor | None = None
@@ -139,6 +139,12 @@ def experts(
         ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
     """
     _check(hidden_states, top_k_index, top_k_weights, up, down)
+    quantized = isinstance(up.weight, QuantizedWeight) or isinstance(down.weight, QuantizedWeight)
+    run = _run_uncompiled if quantized and torch.compiler.is_compiling() else _run
+    return run(hidden_states, top_k_index, top_k_weights, up, down, activation, post_norm, backend, recompute)
+
+
+def _run(hidden_states, top_k_index, top_k_weights, up, down, activation, post_norm, backend, recompute):
     x = hidden_states.to(up.weight.dtype)
     seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
     with _on_device_of(x), _without_autocast(x.device.type):
@@ -155,6 +161,10 @@ def experts(
         else:
             out = _unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend)
     return out.to(hidden_states.dtype)
+
+
+# an operator's arguments are tensors, and codes with their scales are more than one
+_run_uncompiled = torch.compiler.disable(_run)
 
 
 def rows_linear(x: torch.Tensor, expert_size, projection: Projection, *, backend: str = "auto") -> torch.Tensor:
@@ -256,8 +266,8 @@ class _FusedExperts(torch.autograd.Function):
         out, pre, xa, ha, routing = _forward(*args)
         x, top_k_weights, up_A, up_B, down_A, down_B, _, up, up_bias, down, down_bias, seed, plan = args
         ctx.plan, ctx.top_k, ctx.block_m = plan, routing.top_k, routing.block_m
-        ctx.save_for_backward(
-            x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
+        _save(
+            ctx, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
             None if plan.recompute else pre, xa, ha, *routing.tensors(),
         )  # fmt: skip
         return out
@@ -265,7 +275,7 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        saved = ctx.saved_tensors  # once: under checkpointing each reading unpacks, and may recompute
+        saved = _saved(ctx)
         inputs_and_kept, routing = saved[:14], Routing.from_tensors(saved[14:], ctx.top_k, ctx.block_m)
         needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
         grads = _backward(
@@ -446,14 +456,16 @@ def _linear_backward_fake(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, need
 def _linear_setup_context(ctx, inputs, output):
     x, lora_A, lora_B, weight, _, seed, *index = inputs[:11]
     ctx.scalars = inputs[11:]
-    ctx.save_for_backward(x, lora_A, lora_B, weight, seed, output[1], *index)
+    _save(ctx, x, lora_A, lora_B, weight, seed, output[1], *index)
 
 
 def _linear_autograd(ctx, dy, _):
-    x, lora_A, lora_B, weight, seed, xa, *index = ctx.saved_tensors
+    x, lora_A, lora_B, weight, seed, xa, *index = _saved(ctx)
     needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
     needs_lora = needs_A or needs_B
-    dx, dA, dB = torch.ops.peft_moe_lora.expert_linear_backward(
+    # a quantized weight is no operator's argument
+    backward = _linear_backward_op if ctx.quantized else torch.ops.peft_moe_lora.expert_linear_backward
+    dx, dA, dB = backward(
         dy.contiguous(), x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *index, *ctx.scalars
     )
     loras = (_as(dA, lora_A), _as(dB, lora_B)) if needs_lora else (None, None)
@@ -611,6 +623,18 @@ def _dropouts(plan: _Plan, seed: torch.Tensor | None) -> tuple[Dropout | None, D
     up = Dropout(plan.up_dropout, seed[:1]) if plan.up_dropout else None
     down = Dropout(plan.down_dropout, seed[1:]) if plan.down_dropout else None
     return up, down
+
+
+def _save(ctx, *values) -> None:
+    """`save_for_backward`; quantized weights, which are the model's own, stay as they are."""
+    ctx.quantized = {i: v for i, v in enumerate(values) if isinstance(v, QuantizedWeight)}
+    ctx.save_for_backward(*(None if i in ctx.quantized else v for i, v in enumerate(values)))
+
+
+def _saved(ctx) -> tuple:
+    """What `_save` was given."""
+    saved = ctx.saved_tensors  # once: under checkpointing each reading unpacks, and may recompute
+    return tuple(ctx.quantized.get(i, t) for i, t in enumerate(saved)) if ctx.quantized else saved
 
 
 def _gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:

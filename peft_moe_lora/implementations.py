@@ -14,7 +14,7 @@ from torch import nn
 from .functional import Projection
 from .layout import ExpertsLayout
 from .materialize import materialize
-from .ops import Activation
+from .ops import Activation, QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def check_implementation(name: str | None, module: nn.Module, layout: ExpertsLay
             f'backend="{MATERIALIZE}" runs an implementation of transformers\' experts interface, which '
             f"{type(module).__name__} is not on; use another backend."
         )
-    for projection in (layout.gate_up, layout.down):
-        if projection.weight not in module._parameters:
+    for name_of, projection in (("gate_up", layout.gate_up), ("down", layout.down)):
+        quantized = isinstance(layout.weight(module, name_of), QuantizedWeight)
+        if quantized or projection.weight not in module._parameters:
             raise ValueError(
                 f'backend="{MATERIALIZE}" writes W + scaling * B A in the place of a plain parameter, but '
                 f"{type(module).__name__}.{projection.weight} is none (quantized or parametrized); "

@@ -1,9 +1,9 @@
 """An experts module with a low-rank pair for every expert: W[e] + scaling * B[e] A[e]."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -13,6 +13,10 @@ from .config import MoELoraConfig
 from .functional import Projection, experts, per_expert, rows_linear
 from .implementations import IMPLEMENTATION, MATERIALIZE, check_gradients, check_implementation, run_implementation
 from .layout import PROJECTIONS, ExpertsLayout, UnsupportedExperts, own_activation, read_layout
+from .ops import QuantizedWeight
+from .stored import requantized, store
+
+logger = logging.getLogger(__name__)
 
 
 class MoELoraLayer(nn.Module, BaseTunerLayer):
@@ -54,6 +58,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.experts: dict[str, tuple[int, ...] | None] = {}
         self._disable_adapters, self.merged_adapters = False, []
+        # of quantized projections: what was stored before merging, and requantizing's error over the update's norm
+        self._unmerged: dict[str, QuantizedWeight] = {}
+        self.merge_errors: dict[str, float] = {}
         self.backend, self.recompute = config.backend, config.recompute
         # running the module's own forward assumes nothing of it, and a family's row is known to hold
         known = self.layout.decorated or self.layout.family is not None
@@ -342,7 +349,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             safe_merge: check first that every merged weight is finite, and change nothing if one is not.
             adapter_names: the adapters to merge; the active ones by default.
         Raises:
-            ValueError: with safe_merge, if a merged weight would not be finite.
+            ValueError: with safe_merge, if a merged weight would not be finite; for a quantized format that is only
+                read here.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.lora_A:
@@ -355,21 +363,62 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
                             f"NaNs detected in the merged weights: adapter {adapter_name!r}, {name} of expert "
                             f"{expert} is not finite; nothing was merged into this layer."
                         )
+            # all of them first: nothing is half merged
+            quantized = {name: self._merged(adapter_name, name) for name in self.lora_A[adapter_name]
+                         if self._quantized(name) is not None}  # fmt: skip
+            for name, weight in quantized.items():
+                self._unmerged.setdefault(name, self._quantized(name))
+                self._store(name, weight)
             for name, weight, expert, rows in self._each_expert(adapter_name):
-                weight.copy_(weight + self.get_delta_weight(adapter_name, name, expert)[rows])
+                if name not in quantized:
+                    weight.copy_(weight + self.get_delta_weight(adapter_name, name, expert)[rows])
             self.merged_adapters.append(adapter_name)
+
+    def _quantized(self, name: str) -> QuantizedWeight | None:
+        """A projection's base weight [E, N, K] where it is quantized."""
+        weight = self.layout.parts(self.base_layer, name)[0]
+        return weight if isinstance(weight, QuantizedWeight) else None
+
+    def _merged(self, adapter_name: str, name: str) -> QuantizedWeight:
+        """A quantized projection with an adapter merged in, and those merged before: requantized once, from the first.
+
+        Raises:
+            ValueError: if nothing here writes its format.
+        """
+        original = self._unmerged.get(name, self._quantized(name))
+        names = [a for a in (*self.merged_adapters, adapter_name) if a in self.lora_A and name in self.lora_A[a]]
+        merged, error = requantized(
+            original, lambda expert: sum(self.get_delta_weight(a, name, expert) for a in names)
+        )
+        self.merge_errors[name] = error
+        logger.warning(
+            "merging %r into %s experts (%s): requantizing changes the merged weights by %.0f %% of the update's "
+            "norm; dequantize_experts(model) before merging keeps the update.",
+            adapter_name, original.format, name, 100 * error,
+        )  # fmt: skip
+        return merged
+
+    def _store(self, name: str, weight: QuantizedWeight) -> None:
+        layout = self.layout.projection(name)
+        store(self.base_layer, layout.weight, weight.transpose(1, 2) if layout.transposed else weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtract the merged adapters again; in bf16 and fp16 exact up to rounding."""
+        """Subtract the merged adapters again; in bf16 and fp16 exact up to rounding, and exact where quantized."""
+        for name, original in self._unmerged.items():
+            self._store(name, original)
+        quantized = set(self._unmerged)
+        self._unmerged.clear()
+        self.merge_errors.clear()
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
             if adapter_name in self.lora_A:
                 for name, weight, expert, rows in self._each_expert(adapter_name):
-                    weight.copy_(weight - self.get_delta_weight(adapter_name, name, expert)[rows])
+                    if name not in quantized:
+                        weight.copy_(weight - self.get_delta_weight(adapter_name, name, expert)[rows])
 
     def _each_expert(self, adapter_name: str):
-        """(projection, [n, K] view of the expert's base weight, expert, which rows of N) of all an adapter touches."""
+        """(projection, [n, K] base weight, a view or decoded, expert, which rows of N) of all an adapter touches."""
         for name in self.lora_A[adapter_name]:
             start = 0
             for part in self.layout.parts(self.base_layer, name):
@@ -385,12 +434,12 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     # ---------------------------------------------------------------------------------------------- the base module
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor | QuantizedWeight:
         """The stacked [E, ., .] weight into the experts: what PEFT reads a layer's device and dtype from."""
-        return attrgetter(self.layout.first.weight)(self.base_layer)
+        return self.layout.stored(self.base_layer, self.layout.first.weight)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        weight = attrgetter(self.layout.first.weight)(base_layer)
+        weight = self.layout.stored(base_layer, self.layout.first.weight)
         return weight.device, weight.dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from .families import FAMILIES, Family
 from .ops import Activation
 from .ops.activation import KINDS
+from .ops.quantized import QuantizedWeight
+from .stored import FLOATS, UnsupportedExperts, is_stacked, stored_weight
 
 # the two of an experts module, which a configuration may choose from
 PROJECTIONS = ("gate_up", "down")
@@ -25,16 +27,12 @@ EVERY_PROJECTION = (*PROJECTIONS, "linear")
 
 # modules that hold routed experts in a form of their own, and what is missing to adapt them
 NOT_YET = {
-    "FP8Experts": "its weights are quantized to 8-bit floats",
-    "Mxfp4GptOssExperts": "its weights are quantized to MXFP4",
+    "Mxfp4GptOssExperts": 'its packed weights are laid out for a kernel of its own; load_quantized with "mxfp4" keeps '
+    "them as they are published",
 }
 
 # routers that read the weight of a linear layer and never call it, so that nothing around the layer has a say
 READ_NOT_CALLED = {"LongcatFlashTopkRouter": "classifier"}
-
-
-class UnsupportedExperts(ValueError):
-    """A module that holds routed experts, but not in a form an adapter can ride on."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +111,23 @@ class ExpertsLayout:
         """The projections a configuration means here; a module that is one alone is chosen by its own name."""
         return [name for name in self.projections if name in target_projections or len(self.projections) == 1]
 
-    def parts(self, module: nn.Module, name: str) -> tuple[torch.Tensor, ...]:
+    def parts(self, module: nn.Module, name: str) -> tuple[torch.Tensor | QuantizedWeight, ...]:
         """[E, n, K] views of a projection's parameters, one below another its N rows, however they are stored."""
         layout = self.projections[name]
-        stacks = [self._stack(attrgetter(weight)(module)) for weight in layout.weights]
-        return tuple(w.mT if layout.transposed else w for w in stacks)
+        stacks = [self._stack(self.stored(module, weight)) for weight in layout.weights]
+        return tuple(w.transpose(1, 2) if layout.transposed else w for w in stacks)
 
-    def _stack(self, weight: torch.Tensor) -> torch.Tensor:
+    def stored(self, module: nn.Module, weight: str) -> torch.Tensor | QuantizedWeight:
+        """A parameter as it is stored, never decoded; those of a family's own form are dense."""
+        return stored_weight(module, weight) if self.family is None else attrgetter(weight)(module)
+
+    def _stack(self, weight: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedWeight:
         if weight.ndim == 2:
             return weight.unflatten(0, (self.num_experts, -1))
         return weight if weight.shape[0] == self.num_experts else weight[: self.num_experts]
 
-    def weight(self, module: nn.Module, name: str) -> torch.Tensor:
-        """[E, N, K] view of a projection that is one parameter."""
+    def weight(self, module: nn.Module, name: str) -> torch.Tensor | QuantizedWeight:
+        """[E, N, K] view of a projection that is one parameter; not decoded where it is quantized."""
         (weight,) = self.parts(module, name)
         return weight
 
@@ -139,9 +141,9 @@ def is_experts(module: nn.Module) -> bool:
     """Whether the module holds routed experts, supported or not."""
     # three stacks hold experts that every token passes, as inkling's shared ones: they take no expert ids
     return type(module).__name__ in {*FAMILIES, *NOT_YET} or (
-        _stacked(module, "down_proj")
-        and (_stacked(module, "gate_up_proj") or _stacked(module, "up_proj"))
-        and not _stacked(module, "gate_proj")
+        is_stacked(module, "down_proj")
+        and (is_stacked(module, "gate_up_proj") or is_stacked(module, "up_proj"))
+        and not is_stacked(module, "gate_proj")
     )
 
 
@@ -181,20 +183,19 @@ def read_layout(module: nn.Module) -> ExpertsLayout:
         raise UnsupportedExperts(f"{name} is not supported yet: {NOT_YET[name]}. Take it out of target_modules.")
     if name in FAMILIES:
         return _read_family(module, FAMILIES[name])
-    gated = getattr(module, "has_gate", _stacked(module, "gate_up_proj"))
+    gated = getattr(module, "has_gate", is_stacked(module, "gate_up_proj"))
     up_name = "gate_up_proj" if gated else "up_proj"
-    if not (_stacked(module, up_name) and _stacked(module, "down_proj")):
+    if not (is_stacked(module, up_name) and is_stacked(module, "down_proj")):
         raise UnsupportedExperts(
             f"{name} has no 3-D {up_name} and down_proj parameters, so its experts cannot be told apart; "
             "take it out of target_modules."
         )
-    up, down = getattr(module, up_name), module.down_proj
-    _check_dtypes(module, up_name, "down_proj")
+    up, down = stored_weight(module, up_name), stored_weight(module, "down_proj")
     decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     if not decorated:
         _check_signature(module)
     transposed = module.is_transposed if decorated else _is_transposed(name, up, down, gated)
-    (E, N, K), (_, H, width) = (t.shape if not transposed else t.mT.shape for t in (up, down))
+    (E, N, K), (_, H, width) = (t.transpose(1, 2).shape if transposed else t.shape for t in (up, down))
     if (H, N) != (K, 2 * width if gated else width):
         raise UnsupportedExperts(
             f"{name} needs {up_name} [E, {'2I' if gated else 'I'}, H] and down_proj [E, H, I]"
@@ -248,7 +249,7 @@ def _read_family(module: nn.Module, family: Family) -> ExpertsLayout:
 def _check_dtypes(module: nn.Module, *names: str) -> None:
     for name in names:
         dtype = attrgetter(name)(module).dtype
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if dtype not in FLOATS:
             raise UnsupportedExperts(
                 f"{type(module).__name__}.{name} is stored as {dtype}; adapters need fp32, bf16 or fp16 experts: "
                 "load the model dequantized."
@@ -321,11 +322,6 @@ def _agree(own: torch.Tensor, candidate: torch.Tensor) -> bool:
 def _first_float(module: nn.Module, *names: str) -> float | None:
     found = (getattr(module, name, None) for name in names)
     return next((float(value) for value in found if isinstance(value, int | float)), None)
-
-
-def _stacked(module: nn.Module, name: str) -> bool:
-    weight = getattr(module, name, None)
-    return isinstance(weight, torch.Tensor) and weight.ndim == 3
 
 
 def _is_transposed(name: str, up: torch.Tensor, down: torch.Tensor, gated: bool) -> bool:

@@ -3,12 +3,15 @@
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
+from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .config import MoELoraConfig
 from .implementations import IMPLEMENTATION
 from .layer import moe_lora_experts_forward
 from .model import MoELoraModel
+from .quantized_loading import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
 
 NAME = "MOE_LORA"
 
@@ -18,7 +21,11 @@ def register() -> None:
     _extend_peft_type(NAME)
     if PeftType[NAME] not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=MoELoraConfig, model_cls=MoELoraModel, prefix="lora_")
-    ExpertsInterface.register(IMPLEMENTATION, moe_lora_experts_forward)
+    # FP8 experts look implementations up in a registry of their own
+    for interface in (ExpertsInterface, FP8ExpertsInterface):
+        interface.register(IMPLEMENTATION, moe_lora_experts_forward)
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ExpertsQuantizationConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = ExpertsQuantizer
 
 
 def _extend_peft_type(name: str) -> None:

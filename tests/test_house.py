@@ -13,6 +13,7 @@ PACKAGE = Path(peft_moe_lora.__file__).parent
 FLOORS = [
     "ops",
     "functional",
+    "stored",
     "families",
     "layout",
     "materialize",
@@ -24,6 +25,7 @@ FLOORS = [
     "router",
     "checkpoint",
     "model",
+    "quantization",
     "tensor_file",
     "base_model",
     "adapter",
@@ -35,6 +37,7 @@ FLOORS = [
     "expert_statistics",
     "plotting",
     "training_callback",
+    "quantized_loading",
     "registration",
     "__init__",
     "cli",

@@ -4,6 +4,7 @@
 """
 
 from .activation import Activation
+from .quantized import QuantizedWeight
 from .routing import Dropout, Routing
 
-__all__ = ["Activation", "Dropout", "Routing"]
+__all__ = ["Activation", "Dropout", "QuantizedWeight", "Routing"]

@@ -16,7 +16,7 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tens
 
     Args:
         x: [M, K] float rows in expert order.
-        weight: [E, K, N] dtype of x, any strides.
+        weight: [E, K, N] dtype of x, any strides; or quantized: then one expert at a time is decoded, if it has rows.
         expert_offsets: [E + 1] int32.
     Returns: [M, N], dtype of x; rows past expert_offsets[E] are undefined.
     """
@@ -53,6 +53,8 @@ def grouped_outer(left: torch.Tensor, right: torch.Tensor, expert_offsets: torch
 
 
 def _grouped_mm_runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if not isinstance(weight, torch.Tensor):
+        return False
     aligned = all(
         t.data_ptr() % 16 == 0 and all(s == 1 or s * t.element_size() % 16 == 0 for s in t.stride())
         for t in (x, weight)

@@ -9,11 +9,13 @@ import torch
 
 from .activation import Activation
 from .grouped import grouped_addmm_, grouped_mm, grouped_outer
+from .quantized import QuantizedWeight
 from .routing import Dropout, Routing
 
 __all__ = [
     "combine",
     "combine_backward",
+    "dequantize",
     "expert_act_backward",
     "expert_linear",
     "expert_linear_act",
@@ -39,6 +41,19 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     slot_row[order] = torch.where(sorted_ids < num_experts, rows, -1)
     row_slot = order.to(torch.int32)
     return Routing(expert_offsets, row_slot // max(top_k_index.shape[1], 1), row_slot, slot_row, top_k_index.shape[1])
+
+
+def dequantize(weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor) -> torch.Tensor:
+    """out[j] = W[first + j], in the order in which it is stored, if that expert has rows; else out[j] stays.
+
+    Args:
+        expert_offsets: [E + 1] int32.
+        out: [count, R, C].
+    """
+    for e in (expert_offsets[1:] > expert_offsets[:-1]).nonzero()[:, 0].tolist():
+        if first <= e < first + out.shape[0]:
+            out[e - first] = weight.decode(e, 1)[0]
+    return out
 
 
 def expert_shrink(

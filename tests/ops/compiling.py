@@ -72,7 +72,19 @@ def resources(kernel) -> dict:
         "shared": kernel.metadata.shared,
         "num_warps": kernel.metadata.num_warps,
         "num_stages": kernel.metadata.num_stages,
+        "fused_multiply_adds": _instructions(kernel).count("FFMA"),
     }
+
+
+def _instructions(kernel) -> str:
+    """The machine code of a kernel whose bits are promised; nothing of the others."""
+    if "dequantize" not in kernel.metadata.name:
+        return ""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False, interleaved=False):  # noqa: E741
@@ -111,6 +123,41 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
     kernels.expert_outer(x, xa, routing, out, row_weights=weights, gather_left=True)
 
 
+def launch_decoding(dtype, E=8, R=1536, C=2048, uneven=False):
+    """Every kernel that decodes experts, through the parts of a product, on meta tensors."""
+    from peft_moe_lora.ops import kernels
+    from peft_moe_lora.ops.kernels.parts import parts
+    from peft_moe_lora.ops.quantized import Codes4bit, Codes8bit
+
+    def empty(*size, dtype=torch.uint8):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    routing = kernels.route(empty(64, 2, dtype=torch.int64), E)
+    fp32 = torch.float32
+    # the formats as they are used; with blocks across experts
+    for size in ((R, C), (R - 2, C - 2)) if uneven else ((R, C),):
+        common = {"stored_shape": (E, *size), "dtype": dtype}
+        n = E * size[0] * size[1]
+        four = common | {"packed": empty(n // 2), "code": empty(16, dtype=fp32)}
+        nested = {"nested_code": empty(256, dtype=fp32), "nested_scales": empty(n // 64 // 256 + 1, dtype=fp32)}
+        nested |= {"offset": empty((), dtype=fp32)}
+        weights = [
+            Codes4bit(format="nf4", blocksize=64, scales=empty(n // 64 + 1), **four, **nested),
+            Codes4bit(format="nf4", blocksize=64, scales=empty(n // 64 + 1, dtype=fp32), **four),
+            Codes4bit(format="mxfp4", blocksize=32, scales=empty(n // 32 + 1), low_first=True, **four),
+            Codes8bit(
+                format="fp8", tile=(128, 128), scales=empty(E, 12, 16, dtype=fp32),
+                codes=empty(E, *size, dtype=torch.float8_e4m3fn), **common,
+            ),
+            Codes8bit(
+                format="int8", tile=(1, size[1]), scales=empty(E, size[0], 1, dtype=fp32), unit=0.5,
+                codes=empty(E, *size, dtype=torch.int8), **common,
+            ),
+        ]  # fmt: skip
+        for weight in weights:
+            list(parts(weight, routing))
+
+
 if __name__ == "__main__":
     arch = int(sys.argv[1])
     import peft_moe_lora.ops.kernels  # noqa: F401
@@ -118,6 +165,7 @@ if __name__ == "__main__":
     with compiling_for(arch) as compiled:
         for case in json.loads(sys.argv[2]):
             case["dtype"] = getattr(torch, case["dtype"])
-            launch_layer(**case)
+            launch = launch_decoding if case.pop("decoding", False) else launch_layer
+            launch(**case)
     for kernel in compiled:
         print(json.dumps({"arch": arch} | resources(kernel)))

@@ -28,7 +28,7 @@ def _poisoned_memory(monkeypatch):
 
     def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else 2**30)
+        return out.fill_(float("nan") if out.is_floating_point() else min(2**30, torch.iinfo(out.dtype).max))
 
     monkeypatch.setattr(torch, "empty", poisoned)
 

@@ -29,15 +29,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("arch", "which"), CASES, ids=lambda v: str(v))
-def test_rows_compile_without_spills_and_fit(arch, which):
+def compiled_for(arch, cases):
+    """What each kernel takes, as `compiling` prints it."""
     # a process of its own: in this one the kernels may be bound to the interpreter
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), env.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "compiling.py"), str(arch), json.dumps(CASES[arch, which])]
+    command = [sys.executable, str(HERE / "compiling.py"), str(arch), json.dumps(cases)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize(("arch", "which"), CASES, ids=lambda v: str(v))
+def test_rows_compile_without_spills_and_fit(arch, which):
+    kernels = compiled_for(arch, CASES[arch, which])
     assert {k["kernel"] for k in kernels} >= {
         "_linear_kernel",
         "_linear_act_kernel",
@@ -49,3 +54,19 @@ def test_rows_compile_without_spills_and_fit(arch, which):
     for kernel in kernels:
         assert kernel["local"] <= spilled, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
+
+
+DECODING = {80: {"dtype": "float32"}, 90: {"dtype": "bfloat16", "uneven": True}, 100: {"dtype": "bfloat16"}}
+
+
+@pytest.mark.parametrize("arch", DECODING)
+def test_decoding_compiles_without_spills_and_rounds_every_step(arch):
+    kernels = compiled_for(arch, [{"decoding": True, **DECODING[arch]}])
+    decoding = [k for k in kernels if "dequantize" in k["kernel"]]
+    assert len(decoding) == (10 if "uneven" in DECODING[arch] else 5)
+    assert len({k["kernel"] for k in decoding}) == 2
+    for kernel in kernels:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
+        # bitsandbytes rounds a nested scale twice
+        assert kernel["fused_multiply_adds"] == 0, f"fused: {kernel}"

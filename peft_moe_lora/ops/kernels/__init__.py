@@ -2,6 +2,7 @@
 
 from .act_backward import expert_act_backward
 from .combine import combine, combine_backward
+from .dequantize import dequantize
 from .linear import expert_linear
 from .linear_act import expert_linear_act
 from .outer import expert_outer
@@ -11,6 +12,7 @@ from .shrink import expert_shrink
 __all__ = [
     "combine",
     "combine_backward",
+    "dequantize",
     "expert_act_backward",
     "expert_linear",
     "expert_linear_act",

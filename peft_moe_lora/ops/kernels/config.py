@@ -68,9 +68,12 @@ TABLE = (
     _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
     _row("combine", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16),
+    _row("dequantize", 0, 2, 16, _TINY, 1, 1, BLOCK=512),
     # 2-byte elements, from sm_80 on: pointer loads
     _row("act_backward", 80, 2, 16, _SAFE, 4, 1, BLOCK_M=8, BLOCK_I=256),
     _row("combine", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=1024),
+    _row("dequantize", 80, 2, 16, _SAFE, 4, 1, BLOCK=4096),
+    _row("dequantize", 80, 4, 16, _SAFE, 4, 1, BLOCK=2048),
     _row("linear", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
     _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
     _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),

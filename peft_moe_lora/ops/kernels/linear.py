@@ -8,6 +8,7 @@ from ..routing import Dropout, Routing
 from .config import dot_precision, padded_rank
 from .launch import facts, launch
 from .linear_ordered import linear_ordered
+from .parts import of_experts, parts
 from .routing import with_tiles
 from .tile import launch_facts, position, row_descriptor, strides_or_zeros, table_line, tile_columns, tile_product
 
@@ -90,7 +91,7 @@ def expert_linear(
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
-        weight: [E, N, K] dtype of x, any strides; fast where one of the last two is 1.
+        weight: [E, N, K] dtype of x, any strides, fast where one of the last two is 1; or quantized.
         bias: [E, N].
         xa: [M, r], dtype of x, with its lora_B [E, N, r], any strides and float dtype.
         dropout: masks the low-rank term at the output: the input gradient of a layer that dropped its input.
@@ -98,14 +99,20 @@ def expert_linear(
     Twin: `reference.expert_linear`.
     """
     routing = with_tiles(routing)
-    M, (_, N, K) = routing.num_rows, weight.shape
-    if M and N and not gather and dropout is None:
-        y = linear_ordered(x, weight, routing, bias, xa, lora_B)
-        if y is not None:
-            return y
+    M, N = routing.num_rows, weight.shape[1]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
+    if y.numel() > 0:
+        for experts, dense, part in parts(weight, routing):
+            low_rank = xa, of_experts(lora_B, experts)
+            _linear(x, dense, part, of_experts(bias, experts), *low_rank, gather, dropout, y)
+    return y
+
+
+def _linear(x, weight, routing, bias, xa, lora_B, gather, dropout, y) -> None:
+    """Write the rows of y that belong to the routing's tiles."""
+    if not gather and dropout is None and linear_ordered(x, weight, routing, bias, xa, lora_B, y):
+        return
+    _, N, K = weight.shape
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
     op = "linear_gathered" if gather else "linear"
     programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m)
@@ -128,4 +135,3 @@ def expert_linear(
     )  # fmt: skip
     tensors = x, weight, bias, xa, lora_B, y, seed, routing.row_token, routing.row_slot, routing.tiles
     launch(key, _linear_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (x_desc, weight_desc))
-    return y

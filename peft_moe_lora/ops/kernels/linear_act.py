@@ -12,6 +12,7 @@ from ..routing import Routing
 from .activation import activate, activate_plain, activation_constants
 from .config import dot_precision, padded_rank
 from .launch import facts, launch
+from .parts import of_experts, parts
 from .routing import with_tiles
 from .tile import halves, launch_facts, position, strides_or_zeros, table_line, tile_columns, tile_product
 
@@ -117,21 +118,29 @@ def expert_linear_act(
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
-        weight: [E, N, K] dtype of x, any strides; fast where one of the last two is 1.
+        weight: [E, N, K] dtype of x, any strides, fast where one of the last two is 1; or quantized.
         bias: [E, N].
         xa: [M, r], dtype of x, with its lora_B [E, N, r], any strides and float dtype.
     Returns: pre [M, N], act [M, I], dtype of x.
     Twin: `reference.expert_linear_act`.
     """
     routing = with_tiles(routing)
-    M, (_, N, K) = routing.num_rows, weight.shape
+    M, N = routing.num_rows, weight.shape[1]
     pre = torch.empty(M, N, dtype=x.dtype, device=x.device)
     act = torch.empty(M, activation.width(N), dtype=x.dtype, device=x.device)
-    if M == 0:
-        return pre, act
-    parts = 2 if activation.gated and not activation.interleaved else 1
+    if M > 0:
+        for experts, dense, part in parts(weight, routing):
+            low_rank = xa, of_experts(lora_B, experts)
+            _linear_act(x, dense, part, activation, of_experts(bias, experts), *low_rank, gather, pre, act)
+    return pre, act
+
+
+def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, act) -> None:
+    """Write the rows of pre and act that belong to the routing's tiles."""
+    _, N, K = weight.shape
+    split = 2 if activation.gated and not activation.interleaved else 1
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
-    programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, parts)
+    programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, split)
 
     def rest():
         strides = (
@@ -147,4 +156,3 @@ def expert_linear_act(
     )  # fmt: skip
     tensors = x, weight, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles
     launch(key, _linear_act_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (weight_desc,))
-    return pre, act

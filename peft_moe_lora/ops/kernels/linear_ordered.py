@@ -82,16 +82,18 @@ def linear_ordered(
     bias: torch.Tensor | None,
     xa: torch.Tensor | None,
     lora_B: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """`expert_linear` of ordered rows without dropout, or None where the table, strides or alignment forbid.
+    y: torch.Tensor,
+) -> bool:
+    """`expert_linear` of ordered rows without dropout into y, or nothing where the table, strides or alignment forbid.
 
     Args:
         routing: with tiles.
-    Returns: [M, N], dtype of x, or None.
+        y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles.
+    Returns: whether it was done.
     """
     found = linear_blocks("linear_ordered", x, weight, routing.block_m)
     if found is None:
-        return None
+        return False
     programs, _, blocks = found
     (_, N, K), k_unit, tile = weight.shape, blocks["K_UNIT"], (blocks["BLOCK_N"], blocks["BLOCK_K"])
     descriptors = [row_descriptor(x, routing.block_m, tile[1]), weight_descriptor(weight, k_unit, 1, *tile)]
@@ -100,8 +102,7 @@ def linear_ordered(
         factor = _as_weight(lora_B, x.dtype, k_unit)
         descriptors += row_descriptor(xa, routing.block_m, tile[1]), weight_descriptor(factor, k_unit, 1, *tile)
     if None in descriptors:
-        return None
-    y = torch.empty(routing.num_rows, N, dtype=x.dtype, device=x.device)
+        return False
     constants = {"R_STEPS": ceil_div(r, tile[1]), **blocks}
     key = "linear_ordered", facts(bias), N, K, x.dtype, constants["R_STEPS"], k_unit, routing.block_m, blocks["GROUP"]
     launch(
@@ -109,4 +110,4 @@ def linear_ordered(
         lambda: ((N, K, *strides_or_zeros(bias, 2)), constants), (routing.tiles.shape[0],),
         (*descriptors, *[None] * (4 - len(descriptors))),
     )  # fmt: skip
-    return y
+    return True

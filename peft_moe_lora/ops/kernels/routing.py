@@ -59,8 +59,8 @@ def _scan_kernel(counts_ptr, totals_ptr, blocks, E, BLOCK_B: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _write_tiles(totals, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr):
-    """Lines first_tile up to first_tile + TILES_BLOCK of the table, from the rows of each expert, totals [E]."""
+def _write_tiles(totals, base, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr):
+    """Lines first_tile up to first_tile + TILES_BLOCK of the table: totals [E] rows of each expert, from row base."""
     tiles_end = tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, axis=0)
     rows_end = tl.cumsum(totals, axis=0)
     num_tiles = tl.max(tiles_end, axis=0)
@@ -71,7 +71,7 @@ def _write_tiles(totals, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TI
     first_row = tl.max(tl.where(passed, rows_end[None, :], 0), axis=1)
     expert_tile = tl.max(tl.where(passed, tiles_end[None, :], 0), axis=1)
     expert = tl.where(t < num_tiles, expert, -1)
-    first_row += tl.where(t < num_tiles, t - expert_tile, 0) * BLOCK_M
+    first_row += base + tl.where(t < num_tiles, t - expert_tile, 0) * BLOCK_M
     first_row = tl.where(t == lines - 1, num_tiles, first_row)
     tl.store(tiles_ptr + 2 * t, expert, mask=t < lines)
     tl.store(tiles_ptr + 2 * t + 1, first_row, mask=t < lines)
@@ -110,7 +110,7 @@ def _place_kernel(
             tl.store(expert_offsets_ptr, 0)
             tl.store(expert_offsets_ptr + 1 + experts, tl.cumsum(totals, axis=0), mask=experts < E)
         else:
-            _write_tiles(totals, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
+            _write_tiles(totals, 0, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -122,7 +122,23 @@ def _tiles_kernel(
     experts = tl.arange(0, E_PADDED)
     start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    _write_tiles(end - start, tiles_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
+    _write_tiles(end - start, 0, tiles_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
+
+
+@triton.jit(do_not_specialize=["lines"])
+def _part_tables_kernel(
+    expert_offsets_ptr, tiles_ptr, lines, E,
+    COUNT: tl.constexpr, COUNT_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid [tile blocks, parts]: a table for every COUNT experts, which it numbers from 0."""
+    first = tl.program_id(1) * COUNT
+    j = tl.arange(0, COUNT_PADDED)
+    mask = (j < COUNT) & (first + j < E)
+    start = tl.load(expert_offsets_ptr + first + j, mask=mask, other=0)
+    end = tl.load(expert_offsets_ptr + first + j + 1, mask=mask, other=0)
+    base = tl.load(expert_offsets_ptr + first)
+    table_ptr = tiles_ptr + tl.program_id(1).to(tl.int64) * 2 * lines
+    _write_tiles(end - start, base, table_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
 
 
 def _lines(M: int, E: int, block_m: int) -> int:
@@ -185,3 +201,26 @@ def with_tiles(routing: Routing) -> Routing:
     grid = ceil_div(lines, TILES_BLOCK), 1, 1
     launch(("tiles", E, block_m), _tiles_kernel, grid, (offsets, tiles), lambda: ((E,), constants), (lines,))
     return replace(routing, tiles=tiles, block_m=block_m)
+
+
+def part_tables(routing: Routing, count: int) -> list[Routing]:
+    """Routings of `count` experts each: their tiles number these experts from 0, and their rows are all rows' own.
+
+    Args:
+        routing: with tiles.
+        count: experts of a part; the last may have fewer.
+    """
+    M, E, offsets = routing.num_rows, routing.num_experts, routing.expert_offsets
+    block_m = routing.block_m
+    # even, so that every table begins at a multiple of sixteen bytes
+    lines = ceil_div(_lines(M, count, block_m), 2) * 2
+    number = ceil_div(E, count)
+    tables = torch.empty(number, lines, 2, dtype=torch.int32, device=offsets.device)
+    constants = {"COUNT": count, "COUNT_PADDED": power_of_2(count), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
+    grid = ceil_div(lines, TILES_BLOCK), number, 1
+    key = "part_tables", E, count, block_m
+    launch(key, _part_tables_kernel, grid, (offsets, tables), lambda: ((E,), constants), (lines,))
+    return [
+        replace(routing, expert_offsets=offsets[first : first + count + 1], tiles=tables[i])
+        for i, first in enumerate(range(0, E, count))
+    ]

@@ -1,0 +1,283 @@
+"""Time LoRA on quantized experts beside LoRA on the dense weights they stand for, and train a 30B model in 24 GB.
+
+    python examples/benchmark_quantized.py                        one layer: step, peak, decoding; small on a CPU
+    python examples/benchmark_quantized.py --scratch 32 128 1024  the same for several bounds of the scratch, in MiB
+    python examples/benchmark_quantized.py --model                48 layers of Qwen3-30B-A3B, random NF4 experts
+    python examples/benchmark_quantized.py --model --loss-chunk 512 --rank 16
+
+The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and quantized by turns in
+one run; outputs and gradients are compared with a reference in higher precision first. The model: built layer by
+layer, never dense as a whole, LoRA on every expert and on attention, gradient checkpointing, fp32 AdamW; memory is
+torch.cuda.max_memory_allocated. bitsandbytes is not needed.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmark import (
+    BOUNDS,
+    DTYPES,
+    MIB,
+    PROJECTIONS,
+    SHAPES,
+    Case,
+    Problem,
+    Timer,
+    check,
+    first_step,
+    memory,
+    moe_lora,
+    relative_errors,
+    renew,
+    step,
+    synchronize,
+)
+from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.ops import reference
+from peft_moe_lora.ops.quantize import quantize
+from peft_moe_lora.stored import store
+
+FORMATS = {
+    "nf4": {"format": "nf4"},
+    "nf4-plain": {"format": "nf4", "double_quant": False},
+    "fp4": {"format": "fp4"},
+    "int8": {"format": "int8"},
+}
+# of Qwen3-30B-A3B, as published
+QWEN3_30B = {
+    "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+}  # fmt: skip
+TINY = QWEN3_30B | {
+    "vocab_size": 256, "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+# ---- one layer -----------------------------------------------------------------------------------------------------
+
+
+def layer(case: Case, formats: list[str], repeat: int) -> list[dict]:
+    """A row for the dense layer and for each format: ms of a step, MiB of its peak, both over the dense one's.
+
+    Raises:
+        CheckFailed: if a route's output or gradients are not the reference's.
+    """
+    timer, rows = Timer(case.device), []
+    for name in formats:
+        problem = Problem(case)
+        codes = {}
+        for projection in PROJECTIONS:
+            codes[projection] = quantize(problem.weights[projection], **FORMATS[name])
+            # both routes and the reference work with the same weights
+            problem.weights[projection].copy_(codes[projection].dense())
+        routes = {"dense": moe_lora(problem), name: moe_lora(problem)}
+        experts = routes[name].forward.experts.base_layer
+        for projection, weight in codes.items():
+            store(experts, f"{projection}_proj", weight)
+        expected = problem.reference(problem.scaling)
+        found = {}
+        for route_name, route in routes.items():
+            check(relative_errors(first_step(problem, route)[1], expected), BOUNDS[case.dtype])
+            found[route_name] = {"times": [], **memory(problem, route)}
+        del expected
+        for _ in range(3):
+            for route_name, route in routes.items():
+                times, _ = timer(partial(step, problem, route), partial(renew, problem, route), repeat)
+                found[route_name]["times"].append(statistics.median(times))
+        for route_name, row in found.items():
+            if route_name == "dense" and rows:
+                continue
+            weights = sum(w.nbytes for w in (problem.weights if route_name == "dense" else codes).values())
+            times = row.pop("times")
+            dense = found["dense"]
+            rows.append(
+                {
+                    "case": case.label, "route": route_name, "step": statistics.median(times), **row,
+                    "weights": weights / MIB, "dense_step": None, "x_step": 1.0, "x_peak": 1.0,
+                }
+            )  # fmt: skip
+            if route_name != "dense":
+                base = statistics.median(dense["times"]) if "times" in dense else rows[0]["step"]
+                rows[-1] |= {
+                    "dense_step": base, "x_step": rows[-1]["step"] / base, "x_peak": row["peak"] / dense["peak"],
+                    "decode": decoding(problem, codes, timer, repeat),
+                }  # fmt: skip
+    return rows
+
+
+def decoding(problem: Problem, codes: dict, timer: Timer, repeat: int) -> dict | None:
+    """ms and GB/s (codes read, dense written) of decoding every expert of each projection at once; None on a CPU."""
+    if problem.case.device.type != "cuda":
+        return None
+    from peft_moe_lora.ops import kernels
+
+    offsets, found = reference.route(problem.top_k_index, problem.case.E).expert_offsets, {}
+    for projection, weight in codes.items():
+        out = torch.empty(weight.stored_shape, dtype=weight.dtype, device=weight.device)
+        kernels.dequantize(weight, offsets, 0, out)
+        if not torch.equal(out, weight.dense()):
+            raise SystemExit(f"{projection}: the kernel's bits are not the twin's")
+        times, _ = timer(partial(kernels.dequantize, weight, offsets, 0, out), lambda: None, repeat)
+        ms = statistics.median(times)
+        found[projection] = {"ms": ms, "GB/s": (weight.nbytes + out.nbytes) / ms / 1e6}
+    return found
+
+
+# ---- a whole model -------------------------------------------------------------------------------------------------
+
+
+def build(sizes: dict, format: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A random Qwen3-MoE whose experts were quantized one projection at a time."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(**sizes)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config).to(dtype)
+    for decoder in model.model.layers:
+        experts = decoder.mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            shape = getattr(experts, name).shape
+            stack = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
+            store(experts, name, quantize(stack, **FORMATS[format]))
+            del stack
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                value = torch.empty(parameter.shape, dtype=dtype, device=device)
+                # norms are the only vectors
+                value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(std=0.02)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.requires_grad_(False)
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> torch.Tensor:
+    """Cross entropy of the next token; with `chunk`, that many tokens' logits at a time, forward and backward."""
+    if chunk is None:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+    inner = model.get_base_model()
+    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+
+    def part(hidden, targets):
+        return F.cross_entropy(inner.lm_head(hidden).float(), targets, reduction="sum")
+
+    losses = [
+        checkpoint(part, *both, use_reentrant=False)
+        for both in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.stack(losses).sum() / len(targets)
+
+
+def train(arguments: argparse.Namespace, device: torch.device) -> dict:
+    """Three steps of the whole model: bytes at each stage, ms of a step, losses."""
+    from peft import get_peft_model
+
+    sizes = QWEN3_30B if device.type == "cuda" else TINY
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = {"sizes": sizes, "format": arguments.formats[0], "r": arguments.rank, "T": arguments.tokens}
+    peaks = found["GiB"] = {}
+
+    def note(stage: str):
+        if device.type == "cuda":
+            synchronize(device)
+            peaks[stage] = {
+                "held": torch.cuda.memory_allocated() / 2**30,
+                "peak": torch.cuda.max_memory_allocated() / 2**30,
+                "reserved": torch.cuda.max_memory_reserved() / 2**30,
+            }
+            torch.cuda.reset_peak_memory_stats()
+
+    torch.manual_seed(0)
+    model = build(sizes, arguments.formats[0], dtype, device)
+    note("built")
+    config = MoELoraConfig(
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        target_modules=["experts", "q_proj", "k_proj", "v_proj", "o_proj"],
+    )
+    model = get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found["trained"] = sum(p.numel() for p in trained)
+    note("adapter")
+    inner = model.get_base_model()
+    # transformers 5.17 knows this name alone
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(sizes["vocab_size"], (1, arguments.tokens), device=device)
+    found["losses"], found["ms"] = [], []
+    for i in range(arguments.steps):
+        synchronize(device)
+        start = time.perf_counter()
+        loss = loss_of(model, ids, arguments.loss_chunk)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found["losses"].append(loss.item())
+        found["ms"].append(1e3 * (time.perf_counter() - start))
+        note(f"step {i + 1}")
+    if peaks:
+        found["peak_GiB"] = max(stage["peak"] for stage in peaks.values())
+        found["of_24_GiB"] = found["peak_GiB"] / 24
+    return found
+
+
+def main(argv: list[str] | None = None) -> list[dict] | dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="store_true", help="train the whole model instead of timing a layer")
+    parser.add_argument("--shape", help=f"one of {', '.join(SHAPES)} (default: qwen3-30b, many-small on a CPU)")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nf4"], help="(default: nf4)")
+    parser.add_argument("--tokens", type=int, help="(default: 8192 for a layer, 2048 for the model; 256, 64 on a CPU)")
+    parser.add_argument("--rank", type=int, help="(default: 16 for a layer, 4 for the model)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of a layer (default: bfloat16, float32 on a CPU)")
+    parser.add_argument("--scratch", type=int, nargs="+", help="bounds of the scratch, MiB (default: the set one)")
+    parser.add_argument("--repeat", type=int, default=20, help="timed steps a round, three rounds (default: 20)")
+    parser.add_argument("--steps", type=int, default=3, help="of the model (default: 3)")
+    parser.add_argument("--loss-chunk", type=int, help="tokens whose logits are formed at once (default: all)")
+    parser.add_argument("--json", type=Path, help="keep the numbers here")
+    arguments = parser.parse_args(argv)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    default_tokens = (2048 if cuda else 64) if arguments.model else (8192 if cuda else 256)
+    arguments.tokens = arguments.tokens or default_tokens
+    arguments.rank = arguments.rank or (4 if arguments.model else 16)
+    if arguments.model:
+        found = train(arguments, device)
+        print(json.dumps(found, indent=2))
+    else:
+        shape = arguments.shape or ("qwen3-30b" if cuda else "many-small")
+        dtype = DTYPES[arguments.dtype or ("bfloat16" if cuda else "float32")]
+        case = Case(shape, *SHAPES[shape], arguments.tokens, arguments.rank, dtype, 0.0, device)
+        found = []
+        for scratch in arguments.scratch or [None]:
+            if scratch is not None:
+                from peft_moe_lora.ops.kernels import parts
+
+                parts.SCRATCH_BYTES = scratch * MIB
+            for row in layer(case, arguments.formats, arguments.repeat):
+                found.append({"scratch": scratch} | row)
+                print(
+                    f"{row['case']:<28} {row['route']:<10} scratch {scratch or 'set'} MiB: step {row['step']:.2f} ms "
+                    f"({row['x_step']:.2f}x dense), peak {row['peak']:.0f} MiB ({row['x_peak']:.2f}x), "
+                    f"weights {row['weights']:.0f} MiB, decoding {row.get('decode')}",
+                    flush=True,
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()
