@@ -19,6 +19,7 @@ from helpers import (
     R,
     assert_close,
     assert_share_of_order_one,
+    dense_delta,
     experts_adapter,
     fill_adapter,
     grads_of,
@@ -204,6 +205,22 @@ def test_two_active_adapters_add_up(family):
     model.set_adapter("other")
     alone = call(Explicit(family, in_double(plain), deltas_of(double[1], E, 1.0)), *(t.double() for t in floats))
     assert_close(call(model, *floats), alone)
+
+
+@every_family
+def test_some_experts_alone_may_have_an_adapter(family):
+    plain = BUILD[family]()
+    floats, call = leaves(family)
+    model = wrap(copy.deepcopy(plain), expert_indices={"experts": [1, 3]})
+    deltas = {}
+    for projection, (lora_A, lora_B) in experts_adapter(model).items():
+        assert lora_A.shape[0] == lora_B.shape[1] == 2 * R
+        held = dense_delta(lora_A.detach().double(), lora_B.detach().double(), 2, SCALING)
+        deltas[projection] = held.new_zeros(E, *held.shape[1:]).index_copy(0, torch.tensor([1, 3]), held)
+    expected = call(Explicit(family, in_double(plain), deltas), *(t.double() for t in floats))
+    assert_close(call(model, *floats), expected)
+    model.base_model.merge_adapter()
+    assert_close(call(model, *floats), expected)
 
 
 @every_family
