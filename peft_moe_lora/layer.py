@@ -14,7 +14,7 @@ from .functional import Projection, experts, per_expert, rows_linear
 from .implementations import IMPLEMENTATION, MATERIALIZE, check_gradients, check_implementation, run_implementation
 from .layout import PROJECTIONS, ExpertsLayout, UnsupportedExperts, own_activation, read_layout
 from .ops import QuantizedWeight
-from .stored import requantized, store
+from .stored import decoders, requantized, store
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             top_k_weights: [T, top_k] float.
         Returns: [T, H], dtype of hidden_states.
         """
-        offloaded = _fetch(self._active_pairs())
+        offloaded = _fetch([*self._active_pairs(), *decoders(module)])
         projections = self._projection(module, "gate_up"), self._projection(module, "down")
         if self.backend == MATERIALIZE:
             out = self._compute_materialized(module, *projections, hidden_states, top_k_index, top_k_weights)

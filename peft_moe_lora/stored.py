@@ -84,6 +84,11 @@ def unstore(module: nn.Module, name: str, dense: torch.Tensor) -> None:
     module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
 
 
+def decoders(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold what a module's quantized projections are stored as."""
+    return list(module.parametrizations.modules()) if parametrize.is_parametrized(module) else []
+
+
 def is_stacked(module: nn.Module, name: str) -> bool:
     """Whether the module has a projection of that name with an expert in each row, dense or quantized."""
     if parametrize.is_parametrized(module, name):

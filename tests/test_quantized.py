@@ -325,6 +325,55 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
     assert_close(outputs(loaded), expected, 1e-6)
 
 
+@pytest.mark.parametrize("first", ["adapter", "offload"])
+def test_experts_that_accelerate_offloads(first):
+    from accelerate import cpu_offload
+
+    right = moe_lora(quantize_experts(tiny_model()))
+    outputs(right).square().mean().backward()
+    model = quantize_experts(tiny_model())
+    if first == "offload":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    model = moe_lora(model)
+    if first == "adapter":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    experts = model.base_model.model.model.layers[0].mlp.experts.base_layer
+    assert stored_weight(experts, "down_proj").device.type == "meta", "nothing is offloaded: the test proves nothing"
+    assert_close(outputs(model), outputs(right), 1e-6)
+    with model.disable_adapter():
+        plain = outputs(model)
+    assert_share_of_order_one(outputs(right), plain)
+    if first == "offload":
+        outputs(model).square().mean().backward()
+        for name, parameter in right.named_parameters():
+            if parameter.grad is not None:
+                assert_close(dict(model.named_parameters())[name].grad, parameter.grad, 1e-6, name)
+
+
+def test_weights_left_on_another_device_are_refused():
+    from peft_moe_lora.functional import Projection, experts
+    from peft_moe_lora.ops import Activation
+
+    weights = [quantize(torch.randn(shape), "nf4") for shape in ((5, 2 * I, H), (5, H, I))]
+    away = weights[0].with_tensors([weights[0].packed.to("meta"), *weights[0].tensors()[1:]])
+    with pytest.raises(ValueError, match=r"quantized weights on \['cpu', 'meta'\]"):
+        experts(*random_rows(), Projection(away), Projection(weights[1]), Activation())
+
+
+def test_an_adapter_on_some_experts():
+    chosen = {"experts": [0, 3]}
+    quantized, dense = pair(*FAMILIES[0], SETTINGS[0], expert_indices=chosen)
+    rows = random_rows()
+    (out, grads), (expected, expected_grads) = gradients(quantized, rows), gradients(dense, rows)
+    for a, b in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert_close(a, b)
+    layer = quantized.base_model.model.experts
+    before = stored_weight(layer.base_layer, "down_proj").dense()
+    layer.merge()
+    changed = (stored_weight(layer.base_layer, "down_proj").dense() - before).flatten(1).norm(dim=1)
+    assert changed[[0, 3]].min() > 5 * changed[[1, 2, 4]].max()
+
+
 def test_quantizing_under_an_adapter_is_quantizing_before_it():
     under = quantize_experts(moe_lora(tiny_model()))
     before = moe_lora(quantize_experts(tiny_model()))
