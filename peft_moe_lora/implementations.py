@@ -45,8 +45,8 @@ def check_implementation(name: str | None, module: nn.Module, layout: ExpertsLay
             f"{type(module).__name__} is not on; use another backend."
         )
     for name_of, projection in (("gate_up", layout.gate_up), ("down", layout.down)):
-        quantized = isinstance(layout.weight(module, name_of), QuantizedWeight)
-        if quantized or projection.weight not in module._parameters:
+        plain = projection.weight in module._parameters
+        if not plain or isinstance(layout.weight(module, name_of), QuantizedWeight):
             raise ValueError(
                 f'backend="{MATERIALIZE}" writes W + scaling * B A in the place of a plain parameter, but '
                 f"{type(module).__name__}.{projection.weight} is none (quantized or parametrized); "

@@ -109,9 +109,12 @@ def stored_weight(module: nn.Module, name: str) -> torch.Tensor | QuantizedWeigh
     if parametrize.is_parametrized(module, name):
         return _parametrized(module, name)
     weight = getattr(module, name)
+    # what torch.compile sees of plain weights ends here
+    if type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype in FLOATS:
+        return weight
     if hasattr(module, f"{name}_scale_inv") and weight.dtype not in FLOATS:
         return _block_scaled(module, name, weight)
-    if type(weight).__module__.partition(".")[0] == "torchao":
+    if type(weight).__module__.startswith("torchao."):
         return _torchao(module, name, weight)
     if weight.dtype not in FLOATS:
         raise UnsupportedExperts(

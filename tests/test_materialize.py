@@ -39,7 +39,7 @@ from helpers import (
 from peft import PeftModel, get_peft_model
 from transformers.integrations.moe import ExpertsInterface
 
-from peft_moe_lora import MoELoraConfig
+from peft_moe_lora import MoELoraConfig, quantize_experts
 from peft_moe_lora import materialize as file
 from peft_moe_lora.functional import Projection
 from peft_moe_lora.implementations import _log_cost
@@ -495,12 +495,9 @@ def test_an_implementation_chosen_later_is_checked_at_the_first_call():
 
 
 def test_weights_that_are_no_plain_parameters_are_refused():
-    from torch.nn.utils import parametrize
-
-    experts = build_experts(*FAMILIES[0])
-    parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
-    with pytest.raises(ValueError, match=r"down_proj is none"):
-        get_peft_model(Holder(experts), MoELoraConfig(r=R, target_modules=["experts"], backend="materialize"))
+    experts = quantize_experts(Holder(build_experts(*FAMILIES[0])))
+    with pytest.raises(ValueError, match=r"gate_up_proj is none \(quantized or parametrized\)"):
+        get_peft_model(experts, MoELoraConfig(r=R, target_modules=["experts"], backend="materialize"))
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 FORMATS = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
-# values quantized at a time: some 200 MB of fp32 and indices, whatever the stack's size
+# values quantized at a time: some 400 MB of fp32 and indices, whatever the stack's size
 SLICE = 1 << 24
 
 
