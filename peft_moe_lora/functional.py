@@ -588,14 +588,6 @@ def _check(hidden_states, top_k_index, top_k_weights, up: Projection, down: Proj
             f"experts needs top_k_index and top_k_weights [T, top_k] with T = {hidden_states.shape[0]}; got "
             f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}."
         )
-    for weight in (up.weight, down.weight):
-        # codes on another device would be read as the numbers they are not
-        places = {t.device for t in weight.tensors()} if isinstance(weight, QuantizedWeight) else ()
-        if places and places != {hidden_states.device}:
-            raise ValueError(
-                f"experts got hidden_states on {hidden_states.device} and quantized weights on "
-                f"{sorted(map(str, places))}; move the model to one device."
-            )
     _check_frozen(up, down)
 
 

@@ -207,6 +207,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         """
         offloaded = _fetch([*self._active_pairs(), *decoders(module)])
         projections = self._projection(module, "gate_up"), self._projection(module, "down")
+        for projection in projections:
+            if isinstance(projection.weight, QuantizedWeight):
+                projection.weight.check_device(hidden_states.device)
         if self.backend == MATERIALIZE:
             out = self._compute_materialized(module, *projections, hidden_states, top_k_index, top_k_weights)
         else:

@@ -351,13 +351,11 @@ def test_experts_that_accelerate_offloads(first):
 
 
 def test_weights_left_on_another_device_are_refused():
-    from peft_moe_lora.functional import Projection, experts
-    from peft_moe_lora.ops import Activation
-
-    weights = [quantize(torch.randn(shape), "nf4") for shape in ((5, 2 * I, H), (5, H, I))]
-    away = weights[0].with_tensors([weights[0].packed.to("meta"), *weights[0].tensors()[1:]])
-    with pytest.raises(ValueError, match=r"quantized weights on \['cpu', 'meta'\]"):
-        experts(*random_rows(), Projection(away), Projection(weights[1]), Activation())
+    model, _ = pair(*FAMILIES[0], SETTINGS[0])
+    stored = model.base_model.model.experts.base_layer.parametrizations.down_proj
+    stored.original.data = stored.original.data.to("meta")
+    with pytest.raises(ValueError, match=r"on cpu and nf4 weights on \['cpu', 'meta'\]"):
+        model(*random_rows())
 
 
 def test_an_adapter_on_some_experts():

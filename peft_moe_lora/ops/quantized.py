@@ -57,6 +57,19 @@ class QuantizedWeight:
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
         return replace(self, **dict(zip(names, tensors, strict=True)))
 
+    def check_device(self, device: torch.device) -> None:
+        """Codes on another device would be read as numbers they are not.
+
+        Raises:
+            ValueError: if part of what is stored is not on `device`.
+        """
+        places = {t.device for t in self.tensors()}
+        if places != {device}:
+            raise ValueError(
+                f"hidden_states are on {device} and {self.format} weights on {sorted(map(str, places))}; "
+                "move the model to one device."
+            )
+
     def transpose(self, dim0: int, dim1: int) -> "QuantizedWeight":
         """[E, K, N]: nothing moves."""
         assert {dim0 % 3, dim1 % 3} == {1, 2}, "experts are transposed one by one"
