@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from peft_moe_lora.ops import Activation, kernels, reference
-from peft_moe_lora.ops.kernels import config, launch, tile
+from peft_moe_lora.ops.kernels import config, launch, replay, tile
 
 # E, H, I, top_k
 SHAPES = {
@@ -187,6 +187,7 @@ def forget():
     for chosen in (config.lookup, tile._blocks):
         chosen.cache_clear()
     launch.forget()
+    replay.forget()
 
 
 def variants(vary):

@@ -197,7 +197,7 @@ def rows_linear(x: torch.Tensor, expert_size, projection: Projection, *, backend
 
 
 def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
-    """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the Routing."""
+    """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the routing as `_flat`."""
     ops = _ops(plan.backend, x.device)
     up_A, up_B = spread(up_A, up_B, up.shape[0], plan.up_experts, x.dtype)
     down_A, down_B = spread(down_A, down_B, up.shape[0], plan.down_experts, x.dtype)
@@ -210,15 +210,16 @@ def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_b
     if down_A is not None:
         ha = ops.expert_shrink(act, down_A, routing, plan.down_scaling, dropout=down_drop)
     y = ops.expert_linear(act, down, routing, bias=down_bias, xa=ha, lora_B=down_B)
-    return ops.combine(y, routing, top_k_weights), pre, xa, ha, routing
+    return ops.combine(y, routing, top_k_weights), pre, xa, ha, *_flat(routing)
 
 
 def _backward(
-    dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre, xa, ha, routing, plan,
-    needs_x, needs_up, needs_down,
+    dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre, xa, ha,
+    expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m, plan, needs_x, needs_up, needs_down,
 ):  # fmt: skip
     """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
     ops = _ops(plan.backend, x.device)
+    routing = _routing(expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m)
     up_drop, down_drop = _dropouts(plan, seed)
     E = up.shape[0]
     up_gradients = whole_gradients(up_A, up_B, E, plan.up_experts) if needs_up else (None, None)
@@ -263,12 +264,12 @@ class _FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        out, pre, xa, ha, routing = _forward(*args)
         x, top_k_weights, up_A, up_B, down_A, down_B, _, up, up_bias, down, down_bias, seed, plan = args
-        ctx.plan, ctx.top_k, ctx.block_m = plan, routing.top_k, routing.block_m
+        out, pre, xa, ha, *index, top_k, block_m = _replayed(plan, x.device, up, down)(_forward, *args)
+        ctx.plan, ctx.top_k, ctx.block_m = plan, top_k, block_m
         _save(
             ctx, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
-            None if plan.recompute else pre, xa, ha, *routing.tensors(),
+            None if plan.recompute else pre, xa, ha, *index,
         )  # fmt: skip
         return out
 
@@ -276,13 +277,12 @@ class _FusedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         saved = _saved(ctx)
-        inputs_and_kept, routing = saved[:14], Routing.from_tensors(saved[14:], ctx.top_k, ctx.block_m)
         needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
-        grads = _backward(
-            dout.contiguous(), *inputs_and_kept, routing, ctx.plan, needs_x, up_A or up_B, down_A or down_B
-        )
-        inputs = inputs_and_kept[:6]
-        return *(_as(g, t) for g, t in zip(grads, inputs, strict=True)), *[None] * 7
+        grads = _replayed(ctx.plan, dout.device, *ctx.quantized.values())(
+            _backward, dout.contiguous(), *saved, ctx.top_k, ctx.block_m, ctx.plan, needs_x, up_A or up_B,
+            down_A or down_B,
+        )  # fmt: skip
+        return *(_as(g, t) for g, t in zip(grads, saved[:6], strict=True)), *[None] * 7
 
 
 # ------------------------------------------------------------------- the fused path under torch.compile: one operator
@@ -297,12 +297,12 @@ def _experts_op(
     x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, *scalars
 ):
     plan = _Plan.from_scalars(*scalars)
-    out, pre, xa, ha, routing = _forward(
-        x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan
+    out, pre, xa, ha, *index = _ops(plan.backend, x.device).replayed(
+        _forward, x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan
     )
     # an operator returns tensors only, and none that aliases another
     kept = [x.new_empty(0) if t is None else t for t in (None if plan.recompute else pre, xa, ha)]
-    return out, *kept, routing.tensors()[:4]
+    return out, *kept, index[:4]
 
 
 def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, *args):
@@ -319,10 +319,10 @@ def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up,
 def _experts_backward_op(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre,
                          xa, ha, index, top_k, needs_x, needs_up, needs_down, *scalars):  # fmt: skip
     plan = _Plan.from_scalars(*scalars)
-    grads = _backward(
-        dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
+    grads = _ops(plan.backend, x.device).replayed(
+        _backward, dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
         None if plan.recompute else pre, None if up_A is None else xa, None if down_A is None else ha,
-        Routing.from_tensors(index, top_k, 0), plan, needs_x, needs_up, needs_down,
+        *index, None, top_k, 0, plan, needs_x, needs_up, needs_down,
     )  # fmt: skip
     return tuple(dout.new_empty(0) if g is None else g for g in grads)
 
@@ -382,7 +382,7 @@ def _route(top_k_index: torch.Tensor, num_experts: int, backend: str) -> Routing
 def _expert_linear(x, projection: Projection, routing: Routing, seed, nth: int, backend: str, gather: bool = False):
     """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] drop(x[m]); row m reads token row_token[m] where gather."""
     p = projection
-    seed = seed[nth : nth + 1] if p.dropout_p else None
+    seed = seed[nth, :1] if p.dropout_p else None
     return _linear(
         x.to(p.weight.dtype), p.lora_A, p.lora_B, p.weight, p.bias, seed, *_flat(routing),
         p.scaling, p.dropout_p, gather, backend, p.experts,
@@ -615,13 +615,14 @@ def _without_autocast(device_type: str):
 
 
 def _draw_seeds(device: torch.device) -> torch.Tensor:
-    """[2] int64 from the default generator, so that recomputation under checkpointing repeats the masks."""
-    return torch.randint(2**31 - 1, (2,), device=device)
+    """[2, 2] int64, a seed a row, from the default generator: recomputation under checkpointing repeats the masks."""
+    # rows of sixteen bytes, on which kernels want their tensors to begin
+    return torch.randint(2**31 - 1, (2, 2), device=device)
 
 
 def _dropouts(plan: _Plan, seed: torch.Tensor | None) -> tuple[Dropout | None, Dropout | None]:
-    up = Dropout(plan.up_dropout, seed[:1]) if plan.up_dropout else None
-    down = Dropout(plan.down_dropout, seed[1:]) if plan.down_dropout else None
+    up = Dropout(plan.up_dropout, seed[0, :1]) if plan.up_dropout else None
+    down = Dropout(plan.down_dropout, seed[1, :1]) if plan.down_dropout else None
     return up, down
 
 
@@ -684,6 +685,12 @@ def gathered(dA: torch.Tensor | None, dB: torch.Tensor | None, num_experts: int,
 def _index(experts: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """[S] int64 on the device, kept: made anew, each call would wait for a copy from the host."""
     return torch.tensor(experts, device=device)
+
+
+def _replayed(plan: _Plan, device: torch.device, *weights) -> Callable:
+    """`replayed` of the operations, or of the twins where a weight is quantized and its decoding is no operation."""
+    quantized = any(isinstance(w, QuantizedWeight) for w in weights)
+    return (reference if quantized else _ops(plan.backend, device)).replayed
 
 
 def _as(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.expert_statistics import RoutingWatch
+from peft_moe_lora.ops import kernels
+from peft_moe_lora.ops.kernels import replay
 
 pytestmark = pytest.mark.gpu
 
@@ -102,6 +104,56 @@ def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
     for key, expected in exact.items():
         error, twin = ((t[key].double() - expected).norm() / expected.norm() for t in (fused, plain))
         assert error <= 2 * twin + ATOL[dtype], f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "config"),
+    [
+        (*FAMILIES[0], {}),
+        (*FAMILIES[0], {"recompute": True}),
+        (*FAMILIES[0], {"lora_dropout": 0.3}),
+        (*FAMILIES[0], {"target_projections": ["down"]}),
+        (*FAMILIES[1], {"r": 64}),
+        (*FAMILIES[2], {}),
+    ],
+    ids=["plain", "recompute", "dropout", "down", "gpt_oss", "ungated"],
+)
+@pytest.mark.parametrize("tokens", [T, 2048])
+def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, family, name, config, tokens):
+    """New data at new addresses each time, one expert without rows, one with most of them."""
+    model, layer = adapted(family, name, torch.bfloat16, **config)
+    batches = [inputs(torch.bfloat16, tokens) for _ in range(6)]
+    batches[3][1][:, 0] = 5
+    batches[4][1][batches[4][1] == 2] = E
+    monkeypatch.setattr(replay, "_kinds", {})
+
+    def steps():
+        for seed, batch in enumerate(batches):
+            torch.manual_seed(seed)
+            yield step(model, layer, *batch)
+
+    found = list(steps())
+    assert [kind.__class__ for kind in replay._kinds.values()] == [replay._Replay] * 2
+    monkeypatch.setattr(kernels, "replayed", lambda function, *arguments: function(*arguments))
+    for i, (actual, expected) in enumerate(zip(found, steps(), strict=True)):
+        for key in expected:
+            assert torch.equal(actual[key], expected[key]), f"{key} of step {i}"
+
+
+def test_a_replayed_step_needs_no_more_memory(monkeypatch):
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    batch = inputs(torch.bfloat16, 8192)
+    monkeypatch.setattr(replay, "_kinds", {})
+
+    def peak():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, layer, *batch)
+        return torch.cuda.max_memory_allocated() - before
+
+    composed, _, *replayed = (peak() for _ in range(4))
+    assert max(replayed) <= 1.02 * composed
 
 
 def test_counting_rows_waits_for_nothing():

@@ -6,6 +6,7 @@ from .dequantize import dequantize
 from .linear import expert_linear
 from .linear_act import expert_linear_act
 from .outer import expert_outer
+from .replay import replayed
 from .routing import route
 from .shrink import expert_shrink
 
@@ -18,5 +19,6 @@ __all__ = [
     "expert_linear_act",
     "expert_outer",
     "expert_shrink",
+    "replayed",
     "route",
 ]

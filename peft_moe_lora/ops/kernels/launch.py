@@ -5,10 +5,14 @@ host (2026-11-21), more than many of these kernels run. Here a key that the oper
 compiled, and the arguments that never change under that key.
 """
 
+import threading
+
 import torch
 from triton.runtime import driver
 
 _plans = {}
+# `current`: what takes down the launches of this thread, or None
+recorder = threading.local()
 
 
 def launch(key: tuple, kernel, grid: tuple[int, int, int], tensors: tuple, rest, sizes=(), descriptors=()) -> None:
@@ -30,14 +34,19 @@ def launch(key: tuple, kernel, grid: tuple[int, int, int], tensors: tuple, rest,
         union |= pointer or 0
     # an address off sixteen is specialized argument by argument: rare, and left to Triton
     found = None if union & 15 else _plans.get((key, device))
+    recording = getattr(recorder, "current", None)
     if found is not None:
         compiled, run, tail = found
+        if recording is not None:
+            recording.add(compiled, run, grid, tensors, sizes, tail, descriptors)
         stream = driver.active.get_current_stream(device)
         run(
             *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
             *descriptors, *pointers, *sizes, *tail,
         )  # fmt: skip
         return
+    if recording is not None:
+        recording.fail("launches a kernel by Triton's own way")
     fixed, constants = rest()
     compiled = kernel[grid](*descriptors, *tensors, *sizes, *fixed, **constants)
     # the interpreter compiles nothing

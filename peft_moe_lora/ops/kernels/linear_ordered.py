@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..routing import Routing
+from .cast import cast_as_weight
 from .config import ceil_div
 from .launch import facts, launch
 from .tile import (
@@ -63,18 +64,6 @@ def _linear_ordered_kernel(
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & mask_n[None, :])
 
 
-def _as_weight(lora_B: torch.Tensor, dtype: torch.dtype, k_unit: bool) -> torch.Tensor:
-    """lora_B [E, N, r] in a dtype, its r stride 1 where k_unit, else its N stride; itself where it is so already.
-
-    Cast in every call, not once per version of the parameter: an optimizer that writes through a raw pointer (paged
-    and 8-bit ones do) leaves the version as it was, and the copy would go on training with old numbers. It is a few
-    thousandths of the bytes that the product reads.
-    """
-    if lora_B.stride(2 if k_unit else 1) == 1:
-        return lora_B.to(dtype)
-    return lora_B.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 def linear_ordered(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -99,10 +88,14 @@ def linear_ordered(
     descriptors = [row_descriptor(x, routing.block_m, tile[1]), weight_descriptor(weight, k_unit, 1, *tile)]
     r = 0 if xa is None else xa.shape[1]
     if r:
-        factor = _as_weight(lora_B, x.dtype, k_unit)
-        descriptors += row_descriptor(xa, routing.block_m, tile[1]), weight_descriptor(factor, k_unit, 1, *tile)
+        descriptors.append(row_descriptor(xa, routing.block_m, tile[1]))
     if None in descriptors:
         return False
+    if r:
+        factor = cast_as_weight(lora_B, x.dtype, k_unit)
+        descriptors.append(weight_descriptor(factor, k_unit, 1, *tile))
+        if descriptors[-1] is None:
+            return False
     constants = {"R_STEPS": ceil_div(r, tile[1]), **blocks}
     key = "linear_ordered", facts(bias), N, K, x.dtype, constants["R_STEPS"], k_unit, routing.block_m, blocks["GROUP"]
     launch(

@@ -1,0 +1,54 @@
+"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, laid out as the weight beside it."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import ceil_div, power_of_2
+from .launch import facts, launch
+
+# of a tile, whatever the rank
+ELEMENTS = 4096
+
+
+@triton.jit
+def _cast_kernel(
+    lora_B_ptr, out_ptr, N, r, stride_be, stride_bn, stride_br, stride_oe, stride_on, stride_or,
+    R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid [tiles of N, E]."""
+    # int64: an expert index times a stride, and a column times r * E, pass 2**31
+    e = tl.program_id(1).to(tl.int64)
+    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    offs_r = tl.arange(0, R).to(tl.int64)[None, :]
+    mask = (offs_n < N) & (offs_r < r)
+    lora_B = tl.load(lora_B_ptr + e * stride_be + offs_n * stride_bn + offs_r * stride_br, mask=mask)
+    out_ptrs = out_ptr + e * stride_oe + offs_n * stride_on + offs_r * stride_or
+    tl.store(out_ptrs, lora_B.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def cast_as_weight(lora_B: torch.Tensor, dtype: torch.dtype, k_unit: bool) -> torch.Tensor:
+    """lora_B in `dtype` with its r stride 1 where k_unit, else its N stride; itself where it is so already.
+
+    Cast in every call, not once per version of the parameter: an optimizer that writes through a raw pointer (paged
+    and 8-bit ones do) leaves the version as it was, and the copy would go on training with old numbers. It is a few
+    thousandths of the bytes that the product reads.
+
+    Args:
+        lora_B: [E, N, r], any strides and float dtype.
+    """
+    E, N, r = lora_B.shape
+    if lora_B.dtype == dtype and lora_B.stride(2 if k_unit else 1) == 1:
+        return lora_B
+    out = torch.empty((E, N, r) if k_unit else (E, r, N), dtype=dtype, device=lora_B.device)
+    out = out if k_unit else out.transpose(1, 2)
+    R = power_of_2(r)
+    block_n = max(1, ELEMENTS // R)
+
+    def rest():
+        constants = {"R": R, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
+        return (N, r, *lora_B.stride(), *out.stride()), constants
+
+    key = "cast", facts(lora_B, out), N, r
+    launch(key, _cast_kernel, (ceil_div(N, block_n), E, 1), (lora_B, out), rest)
+    return out

@@ -1,0 +1,188 @@
+"""Replayed calls without a GPU: fake kernels that read and write memory by its address."""
+
+import ctypes
+
+import pytest
+import torch
+
+from peft_moe_lora.ops.kernels import launch, replay
+from peft_moe_lora.ops.kernels.replay import replayed
+
+
+class Add:
+    """A compiled kernel that is none: out = a + b + n over `size` floats."""
+
+    function = packed_metadata = None
+    runs = 0
+
+    def run(self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, a, b, out, size, n):
+        self.runs += 1
+        a, b, out = (None if p is None else (ctypes.c_float * size).from_address(p) for p in (a, b, out))
+        for i in range(size):
+            out[i] = a[i] + (0.0 if b is None else b[i]) + n
+
+
+class NoDriver:
+    """A Triton driver that has one stream."""
+
+    active = type("", (), {"get_current_stream": staticmethod(lambda device: 0)})
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """Every buffer comes full of NaN, put there behind the back of the recording, which would take it for work."""
+
+    def poisoned(empty):
+        def empty_of_nan(*args, **kwargs):
+            out = empty(*args, **kwargs)
+            ctypes.memset(out.data_ptr(), 0xFF, out.untyped_storage().nbytes())
+            return out
+
+        return empty_of_nan
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    for module in (launch, replay):
+        monkeypatch.setattr(module, "driver", NoDriver)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(replay, "_kinds", {})
+    return Add()
+
+
+@pytest.fixture
+def add(kernel):
+    """a + b + n by the fake kernel, b may be None."""
+
+    def add(a, b, n=0.0):
+        out = torch.empty(a.shape)
+        launch._plans[("add", n), -1] = kernel, kernel.run, (n,)
+        launch.launch(("add", n), None, (1, 1, 1), (a, b, out), None, (a.numel(),))
+        return out
+
+    return add
+
+
+def test_later_calls_give_what_the_composition_gives(add, kernel):
+    composed = []
+
+    def compose(x, y, absent, n):
+        composed.append(absent)
+        a = add(x[0], y[0], n)
+        b = add(a, None)
+        c = add(b, x[1])
+        del b
+        d = add(c, y[1], 1.0)
+        return add(d, a), None, c, 7, add(y[1], a.view(2, 8).flatten())
+
+    for call in range(6):
+        x, y = torch.randn(2, 16), torch.randn(2, 16)
+        out, nothing, c, seven, last = replayed(compose, x, y, None, 2.5)
+        a = x[0] + y[0] + 2.5
+        for actual, expected in ((c, a + x[1]), (out, a + x[1] + y[1] + 1.0 + a), (last, y[1] + a)):
+            torch.testing.assert_close(actual, expected)
+        assert (nothing, seven) == (None, 7)
+        assert kernel.runs == 6 * (call + 1)
+        assert len(composed) == min(call + 1, 2)
+
+
+def test_another_kind_is_composed_anew(add):
+    composed = []
+
+    def compose(x, n):
+        composed.append(n)
+        torch.promote_types(x.dtype, torch.float32)  # what gradients' dtypes are found with
+        return (add(x, None, n),)
+
+    kinds = [(torch.ones(16), 1.0), (torch.ones(16), 2.0), (torch.ones(32), 1.0), (torch.ones(4, 32)[:, 4:20], 1.0)]
+    for x, n in kinds * 4:
+        (out,) = replayed(compose, x, n)
+        assert out.shape == x.shape
+        assert (out.flatten() == 1 + n).all()
+    assert len(composed) == 2 * len(kinds)
+
+
+def test_arguments_off_sixteen_bytes_are_composed(add):
+    def compose(x):
+        return (add(x, None, 1.0),)
+
+    memory = torch.randn(64)
+    for _ in range(4):
+        replayed(compose, memory[:16])
+    assert isinstance(next(iter(replay._kinds.values())), replay._Replay)
+    with pytest.raises(
+        TypeError, match="NoneType"
+    ):  # the launch that Triton would specialize; there is no Triton here
+        replayed(compose, memory[1:17])
+
+
+@pytest.mark.parametrize(
+    "compose",
+    [
+        lambda add, x, y: (add(x, y) * 2,),
+        lambda add, x, y: (add(x, y), x),
+        lambda add, x, y: (add(x, y)[8:],),
+        lambda add, x, y: (add(x, OUTSIDE),),
+    ],
+    ids=["another operator", "an argument as result", "part of a tensor as result", "a tensor from outside"],
+)
+def test_what_cannot_be_replayed_is_always_composed(add, compose):
+    calls = []
+
+    def composition(x, y):
+        calls.append(0)
+        return compose(add, x, y)
+
+    for _ in range(4):
+        x, y = torch.randn(16), torch.randn(16)
+        for actual, expected in zip(replayed(composition, x, y), compose(add, x, y), strict=True):
+            assert torch.equal(actual, expected)
+    assert len(calls) == 4
+    assert list(replay._kinds.values()) == [None]
+
+
+OUTSIDE = torch.ones(16)
+
+
+def test_arguments_that_share_memory_are_not_recorded(add):
+    def compose(x, y):
+        return (add(x, y),)
+
+    x = torch.randn(16)
+    for _ in range(3):
+        assert torch.equal(replayed(compose, x, x)[0], x + x)
+    assert list(replay._kinds.values()) == [None]
+
+
+def test_a_value_that_has_no_hash_is_composed(add):
+    for _ in range(3):
+        (out,) = replayed(lambda x, ns: (add(x, None, ns[0]),), torch.zeros(16), [3.0])
+        assert (out == 3).all()
+    assert not replay._kinds
+
+
+def test_kinds_do_not_pile_up(add, monkeypatch):
+    monkeypatch.setattr(replay, "KINDS", 4)
+
+    def compose(x):
+        return (add(x, None),)
+
+    for n in range(20):
+        replayed(compose, torch.zeros(16 + n))
+    assert len(replay._kinds) <= 4
+
+
+def test_the_workspace_holds_what_lives_at_once_and_no_more():
+    buffers = [[512, 0, 1], [1024, 1, 2], [512, 2, 3], [100, 0, 3], [512, 3, 3], [2048, 0, 3]]
+    offsets, total = replay._pack(buffers, {5: 0})
+    assert set(offsets) == {0, 1, 2, 3, 4}
+    spans = {i: (offsets[i], offsets[i] + buffers[i][0]) for i in offsets}
+    for i, (start, end) in spans.items():
+        for j, (other_start, other_end) in spans.items():
+            together = buffers[i][1] <= buffers[j][2] and buffers[j][1] <= buffers[i][2]
+            assert i == j or not together or end <= other_start or other_end <= start
+    # at launches 1 and 2 a small, the large and the odd one live together
+    assert total == 1024 + 512 + 512
