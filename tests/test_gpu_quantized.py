@@ -1,6 +1,7 @@
 """Adapters on quantized experts on a CUDA device: bits, numbers, graphs, syncs, memory. bitsandbytes is not needed."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -115,6 +116,8 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
     monkeypatch.setattr(parts, "SCRATCH_BYTES", bound)
 
     def peak(quantize):
+        gc.collect()
+        start = torch.cuda.memory_allocated()
         experts = build_experts("qwen3_moe", "Qwen3MoeExperts", 1024, 512, 32).to("cuda", torch.bfloat16)
         from peft import get_peft_model
 
@@ -123,6 +126,8 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
         model = get_peft_model(Holder(experts), MoELoraConfig(r=R, target_modules=["experts"]))
         if quantize:
             quantize_experts(model)
+        gc.collect()
+        held = torch.cuda.memory_allocated() - start
         x = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         index = torch.rand(4096, 32, device="cuda").topk(2).indices
         weights = torch.rand(4096, 2, device="cuda")
@@ -131,7 +136,7 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             model(x, index, weights).sum().backward()
-        return torch.cuda.max_memory_allocated() - before, before
+        return torch.cuda.max_memory_allocated() - before, held
 
     (dense, dense_weights), (packed, packed_weights) = peak(False), peak(True)
     assert packed <= dense + bound + 2**20

@@ -15,7 +15,7 @@ class Row:
 
     Attributes:
         op: the operation's name without "expert_"; one that ends in "_gathered" goes before the plain one for
-            gathered rows.
+            gathered rows, one that ends in "_short" for a short K.
         arch: compute capability times ten, 0 for the interpreter.
         itemsize: bytes of one element of x.
         block_m: rows of a tile, as `block_m_for` chose them.
@@ -102,6 +102,7 @@ TABLE = (
     _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 8)),
     _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=(2, 16)),
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
+    _row("shrink_short", 90, 2, 16, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
@@ -124,8 +125,8 @@ def lookup(op: str, arch: int, itemsize: int, block_m: int) -> dict | None:
     rows = [row for row in TABLE if row.op == op and row.itemsize == itemsize and row.arch <= arch]
     # the interpreter's rows are its own
     rows = [row for row in rows if (row.arch == 0) == (arch == 0) and row.block_m <= block_m]
-    if not rows and op.endswith("_gathered"):
-        return lookup(op.removesuffix("_gathered"), arch, itemsize, block_m)
+    if not rows and op.endswith(("_gathered", "_short")):
+        return lookup(op.rpartition("_")[0], arch, itemsize, block_m)
     return max(rows, key=lambda row: (row.arch, row.block_m)).blocks if rows else None
 
 

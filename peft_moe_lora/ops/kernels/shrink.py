@@ -10,6 +10,9 @@ from .dropout import dropout_mask
 from .launch import facts, launch
 from .routing import with_tiles
 
+# up to this K a program's loop is short, and many in flight beat a deep pipeline
+SHORT_K = 2048
+
 
 @triton.jit
 def _shrink_kernel(
@@ -81,7 +84,8 @@ def expert_shrink(
     xa = torch.empty(M, r, dtype=x.dtype, device=x.device)
     if M == 0:
         return xa
-    blocks = dict(find("shrink", device_facts(x.device)[0], x.element_size(), routing.block_m))
+    op = "shrink_short" if K <= SHORT_K else "shrink"
+    blocks = dict(find(op, device_facts(x.device)[0], x.element_size(), routing.block_m))
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], routing.block_m)
     parts = routing.block_m // blocks["BLOCK_M"]
     # the tile of A grows with the rank: less of it in flight, and more threads to hold the sums
