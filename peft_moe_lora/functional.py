@@ -199,8 +199,7 @@ def rows_linear(x: torch.Tensor, expert_size, projection: Projection, *, backend
 def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
     """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the routing as `_flat`."""
     ops = _ops(plan.backend, x.device)
-    up_A, up_B = spread(up_A, up_B, up.shape[0], plan.up_experts, x.dtype)
-    down_A, down_B = spread(down_A, down_B, up.shape[0], plan.down_experts, x.dtype)
+    (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, up.shape[0]), per_expert(down_A, down_B, up.shape[0])
     up_drop, down_drop = _dropouts(plan, seed)
     routing = ops.route(top_k_index, up.shape[0])
     xa = ha = None
@@ -222,11 +221,12 @@ def _backward(
     routing = _routing(expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m)
     up_drop, down_drop = _dropouts(plan, seed)
     E = up.shape[0]
-    up_gradients = whole_gradients(up_A, up_B, E, plan.up_experts) if needs_up else (None, None)
-    down_gradients = whole_gradients(down_A, down_B, E, plan.down_experts) if needs_down else (None, None)
-    (dup_A, dup_B), (ddown_A, ddown_B) = per_expert(*up_gradients, E), per_expert(*down_gradients, E)
-    up_A, up_B = spread(up_A, up_B, E, plan.up_experts, x.dtype)
-    down_A, down_B = spread(down_A, down_B, E, plan.down_experts, x.dtype)
+    gradients = [
+        _gradient_like(t) if needed else None
+        for t, needed in ((up_A, needs_up), (up_B, needs_up), (down_A, needs_down), (down_B, needs_down))
+    ]
+    (dup_A, dup_B), (ddown_A, ddown_B) = per_expert(*gradients[:2], E), per_expert(*gradients[2:], E)
+    (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, E), per_expert(down_A, down_B, E)
     dx = yb = None
     if pre is None:
         pre = ops.expert_linear(x, up, routing, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
@@ -254,8 +254,28 @@ def _backward(
         lora_B = None if up_A is None else up_A.transpose(1, 2)
         rows = ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb, lora_B=lora_B, dropout=up_drop)
         dx = ops.combine(rows, routing)
+    return dx, dweights, *gradients
+
+
+def _run_forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
+    """`_forward` for adapters of some experts too."""
+    E = up.shape[0]
+    return _replayed(plan, x.device, up, down)(
+        _forward, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
+        *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), top_k_index, up, up_bias, down, down_bias, seed,
+        plan,
+    )  # fmt: skip
+
+
+def _run_backward(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, *rest):
+    """`_backward` for adapters of some experts too."""
+    E, plan = up.shape[0], rest[-4]
+    dx, dweights, dup_A, dup_B, ddown_A, ddown_B = _replayed(plan, x.device, up, down)(
+        _backward, dout, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
+        *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), up, up_bias, down, *rest,
+    )  # fmt: skip
     return (
-        dx, dweights, *gathered(*up_gradients, E, plan.up_experts), *gathered(*down_gradients, E, plan.down_experts)
+        dx, dweights, *gathered(dup_A, dup_B, E, plan.up_experts), *gathered(ddown_A, ddown_B, E, plan.down_experts)
     )  # fmt: skip
 
 
@@ -265,7 +285,7 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         x, top_k_weights, up_A, up_B, down_A, down_B, _, up, up_bias, down, down_bias, seed, plan = args
-        out, pre, xa, ha, *index, top_k, block_m = _replayed(plan, x.device, up, down)(_forward, *args)
+        out, pre, xa, ha, *index, top_k, block_m = _run_forward(*args)
         ctx.plan, ctx.top_k, ctx.block_m = plan, top_k, block_m
         _save(
             ctx, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
@@ -278,10 +298,9 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx, dout):
         saved = _saved(ctx)
         needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
-        grads = _replayed(ctx.plan, dout.device, *ctx.quantized.values())(
-            _backward, dout.contiguous(), *saved, ctx.top_k, ctx.block_m, ctx.plan, needs_x, up_A or up_B,
-            down_A or down_B,
-        )  # fmt: skip
+        grads = _run_backward(
+            dout.contiguous(), *saved, ctx.top_k, ctx.block_m, ctx.plan, needs_x, up_A or up_B, down_A or down_B
+        )
         return *(_as(g, t) for g, t in zip(grads, saved[:6], strict=True)), *[None] * 7
 
 
@@ -297,8 +316,8 @@ def _experts_op(
     x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, *scalars
 ):
     plan = _Plan.from_scalars(*scalars)
-    out, pre, xa, ha, *index = _ops(plan.backend, x.device).replayed(
-        _forward, x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan
+    out, pre, xa, ha, *index = _run_forward(
+        x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan
     )
     # an operator returns tensors only, and none that aliases another
     kept = [x.new_empty(0) if t is None else t for t in (None if plan.recompute else pre, xa, ha)]
@@ -319,8 +338,8 @@ def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up,
 def _experts_backward_op(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre,
                          xa, ha, index, top_k, needs_x, needs_up, needs_down, *scalars):  # fmt: skip
     plan = _Plan.from_scalars(*scalars)
-    grads = _ops(plan.backend, x.device).replayed(
-        _backward, dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
+    grads = _run_backward(
+        dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
         None if plan.recompute else pre, None if up_A is None else xa, None if down_A is None else ha,
         *index, None, top_k, 0, plan, needs_x, needs_up, needs_down,
     )  # fmt: skip
@@ -651,19 +670,24 @@ def per_expert(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, num_exp
     return A, lora_B.view(lora_B.shape[0], num_experts, -1).permute(1, 0, 2)
 
 
-def spread(lora_A, lora_B, num_experts: int, experts: Sequence[int] | None, dtype: torch.dtype):
-    """[E, r, K] and [E, N, r] of a pair [r * S, K] and [N, r * S]: views where all experts have one.
+def whole_pair(lora_A, lora_B, num_experts: int, experts: Sequence[int] | None, dtype: torch.dtype):
+    """[r * E, K] and [N, r * E] of a pair [r * S, K] and [N, r * S]: itself where all experts have one.
 
     Where only `experts` do, a scratch of `dtype` with zeros for the others, that lives as long as the call: the
     kernels then address A and B as they do W, and A, B, their gradients and the optimizer's state hold S experts.
     """
     if lora_A is None or experts is None:
-        return per_expert(lora_A, lora_B, num_experts)
-    index = _index(tuple(experts), lora_A.device)
-    return tuple(
-        t.new_zeros(num_experts, *t.shape[1:], dtype=dtype).index_copy_(0, index, t.to(dtype))
-        for t in per_expert(lora_A, lora_B, len(experts))
-    )
+        return lora_A, lora_B
+    index, (N, K) = _index(tuple(experts), lora_A.device), (lora_B.shape[0], lora_A.shape[1])
+    A, B = lora_A.view(len(experts), -1, K).to(dtype), lora_B.view(N, len(experts), -1).to(dtype)
+    A = A.new_zeros(num_experts, *A.shape[1:]).index_copy_(0, index, A)
+    B = B.new_zeros(N, num_experts, B.shape[2]).index_copy_(1, index, B)
+    return A.flatten(0, 1), B.flatten(1)
+
+
+def spread(lora_A, lora_B, num_experts: int, experts: Sequence[int] | None, dtype: torch.dtype):
+    """[E, r, K] and [E, N, r] of a pair [r * S, K] and [N, r * S]: views of `whole_pair`."""
+    return per_expert(*whole_pair(lora_A, lora_B, num_experts, experts, dtype), num_experts)
 
 
 def whole_gradients(lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int, experts: Sequence[int] | None):

@@ -113,10 +113,11 @@ def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
         (*FAMILIES[0], {"recompute": True}),
         (*FAMILIES[0], {"lora_dropout": 0.3}),
         (*FAMILIES[0], {"target_projections": ["down"]}),
+        (*FAMILIES[0], {"expert_indices": {"experts": [6, 1, 2]}}),
         (*FAMILIES[1], {"r": 64}),
         (*FAMILIES[2], {}),
     ],
-    ids=["plain", "recompute", "dropout", "down", "gpt_oss", "ungated"],
+    ids=["plain", "recompute", "dropout", "down", "some", "gpt_oss", "ungated"],
 )
 @pytest.mark.parametrize("tokens", [T, 2048])
 def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, family, name, config, tokens):
