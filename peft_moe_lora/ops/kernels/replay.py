@@ -97,7 +97,7 @@ class _Recording(TorchDispatchMode):
         if any(start < previous_end for (_, previous_end), (start, _) in pairwise(ends)):
             self.failed = "arguments share memory"
         # [bytes, first launch, last launch] of each buffer; the one that lies at an address now
-        self.buffers, self.current, self.launches = [], {}, []
+        self.buffers, self.current, self.launches, self.compiled = [], {}, [], []
 
     def __enter__(self):
         launch.recorder.current = self
@@ -119,6 +119,7 @@ class _Recording(TorchDispatchMode):
 
     def add(self, compiled, run, grid, tensors, sizes, tail, descriptors) -> None:
         """One launch."""
+        self.compiled.append(compiled)
         self.launches.append(
             (
                 (*grid,),
@@ -181,7 +182,7 @@ class _Recording(TorchDispatchMode):
         all_places = [p for _, _, _, ds, places, _ in launches for p in (*places, *(d and d[0] for d in ds))]
         used = sorted({p[0] for p in all_places if p is not None and p[0] < first})
         device = next(a.device for a in self.arguments if isinstance(a, torch.Tensor))
-        return _Replay(first, used, made, total, device, launches)
+        return _Replay(first, used, made, total, device, launches, self.compiled)
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class _Replay:
         made: per result (shape, strides, dtype), or its _Value where it is no tensor.
         workspace: bytes of what lives within the call alone, buffers of different times one over another.
         launches: (grid, run, fixed, descriptors, places, rest) each.
+        compiled: the kernels, held because a launch has but a handle of theirs.
     """
 
     first: int
@@ -209,6 +211,7 @@ class _Replay:
     workspace: int
     device: torch.device
     launches: list
+    compiled: list
 
     def __call__(self, arguments):
         """The results, or None for arguments off sixteen bytes, which the recorded kernels do not take."""
