@@ -2,6 +2,7 @@
 
     python examples/benchmark_quantized.py                        one layer: step, peak, decoding; small on a CPU
     python examples/benchmark_quantized.py --scratch 32 128 1024  the same for several bounds of the scratch, in MiB
+    python examples/benchmark_quantized.py --tokens 1 64 512      few rows: codes decoded by their product, or before
     python examples/benchmark_quantized.py --model                48 layers of Qwen3-30B-A3B, random NF4 experts
     python examples/benchmark_quantized.py --model --loss-chunk 512 --rank 16
 
@@ -15,6 +16,8 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +37,7 @@ from benchmark import (
     Timer,
     check,
     first_step,
+    forward,
     memory,
     moe_lora,
     relative_errors,
@@ -111,12 +115,12 @@ def layer(case: Case, formats: list[str], repeat: int) -> list[dict]:
                 base = statistics.median(dense["times"]) if "times" in dense else rows[0]["step"]
                 rows[-1] |= {
                     "dense_step": base, "x_step": rows[-1]["step"] / base, "x_peak": row["peak"] / dense["peak"],
-                    "decode": decoding(problem, codes, timer, repeat),
+                    "decode": decoding_speed(problem, codes, timer, repeat),
                 }  # fmt: skip
     return rows
 
 
-def decoding(problem: Problem, codes: dict, timer: Timer, repeat: int) -> dict | None:
+def decoding_speed(problem: Problem, codes: dict, timer: Timer, repeat: int) -> dict | None:
     """ms and GB/s (codes read, dense written) of decoding every expert of each projection at once; None on a CPU."""
     if problem.case.device.type != "cuda":
         return None
@@ -132,6 +136,80 @@ def decoding(problem: Problem, codes: dict, timer: Timer, repeat: int) -> dict |
         ms = statistics.median(times)
         found[projection] = {"ms": ms, "GB/s": (weight.nbytes + out.nbytes) / ms / 1e6}
     return found
+
+
+# ---- where codes are decoded ---------------------------------------------------------------------------------------
+
+# `MAX_BLOCK_M` of `ops.kernels.codes_4bit`: products decode for themselves at every number of rows timed, or at none
+DECODING = {"in the product": 128, "into a scratch": 0}
+
+
+@contextmanager
+def decoding(max_block_m: int):
+    """Within it, products over tiles of at most so many rows decode their codes."""
+    from peft_moe_lora.ops.kernels import codes_4bit
+
+    kept, codes_4bit.MAX_BLOCK_M = codes_4bit.MAX_BLOCK_M, max_block_m
+    try:
+        yield
+    finally:
+        codes_4bit.MAX_BLOCK_M = kept
+
+
+def use_blocks(blocks: dict) -> None:
+    """Give every row of the table for products of codes these settings, such as {"BLOCK_K": 32, "num_warps": 8}."""
+    from peft_moe_lora.ops.kernels import config
+    from tune_kernels import forget
+
+    for row in config.TABLE:
+        if row.op.endswith("4bit") and row.arch:
+            row.blocks.update(blocks)
+    forget()
+
+
+def few_rows(case: Case, format: str, repeat: int) -> dict:
+    """ms of forward, of forward in a CUDA graph and of a step: dense, and each way of DECODING, by turns in one run.
+
+    Raises:
+        CheckFailed: if a way's output or gradients are not the reference's.
+    """
+    problem = Problem(case)
+    routes = {"dense": moe_lora(problem), format: moe_lora(problem)}
+    experts = routes[format].forward.experts.base_layer
+    for projection in PROJECTIONS:
+        weight = quantize(problem.weights[projection], **FORMATS[format])
+        problem.weights[projection].copy_(weight.dense())
+        store(experts, f"{projection}_proj", weight)
+    cuda = case.device.type == "cuda"
+    # the kernels are a GPU's; elsewhere there is one way
+    ways = {"dense": ("dense", 0)} | {way: (format, bound) for way, bound in (DECODING if cuda else {"": 0}).items()}
+    expected, timer, found = problem.reference(problem.scaling), Timer(case.device), {}
+    calls = {}
+    for way, (name, bound) in ways.items():
+        route = routes[name]
+        with decoding(bound) if cuda else nullcontext():
+            check(relative_errors(first_step(problem, route)[1], expected), BOUNDS[case.dtype])
+            calls[way] = {"forward": partial(forward, problem, route), "step": partial(step, problem, route)}
+            if cuda:
+                graph = torch.cuda.CUDAGraph()
+                with torch.no_grad():
+                    # compiled, recorded and replayed before it is captured
+                    for _ in range(3):
+                        forward(problem, route)
+                    with torch.cuda.graph(graph):
+                        forward(problem, route)
+                calls[way]["graph"] = graph.replay
+        found[way] = {kind: [] for kind in calls[way]}
+    for _ in range(3):
+        for way, (name, bound) in ways.items():
+            with decoding(bound) if cuda else nullcontext():
+                for kind, call in calls[way].items():
+                    with torch.no_grad() if kind == "forward" else nullcontext():
+                        times, _ = timer(call, partial(renew, problem, routes[name]), repeat)
+                    found[way][kind].append(statistics.median(times))
+    rows = case.T * case.top_k / case.E
+    medians = {way: {kind: statistics.median(t) for kind, t in kinds.items()} for way, kinds in found.items()}
+    return {"case": case.label, "tokens": case.T, "rows_per_expert": rows, "ms": medians}
 
 
 # ---- a whole model -------------------------------------------------------------------------------------------------
@@ -239,7 +317,14 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     parser.add_argument("--model", action="store_true", help="train the whole model instead of timing a layer")
     parser.add_argument("--shape", help=f"one of {', '.join(SHAPES)} (default: qwen3-30b, many-small on a CPU)")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nf4"], help="(default: nf4)")
-    parser.add_argument("--tokens", type=int, help="(default: 8192 for a layer, 2048 for the model; 256, 64 on a CPU)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help="(default: 8192 for a layer, 2048 for the model; 256, 64 on a CPU); "
+        "several: times each with codes decoded in the product and into a scratch",
+    )
+    parser.add_argument("--blocks", type=json.loads, help="with several --tokens: settings of the products, as JSON")
     parser.add_argument("--rank", type=int, help="(default: 16 for a layer, 4 for the model)")
     parser.add_argument("--dtype", choices=DTYPES, help="of a layer (default: bfloat16, float32 on a CPU)")
     parser.add_argument("--scratch", type=int, nargs="+", help="bounds of the scratch, MiB (default: the set one)")
@@ -251,7 +336,8 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     default_tokens = (2048 if cuda else 64) if arguments.model else (8192 if cuda else 256)
-    arguments.tokens = arguments.tokens or default_tokens
+    tokens = arguments.tokens or [default_tokens]
+    arguments.tokens = tokens[0]
     arguments.rank = arguments.rank or (4 if arguments.model else 16)
     if arguments.model:
         found = train(arguments, device)
@@ -261,7 +347,18 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
         dtype = DTYPES[arguments.dtype or ("bfloat16" if cuda else "float32")]
         case = Case(shape, *SHAPES[shape], arguments.tokens, arguments.rank, dtype, 0.0, device)
         found = []
-        for scratch in arguments.scratch or [None]:
+        if arguments.blocks:
+            use_blocks(arguments.blocks)
+        for T in tokens if len(tokens) > 1 else []:
+            found.append(few_rows(replace(case, T=T), arguments.formats[0], arguments.repeat))
+            print(f"{found[-1]['case']}, {found[-1]['rows_per_expert']:g} rows an expert")
+            for way, times in found[-1]["ms"].items():
+                print(
+                    f"    {way or 'quantized':<16}",
+                    *(f"{kind} {ms:8.3f} ms" for kind, ms in times.items()),
+                    flush=True,
+                )
+        for scratch in [] if found else (arguments.scratch or [None]):
             if scratch is not None:
                 from peft_moe_lora.ops.kernels import parts
 

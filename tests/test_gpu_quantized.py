@@ -56,10 +56,34 @@ def test_quantizing_on_the_device_gives_the_bits_of_the_cpu(setting):
         assert torch.equal(on_device.dense().cpu(), on_cpu.dense())
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
+def refuse_to_decode(*args):
+    raise AssertionError("experts were decoded into a scratch")
+
+
+@pytest.mark.parametrize("setting", SETTINGS[:3], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("family", "name"), FAMILIES)
+def test_few_tokens_need_no_scratch(monkeypatch, family, name, dtype, tokens, setting):
+    """Tiles of 16 and of 32 rows: their products decode the codes, forward and backward."""
+    from peft_moe_lora.ops.kernels import parts
+
+    (model, layer), (dense, dense_layer) = quantized(family, name, dtype, setting, backend="triton")
+    monkeypatch.setattr(parts, "dequantize", refuse_to_decode)
+    args = inputs(dtype, tokens)
+    found, expected = step(model, layer, *args), step(dense, dense_layer, *args)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        # the same numbers, summed in other steps
+        error = ((found[key].double() - value.double()).norm() / value.double().norm()).item()
+        assert error <= ATOL[dtype], f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_nothing_waits_for_the_device(monkeypatch, tokens):
     few_experts_a_part(monkeypatch, 3)
     (model, layer), _ = quantized(*FAMILIES[0], torch.bfloat16)
-    args = inputs(torch.bfloat16)
+    args = inputs(torch.bfloat16, tokens)
     step(model, layer, *args)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -69,10 +93,11 @@ def test_nothing_waits_for_the_device(monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_same_bits_every_time_and_under_a_captured_graph(monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_same_bits_every_time_and_under_a_captured_graph(monkeypatch, tokens):
     few_experts_a_part(monkeypatch, 3)
     (model, layer), _ = quantized(*FAMILIES[0], torch.bfloat16)
-    args = inputs(torch.bfloat16)
+    args = inputs(torch.bfloat16, tokens)
     first, second = step(model, layer, *args), step(model, layer, *args)
     assert all(torch.equal(first[key], second[key]) for key in first)
     with torch.no_grad():
@@ -144,8 +169,11 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
     assert dense_weights - packed_weights > (2 - 0.6) * stack
 
 
-def test_more_than_two_to_the_31_values():
+@pytest.mark.parametrize("max_block_m", [0, 32], ids=["into a scratch", "in the product"])
+def test_more_than_two_to_the_31_values(monkeypatch, max_block_m):
     from peft_moe_lora.ops import kernels
+
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", max_block_m)
     from peft_moe_lora.ops.quantize import quantize
 
     count, N, K = 40, 8192, 8192

@@ -45,6 +45,15 @@ def test_the_benchmark_of_a_layer_checks_what_it_times(tmp_path):
     assert quantized[0]["weights"] < 0.14 * dense["weights"]
 
 
+def test_the_benchmark_of_few_rows_times_every_way(tmp_path):
+    run("benchmark_quantized.py", "--tokens", 1, 4, "--repeat", 1, "--json", tmp_path / "o")
+    found = json.loads((tmp_path / "o").read_text())
+    assert [row["tokens"] for row in found] == [1, 4]
+    for row in found:
+        assert all(ms > 0 for times in row["ms"].values() for ms in times.values())
+        assert len(row["ms"]) >= 2
+
+
 def test_the_benchmark_of_a_model_trains_it(tmp_path):
     run("benchmark_quantized.py", "--model", "--steps", 8, "--loss-chunk", 20, "--json", tmp_path / "o")
     found = json.loads((tmp_path / "o").read_text())

@@ -48,6 +48,11 @@ class QuantizedWeight:
         """Bytes of all that is stored."""
         return sum(t.nbytes for t in self.tensors())
 
+    def stride(self) -> tuple[int, int, int]:
+        """Of the dense [E, N, K] that is not there."""
+        _, R, C = self.stored_shape
+        return (R * C, 1, C) if self.transposed else (R * C, C, 1)
+
     def tensors(self) -> list[torch.Tensor]:
         """The tensors in field order: what autograd and devices know of."""
         return [value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)]

@@ -123,39 +123,64 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
     kernels.expert_outer(x, xa, routing, out, row_weights=weights, gather_left=True)
 
 
+def empty(*size, dtype=torch.uint8):
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def codes_4bit(E, R, C, dtype):
+    """Stacks of 4-bit codes as they are used: scales nested, plain, of exponents."""
+    from peft_moe_lora.ops.quantized import Codes4bit
+
+    n, fp32 = E * R * C, torch.float32
+    four = {"stored_shape": (E, R, C), "dtype": dtype, "packed": empty(n // 2), "code": empty(16, dtype=fp32)}
+    nested = {"nested_code": empty(256, dtype=fp32), "nested_scales": empty(n // 64 // 256 + 1, dtype=fp32)}
+    nested |= {"offset": empty((), dtype=fp32)}
+    return [
+        Codes4bit(format="nf4", blocksize=64, scales=empty(n // 64 + 1), **four, **nested),
+        Codes4bit(format="nf4", blocksize=64, scales=empty(n // 64 + 1, dtype=fp32), **four),
+        Codes4bit(format="mxfp4", blocksize=32, scales=empty(n // 32 + 1), low_first=True, **four),
+    ]
+
+
 def launch_decoding(dtype, E=8, R=1536, C=2048, uneven=False):
-    """Every kernel that decodes experts, through the parts of a product, on meta tensors."""
+    """Every kernel that decodes experts into a scratch, on meta tensors."""
     from peft_moe_lora.ops import kernels
-    from peft_moe_lora.ops.kernels.parts import parts
-    from peft_moe_lora.ops.quantized import Codes4bit, Codes8bit
+    from peft_moe_lora.ops.quantized import Codes8bit
 
-    def empty(*size, dtype=torch.uint8):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    routing = kernels.route(empty(64, 2, dtype=torch.int64), E)
-    fp32 = torch.float32
+    offsets = empty(E + 1, dtype=torch.int32)
     # the formats as they are used; with blocks across experts
     for size in ((R, C), (R - 2, C - 2)) if uneven else ((R, C),):
         common = {"stored_shape": (E, *size), "dtype": dtype}
-        n = E * size[0] * size[1]
-        four = common | {"packed": empty(n // 2), "code": empty(16, dtype=fp32)}
-        nested = {"nested_code": empty(256, dtype=fp32), "nested_scales": empty(n // 64 // 256 + 1, dtype=fp32)}
-        nested |= {"offset": empty((), dtype=fp32)}
         weights = [
-            Codes4bit(format="nf4", blocksize=64, scales=empty(n // 64 + 1), **four, **nested),
-            Codes4bit(format="nf4", blocksize=64, scales=empty(n // 64 + 1, dtype=fp32), **four),
-            Codes4bit(format="mxfp4", blocksize=32, scales=empty(n // 32 + 1), low_first=True, **four),
+            *codes_4bit(E, *size, dtype),
             Codes8bit(
-                format="fp8", tile=(128, 128), scales=empty(E, 12, 16, dtype=fp32),
+                format="fp8", tile=(128, 128), scales=empty(E, 12, 16, dtype=torch.float32),
                 codes=empty(E, *size, dtype=torch.float8_e4m3fn), **common,
             ),
             Codes8bit(
-                format="int8", tile=(1, size[1]), scales=empty(E, size[0], 1, dtype=fp32), unit=0.5,
+                format="int8", tile=(1, size[1]), scales=empty(E, size[0], 1, dtype=torch.float32), unit=0.5,
                 codes=empty(E, *size, dtype=torch.int8), **common,
             ),
         ]  # fmt: skip
         for weight in weights:
-            list(parts(weight, routing))
+            kernels.dequantize(weight, offsets, 0, empty(3, *size, dtype=dtype))
+
+
+def launch_products_of_codes(T, dtype, E=8, top_k=2, H=2048, I=768, r=16):  # noqa: E741
+    """Products that decode their weight, in both orders of its bytes, with and without an adapter, on meta tensors."""
+    from peft_moe_lora.ops import Activation, kernels
+
+    routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
+    x, xa, pre, act = (empty(n, width, dtype=dtype) for n, width in ((T, H), (T * 2, r), (T * 2, 2 * I), (T * 2, I)))
+    up_B, down_B = (empty(n, r * E, dtype=torch.float32).view(n, E, r).permute(1, 0, 2) for n in (2 * I, H))
+    for up, turned in zip(codes_4bit(E, 2 * I, H, dtype), codes_4bit(E, H, 2 * I, dtype), strict=True):
+        lora = {"xa": xa, "lora_B": up_B, "gather": True}
+        kernels.expert_linear_act(x, up, routing, Activation(), **lora)
+        kernels.expert_linear_act(x, turned.transpose(1, 2), routing, Activation(), **lora)
+        kernels.expert_linear(pre, up.transpose(1, 2), routing, xa=xa, lora_B=down_B)
+    for down in codes_4bit(E, H, I, dtype)[:1]:
+        kernels.expert_linear(act, down, routing, xa=xa, lora_B=down_B)
+        kernels.expert_linear(x, down.transpose(1, 2), routing, gather=True)
 
 
 if __name__ == "__main__":
@@ -165,7 +190,8 @@ if __name__ == "__main__":
     with compiling_for(arch) as compiled:
         for case in json.loads(sys.argv[2]):
             case["dtype"] = getattr(torch, case["dtype"])
-            launch = launch_decoding if case.pop("decoding", False) else launch_layer
-            launch(**case)
+            {"decoding": launch_decoding, "products": launch_products_of_codes}.get(
+                case.pop("launch", None), launch_layer
+            )(**case)
     for kernel in compiled:
         print(json.dumps({"arch": arch} | resources(kernel)))

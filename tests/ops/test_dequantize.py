@@ -6,9 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import CUDA, DEVICE, DTYPES, SHAPES, Problem, assert_within, ids, kernels, outputs, wide  # noqa: F401
+from test_kernels import (  # noqa: F401
+    CUDA,
+    DEVICE,
+    DTYPES,
+    SHAPES,
+    Problem,
+    Shape,
+    assert_within,
+    ids,
+    kernels,
+    outputs,
+    wide,
+)
 
-from peft_moe_lora.ops import Activation, reference
+from peft_moe_lora.ops import Activation, Dropout, reference
 from peft_moe_lora.ops.quantize import BLOCKSIZES, code_of, quantize
 from peft_moe_lora.ops.quantized import Codes4bit, Codes8bit, QuantizedWeight
 
@@ -167,6 +179,7 @@ def test_products_in_parts_are_whole(kernels, monkeypatch, shape, format, expert
     routing = kernels.route(problem.index, shape.E)
     bytes_of_one = 2 * shape.I * shape.H * dtype.itemsize
     monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.SCRATCH_BYTES", experts_of_a_part * bytes_of_one)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", 0)
     up, down = quantized_as(format, problem.up), quantized_as(format, problem.down)
     lora = {"xa": problem.xa, "lora_B": problem.up_B, "bias": problem.up_bias, "gather": True}
     check(kernels, "expert_linear_act", problem, up, problem.x, routing, Activation(), **lora)
@@ -194,6 +207,112 @@ def test_parts_number_their_experts_from_zero_and_cover_every_row_once(kernels):
                 assert all(e == -1 and row == end for e, row in lines[number:-1]), "a tile ends where the next begins"
                 found += [(e + i * count, row) for e, row in lines[:number]]
             assert found == whole
+
+
+# ------------------------------------------------------------------------------------- codes decoded by their product
+
+
+def transposed_storage(weight):
+    """[E, N, K] whose bytes stand in the order of [E, K, N]."""
+    return transposed(quantize(weight.dense().transpose(1, 2).contiguous(), "nf4"))
+
+
+def as_mxfp4(dense):
+    weight = mxfp4(tuple(dense.shape), dense.dtype)
+    return replace(weight, scales=weight.scales - 10)
+
+
+def nf4(dense, **settings):
+    return quantize(dense, "nf4", **settings)
+
+
+FEW_ROWS = {
+    "even": (Shape(12, 3, 2, 64, 64, 16, ""), nf4),
+    "one token, empty experts": (Shape(1, 8, 2, 128, 64, 1, ""), nf4),
+    "rank past the width": (Shape(5, 2, 1, 64, 64, 80, ""), lambda dense: quantize(dense, "fp4")),
+    "K and N no multiples of a block": (
+        Shape(4, 2, 2, 192, 64, 6, ""),
+        lambda dense: quantize(dense, "fp4", blocksize=32, double_quant=False),
+    ),
+    "blocks of many rows, tiles of 32": (Shape(70, 2, 1, 64, 64, 4, ""), lambda dense: nf4(dense, blocksize=4096)),
+    "a block and a half in a row": (Shape(4, 2, 1, 64, 192, 4, ""), lambda dense: nf4(dense, blocksize=128)),
+    "stored the other way": (Shape(12, 3, 2, 128, 64, 16, ""), lambda dense: transposed_storage(nf4(dense))),
+    "mxfp4": (Shape(12, 3, 2, 64, 64, 16, ""), as_mxfp4),
+    "more experts than rows": (Shape(3, 12, 2, 64, 64, 3, ""), nf4),
+}
+
+
+@pytest.fixture
+def no_scratch(monkeypatch):
+    """Nothing may be decoded anywhere but in a product."""
+
+    def refuse(*args):
+        raise AssertionError("experts were decoded into a scratch")
+
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.dequantize", refuse)
+
+
+DECODING_DTYPES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
+
+
+# one dtype under the interpreter, which is slow: they differ in a cast
+@pytest.mark.parametrize("dtype", DECODING_DTYPES if CUDA else [torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", FEW_ROWS)
+def test_products_of_few_rows_decode_their_codes(kernels, no_scratch, case, dtype):  # noqa: F811
+    check_products_of_few_rows(kernels, case, dtype)
+
+
+def test_products_of_few_rows_in_fp32(kernels, request):  # noqa: F811
+    """Decoded in the interpreter; on a GPU, whose table has no such row, into the scratch."""
+    if not CUDA:
+        request.getfixturevalue("no_scratch")
+    check_products_of_few_rows(kernels, "K and N no multiples of a block", torch.float32)
+
+
+def check_products_of_few_rows(kernels, case, dtype):  # noqa: F811
+    shape, quantized = FEW_ROWS[case]
+    problem = Problem(shape, dtype)
+    routing = kernels.route(problem.index, shape.E)
+    up, down = quantized(problem.up), quantized(problem.down)
+    lora = {"xa": problem.xa, "lora_B": problem.up_B, "bias": problem.up_bias, "gather": True}
+    for activation in (Activation(), Activation(interleaved=True, limit=0.8), Activation("relu2", gated=False)):
+        check(kernels, "expert_linear_act", problem, up, problem.x, routing, activation, **lora)
+    check(kernels, "expert_linear", problem, up, problem.x, routing, **lora)
+    lora = {"xa": problem.xa, "lora_B": problem.down_B, "bias": problem.down_bias}
+    check(kernels, "expert_linear", problem, down, problem.rows(shape.I), routing, **lora)
+    dropout = Dropout(0.4, torch.tensor([2**31 + 77], device=DEVICE))
+    for options in ({}, {"dropout": dropout}):
+        lora = {"xa": problem.xa, "lora_B": problem.up_A.transpose(1, 2)} | options
+        check(kernels, "expert_linear", problem, transposed(up), problem.rows(2 * shape.I), routing, **lora)
+        lora = {"xa": problem.xa, "lora_B": problem.down_A.transpose(1, 2), "gather": True} | options
+        check(kernels, "expert_linear", problem, transposed(down), problem.x, routing, **lora)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_products_decode_the_bits_of_the_twin(kernels, no_scratch, blocksize, nested):  # noqa: F811
+    """Columns of a unit matrix, one row an expert, read the weight itself."""
+    dtype, shape = torch.float16, (6, 64, 192)
+    weight = quantize(stack(shape, dtype), "nf4", blocksize=blocksize, double_quant=nested)
+    for w in (weight, transposed(weight)):
+        at = torch.randint(0, w.shape[2], (6,), device=DEVICE)
+        x = torch.zeros(6, w.shape[2], dtype=dtype, device=DEVICE)
+        x[range(6), at] = 1
+        y = kernels.expert_linear(x, w, kernels.route(torch.arange(6, device=DEVICE)[:, None], 6))
+        assert torch.equal(y, w.dense()[range(6), :, at])
+
+
+def test_which_weights_their_products_decode(kernels):  # noqa: F811
+    from peft_moe_lora.ops.kernels.codes_4bit import MAX_BLOCK_M, decodes_in_kernel
+
+    half = torch.float16
+    weight = quantize(stack((2, 16, 64), half), "nf4")
+    assert decodes_in_kernel(weight, 16)
+    assert decodes_in_kernel(weight, MAX_BLOCK_M)
+    assert not decodes_in_kernel(weight, 2 * MAX_BLOCK_M), "many rows would decode a tile many times"
+    assert not decodes_in_kernel(quantize(stack((2, 16, 96), half), "nf4"), 16), "spans would cross rows"
+    assert not decodes_in_kernel(quantize(stack((2, 16, 64), half), "int8"), 16)
+    assert not decodes_in_kernel(weight.dense(), 16)
 
 
 def test_the_scratch_is_bounded_and_one_for_all_parts(kernels, monkeypatch):  # noqa: F811
@@ -239,14 +358,16 @@ def test_bits_that_bitsandbytes_wrote(kernels):  # noqa: F811
             assert torch.equal(kernels.dequantize(weight, offsets_of([1] * len(out)), 0, out), expected), name
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_layer_and_its_gradients(kernels, monkeypatch, format):  # noqa: F811
+LAYERS = [("nf4", SHAPES[1]), ("int8", SHAPES[1]), ("nf4", FEW_ROWS["one token, empty experts"][0])]
+
+
+@pytest.mark.parametrize(("format", "shape"), LAYERS, ids=["nf4", "int8", "one token"])
+def test_a_layer_and_its_gradients(kernels, monkeypatch, format, shape):  # noqa: F811
     """The two backends on quantized experts, whole layers."""
     from peft_moe_lora.functional import Projection, experts
 
     monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.SCRATCH_BYTES", 2 * 40 * 48 * 4)
-    problem = Problem(SHAPES[1], torch.float32)
-    shape, found = problem.shape, {}
+    problem, found = Problem(shape, torch.float32), {}
     for backend in ("triton", "torch"):
         leaves = [problem.x, problem.weights]
         for A, B in ((problem.up_A, problem.up_B), (problem.down_A, problem.down_B)):

@@ -61,7 +61,7 @@ DECODING = {80: {"dtype": "float32"}, 90: {"dtype": "bfloat16", "uneven": True},
 
 @pytest.mark.parametrize("arch", DECODING)
 def test_decoding_compiles_without_spills_and_rounds_every_step(arch):
-    kernels = compiled_for(arch, [{"decoding": True, **DECODING[arch]}])
+    kernels = compiled_for(arch, [{"launch": "decoding", **DECODING[arch]}])
     decoding = [k for k in kernels if "dequantize" in k["kernel"]]
     assert len(decoding) == (10 if "uneven" in DECODING[arch] else 5)
     assert len({k["kernel"] for k in decoding}) == 2
@@ -70,3 +70,16 @@ def test_decoding_compiles_without_spills_and_rounds_every_step(arch):
         assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
         # bitsandbytes rounds a nested scale twice
         assert kernel["fused_multiply_adds"] == 0, f"fused: {kernel}"
+
+
+@pytest.mark.parametrize(("arch", "T"), [(80, 32), (90, 32), (90, 160), (100, 32)])
+def test_products_that_decode_compile_without_spills_and_without_a_scratch(arch, T):
+    kernels = compiled_for(arch, [{"launch": "products", "dtype": "bfloat16", "T": T}])
+    found = [k["kernel"] for k in kernels]
+    assert found.count("_linear_act_kernel") == 6
+    assert found.count("_linear_kernel") == 5
+    assert not any("dequantize" in name for name in found)
+    for kernel in kernels:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        # the table asks for four programs of a multiprocessor
+        assert 4 * kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..routing import Dropout, Routing
+from .codes_4bit import weight_operands
 from .config import dot_precision, padded_rank
 from .launch import facts, launch
 from .linear_ordered import linear_ordered
@@ -15,12 +16,13 @@ from .tile import launch_facts, position, row_descriptor, strides_or_zeros, tabl
 
 @triton.jit
 def _linear_tile(
-    x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
-    e, first_row, end, n0, N, K, r,
+    x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr,
+    row_slot_ptr, e, first_row, end, n0, N, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn, stride_ym,
     GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row up to min(first_row + BLOCK_M, end) of expert e, columns n0 up to n0 + BLOCK_N."""
     offs_m = first_row + tl.arange(0, BLOCK_M)
@@ -29,10 +31,11 @@ def _linear_tile(
     x_rows = tl.load(row_token_ptr + rows) if GATHER else rows
     cols, mask_n = tile_columns(n0, N, BLOCK_N, 1)
     acc = tile_product(
-        x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr, row_slot_ptr,
+        x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr, row_slot_ptr,
         e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
         stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
         stride_biase, stride_biasn, P, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+        FORMAT,
     )  # fmt: skip
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + cols[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & mask_n[None, :])
@@ -40,15 +43,18 @@ def _linear_tile(
 
 @triton.jit(do_not_specialize=["lines"])
 def _linear_kernel(
-    x_desc, weight_desc, x_ptr, weight_ptr, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
-    tiles_ptr, lines, N, K, r,
+    x_desc, weight_desc, x_ptr, weight_ptr, scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr,
+    bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr, row_slot_ptr, tiles_ptr, lines, N, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn, stride_ym,
     GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    K_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr,
+    LOW_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Persistent grid: each program takes every num_programs-th output tile."""
+    codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
+    FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
     num_tiles = tl.load(tiles_ptr + 2 * lines - 1)
     num_n = tl.cdiv(N, BLOCK_N)
     total = num_tiles * num_n
@@ -61,17 +67,19 @@ def _linear_kernel(
         if TAIL and end - first_row <= BLOCK_M // 2:
             # half a tile's rows in half its time
             _linear_tile(
-                x_ptr, None, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr,
-                row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r, stride_xm, stride_xk, stride_we, stride_wn,
-                stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
-                stride_ym, GATHER, P, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+                x_ptr, None, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr,
+                row_token_ptr, row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r, stride_xm, stride_xk, stride_we,
+                stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase,
+                stride_biasn, stride_ym, GATHER, P, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+                FORMAT,
             )  # fmt: skip
         else:
             _linear_tile(
-                x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr, row_token_ptr,
-                row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r, stride_xm, stride_xk, stride_we, stride_wn,
-                stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn,
-                stride_ym, GATHER, P, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+                x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr,
+                row_token_ptr, row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r, stride_xm, stride_xk, stride_we,
+                stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br, stride_biase,
+                stride_biasn, stride_ym, GATHER, P, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+                FORMAT,
             )  # fmt: skip
         e, first_row, end, n = next_e, next_first_row, next_end, next_n
 
@@ -102,36 +110,39 @@ def expert_linear(
     M, N = routing.num_rows, weight.shape[1]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
-        for experts, dense, part in parts(weight, routing):
+        for experts, held, part in parts(weight, routing):
             low_rank = xa, of_experts(lora_B, experts)
-            _linear(x, dense, part, of_experts(bias, experts), *low_rank, gather, dropout, y)
+            _linear(x, held, part, of_experts(bias, experts), *low_rank, gather, dropout, y)
     return y
 
 
 def _linear(x, weight, routing, bias, xa, lora_B, gather, dropout, y) -> None:
     """Write the rows of y that belong to the routing's tiles."""
-    if not gather and dropout is None and linear_ordered(x, weight, routing, bias, xa, lora_B, y):
+    packed = not isinstance(weight, torch.Tensor)
+    ordered = not (packed or gather or dropout)
+    if ordered and linear_ordered(x, weight, routing, bias, xa, lora_B, y):
         return
     _, N, K = weight.shape
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
-    op = "linear_gathered" if gather else "linear"
+    op = "linear_4bit" if packed else "linear_gathered" if gather else "linear"
     programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m)
     x_desc = None
     if weight_desc is not None and not gather:
         x_desc = row_descriptor(x, blocks["BLOCK_M"], blocks["BLOCK_K"])
     p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
+    weight_tensors, codes = weight_operands(weight, blocks)
 
     def rest():
         strides = (
             *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
             *strides_or_zeros(bias, 2), N,
         )  # fmt: skip
-        constants = {"GATHER": gather, "P": p, "R": padded_rank(r), "PRECISION": precision, **blocks}
+        constants = {"GATHER": gather, "P": p, "R": padded_rank(r), "PRECISION": precision, **blocks, **codes}
         return (N, K, r, *strides), constants
 
     key = (
         "linear", facts(x, weight, bias, xa, lora_B), N, K, r, gather, p, precision, routing.block_m,
-        x_desc is None, weight_desc is None,
+        x_desc is None, weight_desc is None, *codes.values(),
     )  # fmt: skip
-    tensors = x, weight, bias, xa, lora_B, y, seed, routing.row_token, routing.row_slot, routing.tiles
+    tensors = x, *weight_tensors, bias, xa, lora_B, y, seed, routing.row_token, routing.row_slot, routing.tiles
     launch(key, _linear_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (x_desc, weight_desc))

@@ -10,6 +10,7 @@ import triton.language as tl
 from ..activation import Activation
 from ..routing import Routing
 from .activation import activate, activate_plain, activation_constants
+from .codes_4bit import weight_operands
 from .config import dot_precision, padded_rank
 from .launch import facts, launch
 from .parts import of_experts, parts
@@ -19,13 +20,14 @@ from .tile import halves, launch_facts, position, strides_or_zeros, table_line, 
 
 @triton.jit
 def _linear_act_tile(
-    x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+    x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
     e, first_row, end, n, N, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     UP_SHIFT: tl.constexpr, HALVES: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row up to min(first_row + BLOCK_M, end) of expert e, the n-th BLOCK_N columns (of each half)."""
     BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -36,10 +38,11 @@ def _linear_act_tile(
     n0 = n * (BLOCK_N // HALVES)
     cols, mask_n = tile_columns(n0, N // HALVES, BLOCK_N, HALVES)
     acc = tile_product(
-        x_ptr, None, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, None, None,
+        x_ptr, None, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, None, None,
         e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
         stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
         stride_biase, stride_biasn, 0.0, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+        FORMAT,
     )  # fmt: skip
     mask_m = (offs_m < end)[:, None]
     rows_out = offs_m.to(tl.int64)[:, None]
@@ -66,16 +69,19 @@ def _linear_act_tile(
 
 @triton.jit(do_not_specialize=["lines"])
 def _linear_act_kernel(
-    weight_desc, x_ptr, weight_ptr, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
-    tiles_ptr, lines, N, K, r,
+    weight_desc, x_ptr, weight_ptr, scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr,
+    bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr, tiles_ptr, lines, N, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     UP_SHIFT: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    K_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr,
+    LOW_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Persistent grid: each program takes every num_programs-th output tile."""
+    codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
+    FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
     HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
     num_tiles = tl.load(tiles_ptr + 2 * lines - 1)
     num_n = tl.cdiv(N // HALVES, BLOCK_N // HALVES)
@@ -88,17 +94,19 @@ def _linear_act_kernel(
         next_e, next_first_row, next_end = table_line(tiles_ptr, next_tile)
         if TAIL and end - first_row <= BLOCK_M // 2:
             _linear_act_tile(
-                x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
                 e, first_row, end, n, N, K, r, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam,
                 stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED,
                 LIMIT, ALPHA, UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+                FORMAT,
             )  # fmt: skip
         else:
             _linear_act_tile(
-                x_ptr, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
+                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
                 e, first_row, end, n, N, K, r, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam,
                 stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED,
                 LIMIT, ALPHA, UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+                FORMAT,
             )  # fmt: skip
         e, first_row, end, n = next_e, next_first_row, next_end, next_n
 
@@ -129,9 +137,9 @@ def expert_linear_act(
     pre = torch.empty(M, N, dtype=x.dtype, device=x.device)
     act = torch.empty(M, activation.width(N), dtype=x.dtype, device=x.device)
     if M > 0:
-        for experts, dense, part in parts(weight, routing):
+        for experts, held, part in parts(weight, routing):
             low_rank = xa, of_experts(lora_B, experts)
-            _linear_act(x, dense, part, activation, of_experts(bias, experts), *low_rank, gather, pre, act)
+            _linear_act(x, held, part, activation, of_experts(bias, experts), *low_rank, gather, pre, act)
     return pre, act
 
 
@@ -140,7 +148,9 @@ def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, a
     _, N, K = weight.shape
     split = 2 if activation.gated and not activation.interleaved else 1
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
-    programs, blocks, weight_desc = launch_facts("linear_act", x, weight, routing.block_m, split)
+    op = "linear_act" if isinstance(weight, torch.Tensor) else "linear_act_4bit"
+    programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m, split)
+    weight_tensors, codes = weight_operands(weight, blocks, split)
 
     def rest():
         strides = (
@@ -148,11 +158,11 @@ def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, a
             *strides_or_zeros(bias, 2),
         )  # fmt: skip
         constants = {"GATHER": gather, "R": padded_rank(r), "PRECISION": precision}
-        return (N, K, r, *strides), activation_constants(activation) | constants | blocks
+        return (N, K, r, *strides), activation_constants(activation) | constants | blocks | codes
 
     key = (
         "linear_act", facts(x, weight, bias, xa, lora_B), N, K, r, activation, gather, precision, routing.block_m,
-        weight_desc is None,
+        weight_desc is None, *codes.values(),
     )  # fmt: skip
-    tensors = x, weight, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles
+    tensors = x, *weight_tensors, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles
     launch(key, _linear_act_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (weight_desc,))

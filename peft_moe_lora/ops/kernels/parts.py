@@ -1,5 +1,7 @@
 """A product with a quantized weight, in parts: some experts are decoded, their rows multiplied, then the next.
 
+Tiles of few rows decode 4-bit codes for themselves (`codes_4bit`): then all experts are one part, and nothing is kept.
+
 The scratch is a tensor of its call, freed behind it: torch's allocator gives every layer the same memory, in the order
 of its stream and inside a CUDA graph too.
 """
@@ -10,6 +12,7 @@ import torch
 
 from ..quantized import QuantizedWeight
 from ..routing import Routing
+from .codes_4bit import decodes_in_kernel
 from .config import ceil_div
 from .dequantize import dequantize
 from .routing import part_tables
@@ -18,14 +21,14 @@ from .routing import part_tables
 SCRATCH_BYTES = 128 * 2**20
 
 
-def parts(weight: torch.Tensor | QuantizedWeight, routing: Routing) -> Iterator[tuple[slice, torch.Tensor, Routing]]:
-    """(experts, their dense weight [count, N, K], their routing), in turn; a weight is good until the next.
+def parts(weight: torch.Tensor | QuantizedWeight, routing: Routing) -> Iterator[tuple]:
+    """(experts, their weight [count, N, K], their routing), in turn; a weight is good until the next.
 
     Args:
-        weight: [E, N, K]; a dense one is a single part.
+        weight: [E, N, K]; a dense one is a single part, as is one whose products decode it for themselves.
         routing: with tiles.
     """
-    if isinstance(weight, torch.Tensor):
+    if isinstance(weight, torch.Tensor) or decodes_in_kernel(weight, routing.block_m):
         yield slice(None), weight, routing
         return
     E, R, C = weight.stored_shape

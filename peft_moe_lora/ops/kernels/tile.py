@@ -6,6 +6,7 @@ Legend, of one tile:
     HALVES: 2 where a tile holds the same BLOCK_N / 2 columns of a gate half and of an up half, else 1
     n0: first column within a half              width: columns of a half
     weight_desc: 4-D descriptor [E, HALVES, width, K] where K_UNIT, else 3-D [E, K, N]; None to load by pointers
+    codes: what `codes_4bit` says, where weight_ptr points to packed bytes; its first is None where W is dense
 With a mask the low-rank term stands first: the accumulator it leaves is masked, and the K loop goes on with it.
 """
 
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .codes_4bit import add_product_4bit
 from .config import device_facts, lookup
 from .dropout import dropout_mask
 
@@ -84,12 +86,12 @@ def _add_low_rank(acc, xa, lora_B, mask_r, PRECISION: tl.constexpr):
 
 @triton.jit
 def tile_product(
-    x_ptr, x_desc, weight_ptr, weight_desc, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr, row_slot_ptr,
+    x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr, row_slot_ptr,
     e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
     stride_biase, stride_biasn,
     P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] fp32 of the formula above."""
     expert = e
@@ -119,24 +121,30 @@ def tile_product(
 
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    weight_ptrs = weight_ptr + e * stride_we + cols.to(tl.int64)[None, :] * stride_wn
-    weight_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
-    for k in range(0, K, BLOCK_K):
-        if x_desc is not None:
-            x = x_desc.load([first_row, k])
-        elif EVEN_K:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-        if weight_desc is None:
-            weight = tl.load(weight_ptrs, mask=(offs_k[:, None] < K - k) & mask_n[None, :], other=0.0)
-        elif K_UNIT:
-            weight = weight_desc.load([expert, 0, n0, k]).reshape(BLOCK_N, BLOCK_K).trans()
-        else:
-            weight = weight_desc.load([expert, k, n0]).reshape(BLOCK_K, BLOCK_N)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # [M, K] @ [K, N] -> [M, N]
-        x_ptrs += BLOCK_K * stride_xk
-        weight_ptrs += BLOCK_K * stride_wk
+    if codes[0] is not None:
+        acc = add_product_4bit(
+            acc, x_ptrs, weight_ptr, codes, e, cols, mask_n, K, stride_xk, stride_we, stride_wn, stride_wk, PRECISION,
+            BLOCK_N, BLOCK_K, K_UNIT, FORMAT,
+        )  # fmt: skip
+    else:
+        weight_ptrs = weight_ptr + e * stride_we + cols.to(tl.int64)[None, :] * stride_wn
+        weight_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
+        for k in range(0, K, BLOCK_K):
+            if x_desc is not None:
+                x = x_desc.load([first_row, k])
+            elif EVEN_K:
+                x = tl.load(x_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+            if weight_desc is None:
+                weight = tl.load(weight_ptrs, mask=(offs_k[:, None] < K - k) & mask_n[None, :], other=0.0)
+            elif K_UNIT:
+                weight = weight_desc.load([expert, 0, n0, k]).reshape(BLOCK_N, BLOCK_K).trans()
+            else:
+                weight = weight_desc.load([expert, k, n0]).reshape(BLOCK_K, BLOCK_N)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # [M, K] @ [K, N] -> [M, N]
+            x_ptrs += BLOCK_K * stride_xk
+            weight_ptrs += BLOCK_K * stride_wk
     if LATE:
         acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
     return acc
@@ -189,8 +197,9 @@ def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: boo
 def linear_blocks(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int):
     """(programs, whether by descriptor, constexprs) of a linear kernel over this x and weight, or None: no row."""
     arch, sms = device_facts(x.device)
-    large = weight.stride(0) * weight.element_size() > LARGE_EXPERT_BYTES
-    found = _blocks(op, arch, x.element_size(), block_m, weight.shape[2], weight.stride(2) == 1, large)
+    stride_e, _, stride_k = weight.stride()
+    large = stride_e * weight.dtype.itemsize > LARGE_EXPERT_BYTES
+    found = _blocks(op, arch, x.element_size(), block_m, weight.shape[2], stride_k == 1, large)
     return found and (sms * found[0], *found[1:])
 
 
