@@ -147,13 +147,16 @@ DECODING = {"in the product": 128, "into a scratch": 0}
 @contextmanager
 def decoding(max_block_m: int):
     """Within it, products over tiles of at most so many rows decode their codes."""
-    from peft_moe_lora.ops.kernels import codes_4bit
+    from peft_moe_lora.ops.kernels import codes_4bit, replay
 
     kept, codes_4bit.MAX_BLOCK_M = codes_4bit.MAX_BLOCK_M, max_block_m
+    # what was recorded goes the other way
+    replay.forget()
     try:
         yield
     finally:
         codes_4bit.MAX_BLOCK_M = kept
+        replay.forget()
 
 
 def use_blocks(blocks: dict) -> None:

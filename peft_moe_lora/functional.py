@@ -260,7 +260,7 @@ def _backward(
 def _run_forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
     """`_forward` for adapters of some experts too."""
     E = up.shape[0]
-    return _replayed(plan, x.device, up, down)(
+    return _ops(plan.backend, x.device).replayed(
         _forward, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
         *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), top_k_index, up, up_bias, down, down_bias, seed,
         plan,
@@ -270,7 +270,7 @@ def _run_forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, 
 def _run_backward(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, *rest):
     """`_backward` for adapters of some experts too."""
     E, plan = up.shape[0], rest[-4]
-    dx, dweights, dup_A, dup_B, ddown_A, ddown_B = _replayed(plan, x.device, up, down)(
+    dx, dweights, dup_A, dup_B, ddown_A, ddown_B = _ops(plan.backend, x.device).replayed(
         _backward, dout, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
         *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), up, up_bias, down, *rest,
     )  # fmt: skip
@@ -709,12 +709,6 @@ def gathered(dA: torch.Tensor | None, dB: torch.Tensor | None, num_experts: int,
 def _index(experts: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """[S] int64 on the device, kept: made anew, each call would wait for a copy from the host."""
     return torch.tensor(experts, device=device)
-
-
-def _replayed(plan: _Plan, device: torch.device, *weights) -> Callable:
-    """`replayed` of the operations, or of the twins where a weight is quantized and its decoding is no operation."""
-    quantized = any(isinstance(w, QuantizedWeight) for w in weights)
-    return (reference if quantized else _ops(plan.backend, device)).replayed
 
 
 def _as(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,6 +10,8 @@ from test_gpu import ATOL, FAMILIES, E, H, I, R, adapted, inputs, step
 from torch.utils.checkpoint import checkpoint
 
 from peft_moe_lora import dequantize_experts, quantize_experts
+from peft_moe_lora.ops import kernels
+from peft_moe_lora.ops.kernels import replay
 
 pytestmark = pytest.mark.gpu
 SETTINGS = [{"format": "nf4"}, {"format": "nf4", "double_quant": False}, {"format": "fp4"}, {"format": "int8"}]
@@ -66,6 +68,7 @@ def refuse_to_decode(*args):
 @pytest.mark.parametrize(("family", "name"), FAMILIES)
 def test_few_tokens_need_no_scratch(monkeypatch, family, name, dtype, tokens, setting):
     """Tiles of 16 and of 32 rows: their products decode the codes, forward and backward."""
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", 32)
     from peft_moe_lora.ops.kernels import parts
 
     (model, layer), (dense, dense_layer) = quantized(family, name, dtype, setting, backend="triton")
@@ -171,7 +174,6 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
 
 @pytest.mark.parametrize("max_block_m", [0, 32], ids=["into a scratch", "in the product"])
 def test_more_than_two_to_the_31_values(monkeypatch, max_block_m):
-    from peft_moe_lora.ops import kernels
 
     monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", max_block_m)
     from peft_moe_lora.ops.quantize import quantize
@@ -190,7 +192,6 @@ def test_more_than_two_to_the_31_values(monkeypatch, max_block_m):
 
 def test_experts_without_rows_cost_no_decoding():
     """A few tokens reach a few experts: the time of decoding follows those."""
-    from peft_moe_lora.ops import kernels
     from peft_moe_lora.ops.quantize import quantize
 
     weight = quantize(torch.randn(64, 1024, 2048, device="cuda", dtype=torch.bfloat16), "nf4")
@@ -202,3 +203,17 @@ def test_experts_without_rows_cost_no_decoding():
 
 
 assert E >= 8, "parts of three experts leave a short one"
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS[:2], SETTINGS[3]], ids=["nested", "plain", "int8"])
+@pytest.mark.parametrize("tokens", [40, 2048])
+def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, setting, tokens):
+    model, layer = quantized(*FAMILIES[0], torch.bfloat16, setting)[0]
+    batches = [inputs(torch.bfloat16, tokens) for _ in range(5)]
+    monkeypatch.setattr(replay, "_kinds", {})
+    found = [step(model, layer, *batch) for batch in batches]
+    assert [kind.__class__ for kind in replay._kinds.values()] == [replay._Replay] * 2
+    monkeypatch.setattr(kernels, "replayed", lambda function, *arguments: function(*arguments))
+    for actual, batch in zip(found, batches, strict=True):
+        expected = step(model, layer, *batch)
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)

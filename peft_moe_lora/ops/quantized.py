@@ -57,6 +57,11 @@ class QuantizedWeight:
         """The tensors in field order: what autograd and devices know of."""
         return [value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)]
 
+    def facts(self) -> tuple:
+        """Everything that is not a tensor, hashable: with the tensors' dtypes and shapes, the kind of this weight."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return self.__class__, *(v for v in values if not isinstance(v[1], torch.Tensor))
+
     def with_tensors(self, tensors) -> "QuantizedWeight":
         """The same with other tensors, in the order of `tensors`."""
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]

@@ -6,7 +6,7 @@ decided once: the first call of a kind runs as it is, the second is recorded, la
 forward then takes the host a few microseconds a launch instead of twenty.
 
 Legend:
-    argument: what the composition is called with; a tensor's kind is its dtype, shape and strides
+    argument: a tensor that the composition is called with; its kind is its dtype, shape and strides
     slot: where an address comes from: the arguments first, then the results, last the workspace
     place: (slot, bytes from its address), or None for an absent tensor
 """
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..quantized import QuantizedWeight
 from . import launch
 from .config import dot_precision
 
@@ -49,19 +50,26 @@ def replayed(function, *arguments):
         function: composes operations of this package, and nothing else that computes; its results are a tuple of new
             tensors and of what follows from the kind of its arguments. A call that does anything else is found out
             when it is recorded, and its kind then always runs as it is.
-        arguments: a tensor, then tensors, None, or hashable values; what is not hashable is not replayed.
+        arguments: a tensor, then tensors, quantized weights, None, or hashable values; what is not hashable is not
+            replayed.
     """
+    kind, flat = [function, arguments[0].get_device(), dot_precision(arguments[0].dtype)], []
+    for a in arguments:
+        if isinstance(a, torch.Tensor):
+            kind.append((a.dtype, a.shape, a.stride()))
+            flat.append(a)
+        elif isinstance(a, QuantizedWeight):
+            kind.append(a.facts())
+            kind += [(t.dtype, t.shape, t.stride()) for t in a.tensors()]
+            flat += a.tensors()
+        else:
+            kind.append(a)
     try:
-        first = arguments[0]
-        key = (
-            function, first.get_device(), dot_precision(first.dtype),
-            *[(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in arguments],
-        )  # fmt: skip
-        plan = _kinds.get(key, 0)
+        plan = _kinds.get(key := tuple(kind), 0)
     except TypeError:
         return function(*arguments)
     if plan.__class__ is _Replay:
-        return plan(arguments) or function(*arguments)
+        return plan(flat) or function(*arguments)
     if plan is None:
         return function(*arguments)
     if len(_kinds) >= KINDS:
@@ -69,7 +77,7 @@ def replayed(function, *arguments):
     if plan == 0:
         _kinds[key] = 1
         return function(*arguments)
-    recording = _Recording(arguments)
+    recording = _Recording(flat)
     with recording:
         results = function(*arguments)
     _kinds[key] = recording.replay(results)
@@ -88,11 +96,7 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.arguments, self.failed = arguments, None
         # the arguments' ranges of addresses, in their order
-        self.ranges = [
-            (i, a.data_ptr(), a.data_ptr() + _span(a))
-            for i, a in enumerate(arguments)
-            if isinstance(a, torch.Tensor) and a.numel()
-        ]
+        self.ranges = [(i, a.data_ptr(), a.data_ptr() + _span(a)) for i, a in enumerate(arguments) if a.numel()]
         ends = sorted((start, end) for _, start, end in self.ranges)
         if any(start < previous_end for (_, previous_end), (start, _) in pairwise(ends)):
             self.failed = "arguments share memory"
@@ -181,8 +185,7 @@ class _Recording(TorchDispatchMode):
         ]
         all_places = [p for _, _, _, ds, places, _ in launches for p in (*places, *(d and d[0] for d in ds))]
         used = sorted({p[0] for p in all_places if p is not None and p[0] < first})
-        device = next(a.device for a in self.arguments if isinstance(a, torch.Tensor))
-        return _Replay(first, used, made, total, device, launches, self.compiled)
+        return _Replay(first, used, made, total, self.arguments[0].device, launches, self.compiled)
 
 
 @dataclass(frozen=True)
