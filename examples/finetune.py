@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from peft_moe_lora import MoELoraConfig
 from texts import documentation, hold_out, pack, read_jsonl, standard_library
-from tiny import pretrain
+from tiny import complete, pretrain
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -64,14 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target-modules", nargs="+", default=["experts", "q_proj", "v_proj"], help="what to adapt")
     parser.add_argument("--save-merged", action="store_true", help="write a real model's merged weights to disk too")
     parser.add_argument("--pretrain-steps", type=int, default=300, help="steps that make the tiny one (default: 300)")
-    args = parser.parse_args()
-    if args.model and not args.data:
-        parser.error("--model needs --data FILE.jsonl to train on")
-    for name, value in (REAL if args.model else TINY).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.output = Path(args.output).resolve()
-    return args
+    return complete(parser, parser.parse_args(), TINY, REAL)
 
 
 def load_base(args: argparse.Namespace):
@@ -170,7 +163,6 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     set_seed(0)
 
-    args.tiny = args.model is None
     if args.tiny:
         torch.set_num_threads(1)  # on tensors this small a second thread only waits, and on a busy machine for minutes
         args.model = args.output / "base"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from finetune import CHECKPOINTING, held_out_loss, logits_of
 from peft_moe_lora import MoELoraConfig, load_quantized, merge_adapter
 from texts import documentation, hold_out, pack, read_jsonl, standard_library
-from tiny import pretrain
+from tiny import complete, pretrain
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -44,15 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, help="highest learning rate (default: 1e-2 | 2e-4)")
     parser.add_argument("--r", type=int, default=4, help="rank of each update; lora_alpha is 2 r (default: 4)")
     parser.add_argument("--pretrain-steps", type=int, default=300, help="steps that make the tiny one (default: 300)")
-    args = parser.parse_args(argv)
-    if args.model and not args.data:
-        parser.error("--model needs --data FILE.jsonl to train on")
-    args.tiny = args.model is None
-    for name, value in (TINY if args.tiny else REAL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.output = Path(args.output).resolve()
-    return args
+    return complete(parser, parser.parse_args(argv), TINY, REAL)
 
 
 def load_base(args: argparse.Namespace):

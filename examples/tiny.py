@@ -1,5 +1,6 @@
 """A Mixture-of-Experts model that knows Python's documentation, made from nothing in half a minute on two cores."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -8,7 +9,19 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 from texts import documentation, hold_out, pack
 
-__all__ = ["make_model", "make_tokenizer", "pretrain"]
+__all__ = ["complete", "make_model", "make_tokenizer", "pretrain"]
+
+
+def complete(parser: argparse.ArgumentParser, args: argparse.Namespace, tiny: dict, real: dict) -> argparse.Namespace:
+    """Fill what was not said with the defaults of the tiny model, or of a real one where --model names it."""
+    if args.model and not args.data:
+        parser.error("--model needs --data FILE.jsonl to train on")
+    args.tiny = args.model is None
+    for name, value in (tiny if args.tiny else real).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.output = Path(args.output).resolve()
+    return args
 
 
 def make_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:

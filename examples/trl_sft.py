@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_moe_lora import MoELoraConfig
 from texts import documentation, standard_library
-from tiny import pretrain
+from tiny import complete, pretrain
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -54,15 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16, help="rank; lora_alpha is 2 r (default: 16)")
     parser.add_argument("--target-modules", nargs="+", default=["experts", "q_proj", "v_proj"], help="what to adapt")
     parser.add_argument("--pretrain-steps", type=int, default=200, help="steps that make the tiny one (default: 200)")
-    args = parser.parse_args()
-    if args.model and not args.data:
-        parser.error("--model needs --data FILE.jsonl to train on")
-    args.tiny = args.model is None
-    for name, value in (TINY if args.tiny else REAL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.output = Path(args.output).resolve()
-    return args
+    return complete(parser, parser.parse_args(), TINY, REAL)
 
 
 def write_rows(folder: Path) -> tuple[Path, Path]:

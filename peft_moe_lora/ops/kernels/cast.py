@@ -31,8 +31,8 @@ def cast_as_weight(lora_B: torch.Tensor, dtype: torch.dtype, k_unit: bool) -> to
     """lora_B in `dtype` with its r stride 1 where k_unit, else its N stride; itself where it is so already.
 
     Cast in every call, not once per version of the parameter: an optimizer that writes through a raw pointer (paged
-    and 8-bit ones do) leaves the version as it was, and the copy would go on training with old numbers. It is a few
-    thousandths of the bytes that the product reads.
+    and 8-bit ones do) leaves the version as it was, and the copy would go on training with old numbers. It moves about
+    two hundredths of the bytes that the product does.
 
     Args:
         lora_B: [E, N, r], any strides and float dtype.
