@@ -1,6 +1,6 @@
 # make demo       fine-tune a tiny model on this machine, in under two minutes
 # make test       every test that needs no GPU, the notebooks among them
-# make gpu-test   the tests that need a CUDA device
+# make gpu-test   the tests that need a CUDA device, and the kernels' tests on it
 # make lint       ruff, check and format
 #
 # Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
@@ -43,7 +43,8 @@ test: $(TEST_READY)
 	$(PYTEST) tests/ops
 
 gpu-test: $(TEST_READY)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu --ignore tests/ops
+	$(BIN)/python -m pytest tests/ops
 
 lint: $(LINT_READY)
 	$(BIN)/ruff check .
