@@ -1,69 +1,31 @@
 """out[t] = sum over slots of top_k_weights * down(act(gate_up(x[t]))), each projection W + scaling * B A per expert.
 
-The one door to `ops`: backends are chosen here and gradients written out here. The base weights are frozen: none of
+The one door to `ops`: backends are chosen and gradients written out behind it. The base weights are frozen: none of
 these functions forms a gradient for them, and none materialises W + scaling * B A.
 """
 
-import importlib.util
-import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
-from types import ModuleType
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .ops import Activation, Dropout, QuantizedWeight, Routing, reference
+from .backends import BACKENDS, ops_for, select_backend
+from .ops import Activation, Dropout, QuantizedWeight, Routing
+from .projection import Projection, gathered, gradient_like, per_expert, spread, whole_gradients, whole_pair
 
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "triton", "torch")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One frozen projection of every expert and the low-rank update that rides on it.
-
-    Attributes:
-        weight: [E, N, K] float, any strides (a transposed model passes a view), or quantized; its gate half
-            [E, N/2, K] where `up_weight` is the other half.
-        bias: [E, N] or None.
-        lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th expert that has one; S = E unless
-            `experts` says otherwise. None where no adapter is active.
-        lora_B: [N, r * S], expert-major: columns s*r up to (s + 1)*r are B of that expert.
-        scaling: factor of the update.
-        dropout_p: probability that an element of x is dropped before A, in [0, 1).
-        experts: ascending ids of the S experts that have an update; None for all E.
-        up_weight: [E, N/2, K], the up half of a gate_up projection whose halves are stored apart; else None.
-    """
-
-    weight: torch.Tensor | QuantizedWeight
-    bias: torch.Tensor | None = None
-    lora_A: torch.Tensor | None = None
-    lora_B: torch.Tensor | None = None
-    scaling: float = 1.0
-    dropout_p: float = 0.0
-    experts: tuple[int, ...] | None = None
-    up_weight: torch.Tensor | None = None
-
-    def halves(self) -> list["Projection"]:
-        """The gate and the up half, which share A; itself where it is stored whole."""
-        if self.up_weight is None:
-            return [self]
-        n = self.weight.shape[1]
-        return [
-            replace(
-                self,
-                weight=weight,
-                up_weight=None,
-                bias=None if self.bias is None else self.bias[:, rows],
-                lora_B=None if self.lora_B is None else self.lora_B[rows],
-            )
-            for weight, rows in ((self.weight, slice(n)), (self.up_weight, slice(n, None)))
-        ]
+__all__ = [
+    "BACKENDS",
+    "Projection",
+    "experts",
+    "gathered",
+    "per_expert",
+    "rows_linear",
+    "select_backend",
+    "spread",
+    "whole_gradients",
+]
 
 
 @dataclass(frozen=True)
@@ -90,24 +52,6 @@ class _Plan:
     @classmethod
     def from_scalars(cls, *scalars) -> "_Plan":
         return cls(Activation(*scalars[:6]), *scalars[6:])
-
-
-def select_backend(backend: str, device: torch.device) -> str:
-    """Of "triton" and "torch" the one for a wish out of BACKENDS on a device; what "auto" picked is logged once.
-
-    Raises:
-        RuntimeError: if "triton" was asked for where it cannot run.
-    """
-    if backend == "torch":
-        return "torch"
-    obstacle = _triton_obstacle(device.type, device.index)
-    if backend == "triton":
-        if obstacle:
-            raise RuntimeError(f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "torch".')
-        return "triton"
-    chosen = "triton" if device.type == "cuda" and not obstacle else "torch"
-    _log_auto(chosen, device.type, obstacle)
-    return chosen
 
 
 def experts(
@@ -198,7 +142,7 @@ def rows_linear(x: torch.Tensor, expert_size, projection: Projection, *, backend
 
 def _forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
     """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the routing as `_flat`."""
-    ops = _ops(plan.backend, x.device)
+    ops = ops_for(plan.backend, x.device)
     (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, up.shape[0]), per_expert(down_A, down_B, up.shape[0])
     up_drop, down_drop = _dropouts(plan, seed)
     routing = ops.route(top_k_index, up.shape[0])
@@ -217,12 +161,12 @@ def _backward(
     expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m, plan, needs_x, needs_up, needs_down,
 ):  # fmt: skip
     """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
-    ops = _ops(plan.backend, x.device)
+    ops = ops_for(plan.backend, x.device)
     routing = _routing(expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m)
     up_drop, down_drop = _dropouts(plan, seed)
     E = up.shape[0]
     gradients = [
-        _gradient_like(t) if needed else None
+        gradient_like(t) if needed else None
         for t, needed in ((up_A, needs_up), (up_B, needs_up), (down_A, needs_down), (down_B, needs_down))
     ]
     (dup_A, dup_B), (ddown_A, ddown_B) = per_expert(*gradients[:2], E), per_expert(*gradients[2:], E)
@@ -260,7 +204,7 @@ def _backward(
 def _run_forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, up_bias, down, down_bias, seed, plan):
     """`_forward` for adapters of some experts too."""
     E = up.shape[0]
-    return _ops(plan.backend, x.device).replayed(
+    return ops_for(plan.backend, x.device).replayed(
         _forward, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
         *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), top_k_index, up, up_bias, down, down_bias, seed,
         plan,
@@ -270,7 +214,7 @@ def _run_forward(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, 
 def _run_backward(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, *rest):
     """`_backward` for adapters of some experts too."""
     E, plan = up.shape[0], rest[-4]
-    dx, dweights, dup_A, dup_B, ddown_A, ddown_B = _ops(plan.backend, x.device).replayed(
+    dx, dweights, dup_A, dup_B, ddown_A, ddown_B = ops_for(plan.backend, x.device).replayed(
         _backward, dout, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
         *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), up, up_bias, down, *rest,
     )  # fmt: skip
@@ -351,7 +295,7 @@ def _experts_backward_fake(dout, x, top_k_weights, up_A, up_B, down_A, down_B, *
     dweights = top_k_weights.new_empty(top_k_weights.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     grads = [torch.empty_like(x) if needs_x else x.new_empty(0), dweights]
     for A, B, needs in ((up_A, up_B, needs_up), (down_A, down_B, needs_down)):
-        grads += [_gradient_like(A), _gradient_like(B)] if needs else [x.new_empty(0), x.new_empty(0)]
+        grads += [gradient_like(A), gradient_like(B)] if needs else [x.new_empty(0), x.new_empty(0)]
     return tuple(grads)
 
 
@@ -395,7 +339,7 @@ def _route(top_k_index: torch.Tensor, num_experts: int, backend: str) -> Routing
     if torch.compiler.is_compiling():
         index = torch.ops.peft_moe_lora.route(top_k_index, num_experts, backend)
         return Routing.from_tensors(index, top_k_index.shape[1], 0)
-    return _ops(backend, top_k_index.device).route(top_k_index, num_experts)
+    return ops_for(backend, top_k_index.device).route(top_k_index, num_experts)
 
 
 def _expert_linear(x, projection: Projection, routing: Routing, seed, nth: int, backend: str, gather: bool = False):
@@ -421,7 +365,7 @@ def _routing(offsets, row_token, row_slot, slot_row, tiles, top_k, block_m) -> R
 
 def _route_op(top_k_index, num_experts, backend):
     # the tile table's size is the device's business; whoever needs the table makes it from the offsets
-    return _ops(backend, top_k_index.device).route(top_k_index, num_experts).tensors()[:4]
+    return ops_for(backend, top_k_index.device).route(top_k_index, num_experts).tensors()[:4]
 
 
 def _route_fake(top_k_index, num_experts, backend):
@@ -431,7 +375,7 @@ def _route_fake(top_k_index, num_experts, backend):
 
 def _linear_op(x, lora_A, lora_B, weight, bias, seed, *rest):
     routing, (scaling, dropout_p, gather, backend, experts) = _routing(*rest[:7]), rest[7:]
-    ops = _ops(backend, x.device)
+    ops = ops_for(backend, x.device)
     A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
     xa = None
     if A is not None:
@@ -449,7 +393,7 @@ def _linear_fake(x, lora_A, lora_B, weight, bias, seed, offsets, row_token, *arg
 
 def _linear_backward_op(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *rest):
     routing, (scaling, dropout_p, gather, backend, experts) = _routing(*rest[:7]), rest[7:]
-    ops, dropout = _ops(backend, x.device), Dropout(dropout_p, seed) if dropout_p else None
+    ops, dropout = ops_for(backend, x.device), Dropout(dropout_p, seed) if dropout_p else None
     A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
     dx = dA = dB = yb = None
     if A is not None:
@@ -468,7 +412,7 @@ def _linear_backward_op(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_
 
 
 def _linear_backward_fake(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *args):
-    grads = [_gradient_like(lora_A), _gradient_like(lora_B)] if needs_lora else [dy.new_empty(0), dy.new_empty(0)]
+    grads = [gradient_like(lora_A), gradient_like(lora_B)] if needs_lora else [dy.new_empty(0), dy.new_empty(0)]
     return torch.empty_like(x) if needs_x else dy.new_empty(0), *grads
 
 
@@ -492,7 +436,7 @@ def _linear_autograd(ctx, dy, _):
 
 
 def _combine_op(y, top_k_weights, *rest):
-    return _ops(rest[-1], y.device).combine(y, _routing(*rest[:-1]), top_k_weights)
+    return ops_for(rest[-1], y.device).combine(y, _routing(*rest[:-1]), top_k_weights)
 
 
 def _combine_fake(y, top_k_weights, *args):
@@ -500,7 +444,7 @@ def _combine_fake(y, top_k_weights, *args):
 
 
 def _combine_backward_op(dout, y, top_k_weights, *rest):
-    return _ops(rest[-1], y.device).combine_backward(dout, y, _routing(*rest[:-1]), top_k_weights)
+    return ops_for(rest[-1], y.device).combine_backward(dout, y, _routing(*rest[:-1]), top_k_weights)
 
 
 def _combine_backward_fake(dout, y, top_k_weights, *args):
@@ -657,88 +601,5 @@ def _saved(ctx) -> tuple:
     return tuple(ctx.quantized.get(i, t) for i, t in enumerate(saved)) if ctx.quantized else saved
 
 
-def _gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Uninitialised, contiguous, at least fp32: gradients are summed wide whatever the parameter is stored in."""
-    return parameter.new_empty(shape or parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
-
-
-def per_expert(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, num_experts: int):
-    """Views [E, r, K] and [E, N, r] of an expert-major pair [r * E, K] and [N, r * E], or of nothing."""
-    if lora_A is None:
-        return None, None
-    A = lora_A.view(num_experts, -1, lora_A.shape[1])
-    return A, lora_B.view(lora_B.shape[0], num_experts, -1).permute(1, 0, 2)
-
-
-def whole_pair(lora_A, lora_B, num_experts: int, experts: Sequence[int] | None, dtype: torch.dtype):
-    """[r * E, K] and [N, r * E] of a pair [r * S, K] and [N, r * S]: itself where all experts have one.
-
-    Where only `experts` do, a scratch of `dtype` with zeros for the others, that lives as long as the call: the
-    kernels then address A and B as they do W, and A, B, their gradients and the optimizer's state hold S experts.
-    """
-    if lora_A is None or experts is None:
-        return lora_A, lora_B
-    index, (N, K) = _index(tuple(experts), lora_A.device), (lora_B.shape[0], lora_A.shape[1])
-    A, B = lora_A.view(len(experts), -1, K).to(dtype), lora_B.view(N, len(experts), -1).to(dtype)
-    A = A.new_zeros(num_experts, *A.shape[1:]).index_copy_(0, index, A)
-    B = B.new_zeros(N, num_experts, B.shape[2]).index_copy_(1, index, B)
-    return A.flatten(0, 1), B.flatten(1)
-
-
-def spread(lora_A, lora_B, num_experts: int, experts: Sequence[int] | None, dtype: torch.dtype):
-    """[E, r, K] and [E, N, r] of a pair [r * S, K] and [N, r * S]: views of `whole_pair`."""
-    return per_expert(*whole_pair(lora_A, lora_B, num_experts, experts, dtype), num_experts)
-
-
-def whole_gradients(lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int, experts: Sequence[int] | None):
-    """Uninitialised dA [r * E, K] and dB [N, r * E] of all experts, also where the pair is of some."""
-    ranks = lora_A.shape[0] if experts is None else lora_A.shape[0] // len(experts) * num_experts
-    return _gradient_like(lora_A, (ranks, lora_A.shape[1])), _gradient_like(lora_B, (lora_B.shape[0], ranks))
-
-
-def gathered(dA: torch.Tensor | None, dB: torch.Tensor | None, num_experts: int, experts: Sequence[int] | None):
-    """Of gradients [r * E, K] and [N, r * E] the [r * S, K] and [N, r * S] of `experts`; all where that is None."""
-    if dA is None or experts is None:
-        return dA, dB
-    index = _index(tuple(experts), dA.device)
-    dA = dA.unflatten(0, (num_experts, -1)).index_select(0, index).flatten(0, 1)
-    return dA, dB.unflatten(1, (num_experts, -1)).index_select(1, index).flatten(1)
-
-
-@cache
-def _index(experts: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """[S] int64 on the device, kept: made anew, each call would wait for a copy from the host."""
-    return torch.tensor(experts, device=device)
-
-
 def _as(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
     return None if gradient is None or like is None else gradient.to(like.dtype)
-
-
-def _ops(backend: str, device: torch.device) -> ModuleType:
-    if select_backend(backend, device) == "torch":
-        return reference
-    from .ops import kernels
-
-    return kernels
-
-
-@cache
-def _triton_obstacle(device_type: str, index: int | None) -> str:
-    """Why the kernels cannot run on this device; empty where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device_type == "cuda":
-        capability = torch.cuda.get_device_capability(index)
-        return "" if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, got {capability}"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
-    return f"it needs a CUDA device, got {device_type!r}"
-
-
-@cache
-def _log_auto(chosen: str, device_type: str, obstacle: str) -> None:
-    if device_type == "cuda" and obstacle:
-        logger.warning('backend="auto" falls back to "torch" on cuda: %s.', obstacle)
-    else:
-        logger.info('backend="auto" picked "%s" on %s.', chosen, device_type)

@@ -116,12 +116,12 @@ def test_shapes_that_do_not_fit_are_named():
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    from peft_moe_lora import functional
+    from peft_moe_lora import backends
 
-    functional._triton_obstacle.cache_clear()
+    backends._triton_obstacle.cache_clear()
     with pytest.raises(RuntimeError, match='backend="triton" cannot run here'):
         select_backend("triton", torch.device("cpu"))
-    functional._triton_obstacle.cache_clear()
+    backends._triton_obstacle.cache_clear()
 
 
 def test_auto_on_cpu_is_torch():

@@ -12,6 +12,8 @@ PACKAGE = Path(peft_moe_lora.__file__).parent
 # each floor imports from those before it, never from those after
 FLOORS = [
     "ops",
+    "backends",
+    "projection",
     "functional",
     "stored",
     "families",
@@ -42,6 +44,8 @@ FLOORS = [
     "__init__",
     "cli",
 ]
+# what functional is made of: the floors above it import functional
+BEHIND_FUNCTIONAL = FLOORS[FLOORS.index("ops") + 1 : FLOORS.index("functional")]
 
 
 def _imported(path: Path) -> set[str]:
@@ -59,12 +63,21 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
+def _own(path: Path) -> set[str]:
+    """Floors that a file imports from."""
+    return {name.split(".")[1] for name in _imported(path) if name.startswith(".") and len(name.split(".")) > 1}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
 def test_imports_go_down(path):
     assert path.stem in FLOORS, "a new file needs its floor in FLOORS"
     above = FLOORS[FLOORS.index(path.stem) :]
-    own = {name.split(".")[1] for name in _imported(path) if name.startswith(".") and len(name.split(".")) > 1}
-    assert not own & set(above), f"{path.stem} imports from its own floor or above"
+    assert not _own(path) & set(above), f"{path.stem} imports from its own floor or above"
+
+
+def test_functional_is_the_one_door():
+    for floor in FLOORS[FLOORS.index("functional") + 1 :]:
+        assert not _own(PACKAGE / f"{floor}.py") & set(BEHIND_FUNCTIONAL), f"{floor} goes around functional"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("ops/**/*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

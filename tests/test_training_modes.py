@@ -100,7 +100,7 @@ def test_the_twin_is_the_model(device):
 def routings(monkeypatch):
     """Every routing that the experts layers make, in order."""
     made = []
-    ops_of = functional._ops
+    ops_of = functional.ops_for
 
     class Recording:
         def __init__(self, ops):
@@ -118,7 +118,7 @@ def routings(monkeypatch):
             made.append([t.clone() for t in routing.tensors()[:4]])
             return routing
 
-    monkeypatch.setattr(functional, "_ops", lambda *args: Recording(ops_of(*args)))
+    monkeypatch.setattr(functional, "ops_for", lambda *args: Recording(ops_of(*args)))
     return made
 
 
