@@ -26,7 +26,7 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 
-from peft_moe_lora import functional
+from peft_moe_lora import fused, unfused
 
 # gated; interleaved, transposed and biased; fp32 routing weights and a shared expert
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -100,7 +100,7 @@ def test_the_twin_is_the_model(device):
 def routings(monkeypatch):
     """Every routing that the experts layers make, in order."""
     made = []
-    ops_of = functional.ops_for
+    ops_for = fused.ops_for
 
     class Recording:
         def __init__(self, ops):
@@ -118,7 +118,8 @@ def routings(monkeypatch):
             made.append([t.clone() for t in routing.tensors()[:4]])
             return routing
 
-    monkeypatch.setattr(functional, "ops_for", lambda *args: Recording(ops_of(*args)))
+    for module in (fused, unfused):
+        monkeypatch.setattr(module, "ops_for", lambda *args: Recording(ops_for(*args)))
     return made
 
 
