@@ -67,6 +67,21 @@ def interface_families():
     return found
 
 
+def one_of_each_kind():
+    """(family, class name) of one class for each way that experts run, of those the installed transformers has."""
+    kinds = [
+        # the plain case
+        ("qwen3_moe", "Qwen3MoeExperts"),
+        # interleaved, transposed, biased and clamped
+        ("gpt_oss", "GptOssExperts"),
+        # no gate
+        ("nemotron_h", "NemotronHExperts"),
+        # the model's own code between the products, and a norm after them; transformers 5.17 lacks it
+        ("muse_spark", "MuseSparkExperts"),
+    ]
+    return [case for case in kinds if case in interface_families()]
+
+
 def modeling_module(family):
     (path,) = (p for p in (MODELS / family).glob("modeling_*.py") if p.stem == f"modeling_{family}")
     return importlib.import_module(f"transformers.models.{family}.{path.stem}")

@@ -23,8 +23,8 @@ from helpers import (
     fill_adapter,
     grads_of,
     in_double,
-    interface_families,
     moe_lora,
+    one_of_each_kind,
     oracle,
     outputs,
     random_rows,
@@ -45,14 +45,7 @@ from peft_moe_lora.ops import Activation
 
 CHOSEN = [1, 4]
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
-# fused; interleaved, transposed and biased; without a gate; the model's own code, and a norm, between the products
-FAMILIES = [
-    ("qwen3_moe", "Qwen3MoeExperts"),
-    ("gpt_oss", "GptOssExperts"),
-    ("nemotron_h", "NemotronHExperts"),
-    ("muse_spark", "MuseSparkExperts"),
-]
-FAMILIES = [family for family in FAMILIES if family in interface_families()]
+FAMILIES = one_of_each_kind()
 
 
 def some(family="qwen3_moe", name="Qwen3MoeExperts"):

@@ -15,8 +15,8 @@ from helpers import (
     build_experts,
     fill_adapter,
     grads_of,
-    interface_families,
     moe_lora,
+    one_of_each_kind,
     outputs,
     random_rows,
     tiny_model,
@@ -42,14 +42,7 @@ SETTINGS = [
 ]
 ids = lambda s: "-".join(map(str, s.values())) if isinstance(s, dict) else str(s)  # noqa: E731
 settings = pytest.mark.parametrize("setting", SETTINGS, ids=ids)
-# plain; interleaved, transposed, biased; no gate; an activation of the module's own between the products
-FAMILIES = [
-    ("qwen3_moe", "Qwen3MoeExperts"),
-    ("gpt_oss", "GptOssExperts"),
-    ("nemotron_h", "NemotronHExperts"),
-    ("muse_spark", "MuseSparkExperts"),
-]
-FAMILIES = [family for family in FAMILIES if family in interface_families()]
+FAMILIES = one_of_each_kind()
 
 
 def bnb_dequantized(packed, state, shape):

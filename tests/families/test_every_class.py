@@ -34,6 +34,7 @@ from helpers import (
     interface_families,
     is_on_the_interface,
     modeling_module,
+    one_of_each_kind,
     oracle,
     random_rows,
     wrap,
@@ -51,6 +52,7 @@ UNDECORATED = {
 }
 CASES = [*interface_families(), *((name, None) for name in UNDECORATED)]
 every_class = pytest.mark.parametrize("case", CASES, ids=[name or family for family, name in CASES])
+every_kind = pytest.mark.parametrize("case", one_of_each_kind(), ids=lambda c: c[0])
 
 
 def build(case, **sizes):
@@ -283,8 +285,6 @@ def test_frozen_weights_get_no_gradient(case):
 
 # ---- sizes that break kernels --------------------------------------------------------------------------------------
 
-# the plain case; interleaved, transposed and biased; no gate; a norm of its own
-SHAPE_FAMILIES = ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"]
 SHAPES = {
     "odd sizes, that no vector load or grouped_mm stride divides": {"hidden": 21, "intermediate": 19, "r": 3},
     "rank one": {"r": 1},
@@ -299,7 +299,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("why", SHAPES)
-@pytest.mark.parametrize("case", [c for c in interface_families() if c[0] in SHAPE_FAMILIES], ids=lambda c: c[0])
+@every_kind
 def test_any_size_is_right(case, why):
     sizes = {"hidden": H, "intermediate": I, "num_experts": E, "top_k": TOP_K, "T": 13, "r": R, **SHAPES[why]}
     plain = build(case, **{k: sizes[k] for k in ("hidden", "intermediate", "num_experts")})
@@ -310,7 +310,7 @@ def test_any_size_is_right(case, why):
     check_against_oracle(plain, model, rows)
 
 
-@pytest.mark.parametrize("case", [c for c in interface_families() if c[0] in SHAPE_FAMILIES], ids=lambda c: c[0])
+@every_kind
 def test_one_expert_may_get_every_token(case):
     plain = build(case)
     model = wrap(copy.deepcopy(plain))
@@ -319,7 +319,7 @@ def test_one_expert_may_get_every_token(case):
     check_against_oracle(plain, model, (hidden_states, top_k_index, top_k_weights))
 
 
-@pytest.mark.parametrize("case", [c for c in interface_families() if c[0] in SHAPE_FAMILIES], ids=lambda c: c[0])
+@every_kind
 def test_two_slots_of_a_token_may_name_the_same_expert(case):
     plain = build(case)
     model = wrap(copy.deepcopy(plain))
@@ -328,7 +328,7 @@ def test_two_slots_of_a_token_may_name_the_same_expert(case):
     check_against_oracle(plain, model, (hidden_states, top_k_index, top_k_weights))
 
 
-@pytest.mark.parametrize("case", [c for c in interface_families() if c[0] in SHAPE_FAMILIES], ids=lambda c: c[0])
+@every_kind
 def test_strides_of_the_inputs_do_not_matter(case):
     plain = build(case)
     model = wrap(copy.deepcopy(plain))
@@ -345,7 +345,7 @@ def test_strides_of_the_inputs_do_not_matter(case):
 # ---- the comparison bites ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in interface_families() if c[0] in SHAPE_FAMILIES], ids=lambda c: c[0])
+@every_kind
 def test_the_oracle_tells_wrong_adapters_apart(case):
     """Each of these is a mistake that somebody has shipped; the oracle's output moves by far more than FP32 allows."""
     plain, rows = in_double(build(case)), random_rows(dtype=torch.float64)
