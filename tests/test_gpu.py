@@ -15,7 +15,7 @@ from peft_moe_lora.ops.kernels import replay
 pytestmark = pytest.mark.gpu
 
 E, H, I, R, TOP_K, T = 8, 256, 128, 16, 2, 300  # noqa: E741
-# gated; interleaved, transposed, biased and clamped; without a gate; an activation of its own between the kernels
+# gated; interleaved, transposed, biased and clamped; without a gate; gelu
 FAMILIES = [
     ("qwen3_moe", "Qwen3MoeExperts"),
     ("gpt_oss", "GptOssExperts"),
