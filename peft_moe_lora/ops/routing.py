@@ -20,8 +20,8 @@ class Routing:
         row_slot: [M] int32, the flat (token, slot) a row serves: token * top_k + slot.
         slot_row: [M] int32, the inverse of row_slot; -1 for a sentinel slot.
         top_k: experts per token.
-        tiles: [max_tiles + 2, 2] int32 for kernels: (expert, first row) of each tile of `block_m` rows; expert is -1
-            past the last tile, and the last line is (-1, number of tiles). None for the twins.
+        tiles: [max_tiles + 3, 2] int32 for kernels: (expert, first row) of each tile of `block_m` rows; expert is -1
+            past the last tile; then (-1, number of tiles) and (-1, 0), a counter. None for the twins.
         block_m: rows per tile of `tiles`.
     """
 

@@ -11,7 +11,16 @@ from .launch import facts, launch
 from .linear_ordered import linear_ordered
 from .parts import of_experts, parts
 from .routing import with_tiles
-from .tile import launch_facts, position, row_descriptor, strides_or_zeros, table_line, tile_columns, tile_product
+from .tile import (
+    launch_facts,
+    position,
+    row_descriptor,
+    strides_or_zeros,
+    table_line,
+    table_size,
+    tile_columns,
+    tile_product,
+)
 
 
 @triton.jit
@@ -55,7 +64,7 @@ def _linear_kernel(
     """Persistent grid: each program takes every num_programs-th output tile."""
     codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
     FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
-    num_tiles = tl.load(tiles_ptr + 2 * lines - 1)
+    num_tiles = table_size(tiles_ptr, lines)
     num_n = tl.cdiv(N, BLOCK_N)
     total = num_tiles * num_n
     tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)

@@ -15,7 +15,7 @@ from .config import dot_precision, padded_rank
 from .launch import facts, launch
 from .parts import of_experts, parts
 from .routing import with_tiles
-from .tile import halves, launch_facts, position, strides_or_zeros, table_line, tile_columns, tile_product
+from .tile import halves, launch_facts, position, strides_or_zeros, table_line, table_size, tile_columns, tile_product
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _linear_act_kernel(
     codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
     FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
     HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
-    num_tiles = tl.load(tiles_ptr + 2 * lines - 1)
+    num_tiles = table_size(tiles_ptr, lines)
     num_n = tl.cdiv(N // HALVES, BLOCK_N // HALVES)
     total = num_tiles * num_n
     tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)

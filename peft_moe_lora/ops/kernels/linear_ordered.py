@@ -19,6 +19,7 @@ from .tile import (
     row_descriptor,
     strides_or_zeros,
     table_line,
+    table_size,
     tile_columns,
     weight_descriptor,
 )
@@ -31,7 +32,7 @@ def _linear_ordered_kernel(
     K_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Persistent grid: each program takes every num_programs-th output tile."""
-    num_tiles = tl.load(tiles_ptr + 2 * lines - 1)
+    num_tiles = table_size(tiles_ptr, lines)
     num_n = tl.cdiv(N, BLOCK_N)
     k_steps = tl.cdiv(K, BLOCK_K)
     for t in tl.range(tl.program_id(0), num_tiles * num_n, tl.num_programs(0), flatten=True):

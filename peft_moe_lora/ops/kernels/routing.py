@@ -3,8 +3,9 @@
 Three launches: count each block of slots by expert; scan the counts over the blocks; place every slot.
 Legend: S slots = T * top_k, blocks of BLOCK slots, id E stands for every sentinel.
     counts_ptr [blocks, E + 1]: per block, then exclusive over the blocks     totals_ptr [E + 1]: slots of each expert
-    tiles_ptr [max_tiles + 2, 2]: (expert, first row); past the last tile (-1, rows routed), so that a tile ends where
-        the next line begins; the very last line is (-1, number of tiles)
+    tiles_ptr [max_tiles + 3, 2]: (expert, first row); past the last tile (-1, rows routed), so that a tile ends where
+        the next line begins; the last line but one is (-1, number of tiles), the last one (-1, 0): the 0 is a counter
+        for a kernel whose programs take output tiles from a queue, and which leaves it 0
 """
 
 from dataclasses import replace
@@ -72,7 +73,7 @@ def _write_tiles(totals, base, tiles_ptr, first_tile, lines, BLOCK_M: tl.constex
     expert_tile = tl.max(tl.where(passed, tiles_end[None, :], 0), axis=1)
     expert = tl.where(t < num_tiles, expert, -1)
     first_row += base + tl.where(t < num_tiles, t - expert_tile, 0) * BLOCK_M
-    first_row = tl.where(t == lines - 1, num_tiles, first_row)
+    first_row = tl.where(t == lines - 2, num_tiles, tl.where(t == lines - 1, 0, first_row))
     tl.store(tiles_ptr + 2 * t, expert, mask=t < lines)
     tl.store(tiles_ptr + 2 * t + 1, first_row, mask=t < lines)
 
@@ -142,8 +143,8 @@ def _part_tables_kernel(
 
 
 def _lines(M: int, E: int, block_m: int) -> int:
-    """max_tiles + 2; max_tiles bounds the sum over experts of rows / block_m, rounded up: no shape depends on data."""
-    return M // block_m + min(E, M) + 2
+    """max_tiles + 3; max_tiles bounds the sum over experts of rows / block_m, rounded up: no shape depends on data."""
+    return M // block_m + min(E, M) + 3
 
 
 def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:

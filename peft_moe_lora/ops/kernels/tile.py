@@ -38,6 +38,12 @@ def position(t, num_tiles, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def table_size(tiles_ptr, lines):
+    """Number of row tiles in a table of so many lines."""
+    return tl.load(tiles_ptr + 2 * lines - 3)
+
+
+@triton.jit
 def table_line(tiles_ptr, tile):
     """(expert, first row, end) of a row tile."""
     line = tiles_ptr + 2 * tile
