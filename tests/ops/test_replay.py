@@ -1,6 +1,7 @@
 """Replayed calls without a GPU: fake kernels that read and write memory by its address."""
 
 import ctypes
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -173,6 +174,44 @@ def test_kinds_do_not_pile_up(add, monkeypatch):
     for n in range(20):
         replayed(compose, torch.zeros(16 + n))
     assert len(replay._kinds) <= 4
+
+
+@dataclass
+class Descriptor:
+    """A descriptor as Triton's or Gluon's is one: its tensor and facts."""
+
+    base: torch.Tensor
+    block_shape: list
+
+
+class GluonDescriptor(Descriptor):
+    """Another language's."""
+
+
+def test_descriptors_come_again_in_their_class_at_another_address(kernel):
+    seen = []
+
+    class Described(Add):
+        def run(self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, left, none, right, *rest):
+            seen.append((type(left), left.block_shape, none, type(right), right.block_shape))
+            addresses = left.base.data_ptr(), right.base.data_ptr()
+            super().run(gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *addresses, *rest)
+
+    described = Described()
+    launch._plans[("described",), -1] = described, described.run, (1.0,)
+
+    def compose(x, y):
+        out = torch.empty(x.shape)
+        descriptors = Descriptor(x[4:], [4]), None, GluonDescriptor(y, [2, 2])
+        launch.launch(("described",), None, (1, 1, 1), (out,), None, (12,), descriptors)
+        return (out,)
+
+    for _ in range(5):
+        x, y = torch.randn(16), torch.randn(16)
+        (out,) = replayed(compose, x, y)
+        torch.testing.assert_close(out[:12], x[4:] + y[:12] + 1.0)
+    assert isinstance(next(iter(replay._kinds.values())), replay._Replay)
+    assert seen == [(Descriptor, [4], None, GluonDescriptor, [2, 2])] * 5
 
 
 def test_the_workspace_holds_what_lives_at_once_and_no_more():

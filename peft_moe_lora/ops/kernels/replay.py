@@ -18,7 +18,6 @@ from itertools import pairwise
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..quantized import QuantizedWeight
 from . import launch
@@ -238,7 +237,7 @@ class _Replay:
         for grid, run, fixed, descriptors, places, rest in self.launches:
             run(
                 *grid, stream, *fixed,
-                *[d and _descriptor(d[1], addresses[d[0][0]] + d[0][1]) for d in descriptors],
+                *[d and _descriptor(*d[1], addresses[d[0][0]] + d[0][1]) for d in descriptors],
                 *[p and addresses[p[0]] + p[1] for p in places],
                 *rest,
             )  # fmt: skip
@@ -257,14 +256,14 @@ class _Address:
         return self.address
 
 
-def _fields(descriptor: TensorDescriptor) -> dict:
-    """What of a descriptor is not its tensor, which must not be kept alive."""
-    return {name: value for name, value in vars(descriptor).items() if name != "base"}
+def _fields(descriptor) -> tuple[type, dict]:
+    """What of a descriptor is not its tensor, which must not be kept alive: Triton's class or Gluon's, and fields."""
+    return type(descriptor), {name: value for name, value in vars(descriptor).items() if name != "base"}
 
 
-def _descriptor(fields: dict, address: int) -> TensorDescriptor:
+def _descriptor(kind: type, fields: dict, address: int):
     """A descriptor like the recorded one, at another address; its checks were made then."""
-    descriptor = object.__new__(TensorDescriptor)
+    descriptor = object.__new__(kind)
     descriptor.__dict__.update(fields)
     descriptor.base = _Address(address)
     return descriptor
