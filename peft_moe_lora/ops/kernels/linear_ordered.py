@@ -8,6 +8,7 @@ less time than a term that stands apart, casts of B included (NVIDIA H200, 2026-
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..routing import Routing
 from .cast import cast_as_weight
@@ -85,23 +86,34 @@ def linear_ordered(
     if found is None:
         return False
     programs, _, blocks = found
-    (_, N, K), k_unit, tile = weight.shape, blocks["K_UNIT"], (blocks["BLOCK_N"], blocks["BLOCK_K"])
-    descriptors = [row_descriptor(x, routing.block_m, tile[1]), weight_descriptor(weight, k_unit, 1, *tile)]
-    r = 0 if xa is None else xa.shape[1]
-    if r:
-        descriptors.append(row_descriptor(xa, routing.block_m, tile[1]))
-    if None in descriptors:
+    (_, N, K), k_unit, r = weight.shape, blocks["K_UNIT"], 0 if xa is None else xa.shape[1]
+    box = routing.block_m, blocks["BLOCK_N"], blocks["BLOCK_K"]
+    descriptors = operand_descriptors(x, weight, xa, lora_B, k_unit, *box)
+    if descriptors is None:
         return False
-    if r:
-        factor = cast_as_weight(lora_B, x.dtype, k_unit)
-        descriptors.append(weight_descriptor(factor, k_unit, 1, *tile))
-        if descriptors[-1] is None:
-            return False
-    constants = {"R_STEPS": ceil_div(r, tile[1]), **blocks}
+    constants = {"R_STEPS": ceil_div(r, blocks["BLOCK_K"]), **blocks}
     key = "linear_ordered", facts(bias), N, K, x.dtype, constants["R_STEPS"], k_unit, routing.block_m, blocks["GROUP"]
     launch(
         key, _linear_ordered_kernel, (programs, 1, 1), (y, bias, routing.tiles),
-        lambda: ((N, K, *strides_or_zeros(bias, 2)), constants), (routing.tiles.shape[0],),
-        (*descriptors, *[None] * (4 - len(descriptors))),
+        lambda: ((N, K, *strides_or_zeros(bias, 2)), constants), (routing.tiles.shape[0],), descriptors,
     )  # fmt: skip
     return True
+
+
+def operand_descriptors(x, weight, xa, lora_B, k_unit, rows, block_n, block_k, make=TensorDescriptor) -> tuple | None:
+    """Descriptors of x, weight, xa and B, the last two None where there is no rank, or None: one cannot be made.
+
+    Args:
+        rows: of a box of x and xa.
+        make: as for `weight_descriptor`.
+    """
+    rank = xa is not None and xa.shape[1] > 0
+    found = [row_descriptor(x, rows, block_k, make), weight_descriptor(weight, k_unit, 1, block_n, block_k, make)]
+    if rank:
+        found.append(row_descriptor(xa, rows, block_k, make))
+    if None in found:
+        return None
+    if not rank:
+        return *found, None, None
+    factor = weight_descriptor(cast_as_weight(lora_B, x.dtype, k_unit), k_unit, 1, block_n, block_k, make)
+    return None if factor is None else (*found, factor)

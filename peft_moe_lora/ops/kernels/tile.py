@@ -156,34 +156,36 @@ def tile_product(
     return acc
 
 
-def _descriptor(t: torch.Tensor, shape, strides, box) -> TensorDescriptor | None:
+def _descriptor(t: torch.Tensor, shape, strides, box, make):
     """A descriptor of t under this shape and these strides, or None where the copy engine does not take them."""
     size = t.element_size()
     if strides[-1] != 1 or t.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
         return None
-    return TensorDescriptor(t, shape, strides, box)
+    return make(t, shape, strides, box)
 
 
 def weight_descriptor(
-    weight: torch.Tensor, k_unit: bool, halves: int, block_n: int, block_k: int
-) -> TensorDescriptor | None:
+    weight: torch.Tensor, k_unit: bool, halves: int, block_n: int, block_k: int, make=TensorDescriptor
+):
     """A descriptor of weight [E, N, K] that loads one tile, or None where its strides, alignment or halves forbid.
 
     Args:
         k_unit: whether a tile comes as [block_n, block_k], which asks for a K stride of 1, or as [block_k, block_n].
+        make: gives the descriptor of (tensor, shape, strides, box) that the kernel's language takes.
     """
     (E, N, K), (stride_e, stride_n, stride_k) = weight.shape, weight.stride()
     if k_unit:
         strides = [stride_e, N // halves * stride_n, stride_n, stride_k]
-        return _descriptor(weight, [E, halves, N // halves, K], strides, [1, halves, block_n // halves, block_k])
+        box = [1, halves, block_n // halves, block_k]
+        return _descriptor(weight, [E, halves, N // halves, K], strides, box, make)
     if halves == 1:
-        return _descriptor(weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n])
+        return _descriptor(weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n], make)
     return None
 
 
-def row_descriptor(x: torch.Tensor, block_m: int, block_k: int) -> TensorDescriptor | None:
-    """A descriptor of rows x [M, K] that loads one tile, or None where strides or alignment forbid."""
-    return _descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k])
+def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescriptor):
+    """A descriptor of rows x [M, K] that loads or stores one tile, or None where strides or alignment forbid."""
+    return _descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], make)
 
 
 @cache
