@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -73,6 +74,7 @@ def resources(kernel) -> dict:
         "num_warps": kernel.metadata.num_warps,
         "num_stages": kernel.metadata.num_stages,
         "fused_multiply_adds": _instructions(kernel).count("FFMA"),
+        "serialized": _serialized(kernel),
     }
 
 
@@ -85,6 +87,20 @@ def _instructions(kernel) -> str:
         file.write(kernel.asm["cubin"])
         file.flush()
         return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _serialized(kernel) -> bool:
+    """Whether ptxas made products wait for each other that were to overlap; False for kernels that do not ask it."""
+    if "roles" not in kernel.metadata.name:
+        return False
+    ptx = kernel.asm["ptx"]
+    tool, arch = get_ptxas(kernel.metadata.target.arch).path, re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={arch}", path, "-o", path.with_suffix(".cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "serialized" in said
 
 
 def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False, interleaved=False):  # noqa: E741
@@ -121,6 +137,19 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
     kernels.expert_outer(pre, xa, routing, empty(N, E, r, dtype=fp32).permute(1, 0, 2))
     out = empty(H, E, r, dtype=fp32).permute(1, 0, 2)
     kernels.expert_outer(x, xa, routing, out, row_weights=weights, gather_left=True)
+
+
+def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):
+    """Products of ordered rows in both orders of the weight, with and without a bias, on meta tensors."""
+    from peft_moe_lora.ops import kernels
+
+    routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
+    x, bias = empty(T * top_k, K, dtype=dtype), empty(E, N, dtype=dtype)
+    xa = empty(T * top_k, r, dtype=dtype) if r else None
+    lora_B = empty(N, r * E, dtype=torch.float32).view(N, E, r).permute(1, 0, 2) if r else None
+    for weight in (empty(E, N, K, dtype=dtype), empty(E, K, N, dtype=dtype).transpose(1, 2)):
+        for b in (None, bias):
+            kernels.expert_linear(x, weight, routing, bias=b, xa=xa, lora_B=lora_B)
 
 
 def empty(*size, dtype=torch.uint8):
@@ -194,8 +223,7 @@ if __name__ == "__main__":
     with compiling_for(arch) as compiled:
         for case in json.loads(sys.argv[2]):
             case["dtype"] = getattr(torch, case["dtype"])
-            {"decoding": launch_decoding, "products": launch_products_of_codes}.get(
-                case.pop("launch", None), launch_layer
-            )(**case)
+            launches = {"decoding": launch_decoding, "products": launch_products_of_codes, "ordered": launch_ordered}
+            launches.get(case.pop("launch", None), launch_layer)(**case)
     for kernel in compiled:
         print(json.dumps({"arch": arch} | resources(kernel)))

@@ -28,6 +28,13 @@ CASES = {
     (100, "half"): [case(LARGE, "bfloat16")],
 }
 
+# what runs products of ordered rows in tiles of 128
+ORDERED = {
+    (90, "large"): {"_linear_roles_kernel"},
+    (90, "rank 64"): {"_linear_roles_kernel"},
+    (100, "half"): {"_linear_ordered_kernel"},
+}
+
 
 def compiled_for(arch, cases):
     """What each kernel takes, as `compiling` prints it."""
@@ -49,11 +56,36 @@ def test_rows_compile_without_spills_and_fit(arch, which):
         "_shrink_kernel",
         "_outer_kernel",
     }
+    found = {k["kernel"] for k in kernels} & {"_linear_ordered_kernel", "_linear_roles_kernel"}
+    assert found == ORDERED.get((arch, which), set())
     # at rank 64 the products with half tiles still spill 72 bytes ahead of their K loop
     spilled = 72 if which == "rank 64" else 0
     for kernel in kernels:
         assert kernel["local"] <= spilled, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "r", "K"),
+    [("bfloat16", 16, 1000), ("bfloat16", 64, 1000), ("float16", 256, 1024)],
+)
+def test_products_by_roles_compile_without_spills_and_overlap(dtype, r, K):
+    kernels = compiled_for(90, [{"launch": "ordered", "dtype": dtype, "r": r, "K": K}])
+    products = [k for k in kernels if k["kernel"] == "_linear_roles_kernel"]
+    assert len(products) == 4
+    for kernel in products:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[90], f"too much shared memory: {kernel}"
+        assert not kernel["serialized"], f"products that do not overlap: {kernel}"
+
+
+def test_a_long_k_is_not_for_roles():
+    kernels = compiled_for(90, [{"launch": "ordered", "dtype": "bfloat16", "r": 16, "K": 8200, "N": 1536}])
+    products = [k for k in kernels if "_linear_" in k["kernel"]]
+    assert [k["kernel"] for k in products] == ["_linear_ordered_kernel"] * 4
+    for kernel in products:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[90], f"too much shared memory: {kernel}"
 
 
 DECODING = {80: {"dtype": "float32"}, 90: {"dtype": "bfloat16", "uneven": True}, 100: {"dtype": "bfloat16"}}

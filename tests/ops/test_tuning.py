@@ -26,7 +26,7 @@ def table(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(("op", "block_m"), [("linear_act", 128), ("shrink", 16)])
+@pytest.mark.parametrize(("op", "block_m"), [("linear_act", 128), ("linear_roles", 128), ("shrink", 16)])
 def test_a_written_row_is_the_only_one_that_changes(table, op, block_m):
     tune = load(EXAMPLES / "tune_kernels.py", "tune_kernels")
     (row,) = (r for r in config.TABLE if (r.op, r.arch, r.itemsize, r.block_m) == (op, 90, 2, block_m))

@@ -1,5 +1,8 @@
 """y[m] = W[e] x[row] + bias[e] + mask * (B[e] xa[m]), row = row_token[m] where x is gathered, else m."""
 
+import logging
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +16,7 @@ from .parts import of_experts, parts
 from .routing import with_tiles
 from .tile import (
     launch_facts,
+    linear_blocks,
     position,
     row_descriptor,
     strides_or_zeros,
@@ -21,6 +25,8 @@ from .tile import (
     tile_columns,
     tile_product,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -125,11 +131,27 @@ def expert_linear(
     return y
 
 
+@cache
+def _roles():
+    """`linear_roles`, or None where this Triton's Gluon, an experiment still, is not the one it is written in."""
+    try:
+        from .linear_roles import linear_roles
+    except (ImportError, AttributeError) as error:
+        logger.warning("products of ordered rows take up to a tenth longer, by linear_ordered: %s.", error)
+        return None
+    return linear_roles
+
+
+def _ordered(x, weight, routing, *rest) -> bool:
+    """By `linear_roles` where the table has a row for it and it does it, else by `linear_ordered`; whether it was."""
+    roles = _roles() if linear_blocks("linear_roles", x, weight, routing.block_m) else None
+    return (roles is not None and roles(x, weight, routing, *rest)) or linear_ordered(x, weight, routing, *rest)
+
+
 def _linear(x, weight, routing, bias, xa, lora_B, gather, dropout, y) -> None:
     """Write the rows of y that belong to the routing's tiles."""
     packed = not isinstance(weight, torch.Tensor)
-    ordered = not (packed or gather or dropout)
-    if ordered and linear_ordered(x, weight, routing, bias, xa, lora_B, y):
+    if not (packed or gather or dropout) and _ordered(x, weight, routing, bias, xa, lora_B, y):
         return
     _, N, K = weight.shape
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)

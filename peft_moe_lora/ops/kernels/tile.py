@@ -190,11 +190,11 @@ def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescr
 
 @cache
 def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, large: bool):
-    """(programs per multiprocessor, whether by descriptor, constexprs), or None where the table has no row."""
+    """(programs per multiprocessor, whether by descriptor, constexprs), or None: the table has no row for this K."""
     row = lookup(op, arch, itemsize, block_m)
-    if row is None:
+    if row is None or K > row.get("MAX_K", K):
         return None
-    blocks = dict(row)
+    blocks = {name: value for name, value in row.items() if name != "MAX_K"}
     per_sm, by_descriptor = blocks.pop("PER_SM"), blocks.pop("DESCRIPTOR")
     blocks |= {"BLOCK_M": block_m, "GROUP": blocks["GROUP"][large], "K_UNIT": k_unit}
     if "TAIL" in blocks:

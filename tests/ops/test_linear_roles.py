@@ -1,0 +1,224 @@
+"""Products of ordered rows by warps of two roles: the choice of them anywhere, their numbers on an H100 or H200."""
+
+import logging
+import sys
+
+import pytest
+import torch
+from test_kernels import check, kernels, random  # noqa: F401
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize(
+    ("arch", "itemsize", "block_m", "K", "chosen"),
+    [
+        (90, 2, 128, 768, True),
+        (90, 2, 128, 8192, True),
+        (90, 2, 128, 14336, False),
+        (90, 2, 64, 768, False),
+        (90, 4, 128, 768, False),
+        (80, 2, 128, 768, False),
+        (100, 2, 128, 768, False),
+        (120, 2, 128, 768, False),
+        (0, 2, 128, 768, False),
+    ],
+)
+def test_the_table_knows_where_roles_pay(kernels, arch, itemsize, block_m, K, chosen):  # noqa: F811
+    from peft_moe_lora.ops.kernels import tile
+
+    assert (tile._blocks("linear_roles", arch, itemsize, block_m, K, True, False) is not None) == chosen
+
+
+@pytest.fixture
+def linear(kernels, monkeypatch):  # noqa: F811
+    """The module, its import of `linear_roles` undone."""
+    from peft_moe_lora.ops.kernels import linear
+
+    monkeypatch.delitem(sys.modules, "peft_moe_lora.ops.kernels.linear_roles", raising=False)
+    linear._roles.cache_clear()
+    yield linear
+    linear._roles.cache_clear()
+
+
+def test_this_triton_has_the_gluon_they_are_written_in(linear, caplog):
+    assert linear._roles() is not None
+    assert not caplog.records
+
+
+def test_without_that_gluon_one_line_says_what_runs_instead(linear, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
+    with caplog.at_level(logging.WARNING, logger=linear.__name__):
+        assert linear._roles() is None
+        assert linear._roles() is None
+    (record,) = caplog.records
+    assert "linear_ordered" in record.getMessage()
+
+
+# ------------------------------------------------------------------------------------------------------- the numbers
+
+hopper = pytest.mark.skipif(not HOPPER, reason="wgmma is compute capability 9.0's alone")
+# rows of each expert
+ROWS = {
+    # 35 tiles of rows; halves that are full, cut or absent
+    "tails": [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 0, 2000, 577],
+    # more output tiles than programs, whatever N
+    "skewed": [20000, 1, 0, 70, 129, 0, 0, 300],
+    "few": [200, 193],
+    "nobody": [0, 0, 0, 0],
+}
+# N, K, r, bias
+SIZES = {
+    "even": (512, 512, 16, False),
+    "a tile of eight columns, ranks short of a step": (520, 264, 24, True),
+    "columns that end in a second chunk": (584, 200, 64, True),
+    "columns that end with a third chunk, no ranks": (704, 1000, 0, False),
+    "one tile of columns, one step of K, ranks past a step": (72, 64, 80, False),
+    "the largest rank, K short of a step": (776, 40, 256, True),
+    "many tiles of columns, the smallest rank": (2048, 320, 8, True),
+}
+
+
+class Product:
+    """The operands of one product over experts of these rows, behind sentinels' rows; what nobody routed is NaN."""
+
+    def __init__(self, kernels, rows, N, K, r, bias, transposed, dtype):  # noqa: F811
+        E = len(rows)
+        # so many sentinels that tiles have 128 rows even where nobody is routed
+        ids = torch.cat([torch.full((n,), e) for e, n in enumerate([*rows, 37 + 200 * E * (not sum(rows))])])
+        self.routing = kernels.route(ids[torch.randperm(len(ids))][:, None].cuda(), E)
+        assert self.routing.block_m == 128
+        self.valid, self.M, self.N, self.dtype = sum(rows), len(ids), N, dtype
+        weight = random(E, N, K, dtype=dtype, scale=K**-0.5)
+        self.weight = weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
+        self.x, self.bias = self.rows(K), random(E, N, dtype=dtype) if bias else None
+        self.xa, self.lora_B = None, None
+        if r:
+            self.xa = self.rows(r)
+            self.lora_B = random(N, r * E, scale=r**-0.5).view(N, E, r).permute(1, 0, 2)
+
+    def rows(self, width):
+        rows = random(self.M, width, dtype=self.dtype)
+        rows[self.valid :] = float("nan")
+        return rows
+
+    @property
+    def operands(self):
+        return self.x, self.weight, self.routing
+
+    @property
+    def rest(self):
+        return {"bias": self.bias, "xa": self.xa, "lora_B": self.lora_B}
+
+    def by(self, launcher):
+        """y, NaN where the launcher wrote nothing."""
+        y = torch.full((self.M, self.N), float("nan"), device="cuda", dtype=self.dtype)
+        assert launcher(self.x, self.weight, self.routing, self.bias, self.xa, self.lora_B, y)
+        return y
+
+
+@pytest.fixture
+def product(kernels):  # noqa: F811
+    def make(rows, size, transposed=False, dtype=torch.bfloat16):
+        return Product(kernels, ROWS[rows], *SIZES[size], transposed, dtype)
+
+    return make
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_bits_of_linear_ordered(product, rows, size, transposed, dtype):
+    from peft_moe_lora.ops.kernels.linear_ordered import linear_ordered
+    from peft_moe_lora.ops.kernels.linear_roles import linear_roles
+
+    p = product(rows, size, transposed, dtype)
+    y, expected = p.by(linear_roles), p.by(linear_ordered)
+    assert torch.equal(y[: p.valid], expected[: p.valid])
+    assert y[p.valid :].isnan().all()
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_what_the_twin_says(kernels, product, size, transposed, dtype):  # noqa: F811
+    from peft_moe_lora.ops.kernels import launch
+
+    p = product("tails", size, transposed, dtype)
+    launch.forget()
+    check(kernels, "expert_linear", p, *p.operands, **p.rest)
+    assert "linear_roles" in {key[0] for key, _ in launch._plans}
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_product_finds_the_queue_at_its_beginning(kernels, product, rows):  # noqa: F811
+    p = product(rows, "even")
+    narrow = random(len(ROWS[rows]), 72, 512, dtype=p.dtype)
+    first = kernels.expert_linear(*p.operands, **p.rest)
+    for _ in range(5):
+        # another number of output tiles from the same table
+        kernels.expert_linear(p.x, narrow, p.routing)
+        assert torch.equal(kernels.expert_linear(*p.operands, **p.rest)[: p.valid], first[: p.valid])
+    assert p.routing.tiles[-1].tolist() == [-1, 0]
+
+
+@pytest.mark.gpu
+@hopper
+def test_a_captured_product_follows_its_rows(kernels, product):  # noqa: F811
+    p = product("skewed", "a tile of eight columns, ranks short of a step")
+    kernels.expert_linear(*p.operands, **p.rest)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernels.expert_linear(*p.operands, **p.rest)
+    for _ in range(5):
+        p.x[: p.valid].normal_()
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured[: p.valid], kernels.expert_linear(*p.operands, **p.rest)[: p.valid])
+    assert p.routing.tiles[-1].tolist() == [-1, 0]
+
+
+@pytest.mark.gpu
+@hopper
+def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):  # noqa: F811
+    from peft_moe_lora.ops.kernels import launch, replay
+
+    monkeypatch.setattr(replay, "_kinds", {})
+    launch.forget()
+    p = product("tails", "even")
+    index, E = torch.randint(0, 14, (4000, 1), device="cuda"), 14
+
+    def compose(x, index, weight, xa, lora_B):
+        return (kernels.expert_linear(x, weight, kernels.route(index, E), xa=xa, lora_B=lora_B),)
+
+    for _ in range(5):
+        x, xa = random(4000, 512, dtype=p.dtype), random(4000, 16, dtype=p.dtype)
+        (y,) = kernels.replayed(compose, x, index, p.weight, xa, p.lora_B)
+        assert torch.equal(y, compose(x, index, p.weight, xa, p.lora_B)[0])
+    assert [kind.__class__ for kind in replay._kinds.values()] == [replay._Replay]
+    assert "linear_roles" in {key[0] for key, _ in launch._plans}
+
+
+@pytest.mark.gpu
+@hopper
+def test_tables_of_some_experts_have_queues_of_their_own(kernels, product):  # noqa: F811
+    from peft_moe_lora.ops.kernels.linear_roles import linear_roles
+    from peft_moe_lora.ops.kernels.routing import part_tables
+
+    p = product("tails", "the largest rank, K short of a step")
+    whole, y = p.by(linear_roles), torch.full((p.M, p.N), float("nan"), device="cuda", dtype=p.dtype)
+    for first, part in zip(range(0, 14, 4), part_tables(p.routing, 4), strict=True):
+        of = slice(first, first + 4)
+        assert linear_roles(p.x, p.weight[of], part, p.bias[of], p.xa, p.lora_B[of], y)
+        assert part.tiles[-1].tolist() == [-1, 0]
+    assert torch.equal(y[: p.valid], whole[: p.valid])
