@@ -128,7 +128,7 @@ TABLE = (
         CONSUMER=232,
         MAX_K=8192,
         **_TMA,
-        GROUP=(12, 12),
+        GROUP=(12, 16),
     ),
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
     _row("shrink_short", 90, 2, 16, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64),
