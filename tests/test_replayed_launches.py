@@ -29,11 +29,14 @@ class Compiled:
         self.name, self.launches = name, launches
 
     def run(self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        self.launches.append((self.name, (gx, gy, gz), _relative(arguments)))
+        self.launches.append((self.name, (gx, gy, gz), arguments))
 
 
-def _relative(arguments):
-    """The arguments, addresses as the order in which they come up, descriptors as their class, fields and address."""
+def relative(arguments, inputs):
+    """The arguments without addresses: an input and the bytes into it, or the order in which buffers come up.
+
+    A descriptor is its class, its fields and where it points.
+    """
     order, found = {}, []
     for argument in arguments:
         fields = {}
@@ -42,7 +45,10 @@ def _relative(arguments):
             fields["class"] = type(argument)
             argument = argument.base.data_ptr()
         if isinstance(argument, int) and argument >= 2**32:
-            argument = ("address", order.setdefault(argument, len(order)))
+            of = [
+                (i, argument - t.data_ptr()) for i, t in enumerate(inputs) if 0 <= argument - t.data_ptr() < t.nbytes
+            ]
+            argument = ("input", *of[0]) if of else ("buffer", order.setdefault(argument, len(order)))
         found.append((argument, fields))
     return found
 
@@ -81,9 +87,12 @@ def test_replayed_launches_are_those_composed(launches, transposed):
         x = torch.zeros(T, H, dtype=torch.bfloat16, requires_grad=True)
         weights = torch.zeros(T, TOP_K, requires_grad=True)
         index = torch.zeros(T, TOP_K, dtype=torch.int64)
-        out = experts(x, index, weights, projection(2 * I, H), projection(H, I), Activation())
-        out.backward(torch.zeros_like(out))
-        return list(launches)
+        up, down = projection(2 * I, H), projection(H, I)
+        out = experts(x, index, weights, up, down, Activation())
+        dout = torch.zeros_like(out)
+        out.backward(dout)
+        inputs = [x, weights, index, dout, *(t for p in (up, down) for t in (p.weight, p.lora_A, p.lora_B))]
+        return [(name, grid, relative(arguments, inputs)) for name, grid, arguments in launches]
 
     step()
     # from the second on, what a first launch compiled is run as the launcher is called
