@@ -81,7 +81,9 @@ MIB = 2**20
 WHAT = (
     "one MoE experts layer (SwiGLU, base frozen), LoRA on gate_up and down, adapters fp32. Times in ms, medians: "
     "fwd = forward with gradients enabled, step = forward + backward, host = time in which the host issues a step "
-    "(GPU only). roof = the roofline in ms, x_roof = step / roof. In MiB: held = memory after forward above that "
+    "(GPU only). roof = the roofline in ms, x_roof = step / roof, at the row's ceilings: on a GPU, those measured in "
+    "turn with the routes, since a card at its power limit slows all of them; x_roof_idle = the same at the ceilings "
+    "measured before the first case, when the card was idle. In MiB: held = memory after forward above that "
     "before, kept = held without the output, peak = highest during a step above its start. first = seconds of the "
     "first step at this shape, first_in_process whether it is the route's first at all. errors = |a - ref| / |ref| "
     "against a reference in fp32 (fp64 for float32), err and edx those of the output and of its gradient for the "
@@ -94,7 +96,7 @@ ROOFLINE = (
     "M = T*top_k, s = bytes per element, W = s*min(E, M)*3*I*H bytes. forward = max(FLOPs/peak, bytes/bandwidth) "
     "with FLOPs 2M*3IH + 2Mr(2H + 3I), bytes W + 2s*TH + 4s*MI; backward with FLOPs 2M*3IH + 4Mr(2H + 3I), bytes "
     "W + 4s*TH + 6s*MI; peak and bandwidth measured in the same run by a matrix product on random data and a copy "
-    "counting bytes read and written; roof is their sum in ms"
+    "counting bytes read and written, an 8192^3 product and 2 GiB on a GPU; roof is their sum in ms"
 )
 
 
@@ -494,17 +496,34 @@ class Timer:
         return [begin.elapsed_time(end) for begin, end in events], host
 
 
-def measure_ceilings(timer: Timer, dtype: torch.dtype) -> Ceilings:
-    """A large matrix product on random data and a large copy, counting bytes read and written."""
-    device = timer.device
-    n, nbytes = (8192, 2**31) if device.type == "cuda" else (1024, 2**27)
-    a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
-    # on a CPU, shared with whatever else runs, the fastest one comes closest to what the machine can do
-    typical, repeat = (statistics.median, 20) if device.type == "cuda" else (min, 10)
-    times, _ = timer(lambda: torch.mm(a, b, out=c), lambda: None, repeat)
-    source, target = (torch.empty(nbytes, dtype=torch.int8, device=device).fill_(i) for i in (1, 2))
-    copies, _ = timer(lambda: target.copy_(source), lambda: None, repeat)
-    return Ceilings(2e3 * n**3 / typical(times), 2e3 * nbytes / typical(copies))
+class Probe:
+    """A large matrix product on random data and a large copy: what the machine reaches whenever they are timed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.n, self.nbytes = (8192, 2**31) if device.type == "cuda" else (1024, 2**27)
+        # on a CPU, shared with whatever else runs, the fastest one comes closest to what the machine can do
+        self.typical = statistics.median if device.type == "cuda" else min
+        a, b, c = (torch.randn(self.n, self.n, device=device, dtype=dtype) for _ in range(3))
+        source, target = (torch.empty(self.nbytes, dtype=torch.int8, device=device).fill_(i) for i in (1, 2))
+        self.calls = partial(torch.mm, a, b, out=c), partial(target.copy_, source)
+
+    def __call__(self, timer: Timer, products: int, copies: int) -> tuple[float, float]:
+        """ms of a product and of a copy."""
+        product, copy = (
+            self.typical(timer(call, lambda: None, repeat)[0])
+            for call, repeat in zip(self.calls, (products, copies), strict=True)
+        )
+        return product, copy
+
+    def ceilings(self, product: float, copy: float) -> Ceilings:
+        """What so many ms of a product and of a copy come to."""
+        return Ceilings(2e3 * self.n**3 / product, 2e3 * self.nbytes / copy)
+
+
+def measure_ceilings(timer: Timer, probe: Probe) -> Ceilings:
+    """The ceilings of a machine that has done nothing before."""
+    repeat = 20 if timer.device.type == "cuda" else 10
+    return probe.ceilings(*probe(timer, repeat, repeat))
 
 
 def measure_share(problem: Problem, timer: Timer, repeat: int) -> float:
@@ -533,11 +552,16 @@ def measure_share(problem: Problem, timer: Timer, repeat: int) -> float:
 
 
 def run_case(
-    case: Case, names: list[str], ceilings: Ceilings, timer: Timer, repeat: int, seen: set[str]
+    case: Case, names: list[str], idle: Ceilings, probe: Probe, timer: Timer, repeat: int, seen: set[str]
 ) -> list[dict]:
-    """One row per route: checked, then measured in rounds in which every route takes its turn."""
+    """One row per route: checked, then measured in rounds in which every route takes its turn, on a GPU the probe too.
+
+    Args:
+        idle: the ceilings before the first case.
+        seen: the routes that ran before, to which these are added.
+    """
     problem = Problem(case)
-    rows = {name: new_row(case, name, ceilings) for name in names}
+    rows = {name: new_row(case, name) for name in names}
     routes, references = {}, {}
     for name, row in rows.items():
         row["first_in_process"] = name not in seen
@@ -550,13 +574,17 @@ def run_case(
     references.clear()
     # on a CPU, shared with whatever else runs, many short rounds compare better than few long ones
     rounds = 3 if case.device.type == "cuda" else max(1, repeat // 2)
-    measure_times(problem, routes, rows, timer, repeat, rounds)
+    ceilings = measure_times(problem, routes, rows, idle, probe, timer, repeat, rounds)
     passed = {name: row for name, row in rows.items() if not row["failed"]}
     # the torch route's check vouches for the rank-r products
     if {"base", "torch"} <= passed.keys():
         share = measure_share(problem, timer, repeat)
         for name in passed.keys() - {"base"}:
             rows[name].update(share=share, x_base=rows[name]["step"] / (rows["base"]["step"] + share))
+    for row in rows.values():
+        row.update(flops=ceilings.flops, bandwidth=ceilings.bandwidth, roof=case.roof(ceilings))
+        if not row["failed"]:
+            row.update(x_roof=row["step"] / row["roof"], x_roof_idle=row["step"] / case.roof(idle))
     return list(rows.values())
 
 
@@ -583,11 +611,18 @@ def checked_route(problem: Problem, name: str, row: dict, references: dict) -> t
     return route, seconds
 
 
-def measure_times(problem: Problem, routes: dict[str, Route], rows: dict, timer: Timer, repeat: int, rounds: int):
-    """Fill fwd, step, host, spread and x_roof of the rows of `routes`."""
-    times = {name: {"fwd": [], "step": [], "host": []} for name in routes}
+def measure_times(
+    problem: Problem, routes: dict[str, Route], rows: dict, idle: Ceilings, probe: Probe, timer: Timer, repeat: int,
+    rounds: int,
+) -> Ceilings:  # fmt: skip
+    """Fill fwd, step, host and spread of the rows of `routes`; the ceilings meanwhile."""
+    times, probed = {name: {"fwd": [], "step": [], "host": []} for name in routes}, []
     once = math.ceil(repeat / rounds)
+    # the product is timed for about as long as a fused route's forwards and steps: a short burst is not yet throttled
+    products = math.ceil(2.5 * once * problem.case.roof(idle) * idle.flops / (2e3 * probe.n**3))
     for _ in range(rounds):
+        if timer.device.type == "cuda":
+            probed.append(probe(timer, min(max(products, once), 200), once))
         for name, route in routes.items():
             if rows[name]["failed"]:
                 continue
@@ -606,20 +641,23 @@ def measure_times(problem: Problem, routes: dict[str, Route], rows: dict, timer:
         if not row["failed"]:
             row.update({key: statistics.median(values) for key, values in measured.items() if values})
             row["spread"] = (max(measured["step"]) - min(measured["step"])) / row["step"]
-            row["x_roof"] = row["step"] / row["roof"]
+    return probe.ceilings(*map(statistics.median, zip(*probed, strict=True))) if probed else idle
 
 
-NUMBERS = ("fwd", "step", "first", "held", "kept", "peak", "host", "spread", "x_roof", "share", "x_base")
+NUMBERS = (
+    "fwd", "step", "first", "held", "kept", "peak", "host", "spread", "x_roof", "x_roof_idle", "share", "x_base",
+)  # fmt: skip
 
 
-def new_row(case: Case, name: str, ceilings: Ceilings) -> dict:
+def new_row(case: Case, name: str) -> dict:
     """A row with every field there is; the numbers of a route that fails stay None."""
     goal_x_roof, goal_kept = case.goals() if name == "moe_lora" else (None, None)
     sizes = {"config": case.name, "E": case.E, "H": case.H, "I": case.I, "top_k": case.top_k, "T": case.T, "r": case.r}
     rest = {"err": None, "edx": None, "errors": None, "goal_x_roof": goal_x_roof, "goal_kept": goal_kept}
     rest["goal_x_base"] = CPU_GOAL if name == "moe_lora" and case.device.type == "cpu" else None
     kind = {"peer": name, "dtype": str(case.dtype).removeprefix("torch."), "lora": "float32", "skew": case.skew}
-    return {**sizes, **kind, "roof": case.roof(ceilings), **dict.fromkeys(NUMBERS), **rest, "failed": None}
+    roofline = dict.fromkeys(("roof", "flops", "bandwidth"))
+    return {**sizes, **kind, **roofline, **dict.fromkeys(NUMBERS), **rest, "failed": None}
 
 
 def fail(row: dict, error: Exception) -> None:
@@ -663,7 +701,9 @@ COLUMNS = {
     "peer": ("route", "{}"),
     "fwd": ("fwd ms", "{:.2f}"),
     "step": ("fwd+bwd ms", "{:.2f}"),
+    "roof": ("roof ms", "{:.2f}"),
     "x_roof": ("x roof", "{:.2f}"),
+    "x_roof_idle": ("idle x", "{:.2f}"),
     "goal_x_roof": ("goal x", "{:.2f}"),
     "x_base": ("x base+share", "{:.2f}"),
     "goal_x_base": ("goal x", "{:.2f}"),
@@ -787,18 +827,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision("highest")
     started = datetime.now(UTC)
     timer = Timer(args.device)
-    ceilings = measure_ceilings(timer, args.dtype)
+    probe = Probe(args.device, args.dtype)
+    ceilings = measure_ceilings(timer, probe)
     dtype = str(args.dtype).removeprefix("torch.")
     machine = describe_machine(args.device)
     headline = (
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, transformers "
-        f"{machine['transformers']}, peft {machine['peft']}\n{started:%Y-%m-%d}, ceilings "
+        f"{machine['transformers']}, peft {machine['peft']}\n{started:%Y-%m-%d}, ceilings of the idle machine "
         f"{ceilings.flops / 1e12:.3g} TFLOP/s {dtype}, {ceilings.bandwidth / 1e12:.3g} TB/s"
     )
     rows, seen = [], set()
     for case in list_cases(args):
         print(f"{case.label} ...", file=sys.stderr, flush=True)
-        rows += run_case(case, args.routes, ceilings, timer, args.repeat, seen)
+        rows += run_case(case, args.routes, ceilings, probe, timer, args.repeat, seen)
         gc.collect()
         if args.device.type == "cuda":
             torch.cuda.empty_cache()

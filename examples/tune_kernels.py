@@ -206,6 +206,8 @@ def sweep(name, T, r, op, calls, settings):
     """Print the time of the named calls under each of the settings of `op`, best first.
 
     Returns: the row that was varied, and the us of all calls together by setting, in the order of `settings`.
+    Raises:
+        LookupError: where the layer does not run by that row, and its settings change nothing.
     """
     E, H, I, top_k = SHAPES[name]  # noqa: E741
     layer = Layer(T, E, H, I, top_k, r)
@@ -227,8 +229,11 @@ def sweep(name, T, r, op, calls, settings):
             times = {call: float("inf") for call in calls}
             setting = {**setting, "error": str(error)[:60]}
         results.append((times, setting))
+        ran = {key[0] for key, _ in launch._plans}
         row.blocks.clear()
         row.blocks.update(kept)
+        if "error" not in setting and op.removesuffix("_gathered").removesuffix("_short") not in ran:
+            raise LookupError(f"{op} does not run at {name}, {T} tokens: of the table's operations {sorted(ran)} do.")
     forget()
     for call in calls:
         print(f"{name} T={T} r={r} {call}:")

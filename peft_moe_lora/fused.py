@@ -86,7 +86,7 @@ def _backward(
 ):  # fmt: skip
     """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
     ops = ops_for(plan.backend, x.device)
-    routing = routing_of(expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m)
+    routing = ops.with_tiles(routing_of(expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m))
     up_drop, down_drop = _dropouts(plan, seed)
     E = up.shape[0]
     gradients = [

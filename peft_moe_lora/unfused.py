@@ -57,8 +57,9 @@ def _route_fake(top_k_index, num_experts, backend):
 
 
 def _linear_op(x, lora_A, lora_B, weight, bias, seed, *rest):
-    routing, (scaling, dropout_p, gather, backend, experts) = routing_of(*rest[:7]), rest[7:]
+    scaling, dropout_p, gather, backend, experts = rest[7:]
     ops = ops_for(backend, x.device)
+    routing = ops.with_tiles(routing_of(*rest[:7]))
     A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
     xa = None
     if A is not None:
@@ -75,8 +76,9 @@ def _linear_fake(x, lora_A, lora_B, weight, bias, seed, offsets, row_token, *arg
 
 
 def _linear_backward_op(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *rest):
-    routing, (scaling, dropout_p, gather, backend, experts) = routing_of(*rest[:7]), rest[7:]
+    scaling, dropout_p, gather, backend, experts = rest[7:]
     ops, dropout = ops_for(backend, x.device), Dropout(dropout_p, seed) if dropout_p else None
+    routing = ops.with_tiles(routing_of(*rest[:7]))
     A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
     dx = dA = dB = yb = None
     if A is not None:

@@ -21,7 +21,7 @@ def benchmark(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "benchmark", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "measure_ceilings", lambda timer, dtype: module.Ceilings(1e11, 1e10))
+    monkeypatch.setattr(module, "measure_ceilings", lambda timer, probe: module.Ceilings(1e11, 1e10))
     return module
 
 
@@ -46,13 +46,38 @@ def test_report_has_every_field(benchmark, tmp_path, capsys):
         for name in ("fwd", "step", "first", "held", "kept", "peak", "roof", "x_roof", "err", "edx"):
             assert row[name] > 0, name
         assert row["peak"] > row["held"] > row["kept"]
-        assert row["x_roof"] == pytest.approx(row["step"] / row["roof"])
+        # on a CPU the ceilings are those at the start
+        assert row["x_roof"] == row["x_roof_idle"] == pytest.approx(row["step"] / row["roof"])
+        assert (row["flops"], row["bandwidth"]) == (1e11, 1e10)
         assert row["first_in_process"] is True
         assert (row["x_base"] is None) == (row["peer"] == "base")
         gradients = {f"d lora_{side}.{projection}" for side in "AB" for projection in ("gate_up", "down")}
         expected = {"out", "d x", "d top_k_weights"} | (gradients if row["peer"] != "base" else set())
         assert row["errors"].keys() == expected
     assert (tmp_path / "b.png").stat().st_size > 10_000
+
+
+def test_on_a_gpu_the_ceilings_take_their_turn_in_every_round(benchmark):
+    case = benchmark.Case("tiny", 6, 64, 32, 2, 40, 4, torch.float32, 0.0, torch.device("cpu"))
+    problem, probe = benchmark.Problem(case), benchmark.Probe(torch.device("cpu"), torch.float32)
+    turns = []
+
+    class Timer:
+        """Of a GPU that slows down: every product takes 1 ms longer than the one before, all else 4 ms."""
+
+        device = torch.device("cuda")
+
+        def __call__(self, call, before, repeat):
+            name = {probe.calls[0]: "product", probe.calls[1]: "copy"}.get(call, "route")
+            turns.append(name)
+            return [turns.count("product") if name == "product" else 4.0] * repeat, [0.1] * repeat
+
+    routes = {"torch": benchmark.ROUTES["torch"](problem)}
+    rows, idle = {"torch": benchmark.new_row(case, "torch")}, benchmark.Ceilings(1e11, 1e10)
+    ceilings = benchmark.measure_times(problem, routes, rows, idle, probe, Timer(), 6, 3)
+    assert turns == ["product", "copy", "route", "route"] * 3
+    assert ceilings == probe.ceilings(2.0, 4.0)
+    assert rows["torch"]["step"] == 4.0
 
 
 def swap_two_experts(benchmark, problem, route):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from peft_moe_lora import fused
+from peft_moe_lora import fused, unfused
 from peft_moe_lora.functional import Projection, experts
 from peft_moe_lora.ops import Activation, kernels
 from peft_moe_lora.ops.kernels import launch, replay
@@ -53,11 +53,22 @@ def relative(arguments, inputs):
     return found
 
 
+class Launches(list):
+    """The launches since it was last cleared; by name, kernels whose compilation was asked for, and how."""
+
+    def __init__(self):
+        self.ahead, self.at_launch = [], []
+
+
 @pytest.fixture
 def launches(monkeypatch):
-    """The launches since it was last cleared."""
-    found = []
-    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: Compiled(self.__name__, found))
+    found = Launches()
+
+    def run(self, *args, warmup, **kwargs):
+        (found.ahead if warmup else found.at_launch).append(self.__name__)
+        return Compiled(self.__name__, found)
+
+    monkeypatch.setattr(JITFunction, "run", run)
     for name, module in list(sys.modules.items()):
         if name.startswith("peft_moe_lora.ops.kernels.") and hasattr(module, "device_facts"):
             monkeypatch.setattr(module, "device_facts", lambda device: (90, 132))
@@ -65,12 +76,14 @@ def launches(monkeypatch):
         monkeypatch.setattr(module, "driver", Driver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", {})
-    monkeypatch.setattr(fused, "ops_for", lambda backend, device: kernels)
+    for module in (fused, unfused):
+        monkeypatch.setattr(module, "ops_for", lambda backend, device: kernels)
     return found
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_replayed_launches_are_those_composed(launches, transposed):
+def step(launches, transposed=False):
+    """The launches of a layer's forward and backward, as `relative` says them."""
+
     def weight(N, K):
         return (
             torch.zeros(E, K, N, dtype=torch.bfloat16).transpose(1, 2)
@@ -82,21 +95,81 @@ def test_replayed_launches_are_those_composed(launches, transposed):
         lora = torch.zeros(RANK * E, K, requires_grad=True), torch.zeros(N, RANK * E, requires_grad=True)
         return Projection(weight(N, K), None, *lora)
 
-    def step():
-        launches.clear()
-        x = torch.zeros(T, H, dtype=torch.bfloat16, requires_grad=True)
-        dout, weights = torch.zeros(T, H, dtype=torch.bfloat16), torch.zeros(T, TOP_K, requires_grad=True)
-        index = torch.zeros(T, TOP_K, dtype=torch.int64)
-        up, down = projection(2 * I, H), projection(H, I)
-        # all of them live through the step: no buffer comes where one of them will lie
-        inputs = [x, weights, index, dout, *(t for p in (up, down) for t in (p.weight, p.lora_A, p.lora_B))]
-        experts(x, index, weights, up, down, Activation()).backward(dout)
-        return [(name, grid, relative(arguments, inputs)) for name, grid, arguments in launches]
+    launches.clear()
+    x = torch.zeros(T, H, dtype=torch.bfloat16, requires_grad=True)
+    dout, weights = torch.zeros(T, H, dtype=torch.bfloat16), torch.zeros(T, TOP_K, requires_grad=True)
+    index = torch.zeros(T, TOP_K, dtype=torch.int64)
+    up, down = projection(2 * I, H), projection(H, I)
+    # all of them live through the step: no buffer comes where one of them will lie
+    inputs = [x, weights, index, dout, *(t for p in (up, down) for t in (p.weight, p.lora_A, p.lora_B))]
+    experts(x, index, weights, up, down, Activation()).backward(dout)
+    return [(name, grid, relative(arguments, inputs)) for name, grid, arguments in launches]
 
-    step()
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_replayed_launches_are_those_composed(launches, transposed):
+    step(launches, transposed)
     # from the second on, what a first launch compiled is run as the launcher is called
-    composed, *replayed = (step() for _ in range(3))
+    composed, *replayed = (step(launches, transposed) for _ in range(3))
     assert [type(kind) for kind in replay._kinds.values()] == [replay._Replay] * 2
-    assert [name for name, *_ in composed].count("_linear_roles_kernel") == 2
+    # gate and up halves of a transposed weight are no box
+    assert [name for name, *_ in composed].count("_linear_roles_kernel") == (3 if transposed else 4)
     for launched in replayed:
         assert launched == composed
+
+
+def test_what_forward_and_what_backward_launch_is_compiled_ahead(launches, monkeypatch):
+    compile_ahead = launch.compile_ahead
+
+    def watched(function, *arguments):
+        launched, asked = len(launches.at_launch), len(launches.ahead)
+        compile_ahead(function, *arguments)
+        assert len(launches.at_launch) == launched
+        assert len(launches.ahead) > asked
+
+    monkeypatch.setattr(launch, "compile_ahead", watched)
+    step(launches)
+    assert sorted(launches.ahead) == sorted(launches.at_launch)
+    assert launches.ahead.count("_linear_roles_kernel") == 4
+    # all is compiled, and other sizes of the batch compile nothing more
+    asked = len(launches.ahead)
+    monkeypatch.setattr(launch, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(replay, "_kinds", {})
+    step(launches)
+    assert len(launches.ahead) == asked
+
+
+def test_a_kernel_that_does_not_compile_leaves_nothing_behind(launches, monkeypatch):
+    def fails(self, *args, **kwargs):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(JITFunction, "run", fails)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        step(launches)
+    assert launch.recorder.ahead is None
+
+
+def test_operators_make_the_table_of_tiles_once_each(launches):
+    routing = kernels.route(torch.zeros(T, TOP_K, dtype=torch.int64), E)
+    index = [t.contiguous() for t in routing.tensors()[:4]]
+    bf16 = torch.bfloat16
+    up, down, x = torch.zeros(E, 2 * I, H, dtype=bf16), torch.zeros(E, H, I, dtype=bf16), torch.zeros(T, H, dtype=bf16)
+    (up_A, up_B), (down_A, down_B) = (
+        (torch.zeros(RANK * E, K), torch.zeros(N, RANK * E)) for N, K in ((2 * I, H), (H, I))
+    )
+    rows = {width: torch.zeros(T * TOP_K, width, dtype=bf16) for width in (2 * I, RANK)}
+    plan = fused._Plan(Activation(), "triton", False, 1.0, 1.0, 0.0, 0.0, None, None)
+
+    def tables(operator, *arguments):
+        launches.clear()
+        launches.at_launch.clear()
+        operator(*arguments)
+        return [*launches.at_launch, *(name for name, *_ in launches)].count("_tiles_kernel")
+
+    fused_arguments = x, x, torch.zeros(T, TOP_K), up_A, up_B, down_A, down_B, up, None, down, None, None
+    kept = rows[2 * I], rows[RANK], rows[RANK], index, TOP_K, True, True, True
+    assert tables(fused._experts_backward_op, *fused_arguments, *kept, *plan.scalars()) == 1
+    routed = *index, None, TOP_K, 0, 1.0, 0.0, True, "triton", None
+    assert tables(unfused._linear_op, x, up_A, up_B, up, None, None, *routed) == 1
+    backward = rows[2 * I], x, up_A, up_B, up, None, rows[RANK], True, True
+    assert tables(unfused._linear_backward_op, *backward, *routed) == 1

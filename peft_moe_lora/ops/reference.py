@@ -23,6 +23,7 @@ __all__ = [
     "expert_shrink",
     "replayed",
     "route",
+    "with_tiles",
 ]
 
 
@@ -47,6 +48,11 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     slot_row[order] = torch.where(sorted_ids < num_experts, rows, -1)
     row_slot = order.to(torch.int32)
     return Routing(expert_offsets, row_slot // max(top_k_index.shape[1], 1), row_slot, slot_row, top_k_index.shape[1])
+
+
+def with_tiles(routing: Routing) -> Routing:
+    """The routing, with what operations need of it beside its index tensors: here nothing."""
+    return routing
 
 
 def dequantize(weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor) -> torch.Tensor:

@@ -152,6 +152,35 @@ def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):
             kernels.expert_linear(x, weight, routing, bias=b, xa=xa, lora_B=lora_B)
 
 
+FORMS = (False, False), (True, False), (True, True)
+
+
+def launch_gathered(dtype, r, kinds=("silu",), limit=None, forms=FORMS, T=2048, E=8, top_k=2, K=1024, I=392):  # noqa: E741
+    """Products of gathered rows, without an activation and with each of these, on meta tensors.
+
+    Args:
+        forms: (gated, interleaved) of an activation.
+    """
+    from peft_moe_lora.ops import Activation, kernels
+
+    routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
+    x, xa = empty(T, K, dtype=dtype), empty(T * top_k, r, dtype=dtype) if r else None
+    activations = [Activation(kind, gated, inter, limit=limit) for kind in kinds for gated, inter in forms]
+    for activation in (None, *activations):
+        N = 2 * I if activation is None or activation.gated else I
+        lora_B = empty(N, r * E, dtype=torch.float32).view(N, E, r).permute(1, 0, 2) if r else None
+        weights = [empty(E, N, K, dtype=dtype), empty(E, K, N, dtype=dtype).transpose(1, 2)]
+        # roles do not take gate and up halves of a transposed weight
+        halves = activation is not None and activation.gated and not activation.interleaved
+        for weight in weights[: 1 if halves else 2]:
+            for bias in (None, empty(E, N, dtype=dtype)):
+                rest = {"bias": bias, "xa": xa, "lora_B": lora_B, "gather": True}
+                if activation is None:
+                    kernels.expert_linear(x, weight, routing, **rest)
+                else:
+                    kernels.expert_linear_act(x, weight, routing, activation, **rest)
+
+
 def empty(*size, dtype=torch.uint8):
     return torch.empty(*size, dtype=dtype, device="meta")
 
@@ -223,7 +252,8 @@ if __name__ == "__main__":
     with compiling_for(arch) as compiled:
         for case in json.loads(sys.argv[2]):
             case["dtype"] = getattr(torch, case["dtype"])
-            launches = {"decoding": launch_decoding, "products": launch_products_of_codes, "ordered": launch_ordered}
+            launches = {"decoding": launch_decoding, "products": launch_products_of_codes}
+            launches |= {"ordered": launch_ordered, "gathered": launch_gathered}
             launches.get(case.pop("launch", None), launch_layer)(**case)
     for kernel in compiled:
         print(json.dumps({"arch": arch} | resources(kernel)))

@@ -1,11 +1,13 @@
-"""Products of ordered rows by warps of two roles: the choice of them anywhere, their numbers on an H100 or H200."""
+"""Products by warps of two roles: the choice of them anywhere, their numbers on an H100 or H200."""
 
 import logging
 import sys
 
 import pytest
 import torch
-from test_kernels import check, kernels, random  # noqa: F401
+from test_kernels import ACTIVATIONS, check, kernels, random  # noqa: F401
+
+from peft_moe_lora.ops import Activation
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -14,48 +16,52 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 
 
 @pytest.mark.parametrize(
-    ("arch", "itemsize", "block_m", "K", "chosen"),
+    ("arch", "itemsize", "block_m", "K", "large", "ordered", "gathered"),
     [
-        (90, 2, 128, 768, True),
-        (90, 2, 128, 8192, True),
-        (90, 2, 128, 14336, False),
-        (90, 2, 64, 768, False),
-        (90, 4, 128, 768, False),
-        (80, 2, 128, 768, False),
-        (100, 2, 128, 768, False),
-        (120, 2, 128, 768, False),
-        (0, 2, 128, 768, False),
+        (90, 2, 128, 768, False, True, True),
+        (90, 2, 128, 8192, False, True, True),
+        (90, 2, 128, 8192, True, True, False),
+        (90, 2, 128, 14336, False, False, False),
+        (90, 2, 64, 768, False, False, False),
+        (90, 4, 128, 768, False, False, False),
+        (80, 2, 128, 768, False, False, False),
+        (100, 2, 128, 768, False, False, False),
+        (120, 2, 128, 768, False, False, False),
+        (0, 2, 128, 768, False, False, False),
     ],
 )
-def test_the_table_knows_where_roles_pay(kernels, arch, itemsize, block_m, K, chosen):  # noqa: F811
+def test_the_table_knows_where_roles_pay(kernels, arch, itemsize, block_m, K, large, ordered, gathered):  # noqa: F811
     from peft_moe_lora.ops.kernels import tile
 
-    assert (tile._blocks("linear_roles", arch, itemsize, block_m, K, True, False) is not None) == chosen
+    for op, chosen in (("linear_roles", ordered), ("linear_roles_gathered", gathered)):
+        assert (tile._blocks(op, arch, itemsize, block_m, K, True, large) is not None) == chosen
 
 
 @pytest.fixture
-def linear(kernels, monkeypatch):  # noqa: F811
-    """The module, its import of `linear_roles` undone."""
-    from peft_moe_lora.ops.kernels import linear
+def choice(kernels, monkeypatch):  # noqa: F811
+    """The module that chooses, its import of `linear_roles` undone."""
+    from peft_moe_lora.ops.kernels import by_roles as choice
 
     monkeypatch.delitem(sys.modules, "peft_moe_lora.ops.kernels.linear_roles", raising=False)
-    linear._roles.cache_clear()
-    yield linear
-    linear._roles.cache_clear()
+    choice._linear_roles.cache_clear()
+    yield choice
+    choice._linear_roles.cache_clear()
 
 
-def test_this_triton_has_the_gluon_they_are_written_in(linear, caplog):
-    assert linear._roles() is not None
+def test_this_triton_has_the_gluon_they_are_written_in(choice, caplog):
+    assert choice._linear_roles() is not None
     assert not caplog.records
 
 
-def test_without_that_gluon_one_line_says_what_runs_instead(linear, monkeypatch, caplog):
+def test_without_that_gluon_one_line_says_so(choice, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
-    with caplog.at_level(logging.WARNING, logger=linear.__name__):
-        assert linear._roles() is None
-        assert linear._roles() is None
+    for name in ("linear_roles", "rings"):
+        monkeypatch.delitem(sys.modules, f"peft_moe_lora.ops.kernels.{name}", raising=False)
+    with caplog.at_level(logging.WARNING, logger=choice.__name__):
+        assert choice._linear_roles() is None
+        assert choice._linear_roles() is None
     (record,) = caplog.records
-    assert "linear_ordered" in record.getMessage()
+    assert "without warps of two roles" in record.getMessage()
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers
@@ -95,6 +101,9 @@ class Product:
         weight = random(E, N, K, dtype=dtype, scale=K**-0.5)
         self.weight = weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
         self.x, self.bias = self.rows(K), random(E, N, dtype=dtype) if bias else None
+        # a token a row
+        self.tokens = random(self.M, K, dtype=dtype)
+        self.tokens[self.routing.row_token[self.valid :].long()] = float("nan")
         self.xa, self.lora_B = None, None
         if r:
             self.xa = self.rows(r)
@@ -135,11 +144,11 @@ def product(kernels):  # noqa: F811
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_bits_of_linear_ordered(product, rows, size, transposed, dtype):
+    from peft_moe_lora.ops.kernels.by_roles import by_roles
     from peft_moe_lora.ops.kernels.linear_ordered import linear_ordered
-    from peft_moe_lora.ops.kernels.linear_roles import linear_roles
 
     p = product(rows, size, transposed, dtype)
-    y, expected = p.by(linear_roles), p.by(linear_ordered)
+    y, expected = p.by(by_roles), p.by(linear_ordered)
     assert torch.equal(y[: p.valid], expected[: p.valid])
     assert y[p.valid :].isnan().all()
 
@@ -214,13 +223,105 @@ def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):  #
 @pytest.mark.gpu
 @hopper
 def test_tables_of_some_experts_have_queues_of_their_own(kernels, product):  # noqa: F811
-    from peft_moe_lora.ops.kernels.linear_roles import linear_roles
+    from peft_moe_lora.ops.kernels.by_roles import by_roles
     from peft_moe_lora.ops.kernels.routing import part_tables
 
     p = product("tails", "the largest rank, K short of a step")
-    whole, y = p.by(linear_roles), torch.full((p.M, p.N), float("nan"), device="cuda", dtype=p.dtype)
+    whole, y = p.by(by_roles), torch.full((p.M, p.N), float("nan"), device="cuda", dtype=p.dtype)
     for first, part in zip(range(0, 14, 4), part_tables(p.routing, 4), strict=True):
         of = slice(first, first + 4)
-        assert linear_roles(p.x, p.weight[of], part, p.bias[of], p.xa, p.lora_B[of], y)
+        assert by_roles(p.x, p.weight[of], part, p.bias[of], p.xa, p.lora_B[of], y)
         assert part.tiles[-1].tolist() == [-1, 0]
     assert torch.equal(y[: p.valid], whole[: p.valid])
+
+
+# --------------------------------------------------------------------------------------------------- rows gathered
+
+# N, K, r, bias
+GATHERED = {
+    "even": (512, 512, 16, False),
+    "a tile of eight columns, ranks short of a step": (528, 256, 24, True),
+    "columns that end in a second chunk": (592, 192, 64, True),
+    "columns that end with a third chunk, no ranks": (704, 1024, 0, False),
+    "one tile of columns, one step of K, ranks past a step": (80, 64, 80, False),
+    "the largest rank": (784, 128, 256, True),
+    "many tiles of columns, the smallest rank": (2048, 320, 8, True),
+}
+
+
+@pytest.fixture
+def gathered(kernels):  # noqa: F811
+    def make(rows, size, transposed=False, dtype=torch.bfloat16):
+        return Product(kernels, ROWS[rows], *GATHERED[size], transposed, dtype)
+
+    return make
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Whether a product ran by roles since the test began."""
+    from peft_moe_lora.ops.kernels import launch
+
+    launch.forget()
+    return lambda: any(key[0] == "linear_roles" for key, _ in launch._plans)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", GATHERED)
+@pytest.mark.parametrize("rows", ROWS)
+def test_gathered_rows(kernels, gathered, ran, rows, size, transposed, dtype):  # noqa: F811
+    p = gathered(rows, size, transposed, dtype)
+    check(kernels, "expert_linear", p, p.tokens, p.weight, p.routing, gather=True, **p.rest)
+    assert ran()
+    assert p.routing.tiles[-1].tolist() == [-1, 0]
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", GATHERED)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation("relu2", interleaved=True)], ids=str)
+def test_an_activation_of_gathered_rows(kernels, gathered, ran, activation, size, dtype):  # noqa: F811
+    # gate and up halves of a transposed weight are no box
+    for transposed in (False, True) if activation.interleaved or not activation.gated else (False,):
+        p = gathered("tails", size, transposed, dtype)
+        check(kernels, "expert_linear_act", p, p.tokens, p.weight, p.routing, activation, gather=True, **p.rest)
+        assert ran()
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("activation", [None, Activation(), Activation("silu", interleaved=True)], ids=str)
+def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, rows, activation):  # noqa: F811
+    from peft_moe_lora.ops.kernels import linear, linear_act
+
+    p = gathered(rows, "even")
+
+    def product():
+        if activation is None:
+            y = kernels.expert_linear(p.tokens, p.weight, p.routing, gather=True, **p.rest)
+            return (y[: p.valid],)
+        out = kernels.expert_linear_act(p.tokens, p.weight, p.routing, activation, gather=True, **p.rest)
+        return [t[: p.valid] for t in out]
+
+    ours = product()
+    for module in (linear, linear_act):
+        monkeypatch.setattr(module, "by_roles", lambda *args: False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, product(), strict=True))
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("why", ["a step of K is cut", "rows begin off sixteen bytes", "halves end off sixteen bytes"])
+def test_gathered_rows_that_roles_do_not_take(kernels, ran, why):  # noqa: F811
+    N, K = (552 if why.startswith("halves") else 512), (264 if why.startswith("a step") else 256)
+    p = Product(kernels, ROWS["tails"], N, K, 16, True, False, torch.bfloat16)
+    tokens = p.tokens
+    if why.startswith("rows"):
+        tokens = torch.cat([tokens.flatten()[:1], tokens.flatten()])[1:].view_as(tokens)
+    check(kernels, "expert_linear_act", p, tokens, p.weight, p.routing, Activation(), gather=True, **p.rest)
+    assert not ran()

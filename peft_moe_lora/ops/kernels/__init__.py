@@ -7,7 +7,7 @@ from .linear import expert_linear
 from .linear_act import expert_linear_act
 from .outer import expert_outer
 from .replay import replayed
-from .routing import route
+from .routing import route, with_tiles
 from .shrink import expert_shrink
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "expert_shrink",
     "replayed",
     "route",
+    "with_tiles",
 ]

@@ -1,13 +1,11 @@
 """y[m] = W[e] x[row] + bias[e] + mask * (B[e] xa[m]), row = row_token[m] where x is gathered, else m."""
 
-import logging
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from ..routing import Dropout, Routing
+from .by_roles import by_roles
 from .codes_4bit import weight_operands
 from .config import dot_precision, padded_rank
 from .launch import facts, launch
@@ -16,7 +14,6 @@ from .parts import of_experts, parts
 from .routing import with_tiles
 from .tile import (
     launch_facts,
-    linear_blocks,
     position,
     row_descriptor,
     strides_or_zeros,
@@ -25,8 +22,6 @@ from .tile import (
     tile_columns,
     tile_product,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -75,7 +70,9 @@ def _linear_kernel(
     total = num_tiles * num_n
     tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)
     e, first_row, end = table_line(tiles_ptr, tl.maximum(tile, 0))
-    for t in range(tl.program_id(0), total, tl.num_programs(0)):
+    # what is hoisted out of this loop holds registers that the steps of large ranks need
+    LARGE_RANK: tl.constexpr = R > 16
+    for t in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=LARGE_RANK):
         # the next tile's line is on its way while this tile is computed
         next_tile, next_n = position(tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP)
         next_e, next_first_row, next_end = table_line(tiles_ptr, next_tile)
@@ -131,28 +128,14 @@ def expert_linear(
     return y
 
 
-@cache
-def _roles():
-    """`linear_roles`, or None where this Triton's Gluon, an experiment still, is not the one it is written in."""
-    try:
-        from .linear_roles import linear_roles
-    except (ImportError, AttributeError) as error:
-        logger.warning("products of ordered rows take up to a tenth longer, by linear_ordered: %s.", error)
-        return None
-    return linear_roles
-
-
-def _ordered(x, weight, routing, *rest) -> bool:
-    """By `linear_roles` where the table has a row for it and it does it, else by `linear_ordered`; whether it was."""
-    roles = _roles() if linear_blocks("linear_roles", x, weight, routing.block_m) else None
-    return (roles is not None and roles(x, weight, routing, *rest)) or linear_ordered(x, weight, routing, *rest)
-
-
 def _linear(x, weight, routing, bias, xa, lora_B, gather, dropout, y) -> None:
     """Write the rows of y that belong to the routing's tiles."""
     packed = not isinstance(weight, torch.Tensor)
-    if not (packed or gather or dropout) and _ordered(x, weight, routing, bias, xa, lora_B, y):
-        return
+    if not (packed or dropout):
+        if by_roles(x, weight, routing, bias, xa, lora_B, y, gather):
+            return
+        if not gather and linear_ordered(x, weight, routing, bias, xa, lora_B, y):
+            return
     _, N, K = weight.shape
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
     op = "linear_4bit" if packed else "linear_gathered" if gather else "linear"

@@ -10,6 +10,7 @@ import triton.language as tl
 from ..activation import Activation
 from ..routing import Routing
 from .activation import activate, activate_plain, activation_constants
+from .by_roles import by_roles
 from .codes_4bit import weight_operands
 from .config import dot_precision, padded_rank
 from .launch import facts, launch
@@ -88,7 +89,9 @@ def _linear_act_kernel(
     total = num_tiles * num_n
     tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)
     e, first_row, end = table_line(tiles_ptr, tl.maximum(tile, 0))
-    for t in range(tl.program_id(0), total, tl.num_programs(0)):
+    # what is hoisted out of this loop holds registers that the steps of large ranks need
+    LARGE_RANK: tl.constexpr = R > 16 and not INTERLEAVED
+    for t in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=LARGE_RANK):
         # the next tile's line is on its way while this tile is computed
         next_tile, next_n = position(tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP)
         next_e, next_first_row, next_end = table_line(tiles_ptr, next_tile)
@@ -145,10 +148,13 @@ def expert_linear_act(
 
 def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, act) -> None:
     """Write the rows of pre and act that belong to the routing's tiles."""
+    packed = not isinstance(weight, torch.Tensor)
+    if not packed and by_roles(x, weight, routing, bias, xa, lora_B, pre, gather, activation, act):
+        return
     _, N, K = weight.shape
     split = 2 if activation.gated and not activation.interleaved else 1
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
-    op = "linear_act" if isinstance(weight, torch.Tensor) else "linear_act_4bit"
+    op = "linear_act_4bit" if packed else "linear_act"
     programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m, split)
     weight_tensors, codes = weight_operands(weight, blocks, split)
 

@@ -88,7 +88,7 @@ def linear_ordered(
     programs, _, blocks = found
     (_, N, K), k_unit, r = weight.shape, blocks["K_UNIT"], 0 if xa is None else xa.shape[1]
     box = routing.block_m, blocks["BLOCK_N"], blocks["BLOCK_K"]
-    descriptors = operand_descriptors(x, weight, xa, lora_B, k_unit, *box)
+    descriptors = operand_descriptors(x, weight, xa, lora_B, k_unit, 1, *box)
     if descriptors is None:
         return False
     constants = {"R_STEPS": ceil_div(r, blocks["BLOCK_K"]), **blocks}
@@ -100,20 +100,24 @@ def linear_ordered(
     return True
 
 
-def operand_descriptors(x, weight, xa, lora_B, k_unit, rows, block_n, block_k, make=TensorDescriptor) -> tuple | None:
-    """Descriptors of x, weight, xa and B, the last two None where there is no rank, or None: one cannot be made.
+def operand_descriptors(
+    x, weight, xa, lora_B, k_unit, halves, rows, block_n, block_k, make=TensorDescriptor
+) -> tuple | None:
+    """Descriptors of x, weight, xa and B, or None: one cannot be made. None in place of what there is not.
 
     Args:
+        x: None where rows are gathered.
+        halves: of the columns of a tile, as for `weight_descriptor`.
         rows: of a box of x and xa.
         make: as for `weight_descriptor`.
     """
     rank = xa is not None and xa.shape[1] > 0
-    found = [row_descriptor(x, rows, block_k, make), weight_descriptor(weight, k_unit, 1, block_n, block_k, make)]
-    if rank:
-        found.append(row_descriptor(xa, rows, block_k, make))
-    if None in found:
+    columns = k_unit, halves, block_n, block_k, make
+    found = [None if x is None else row_descriptor(x, rows, block_k, make), weight_descriptor(weight, *columns)]
+    if (found[0] is None and x is not None) or found[1] is None:
         return None
     if not rank:
         return *found, None, None
-    factor = weight_descriptor(cast_as_weight(lora_B, x.dtype, k_unit), k_unit, 1, block_n, block_k, make)
-    return None if factor is None else (*found, factor)
+    xa_desc = row_descriptor(xa, rows, block_k, make)
+    factor = xa_desc and weight_descriptor(cast_as_weight(lora_B, xa.dtype, k_unit), *columns)
+    return factor and (*found, xa_desc, factor)

@@ -1,29 +1,34 @@
-"""y[m] = W[e] x[m] + bias[e] + B[e] xa[m] for rows in expert order: `linear_ordered` by warps of two roles, for sm_90.
+"""y[m] = W[e] x[row] + bias[e] + B[e] xa[m], and act[m] = activation(y[m]): products by warps of two roles, for sm_90.
 
-One warp loads, eight multiply and store, so that the next tile is on its way whatever becomes of this one. The
-low-rank term is more steps of the K loop, as in `linear_ordered`, but such a step multiplies no more ranks than there
-are, 16 of 64 at r = 16: most of the gain where K is small. Time over that of `linear_ordered`, which gives the same
-bits, for down and dX (NVIDIA H200, 2026-11-21): 8192 tokens of qwen3-30b 0.92 and 0.95, of qwen3.5-35b 0.93 and 0.91,
-of olmoe 0.97 and 0.95, of the gpt-oss shape 1.01 and 0.99, of the deepseek-v3 slice 0.93 and 1.00; 32768 of qwen3-30b
-0.93 and 0.94; one kernel against itself came to 1.04 in that run.
+Some warps load, eight multiply and store, so that the next tile is on its way whatever becomes of this one. Rows in
+expert order are copied in boxes, by one warp; gathered rows one by one, by four. The low-rank term is more steps of
+the K loop, as in `linear_ordered`, but such a step multiplies no more ranks than there are: 16 of 64 at r = 16.
 
-Written in Gluon, Triton's language of layouts, barriers and roles. It is an experiment of Triton's still: `linear`
+Time over that of the kernels that run elsewhere, interleaved (NVIDIA H200, 2026-11-21; 8192 tokens, and 32768):
+    rows in order, down and dX, over `linear_ordered`, the same bits: qwen3-30b 0.92 and 0.95 (0.93 and 0.94),
+        qwen3.5-35b 0.93 and 0.91, olmoe 0.97 and 0.95, the gpt-oss shape 1.01 and 0.99, the deepseek-v3 slice 0.93
+        and 1.00
+    gathered, gate_up and d act, over `linear_act` and `linear`, the same bits at r = 16 without a bias: qwen3-30b 0.94
+        and 0.92 (0.97 and 0.96), qwen3.5-35b 0.87 and 0.91, olmoe 0.95 and 0.95, the gpt-oss shape 0.99 and 0.97, the
+        deepseek-v3 slice 1.03 and 0.98, mixtral 1.02 and 1.02
+
+Written in Gluon, Triton's language of layouts, barriers and roles. It is an experiment of Triton's still: `by_roles`
 imports this file where the table asks for it, and does without where the import fails.
 
 Legend, of one program:
     half: 64 rows of a tile of 128 rows, 256 columns; each is one consumer's: four warps, an accumulator [64, 256]
+    HALVES: 2 where a tile holds the same 128 columns of a gate half and of an up half, else 1
     step: 64 columns of x, or of xa; its boxes lie in a ring of STAGES
     rows [2 * STAGES, 64, 64]: boxes of x or xa, two halves of each step
     columns [STAGES, 256, 64] where K_UNIT, else [STAGES, 64, 256]: boxes of the weight or B
-    full, empty [STAGES]: barriers of a step: its boxes are there; both consumers are done with them
-    messages [2 * 4, 1]: a ring of two tiles, (expert, first row, end, column tile) each; expert -1: no more
-    told, heard [2]: barriers of a message: it is written; both consumers have read it
-The phase that goes with a place in a ring is what its barriers are waited for in: 0 or 1, changed with every turn.
+    stages: rows, columns and the barriers of the ring, as `rings` says
+    messages: a ring of (expert, first row, end, column tile), one a tile; expert -1: no more
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -33,95 +38,117 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..activation import Activation
 from ..routing import Routing
+from .activation import activate, activate_plain, activation_constants
 from .config import ceil_div, padded_rank
 from .launch import facts, launch
 from .linear_ordered import operand_descriptors
-from .tile import halves, linear_blocks, position, row_descriptor, strides_or_zeros, table_line, table_size
+from .rings import MESSAGES, after, barriers, before, hear, message_ring, tell
+from .tile import halves, make_descriptor, position, strides_or_zeros, table_line, table_size
 
 # triton 3.6: other names; drop when the floor is 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 # a tile and a step of its K loop: the form of the kernel, not a setting
 HALF_M, BLOCK_N, BLOCK_K = gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
 # bytes of a step's columns, and of one half's rows
 COLUMN_BYTES, ROW_BYTES = gl.constexpr(256 * 64 * 2), gl.constexpr(64 * 64 * 2)
+# a pass without an activation
+NO_ACTIVATION = {"KIND": None, "GATED": False, "INTERLEAVED": False, "LIMIT": None, "ALPHA": 1.0, "UP_SHIFT": 0.0}
+
+
+# ---- the warps that load -------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _after(slot, phase, SLOTS: gl.constexpr):
-    """The next slot of a ring, and its phase."""
-    last = slot == SLOTS - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _before(slot, SLOTS: gl.constexpr):
-    """The previous slot of a ring."""
-    return gl.where(slot == 0, SLOTS - 1, slot - 1)
-
-
-@gluon.jit
-def _tell(ring, slot, phase, e, first_row, end, n):
-    """Write a message once both consumers have read what stood in its place."""
-    messages, told, heard = ring
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(heard.index(slot), phase)
-    messages.index(4 * slot).store(gl.full([1], e, gl.int32, layout))
-    messages.index(4 * slot + 1).store(gl.full([1], first_row, gl.int32, layout))
-    messages.index(4 * slot + 2).store(gl.full([1], end, gl.int32, layout))
-    messages.index(4 * slot + 3).store(gl.full([1], n, gl.int32, layout))
-    mbarrier.arrive(told.index(slot))
-    return _after(slot, phase, 2)
-
-
-@gluon.jit
-def _hear(ring, slot, phase):
-    """(expert, first row, end, column tile) of the next tile."""
-    messages, told, heard = ring
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(told.index(slot), phase)
-    e = gl.max(messages.index(4 * slot).load(layout), 0)
-    first_row = gl.max(messages.index(4 * slot + 1).load(layout), 0)
-    end = gl.max(messages.index(4 * slot + 2).load(layout), 0)
-    n = gl.max(messages.index(4 * slot + 3).load(layout), 0)
-    mbarrier.arrive(heard.index(slot))
-    return e, first_row, end, n
-
-
-@gluon.jit
-def _load_step(
-    rows_desc, columns_desc, stages, s, phase, e, first_row, present, n0, k,
-    K_UNIT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of one step: rows of the halves that are present, and columns; beyond K and r come zeros."""
-    rows, columns, full, empty = stages
-    mbarrier.wait(empty.index(s), phase)
-    there = full.index(s)
-    mbarrier.expect(there, COLUMN_BYTES + ROW_BYTES, pred=present == 1)
-    mbarrier.expect(there, COLUMN_BYTES + 2 * ROW_BYTES, pred=present == 2)
-    for half in gl.static_range(2):
-        _load(rows_desc, [first_row + half * HALF_M, k], there, rows.index(2 * s + half), pred=half < present)
+def _load_columns(desc, columns, there, s, e, n, k, HALVES: gl.constexpr, K_UNIT: gl.constexpr):
+    """Start the copy of a step's columns; beyond N, K and r come zeros."""
     if K_UNIT:
-        _load(columns_desc, [e, 0, n0, k], there, columns.index(s).reshape([1, 1, BLOCK_N, BLOCK_K]))
+        WIDTH: gl.constexpr = BLOCK_N // HALVES
+        _load(desc, [e, 0, n * WIDTH, k], there, columns.index(s).reshape([1, HALVES, WIDTH, BLOCK_K]))
     else:
-        _load(columns_desc, [e, k, n0], there, columns.index(s).reshape([1, BLOCK_K, BLOCK_N]))
-    return _after(s, phase, STAGES)
+        _load(desc, [e, k, n * BLOCK_N], there, columns.index(s).reshape([1, BLOCK_K, BLOCK_N]))
+
+
+@gluon.jit
+def _load_boxes(
+    rows_desc, columns_desc, steps, stages, s, phase, e, first_row, present, n,
+    GATHER: gl.constexpr, HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of so many steps whose rows lie in expert order: those of the halves that are present."""
+    rows, columns, full, empty = stages
+    for i in range(steps):
+        mbarrier.wait(empty.index(s), phase)
+        there = full.index(s)
+        mbarrier.expect(there, COLUMN_BYTES + ROW_BYTES, pred=present == 1)
+        mbarrier.expect(there, COLUMN_BYTES + 2 * ROW_BYTES, pred=present == 2)
+        for half in gl.static_range(2):
+            _load(
+                rows_desc,
+                [first_row + half * HALF_M, i * BLOCK_K],
+                there,
+                rows.index(2 * s + half),
+                pred=half < present,
+            )
+        _load_columns(columns_desc, columns, there, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
+        if GATHER:
+            # the barrier waits for every thread of four warps, which here copies nothing
+            async_copy.mbarrier_arrive(there, increment_count=False)
+        s, phase = after(s, phase, STAGES)
+    return s, phase
+
+
+@gluon.jit
+def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm):
+    """Where the first BLOCK_K columns of HALF_M rows lie; a row past the expert's last is the last again."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    offs_m = gl.minimum(first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, layout)), end - 1)
+    tokens = gl.load(row_token_ptr + offs_m).to(gl.int64)
+    return x_ptr + tokens[:, None] * stride_xm + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def _load_gathered(
+    x, weight_desc, steps, stages, s, phase, e, first_row, end, present, n,
+    HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of so many steps whose rows are gathered."""
+    rows, columns, full, empty = stages
+    x_ptr, row_token_ptr, stride_xm = x
+    upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm)
+    lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm)
+    for i in range(steps):
+        mbarrier.wait(empty.index(s), phase)
+        there = full.index(s)
+        mbarrier.expect(there, COLUMN_BYTES)
+        _load_columns(weight_desc, columns, there, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
+        _load_rows(rows.index(2 * s), upper)
+        if present == 2:
+            _load_rows(rows.index(2 * s + 1), lower)
+        # each thread's copies arrive when they are done
+        async_copy.mbarrier_arrive(there, increment_count=False)
+        upper += BLOCK_K
+        lower += BLOCK_K
+        s, phase = after(s, phase, STAGES)
+    return s, phase
 
 
 @gluon.jit
 def _produce(
-    operands, tiles_ptr, lines, stages, ring, N, K,
-    R_STEPS: gl.constexpr, GROUP: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP: gl.constexpr,
+    GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that loads: it takes output tiles from the queue until there are none.
+    """The warps that load: they take output tiles from the queue until there are none.
 
     With every num_programs-th tile instead, programs fall out of step and each reads its weight tiles from memory for
     itself: 21 GB in dX of the deepseek-v3 slice, 7.9 by the queue (NVIDIA H200, 2026-11-21). Who computes a tile is
     left to chance so, and not what comes out.
     """
     x_desc, weight_desc, xa_desc, lora_B_desc = operands
+    WARPS: gl.constexpr = 4 if GATHER else 1
     counter_ptr = tiles_ptr + 2 * lines - 1
     num_tiles, num_n = table_size(tiles_ptr, lines), gl.cdiv(N, BLOCK_N)
     total = num_tiles * num_n
@@ -131,35 +158,48 @@ def _produce(
     while t < total:
         tile, n = position(t, num_tiles, num_n, GROUP)
         e, first_row, end = table_line(tiles_ptr, tile)
-        slot, slot_phase = _tell(ring, slot, slot_phase, e, first_row, end, n)
+        slot, slot_phase = tell(messages, slot, slot_phase, e, first_row, end, n, WARPS)
         present = gl.where(first_row + HALF_M < end, 2, 1)
-        for i in range(gl.cdiv(K, BLOCK_K)):
-            s, phase = _load_step(
-                x_desc, weight_desc, stages, s, phase, e, first_row, present, n * BLOCK_N, i * BLOCK_K, K_UNIT, STAGES
+        steps = gl.cdiv(K, BLOCK_K)
+        if GATHER:
+            s, phase = _load_gathered(
+                x, weight_desc, steps, stages, s, phase, e, first_row, end, present, n, HALVES, K_UNIT, STAGES
             )
-        for i in gl.static_range(R_STEPS):
-            s, phase = _load_step(
-                xa_desc, lora_B_desc, stages, s, phase, e, first_row, present, n * BLOCK_N, i * BLOCK_K, K_UNIT, STAGES
+        else:
+            s, phase = _load_boxes(
+                x_desc, weight_desc, steps, stages, s, phase, e, first_row, present, n, False, HALVES, K_UNIT, STAGES
             )
+        if R_STEPS > 0:
+            s, phase = _load_boxes(
+                xa_desc, lora_B_desc, R_STEPS, stages, s, phase, e, first_row, present, n, GATHER, HALVES, K_UNIT,
+                STAGES,
+            )  # fmt: skip
         taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         # a tile, an addition: this was the last one, and the next kernel finds the counter at 0
         if taken == total - 1:
             gl.store(counter_ptr, 0)
         t = gl.num_programs(0) + taken
-    _tell(ring, slot, slot_phase, -1, 0, 0, 0)
+    tell(messages, slot, slot_phase, -1, 0, 0, 0, WARPS)
+
+
+# ---- the warps that multiply and store -----------------------------------------------------------------------------
 
 
 @gluon.jit
 def _multiply_step(
-    acc, stages, s, phase, before, HALF: gl.constexpr, WIDTH: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr
-):
-    """acc plus the product of a step's first WIDTH columns of x; the step before goes back to the producer.
+    acc, stages, s, phase, continued, HALF: gl.constexpr, WIDTH: gl.constexpr, COPIED: gl.constexpr,
+    K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc plus the product of a step's first WIDTH columns of x; the step before goes back to the warps that load.
 
     Args:
-        before: whether there is one in this tile.
+        continued: whether there is one in this tile.
+        COPIED: whether threads wrote the rows, not the copy engine: products are to see that.
     """
     rows, columns, full, empty = stages
     mbarrier.wait(full.index(s), phase)
+    if COPIED:
+        fence_async_shared()
     x, weight = rows.index(2 * s + HALF), columns.index(s)
     if WIDTH < BLOCK_K:
         x, weight = x.slice(0, WIDTH, 1), weight.slice(0, WIDTH, 1 if K_UNIT else 0)
@@ -168,120 +208,180 @@ def _multiply_step(
     acc = warpgroup_mma(x, weight, acc, is_async=True)  # [M, K] @ [K, N] -> [M, N]
     # one product stays in flight
     acc = warpgroup_mma_wait(1, deps=[acc])
-    mbarrier.arrive(empty.index(_before(s, STAGES)), pred=before)
-    s, phase = _after(s, phase, STAGES)
+    mbarrier.arrive(empty.index(before(s, STAGES)), pred=continued)
+    s, phase = after(s, phase, STAGES)
     return acc, s, phase
 
 
 @gluon.jit
-def _store_half(acc, y_desc, y_ptr, staging, first_row, end, n0, N):
-    """The rows of a half that exist, in chunks of 64 columns: 64 rows by two boxes in turn, fewer from registers."""
-    left, right = halves(acc.to(y_ptr.dtype.element_ty), HALF_M, 128)
-    chunks = halves(left, HALF_M, 64) + halves(right, HALF_M, 64)
-    for j in gl.static_range(4):
-        y = chunks[j]
-        if n0 + 64 * j >= N:
-            # no store: the next box must not take the one in flight for this chunk's
-            tma.store_wait(0)
-        elif first_row + HALF_M <= end:
-            box = staging.index(j % 2)
-            # the last store may be in flight, the one before it read this box
-            tma.store_wait(1)
-            box.store(y)
-            fence_async_shared()
-            _store(y_desc, [first_row, n0 + 64 * j], box)
-        else:
-            # rows past the expert's last are another's, or nobody's
-            offs_m = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, y.type.layout))
-            offs_n = n0 + 64 * j + gl.arange(0, 64, gl.SliceLayout(0, y.type.layout))
-            y_ptrs = y_ptr + offs_m.to(gl.int64)[:, None] * N + offs_n[None, :]
-            gl.store(y_ptrs, y, mask=(offs_m < end)[:, None] & (offs_n < N)[None, :])
+def _store_chunk(chunk, output, staging, i: gl.constexpr, first_row, end, half, col, width, stride_m):
+    """The rows that exist of a chunk [64, 64], the i-th of a tile: 64 by two boxes in turn, fewer from registers."""
+    desc, ptr = output
+    t = chunk.to(ptr.dtype.element_ty)
+    if col >= width:
+        # no store: the next box must not take the one in flight for this chunk's
+        tma.store_wait(0)
+    elif first_row + HALF_M <= end:
+        box = staging.index(i % 2)
+        # the last store may be in flight, the one before it read this box
+        tma.store_wait(1)
+        box.store(t)
+        fence_async_shared()
+        _store(desc, [half, first_row, col], box.reshape([1, HALF_M, 64]))
+    else:
+        # rows past the expert's last are another's, or nobody's
+        offs_m = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, t.type.layout))
+        offs_n = col + gl.arange(0, 64, gl.SliceLayout(0, t.type.layout))
+        ptrs = ptr + offs_m.to(gl.int64)[:, None] * stride_m + (half * width + offs_n)[None, :]
+        gl.store(ptrs, t, mask=(offs_m < end)[:, None] & (offs_n < width)[None, :])
+
+
+@gluon.jit
+def _store_half(
+    acc, y, act, staging, first_row, end, n, N, HALVES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+):  # fmt: skip
+    """The rows of a half that exist, and their activation, in chunks of 64 columns."""
+    dtype: gl.constexpr = y[1].dtype.element_ty
+    left, right = halves(acc, HALF_M, 128)
+    if HALVES == 2:
+        # gate on the left, up on the right: the same 64 columns of both, twice
+        gates, ups = halves(left, HALF_M, 64), halves(right, HALF_M, 64)
+        I = N // 2  # noqa: E741
+        for i in gl.static_range(2):
+            col = n * 128 + i * 64
+            gate, up = gates[i].to(dtype), ups[i].to(dtype)
+            _store_chunk(gate, y, staging, 3 * i, first_row, end, 0, col, I, N)
+            _store_chunk(up, y, staging, 3 * i + 1, first_row, end, 1, col, I, N)
+            # rounded as stored
+            result = activate(gate.to(gl.float32), up.to(gl.float32), KIND, LIMIT, ALPHA, UP_SHIFT)
+            _store_chunk(result, act, staging, 3 * i + 2, first_row, end, 0, col, I, I)
+    else:
+        wide = left, right
+        for i in gl.static_range(2):
+            chunks = halves(wide[i], HALF_M, 64)
+            col = n * BLOCK_N + i * 128
+            if KIND is None:
+                for j in gl.static_range(2):
+                    _store_chunk(chunks[j], y, staging, j, first_row, end, 0, col + 64 * j, N, N)
+            elif GATED:
+                for j in gl.static_range(2):
+                    _store_chunk(chunks[j], y, staging, 3 * i + j, first_row, end, 0, col + 64 * j, N, N)
+                gate, up = wide[i].to(dtype).to(gl.float32).reshape([HALF_M, 64, 2]).split()
+                result = activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT)
+                _store_chunk(result, act, staging, 3 * i + 2, first_row, end, 0, col // 2, N // 2, N // 2)
+            else:
+                for j in gl.static_range(2):
+                    _store_chunk(chunks[j], y, staging, 0, first_row, end, 0, col + 64 * j, N, N)
+                    result = activate_plain(chunks[j], KIND, ALPHA)
+                    _store_chunk(result, act, staging, 1, first_row, end, 0, col + 64 * j, N, N)
 
 
 @gluon.jit
 def _consume(
-    output, staging, stages, ring, N, K, HALF: gl.constexpr,
-    R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    output, staging, stages, messages, N, K, HALF: gl.constexpr,
+    GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, K_UNIT: gl.constexpr,
+    STAGES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply and store half of each tile, until there are no more."""
-    y_desc, y_ptr, bias_ptr, stride_biase, stride_biasn = output
+    y, act, bias_ptr, stride_biase, stride_biasn = output
     full, empty = stages[2], stages[3]
+    WIDTH: gl.constexpr = BLOCK_N // HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     k_steps = gl.cdiv(K, BLOCK_K)
     s, phase = 0, 0
     slot, slot_phase = 0, 0
-    e, first_row, end, n = _hear(ring, slot, slot_phase)
+    e, first_row, end, n = hear(messages, slot, slot_phase)
     while e >= 0:
         first_row += HALF * HALF_M
         if first_row < end:
             if bias_ptr is not None:
                 # ahead of the K loop, which hides its latency, two columns a thread
-                cols = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.BlockedLayout([2], [32], [4], [0]))
+                j = gl.arange(0, BLOCK_N, gl.BlockedLayout([2], [32], [4], [0]))
+                in_half = n * WIDTH + j % WIDTH
+                cols = j // WIDTH * (N // HALVES) + in_half
                 # int64: an expert index times a stride passes 2**31
                 bias_ptrs = bias_ptr + e.to(gl.int64) * stride_biase + cols * stride_biasn
-                bias = gl.load(bias_ptrs, mask=cols < N, other=0.0)
+                bias = gl.load(bias_ptrs, mask=in_half < N // HALVES, other=0.0)
             acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, layout)
             for i in range(k_steps):
-                acc, s, phase = _multiply_step(acc, stages, s, phase, i > 0, HALF, BLOCK_K, K_UNIT, STAGES)
+                acc, s, phase = _multiply_step(acc, stages, s, phase, i > 0, HALF, BLOCK_K, GATHER, K_UNIT, STAGES)
             for _ in gl.static_range(R_STEPS):
-                acc, s, phase = _multiply_step(acc, stages, s, phase, True, HALF, R_WIDTH, K_UNIT, STAGES)
+                acc, s, phase = _multiply_step(acc, stages, s, phase, True, HALF, R_WIDTH, False, K_UNIT, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(_before(s, STAGES)))
+            mbarrier.arrive(empty.index(before(s, STAGES)))
             if bias_ptr is not None:
                 acc += gl.convert_layout(bias, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
-            _store_half(acc, y_desc, y_ptr, staging, first_row, end, n * BLOCK_N, N)
+            _store_half(
+                acc, y, act, staging, first_row, end, n, N, HALVES, KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT
+            )
         else:
             # nothing was loaded for this half: it keeps step with the other
             for _ in range(k_steps + R_STEPS):
                 mbarrier.wait(full.index(s), phase)
                 mbarrier.arrive(empty.index(s))
-                s, phase = _after(s, phase, STAGES)
-        slot, slot_phase = _after(slot, slot_phase, 2)
-        e, first_row, end, n = _hear(ring, slot, slot_phase)
+                s, phase = after(s, phase, STAGES)
+        slot, slot_phase = after(slot, slot_phase, MESSAGES)
+        e, first_row, end, n = hear(messages, slot, slot_phase)
     tma.store_wait(0)
+
+
+# ---- a program -----------------------------------------------------------------------------------------------------
 
 
 @gluon.jit(do_not_specialize=["lines"])
 def _linear_roles_kernel(
-    x_desc, weight_desc, xa_desc, lora_B_desc, y_desc, y_ptr, bias_ptr, tiles_ptr, lines, N, K,
-    stride_biase, stride_biasn,
-    R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr,
-    STAGES: gl.constexpr, PRODUCER: gl.constexpr, CONSUMER: gl.constexpr,
+    x_desc, weight_desc, xa_desc, lora_B_desc, y_desc, act_desc, y_ptr, act_ptr, x_ptr, bias_ptr, row_token_ptr,
+    tiles_ptr, lines, N, K, stride_xm, stride_biase, stride_biasn,
+    GATHER: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
+    K_UNIT: gl.constexpr, STAGES: gl.constexpr, PRODUCER: gl.constexpr, CONSUMER: gl.constexpr,
+    KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
+    UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Persistent grid. PRODUCER, CONSUMER: registers a thread of each has."""
     gl.static_assert(BLOCK_M == 2 * HALF_M)
+    HALVES: gl.constexpr = 2 if GATED and not INTERLEAVED else 1
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
     rows = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], swizzled)
     columns = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], swizzled
     )
     staging0 = gl.allocate_shared_memory(dtype, [2, HALF_M, 64], swizzled)
     staging1 = gl.allocate_shared_memory(dtype, [2, HALF_M, 64], swizzled)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    messages = gl.allocate_shared_memory(gl.int32, [2 * 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    told = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    heard = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    for i in gl.static_range(2):
-        mbarrier.init(told.index(i), count=1)
-        mbarrier.init(heard.index(i), count=2)
-    stages, ring = (rows, columns, full, empty), (messages, told, heard)
-    operands = (x_desc, weight_desc, xa_desc, lora_B_desc)
-    output = (y_desc, y_ptr, bias_ptr, stride_biase, stride_biasn)
+    # who fills a stage: the copy engine, and where rows are gathered each of 128 threads
+    full, empty = barriers(STAGES, 129 if GATHER else 1, 2)
+    stages, messages = (rows, columns, full, empty), message_ring(2)
+    operands, x = (x_desc, weight_desc, xa_desc, lora_B_desc), (x_ptr, row_token_ptr, stride_xm)
+    output = ((y_desc, y_ptr), (act_desc, act_ptr), bias_ptr, stride_biase, stride_biasn)
     gl.warp_specialize(
         [
-            (_consume, (output, staging0, stages, ring, N, K, 0, R_STEPS, R_WIDTH, K_UNIT, STAGES)),
-            (_consume, (output, staging1, stages, ring, N, K, 1, R_STEPS, R_WIDTH, K_UNIT, STAGES)),
-            (_produce, (operands, tiles_ptr, lines, stages, ring, N, K, R_STEPS, GROUP, K_UNIT, STAGES)),
+            (
+                _consume,
+                (
+                    output, staging0, stages, messages, N, K, 0, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
+                    KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    output, staging1, stages, messages, N, K, 1, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
+                    KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP, GATHER, HALVES, R_STEPS, K_UNIT,
+                    STAGES,
+                ),
+            ),
         ],
-        [4, 1],
+        [4, 4 if GATHER else 1],
         [CONSUMER, PRODUCER],
-    )
+    )  # fmt: skip
 
 
 def _descriptor(t: torch.Tensor, shape, strides, box) -> TensorDescriptor:
@@ -290,7 +390,15 @@ def _descriptor(t: torch.Tensor, shape, strides, box) -> TensorDescriptor:
     return TensorDescriptor(t, shape, strides, box, layout)
 
 
+def _output_descriptor(y: torch.Tensor, parts: int) -> TensorDescriptor | None:
+    """A descriptor that stores chunks of y [M, N], whose columns are in so many parts, and never past a part's end."""
+    (M, N), box = y.shape, [1, HALF_M.value, 64]
+    return make_descriptor(y, [parts, M, N // parts], [N // parts, N, 1], box, _descriptor)
+
+
 def linear_roles(
+    programs: int,
+    blocks: dict,
     x: torch.Tensor,
     weight: torch.Tensor,
     routing: Routing,
@@ -298,23 +406,39 @@ def linear_roles(
     xa: torch.Tensor | None,
     lora_B: torch.Tensor | None,
     y: torch.Tensor,
+    gather: bool = False,
+    activation: Activation | None = None,
+    act: torch.Tensor | None = None,
 ) -> bool:
-    """What `linear_ordered` does, and its answer."""
-    found = linear_blocks("linear_roles", x, weight, routing.block_m)
-    if found is None:
-        return False
-    programs, _, blocks = found
+    """`expert_linear` without dropout into y, or `expert_linear_act` into y and act; nothing where strides forbid.
+
+    Args:
+        programs, blocks: as `tile.linear_blocks` gives them.
+        routing: with tiles.
+        y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles. act: [M, I], likewise.
+    Returns: whether it was done.
+    """
     (_, N, K), k_unit, r = weight.shape, blocks["K_UNIT"], 0 if xa is None else xa.shape[1]
+    parts = 2 if activation is not None and activation.gated and not activation.interleaved else 1
+    # rows are gathered in copies of 16 bytes, without a mask
+    if gather and (K % BLOCK_K.value or x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16):
+        return False
     box = HALF_M.value, BLOCK_N.value, BLOCK_K.value
-    y_desc = row_descriptor(y, box[0], 64, _descriptor)
-    descriptors = y_desc and operand_descriptors(x, weight, xa, lora_B, k_unit, *box, _descriptor)
-    if descriptors is None:
+    outputs = [_output_descriptor(y, parts)] + ([] if act is None else [_output_descriptor(act, 1)])
+    if None in outputs:
+        return False
+    operands = operand_descriptors(None if gather else x, weight, xa, lora_B, k_unit, parts, *box, _descriptor)
+    if operands is None:
         return False
     steps = ceil_div(r, box[2]), min(box[2], padded_rank(r))
-    constants = {"R_STEPS": steps[0], "R_WIDTH": steps[1], **blocks}
-    key = "linear_roles", facts(bias), N, K, x.dtype, *steps, k_unit, blocks["GROUP"]
+    constants = {"GATHER": gather, "R_STEPS": steps[0], "R_WIDTH": steps[1], **blocks}
+    constants |= NO_ACTIVATION if activation is None else activation_constants(activation)
+    stride_xm = x.stride(0) if gather else 0
+    key = "linear_roles", facts(bias), N, K, x.dtype, *steps, k_unit, blocks["GROUP"], gather, stride_xm, activation
+    gathered = (x, routing.row_token) if gather else (None, None)
     launch(
-        key, _linear_roles_kernel, (programs, 1, 1), (y, bias, routing.tiles),
-        lambda: ((N, K, *strides_or_zeros(bias, 2)), constants), (routing.tiles.shape[0],), (*descriptors, y_desc),
+        key, _linear_roles_kernel, (programs, 1, 1), (y, act, gathered[0], bias, gathered[1], routing.tiles),
+        lambda: ((N, K, stride_xm, *strides_or_zeros(bias, 2)), constants), (routing.tiles.shape[0],),
+        (*operands, *outputs, *[None] * (2 - len(outputs))),
     )  # fmt: skip
     return True

@@ -2,7 +2,8 @@
 
 All LoRA weight gradients are this one product: dA from (dY @ B, X) and dB from (dY, X @ A^T). One side is the rank,
 small, and the other wide; the row weight is applied to the small side.
-Legend: an expert's rows are cut in chunks of CHUNK, numbered over all experts.
+Legend: an expert's rows are cut in chunks of CHUNK. Chunk c < E is the first of expert c, so that few programs have to
+search for their rows; from E on stand the further chunks, expert by expert.
     partial_ptr [max_chunks, small, wide] fp32: the sums of one chunk, where its expert has more than one
 """
 
@@ -20,6 +21,27 @@ PROGRAMS = 1024
 
 
 @triton.jit
+def _further_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
+    """Number [E_PADDED] of chunks of each expert after its first."""
+    experts = tl.arange(0, E_PADDED)
+    start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
+    end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
+    return tl.maximum(end - start - 1, 0) // CHUNK
+
+
+@triton.jit
+def _chunk(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
+    """(expert, E for none; which of its chunks) of a chunk."""
+    e, index = chunk, 0
+    if chunk >= E:
+        further_end = tl.cumsum(_further_chunks(expert_offsets_ptr, E, CHUNK, E_PADDED), axis=0)
+        passed = further_end <= chunk - E
+        e = tl.minimum(tl.sum(passed.to(tl.int32), axis=0), E)
+        index = chunk - E - tl.max(tl.where(passed, further_end, 0), axis=0) + 1
+    return e, index
+
+
+@triton.jit
 def _outer_kernel(
     small_ptr, wide_ptr, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, partial_ptr,
     out_ptr, E, SMALL, WIDE, num_s,
@@ -28,21 +50,15 @@ def _outer_kernel(
     P: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of wide * tiles of small, max_chunks]: an expert of one chunk is written straight to out."""
+    """Grid [tiles of wide * tiles of small, max_chunks]: an expert of one chunk or no row goes straight to out."""
     chunk = tl.program_id(1)
-    experts = tl.arange(0, E_PADDED)
-    start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
-    end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    chunks_end = tl.cumsum((end - start + CHUNK - 1) // CHUNK, axis=0)
-    passed = chunks_end <= chunk
-    e = tl.sum(passed.to(tl.int32), axis=0)
+    e, index = _chunk(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
     if e >= E:
         return
-    first_chunk = tl.max(tl.where(passed, chunks_end, 0), axis=0)
     start = tl.load(expert_offsets_ptr + e)
     end = tl.load(expert_offsets_ptr + e + 1)
     one_chunk = end - start <= CHUNK
-    start += (chunk - first_chunk) * CHUNK
+    start += index * CHUNK
     end = tl.minimum(end, start + CHUNK)
 
     offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
@@ -84,22 +100,19 @@ def _sum_chunks_kernel(
     expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s, stride_oe, stride_os, stride_ow,
     CHUNK: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of wide * tiles of small, E]: zeros, nothing, or the chunks of an expert in order."""
+    """Grid [tiles of wide * tiles of small, E]: the chunks of an expert in order, where it has several."""
     e = tl.program_id(1)
     rows = tl.load(expert_offsets_ptr + e + 1) - tl.load(expert_offsets_ptr + e)
-    if (rows > 0) & (rows <= CHUNK):
+    if rows <= CHUNK:
         return
-    experts = tl.arange(0, E_PADDED)
-    before = experts < e
-    starts = tl.load(expert_offsets_ptr + experts, mask=before, other=0)
-    ends = tl.load(expert_offsets_ptr + experts + 1, mask=before, other=0)
-    first_chunk = tl.sum((ends - starts + CHUNK - 1) // CHUNK, axis=0)
+    further = _further_chunks(expert_offsets_ptr, E, CHUNK, E_PADDED)
+    second_chunk = E + tl.sum(tl.where(tl.arange(0, E_PADDED) < e, further, 0), axis=0)
     offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
     offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     mask = (offs_w < WIDE)[:, None] & (offs_s < SMALL)[None, :]
     acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
     for c in range((rows + CHUNK - 1) // CHUNK):
-        chunk = first_chunk + c
+        chunk = tl.where(c == 0, e, second_chunk + c - 1)
         partial_ptrs = partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
         acc += tl.load(partial_ptrs, mask=mask, other=0.0)
     out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
@@ -144,8 +157,10 @@ def expert_outer(
     # a chunk for a whole expert leaves no partial sums; shorter ones where that leaves too few programs
     even, filling = 2 * ceil_div(M, E), 2 * ceil_div(M * tiles, PROGRAMS)
     chunk = max(blocks["BLOCK_M"], power_of_2(min(even, filling)), 256 if arch else 1)
-    max_chunks = M // chunk + min(E, M)
-    partial = torch.empty(max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
+    # no more than a chunk's rows: no expert has a second chunk
+    several = M > chunk
+    max_chunks = E + several * (M // chunk)
+    partial = torch.empty(several * max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
     shared = {"CHUNK": chunk, "E_PADDED": power_of_2(E)}
     precision = dot_precision(left.dtype)
     p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
@@ -165,5 +180,6 @@ def expert_outer(
         small, wide, weights, seed, routing.row_token, routing.row_slot, routing.expert_offsets, partial, out,
     )  # fmt: skip
     launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
-    launch(("sum", *shape), _sum_chunks_kernel, (tiles, E, 1), (routing.expert_offsets, partial, out), rest_of_sum)
+    if several:
+        launch(("sum", *shape), _sum_chunks_kernel, (tiles, E, 1), (routing.expert_offsets, partial, out), rest_of_sum)
     return out

@@ -178,7 +178,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     )  # fmt: skip
     launch(
         ("scan", E), _scan_kernel, (ceil_div(E + 1, 16), 1, 1), (counts, totals),
-        lambda: ((E,), {"BLOCK_B": 64, "BLOCK_E": 16}), (blocks,),
+        lambda: ((E,), {"BLOCK_B": 64, "BLOCK_E": 16, "num_warps": 8}), (blocks,),
     )  # fmt: skip
     constants = {"BLOCK": BLOCK, "BLOCK_E": 32, "E_PADDED": power_of_2(E), "BLOCK_M": block_m}
     tensors = top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles

@@ -9,6 +9,7 @@ from .config import device_facts, dot_precision, find, padded_rank
 from .dropout import dropout_mask
 from .launch import facts, launch
 from .routing import with_tiles
+from .tile import table_line
 
 # up to this K a program's loop is short, and many in flight beat a deep pipeline
 SHORT_K = 2048
@@ -16,21 +17,18 @@ SHORT_K = 2048
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, lora_A_ptr, xa_ptr, seed_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, tiles_ptr, K, r, scaling,
+    x_ptr, lora_A_ptr, xa_ptr, seed_ptr, row_token_ptr, row_slot_ptr, tiles_ptr, K, r, scaling,
     stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
     PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid [lines * PARTS]: a tile of the table is PARTS tiles of BLOCK_M rows here."""
-    tile = tl.program_id(0) // PARTS
+    e, first_row, end = table_line(tiles_ptr, tl.program_id(0) // PARTS)
+    first_row += tl.program_id(0) % PARTS * BLOCK_M
+    if e < 0 or first_row >= end:
+        return
     # int64: an expert index times a stride passes 2**31
-    e = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
-    first_row = tl.load(tiles_ptr + 2 * tile + 1) + tl.program_id(0) % PARTS * BLOCK_M
-    if e < 0:
-        return
-    end = tl.load(expert_offsets_ptr + e + 1)
-    if first_row >= end:
-        return
+    e = e.to(tl.int64)
     offs_m = first_row + tl.arange(0, BLOCK_M)
     # a row past the expert's last computes the last again, unmasked, and is not stored
     rows = tl.minimum(offs_m, end - 1)
@@ -104,6 +102,7 @@ def expert_shrink(
         return (K, r, scaling, *x.stride(), *lora_A.stride()), constants
 
     key = "shrink", facts(x, lora_A), K, r, scaling, gather, p, precision, routing.block_m
-    tensors = x, lora_A, xa, seed, routing.row_token, routing.row_slot, routing.expert_offsets, routing.tiles
-    launch(key, _shrink_kernel, (routing.tiles.shape[0] * parts, 1, 1), tensors, rest)
+    tensors = x, lora_A, xa, seed, routing.row_token, routing.row_slot, routing.tiles
+    # the last three lines of a table are no tiles
+    launch(key, _shrink_kernel, ((routing.tiles.shape[0] - 3) * parts, 1, 1), tensors, rest)
     return xa

@@ -113,7 +113,8 @@ def tile_product(
             BLOCK_R,
         )  # fmt: skip
     elif xa_ptr is not None:
-        for r0 in tl.static_range(0, R, BLOCK_R):
+        # not unrolled: the compiler would load all ranks at once, and spill
+        for r0 in tl.range(0, R, BLOCK_R, num_stages=2):
             xa, lora_B, mask_r = _low_rank_factors(
                 xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn,
                 stride_br, BLOCK_R,
@@ -156,8 +157,8 @@ def tile_product(
     return acc
 
 
-def _descriptor(t: torch.Tensor, shape, strides, box, make):
-    """A descriptor of t under this shape and these strides, or None where the copy engine does not take them."""
+def make_descriptor(t: torch.Tensor, shape, strides, box, make):
+    """make(t, shape, strides, box), or None where the copy engine does not take these strides or this address."""
     size = t.element_size()
     if strides[-1] != 1 or t.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
         return None
@@ -177,22 +178,22 @@ def weight_descriptor(
     if k_unit:
         strides = [stride_e, N // halves * stride_n, stride_n, stride_k]
         box = [1, halves, block_n // halves, block_k]
-        return _descriptor(weight, [E, halves, N // halves, K], strides, box, make)
+        return make_descriptor(weight, [E, halves, N // halves, K], strides, box, make)
     if halves == 1:
-        return _descriptor(weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n], make)
+        return make_descriptor(weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n], make)
     return None
 
 
 def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescriptor):
     """A descriptor of rows x [M, K] that loads or stores one tile, or None where strides or alignment forbid."""
-    return _descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], make)
+    return make_descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], make)
 
 
 @cache
 def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, large: bool):
-    """(programs per multiprocessor, whether by descriptor, constexprs), or None: the table has no row for this K."""
+    """(programs a multiprocessor, whether by descriptor, constexprs), or None: no row for this K or these experts."""
     row = lookup(op, arch, itemsize, block_m)
-    if row is None or K > row.get("MAX_K", K):
+    if row is None or K > row.get("MAX_K", K) or row["GROUP"][large] is None:
         return None
     blocks = {name: value for name, value in row.items() if name != "MAX_K"}
     per_sm, by_descriptor = blocks.pop("PER_SM"), blocks.pop("DESCRIPTOR")
