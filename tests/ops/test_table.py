@@ -10,7 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # bytes of shared memory one block may have
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # T of a layer with E=8, top_k=2: so many rows an expert that each class of tiles comes up
 LARGE, MIDDLE, SMALL = 2048, 256, 32
 
@@ -26,7 +26,10 @@ CASES = {
     (90, "rank 64"): [case(LARGE, "bfloat16", r=64)],
     (90, "rank 256"): [case(LARGE, "bfloat16", r=256)],
     (90, "small"): [case(MIDDLE, "bfloat16"), case(SMALL, "bfloat16")],
-    (100, "half"): [case(LARGE, "bfloat16")],
+    (100, "half"): [case(LARGE, "bfloat16"), case(MIDDLE, "bfloat16"), case(SMALL, "bfloat16")],
+    (100, "rank 64"): [case(LARGE, "bfloat16", r=64)],
+    (86, "half"): [case(LARGE, "bfloat16")],
+    (120, "half"): [case(LARGE, "bfloat16"), case(SMALL, "bfloat16")],
 }
 
 # the products by which a case runs
@@ -36,6 +39,7 @@ PRODUCTS = {
     (90, "rank 64"): ROLES,
     (90, "rank 256"): ROLES,
     (100, "half"): ANYWHERE | {"_linear_ordered_kernel"},
+    (100, "rank 64"): ANYWHERE | {"_linear_ordered_kernel"},
 }
 
 
@@ -103,6 +107,28 @@ def test_a_long_k_is_not_for_roles(launch, K, name):
     for kernel in products:
         assert kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[90], f"too much shared memory: {kernel}"
+
+
+def test_compute_capability_12_takes_no_row_of_9_or_10():
+    from peft_moe_lora.ops.kernels import config
+
+    config.lookup.cache_clear()
+    for op in {row.op for row in config.TABLE}:
+        for block_m in (16, 32, 64, 128):
+            blocks = config.lookup(op, 120, 2, block_m)
+            sources = [row.arch for row in config.TABLE if row.blocks is blocks]
+            assert blocks is None or sources[0] in (80, 120)
+    assert config.lookup("linear_ordered", 120, 2, 128) is None
+
+
+@pytest.mark.parametrize("r", [0, 64])
+def test_ordered_products_fit_on_blackwell(r):
+    kernels = compiled_for(100, [{"launch": "ordered", "dtype": "bfloat16", "r": r}])
+    products = [k for k in kernels if "_linear_" in k["kernel"]]
+    assert [k["kernel"] for k in products] == ["_linear_ordered_kernel"] * 4
+    for kernel in products:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[100], f"too much shared memory: {kernel}"
 
 
 DECODING = {80: {"dtype": "float32"}, 90: {"dtype": "bfloat16", "uneven": True}, 100: {"dtype": "bfloat16"}}

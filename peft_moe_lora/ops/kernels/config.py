@@ -1,7 +1,9 @@
 """Which block sizes a kernel runs with: rows of a table, chosen by rule, never searched at run time.
 
 A row holds for its operation, architecture and newer ones, element size, and tiles of at least `block_m` rows; a
-kernel in one architecture's own instructions, named in `EXACT`, for that architecture alone.
+kernel in one architecture's own instructions, named in `EXACT`, for that architecture alone. Compute capability 12.x
+has the shared memory of 8.6 and 8.9, 99 KiB a block, and neither 9.0's nor 10.0's products: of older rows it takes
+those of 8.x.
 """
 
 from dataclasses import dataclass
@@ -134,6 +136,14 @@ TABLE = (
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
+    # 2-byte elements, from sm_100 on: its tensor cores' sums pass through registers once they are done
+    _row("linear", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear_gathered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear_act", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=(2, 16)),
+    # where rows of sm_80 would spill
+    _row("linear", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
+    _row("linear_act", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
 )
 
 
@@ -151,6 +161,7 @@ def lookup(op: str, arch: int, itemsize: int, block_m: int) -> dict | None:
     if arch == 0:
         itemsize = 2
     rows = [row for row in TABLE if row.op == op and row.itemsize == itemsize and row.arch <= arch]
+    rows = [row for row in rows if arch < 120 or not 90 <= row.arch < 120]
     # the interpreter's rows are its own
     rows = [row for row in rows if (row.arch == 0) == (arch == 0) and row.block_m <= block_m]
     rows = [row for row in rows if row.arch == arch or op not in EXACT]
