@@ -1,9 +1,11 @@
 """A layer's launches on a Hopper GPU, replayed as they were composed; the kernels are fakes, so none is needed."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import triton
 from triton.runtime.jit import JITFunction
 
 from peft_moe_lora import fused, unfused
@@ -147,6 +149,23 @@ def test_a_kernel_that_does_not_compile_leaves_nothing_behind(launches, monkeypa
     with pytest.raises(RuntimeError, match="no such instruction"):
         step(launches)
     assert launch.recorder.ahead is None
+
+
+def test_an_interrupted_compilation_leaves_triton_as_it_was(launches, monkeypatch):
+    mode = triton.AsyncCompileMode
+
+    class Interrupted(mode):
+        def __exit__(self, *exception):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(triton, "AsyncCompileMode", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(launches)
+    with ThreadPoolExecutor() as pool, mode(pool):
+        pass
+    monkeypatch.setattr(triton, "AsyncCompileMode", mode)
+    step(launches)
+    assert launches.at_launch.count("_linear_roles_kernel") == 4
 
 
 def test_operators_make_the_table_of_tiles_once_each(launches):

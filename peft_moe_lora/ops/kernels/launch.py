@@ -7,6 +7,7 @@ compiled, and the arguments that never change under that key.
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import torch
 import triton
@@ -65,7 +66,8 @@ def launch(key: tuple, kernel, grid: tuple[int, int, int], tensors: tuple, rest,
 def compile_ahead(function, *arguments) -> None:
     """Compile what function(*arguments) will launch, all at once, in threads: half the seconds of one by one.
 
-    The function is called, and its launches left out: it composes operations of this package, and nothing else.
+    The function is called, and its launches left out: it composes operations of this package, and nothing else. What
+    does not compile says so when it is launched.
     """
     recorder.ahead = {}
     try:
@@ -73,21 +75,28 @@ def compile_ahead(function, *arguments) -> None:
         missing = list(recorder.ahead.values())
     finally:
         recorder.ahead = None
-    device = arguments[0].get_device()
+    if len(missing) > 1:
+        # in a context of its own: interrupted, Triton would go on handing what it compiles to a pool that is no more
+        copy_context().run(_compile_at_once, missing, arguments[0].get_device())
+
+
+def _compile_at_once(launches: list[tuple], device: int) -> None:
+    """Compile and load the kernels of (kernel, grid, operands, rest) each."""
 
     def load(kernel):
-        # loading compiles too, in C: what passes the arguments on
-        with torch.cuda.device(device):
-            return kernel and (kernel.result() if hasattr(kernel, "result") else kernel).run
+        compiled = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
+        if compiled is not None:
+            # compiles too, in C: what passes the arguments on
+            with torch.cuda.device(device):
+                _ = compiled.run
 
-    if len(missing) > 1:
-        with ThreadPoolExecutor() as pool:
-            with triton.AsyncCompileMode(pool):
-                kernels = []
-                for kernel, grid, operands, rest in missing:
-                    fixed, constants = rest()
-                    kernels.append(kernel.warmup(*operands, *fixed, grid=grid, **constants))
-            list(pool.map(load, kernels))
+    with ThreadPoolExecutor() as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            kernels = []
+            for kernel, grid, operands, rest in launches:
+                fixed, constants = rest()
+                kernels.append(kernel.warmup(*operands, *fixed, grid=grid, **constants))
+        list(pool.map(load, kernels))
 
 
 def forget() -> None:
