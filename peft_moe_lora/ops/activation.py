@@ -29,6 +29,11 @@ class Activation:
     alpha: float = 1.0
     up_shift: float = 0.0
 
+    @property
+    def halves(self) -> int:
+        """Parts in which the columns of a pre-activation stand: 2 where all gates come before all ups, else 1."""
+        return 2 if self.gated and not self.interleaved else 1
+
     def width(self, N: int) -> int:
         """I, the width of act for a pre-activation of width N."""
         return N // 2 if self.gated else N

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -131,8 +132,8 @@ class Product:
 
 @pytest.fixture
 def product(kernels):  # noqa: F811
-    def make(rows, size, transposed=False, dtype=torch.bfloat16):
-        return Product(kernels, ROWS[rows], *SIZES[size], transposed, dtype)
+    def make(rows, size, transposed=False, dtype=torch.bfloat16, sizes=SIZES):
+        return Product(kernels, ROWS[rows], *sizes[size], transposed, dtype)
 
     return make
 
@@ -250,11 +251,8 @@ GATHERED = {
 
 
 @pytest.fixture
-def gathered(kernels):  # noqa: F811
-    def make(rows, size, transposed=False, dtype=torch.bfloat16):
-        return Product(kernels, ROWS[rows], *GATHERED[size], transposed, dtype)
-
-    return make
+def gathered(product):
+    return partial(product, sizes=GATHERED)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ def _linear_roles():
     try:
         from .linear_roles import linear_roles
     except (ImportError, AttributeError) as error:
-        logger.warning("products of large tiles take up to a tenth longer, without warps of two roles: %s.", error)
+        logger.warning("products of large tiles take up to 15 %% longer, without warps of two roles: %s.", error)
         return None
     return linear_roles
 

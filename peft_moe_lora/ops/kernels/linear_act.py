@@ -152,11 +152,10 @@ def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, a
     if not packed and by_roles(x, weight, routing, bias, xa, lora_B, pre, gather, activation, act):
         return
     _, N, K = weight.shape
-    split = 2 if activation.gated and not activation.interleaved else 1
     r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
     op = "linear_act_4bit" if packed else "linear_act"
-    programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m, split)
-    weight_tensors, codes = weight_operands(weight, blocks, split)
+    programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m, activation.halves)
+    weight_tensors, codes = weight_operands(weight, blocks, activation.halves)
 
     def rest():
         strides = (

@@ -419,7 +419,7 @@ def linear_roles(
     Returns: whether it was done.
     """
     (_, N, K), k_unit, r = weight.shape, blocks["K_UNIT"], 0 if xa is None else xa.shape[1]
-    parts = 2 if activation is not None and activation.gated and not activation.interleaved else 1
+    parts = 1 if activation is None else activation.halves
     # rows are gathered in copies of 16 bytes, without a mask
     if gather and (K % BLOCK_K.value or x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16):
         return False

@@ -185,7 +185,7 @@ def weight_descriptor(
 
 
 def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescriptor):
-    """A descriptor of rows x [M, K] that loads or stores one tile, or None where strides or alignment forbid."""
+    """A descriptor of rows x [M, K] that loads one tile, or None where strides or alignment forbid."""
     return make_descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], make)
 
 
