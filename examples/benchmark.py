@@ -83,7 +83,8 @@ WHAT = (
     "fwd = forward with gradients enabled, step = forward + backward, host = time in which the host issues a step "
     "(GPU only). roof = the roofline in ms, x_roof = step / roof, at the row's ceilings: on a GPU, those measured in "
     "turn with the routes, since a card at its power limit slows all of them; x_roof_idle = the same at the ceilings "
-    "measured before the first case, when the card was idle. In MiB: held = memory after forward above that "
+    "measured before the first case, when the card was idle. rest = seconds in which the card was left idle ahead of "
+    "every turn, the ceilings' too. In MiB: held = memory after forward above that "
     "before, kept = held without the output, peak = highest during a step above its start. first = seconds of the "
     "first step at this shape, first_in_process whether it is the route's first at all. errors = |a - ref| / |ref| "
     "against a reference in fp32 (fp64 for float32), err and edx those of the output and of its gradient for the "
@@ -462,14 +463,21 @@ def allocations(call: Callable[[], object]) -> list[int]:
 
 
 class Timer:
-    """Times calls one by one with the cache flushed before each: device events on a GPU, the wall clock on a CPU."""
+    """Times calls one by one with the cache flushed before each: device events on a GPU, the wall clock on a CPU.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Attributes:
+        rest: seconds of idleness ahead of each series of calls.
+    """
+
+    def __init__(self, device: torch.device, rest: float = 0.0):
+        self.device, self.rest = device, rest
         self.flush = torch.empty(256 * MIB if device.type == "cuda" else 64 * MIB, dtype=torch.int8, device=device)
 
     def __call__(self, call: Callable[[], object], before: Callable[[], object], repeat: int):
         """(ms of each call, ms in which the host issued it or None on a CPU) after one call to warm up."""
+        if self.rest:
+            synchronize(self.device)
+            time.sleep(self.rest)
         before()
         call()
         if self.device.type != "cuda":
@@ -573,7 +581,7 @@ def run_case(
             fail(row, error)
     references.clear()
     # on a CPU, shared with whatever else runs, many short rounds compare better than few long ones
-    rounds = 3 if case.device.type == "cuda" else max(1, repeat // 2)
+    rounds = 3 if case.device.type == "cuda" and not timer.rest else max(1, repeat // 2)
     ceilings = measure_times(problem, routes, rows, idle, probe, timer, repeat, rounds)
     passed = {name: row for name, row in rows.items() if not row["failed"]}
     # the torch route's check vouches for the rank-r products
@@ -618,11 +626,14 @@ def measure_times(
     """Fill fwd, step, host and spread of the rows of `routes`; the ceilings meanwhile."""
     times, probed = {name: {"fwd": [], "step": [], "host": []} for name in routes}, []
     once = math.ceil(repeat / rounds)
-    # the product is timed for about as long as a fused route's forwards and steps: a short burst is not yet throttled
-    products = math.ceil(2.5 * once * problem.case.roof(idle) * idle.flops / (2e3 * probe.n**3))
+    products = once
+    if timer.device.type == "cuda" and not timer.rest:
+        # for about as long as a fused route's forwards and steps: a short burst is not yet throttled
+        products = math.ceil(2.5 * once * problem.case.roof(idle) * idle.flops / (2e3 * probe.n**3))
+        products = min(max(products, once), 200)
     for _ in range(rounds):
         if timer.device.type == "cuda":
-            probed.append(probe(timer, min(max(products, once), 200), once))
+            probed.append(probe(timer, products, once))
         for name, route in routes.items():
             if rows[name]["failed"]:
                 continue
@@ -787,6 +798,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--repeat", type=int, help="timed steps per route and case (default: 24, on a CPU 12)")
+    parser.add_argument(
+        "--rest", type=float, default=0.0, metavar="SECONDS", help="idle ahead of every turn, all of them short (0)"
+    )
     parser.add_argument("--cold", action="store_true", help="start with an empty Triton cache, for the first step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the bars here (needs matplotlib)")
@@ -799,6 +813,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.routes = [name for name in args.routes if not (args.skip_peft and name == "peft")]
     if min(args.repeat, *args.rank, *(args.tokens or [1])) < 1 or not 0 <= args.skew <= 1 or not args.routes:
         parser.error("--repeat, --rank and --tokens are at least 1, --skew is in [0, 1], and one route has to be left")
+    if not 0 <= args.rest < math.inf:
+        parser.error(f"--rest: {args.rest} is no number of seconds")
     for name in args.shapes or ():
         if name not in SHAPES and not (name.count(",") == 3 and all(n.isdecimal() for n in name.split(","))):
             parser.error(f"--shapes: {name!r} is neither E,H,I,top_k nor one of {', '.join(SHAPES)}")
@@ -826,7 +842,7 @@ def main(argv: list[str] | None = None) -> int:
     # the reference must be IEEE fp32
     torch.set_float32_matmul_precision("highest")
     started = datetime.now(UTC)
-    timer = Timer(args.device)
+    timer = Timer(args.device, args.rest)
     probe = Probe(args.device, args.dtype)
     ceilings = measure_ceilings(timer, probe)
     dtype = str(args.dtype).removeprefix("torch.")
@@ -846,7 +862,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             # after every case, so that an interrupted run leaves what it has
             report = {"machine": machine, "date": started.isoformat(timespec="seconds"), "what": WHAT}
-            report |= {"roofline": ROOFLINE, "command": sys.argv[1:] if argv is None else argv, "cold": args.cold}
+            report |= {"roofline": ROOFLINE, "command": sys.argv[1:] if argv is None else argv}
+            report |= {"cold": args.cold, "rest": args.rest}
             report |= {"ceilings": {"dtype": dtype, "flops": ceilings.flops, "bandwidth": ceilings.bandwidth}}
             args.json.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
     print(headline)

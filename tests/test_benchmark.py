@@ -37,7 +37,7 @@ def test_report_has_every_field(benchmark, tmp_path, capsys):
     routes = ["moe_lora", "moe_lora-materialize", "peft", "torch", "base"]
     status, report, lines = run(benchmark, tmp_path, capsys, "--routes", *routes, "--plot", str(tmp_path / "b.png"))
     assert status == 0
-    assert report.keys() == {"machine", "date", "what", "roofline", "command", "cold", "ceilings", "rows"}
+    assert report.keys() == {"machine", "date", "what", "roofline", "command", "cold", "rest", "ceilings", "rows"}
     assert {"device", "python", "torch", "triton", "transformers", "peft"} <= report["machine"].keys()
     assert [row["peer"] for row in report["rows"]] == routes == list(lines)
     for row in report["rows"]:
@@ -65,7 +65,7 @@ def test_on_a_gpu_the_ceilings_take_their_turn_in_every_round(benchmark):
     class Timer:
         """Of a GPU that slows down: every product takes 1 ms longer than the one before, all else 4 ms."""
 
-        device = torch.device("cuda")
+        device, rest = torch.device("cuda"), 0.0
 
         def __call__(self, call, before, repeat):
             name = {probe.calls[0]: "product", probe.calls[1]: "copy"}.get(call, "route")
@@ -78,6 +78,19 @@ def test_on_a_gpu_the_ceilings_take_their_turn_in_every_round(benchmark):
     assert turns == ["product", "copy", "route", "route"] * 3
     assert ceilings == probe.ceilings(2.0, 4.0)
     assert rows["torch"]["step"] == 4.0
+
+
+def test_a_rested_card_is_timed_in_short_turns_after_a_pause(benchmark, monkeypatch):
+    slept = []
+    monkeypatch.setattr(benchmark.time, "sleep", slept.append)
+    case = benchmark.Case("tiny", 6, 64, 32, 2, 40, 4, torch.float32, 0.0, torch.device("cpu"))
+    problem, timer = benchmark.Problem(case), benchmark.Timer(torch.device("cpu"), rest=0.25)
+    routes = {"torch": benchmark.ROUTES["torch"](problem)}
+    rows, idle = {"torch": benchmark.new_row(case, "torch")}, benchmark.Ceilings(1e11, 1e10)
+    benchmark.measure_times(problem, routes, rows, idle, None, timer, 4, 2)
+    # forwards and steps, in each of two rounds
+    assert slept == [0.25] * 4
+    assert rows["torch"]["step"] > 0
 
 
 def swap_two_experts(benchmark, problem, route):
