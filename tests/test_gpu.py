@@ -1,6 +1,7 @@
 """The layer as a user gets it, on a CUDA device: numbers, graphs, syncs, memory, sizes past 2**31."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.expert_statistics import RoutingWatch
 from peft_moe_lora.ops import kernels
 from peft_moe_lora.ops.kernels import replay
+from peft_moe_lora.ops.routing import Routing
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +106,28 @@ def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
     for key, expected in exact.items():
         error, twin = ((t[key].double() - expected).norm() / expected.norm() for t in (fused, plain))
         assert error <= 2 * twin + ATOL[dtype], f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+
+
+@pytest.mark.parametrize("calls", [1, 3], ids=["composed", "replayed"])
+def test_a_thread_may_begin_with_a_descriptor(calls):
+    """As autograd's does in the first backward of a process, with `recompute`."""
+    x = torch.randn(512, H, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(E, 2 * I, H, device="cuda", dtype=torch.bfloat16)
+    routing = kernels.route(torch.rand(512, E, device="cuda").topk(TOP_K).indices, E)
+
+    index = [getattr(routing, name) for name in ("expert_offsets", "row_token", "row_slot", "slot_row", "tiles")]
+
+    def product(x, weight, *index):
+        *order, tiles = index
+        again = Routing(*order, TOP_K, tiles, routing.block_m)
+        return (kernels.expert_linear(x, weight, again, gather=True),)
+
+    expected = product(x, weight, *index)[0]
+    # each in a thread of its own; the third is replayed
+    for _ in range(calls):
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(kernels.replayed, product, x, weight, *index).result()[0]
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

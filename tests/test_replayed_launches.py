@@ -168,6 +168,20 @@ def test_an_interrupted_compilation_leaves_triton_as_it_was(launches, monkeypatc
     assert launches.at_launch.count("_linear_roles_kernel") == 4
 
 
+def test_a_thread_is_given_a_context_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda size, device: made.append(device))
+
+    def calls():
+        for device in (-1, 0, 0):
+            launch.bind(device)
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(calls).result()
+    assert made == [torch.device("cuda", 0)] * 2
+
+
 def test_operators_make_the_table_of_tiles_once_each(launches):
     routing = kernels.route(torch.zeros(T, TOP_K, dtype=torch.int64), E)
     index = [t.contiguous() for t in routing.tensors()[:4]]

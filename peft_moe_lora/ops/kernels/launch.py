@@ -14,7 +14,8 @@ import triton
 from triton.runtime import JITFunction, driver
 
 _plans = {}
-# of this thread: `current`, what takes down its launches, or None; `ahead`, while `compile_ahead` runs, {key: launch}
+# of this thread: `current`, what takes down its launches, or None; `ahead`, while `compile_ahead` runs, {key: launch};
+# `bound`, whether it has a CUDA context
 recorder = threading.local()
 
 
@@ -31,6 +32,7 @@ def launch(key: tuple, kernel, grid: tuple[int, int, int], tensors: tuple, rest,
         descriptors: tensor descriptors or None.
     """
     device, union = tensors[0].get_device(), 0
+    bind(device)
     # addresses, because the launcher asks the driver about every tensor it is given
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     for pointer in pointers:
@@ -61,6 +63,20 @@ def launch(key: tuple, kernel, grid: tuple[int, int, int], tensors: tuple, rest,
     if compiled is not None and not union & 15:
         names = kernel.arg_names[len(descriptors) + len(tensors) + len(sizes) + len(fixed) :]
         _plans[key, device] = compiled, compiled.run, (*fixed, *(constants[name] for name in names))
+
+
+def bind(device: int) -> None:
+    """Give this thread a CUDA context, once.
+
+    torch's threads get theirs with the first call that needs one. Encoding a tensor descriptor needs it and does not
+    ask: the first backward of a process, in autograd's own thread, failed where it began with a descriptor.
+
+    Args:
+        device: index, negative for no CUDA device.
+    """
+    if device >= 0 and not getattr(recorder, "bound", False):
+        torch.zeros((), device=torch.device("cuda", device))
+        recorder.bound = True
 
 
 def compile_ahead(function, *arguments) -> None:

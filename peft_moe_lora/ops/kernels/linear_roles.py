@@ -103,12 +103,11 @@ def _load_boxes(
 
 @gluon.jit
 def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm):
-    """Where the first BLOCK_K columns of HALF_M rows lie, and which rows [HALF_M, 1] are the expert's."""
+    """Where the first BLOCK_K columns of HALF_M rows lie; a row past the expert's last is the last again."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    offs_m = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
-    tokens = gl.load(row_token_ptr + gl.minimum(offs_m, end - 1)).to(gl.int64)
-    ptrs = x_ptr + tokens[:, None] * stride_xm + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))[None, :]
-    return ptrs, (offs_m < end)[:, None]
+    offs_m = gl.minimum(first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, layout)), end - 1)
+    tokens = gl.load(row_token_ptr + offs_m).to(gl.int64)
+    return x_ptr + tokens[:, None] * stride_xm + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))[None, :]
 
 
 @gluon.jit
@@ -116,19 +115,19 @@ def _load_gathered(
     x, weight_desc, steps, stages, s, phase, e, first_row, end, present, n,
     HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of so many steps whose rows are gathered; one past the expert's last is zeros, and no read."""
+    """Start the copies of so many steps whose rows are gathered."""
     rows, columns, full, empty = stages
     x_ptr, row_token_ptr, stride_xm = x
-    upper, in_upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm)
-    lower, in_lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm)
+    upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm)
+    lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm)
     for i in range(steps):
         mbarrier.wait(empty.index(s), phase)
         there = full.index(s)
         mbarrier.expect(there, COLUMN_BYTES)
         _load_columns(weight_desc, columns, there, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
-        _load_rows(rows.index(2 * s), upper, mask=in_upper)
+        _load_rows(rows.index(2 * s), upper)
         if present == 2:
-            _load_rows(rows.index(2 * s + 1), lower, mask=in_lower)
+            _load_rows(rows.index(2 * s + 1), lower)
         # each thread's copies arrive when they are done
         async_copy.mbarrier_arrive(there, increment_count=False)
         upper += BLOCK_K

@@ -55,6 +55,8 @@ def replayed(function, *arguments):
             replayed.
     """
     kind, flat = [function, arguments[0].get_device(), dot_precision(arguments[0].dtype)], []
+    # not while recording, which would take it for a part of the composition
+    launch.bind(kind[1])
     for a in arguments:
         if isinstance(a, torch.Tensor):
             kind.append((a.dtype, a.shape, a.stride()))

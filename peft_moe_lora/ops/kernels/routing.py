@@ -18,7 +18,7 @@ from ..routing import Routing
 from .config import block_m_for, ceil_div, device_facts, power_of_2
 from .launch import launch
 
-BLOCK = 128
+BLOCK = 256
 TILES_BLOCK = 32
 
 
@@ -92,11 +92,10 @@ def _place_kernel(
         ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
         mask = slots < S
         row = tl.load(counts_ptr + pid * (E + 1) + ids, mask=mask, other=0)
-        experts = tl.arange(0, E_PADDED)
-        totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
-        offsets = tl.gather(tl.cumsum(totals, axis=0) - totals, tl.minimum(tl.maximum(ids, 0), E - 1), axis=0)
-        # all rows of experts stand before a sentinel's
-        row += tl.where(ids < E, offsets, tl.sum(totals, axis=0))
+        for e0 in range(0, E, BLOCK_E):
+            experts = e0 + tl.arange(0, BLOCK_E)
+            totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
+            row += tl.sum(tl.where(experts[None, :] < ids[:, None], totals[None, :], 0), axis=1)
         for j in range(0, BLOCK, BLOCK_E):
             others = pid * BLOCK + j + tl.arange(0, BLOCK_E)
             other_ids = _load_ids(top_k_index_ptr, others, S, E, top_k, stride_t, stride_k)
