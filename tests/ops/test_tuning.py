@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_moe_lora.ops.kernels import config
+from peft_moe_lora.ops.kernels import config, launch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -48,3 +48,25 @@ def test_a_row_that_is_not_there_is_an_error(table):
     with pytest.raises(LookupError, match="no row"):
         tune.write_row(table, config.Row("linear", 70, 2, 16, {}, ""), {"num_warps": 4, "num_stages": 1}, "")
     assert table.read_text() == before
+
+
+def test_a_row_that_the_layer_does_not_run_by_is_an_error_and_stays_as_it_was(monkeypatch):
+    tune = load(EXAMPLES / "tune_kernels.py", "tune_kernels")
+    (row,) = (r for r in config.TABLE if (r.op, r.arch, r.itemsize, r.block_m) == ("linear_roles", 90, 2, 128))
+    plans, kept = {}, dict(row.blocks)
+
+    class Layer:
+        x = None
+
+        def __init__(self, *sizes):
+            pass
+
+        def run(self, ops, timed):
+            plans[("linear_ordered", 1, 2), 0] = None
+
+    monkeypatch.setattr(launch, "_plans", plans)
+    monkeypatch.setattr(tune, "Layer", Layer)
+    monkeypatch.setattr(tune, "current_row", lambda *sizes: row)
+    with pytest.raises(LookupError, match=r"linear_roles does not run at qwen3-30b, .*\['linear_ordered'\]"):
+        tune.sweep("qwen3-30b", 8192, 16, "linear_roles", ["down"], [{"GROUP": (4, 4)}])
+    assert row.blocks == kept
