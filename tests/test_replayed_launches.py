@@ -182,6 +182,18 @@ def test_a_thread_is_given_a_context_once(monkeypatch):
     assert made == [torch.device("cuda", 0)] * 2
 
 
+def test_a_launch_and_a_replayed_call_ask_for_a_context(launches, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "bind", asked.append)
+    kernels.route(torch.zeros(T, TOP_K, dtype=torch.int64), E)
+    assert len(asked) == len(launches.at_launch) == 3
+    for _ in range(3):
+        asked.clear()
+        step(launches)
+    # forward and backward, replayed
+    assert len(asked) == 2
+
+
 def test_operators_make_the_table_of_tiles_once_each(launches):
     routing = kernels.route(torch.zeros(T, TOP_K, dtype=torch.int64), E)
     index = [t.contiguous() for t in routing.tensors()[:4]]
