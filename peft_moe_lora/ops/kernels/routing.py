@@ -2,7 +2,8 @@
 
 Three launches: count each block of slots by expert; scan the counts over the blocks; place every slot.
 Legend: S slots = T * top_k, blocks of BLOCK slots, id E stands for every sentinel.
-    counts_ptr [blocks, E + 1]: per block, then exclusive over the blocks     totals_ptr [E + 1]: slots of each expert
+    counts_ptr [blocks, E + 1]: per block, then exclusive over the blocks, then the row where the block's slots begin
+    totals_ptr [E + 1]: slots of each expert
     tiles_ptr [max_tiles + 3, 2]: (expert, first row); past the last tile (-1, rows routed), so that a tile ends where
         the next line begins; the last line but one is (-1, number of tiles), the last one (-1, 0): the 0 is a counter
         for a kernel whose programs take output tiles from a queue, and which leaves it 0
@@ -18,7 +19,7 @@ from ..routing import Routing
 from .config import block_m_for, ceil_div, device_facts, power_of_2
 from .launch import launch
 
-BLOCK = 256
+BLOCK = 128
 TILES_BLOCK = 32
 
 
@@ -91,11 +92,16 @@ def _place_kernel(
         slots = pid * BLOCK + tl.arange(0, BLOCK)
         ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
         mask = slots < S
-        row = tl.load(counts_ptr + pid * (E + 1) + ids, mask=mask, other=0)
-        for e0 in range(0, E, BLOCK_E):
-            experts = e0 + tl.arange(0, BLOCK_E)
-            totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
-            row += tl.sum(tl.where(experts[None, :] < ids[:, None], totals[None, :], 0), axis=1)
+        # where this block's rows of each expert begin, by way of memory: every slot looks its expert up there
+        experts = tl.arange(0, E_PADDED)
+        totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
+        starts_ptr = counts_ptr + pid * (E + 1)
+        starts = tl.load(starts_ptr + experts, mask=experts < E, other=0) + tl.cumsum(totals, axis=0) - totals
+        tl.store(starts_ptr + experts, starts, mask=experts < E)
+        tl.debug_barrier()
+        row = tl.load(starts_ptr + ids, mask=mask, other=0)
+        # all rows of experts stand before a sentinel's
+        row += tl.where(ids < E, 0, tl.sum(totals, axis=0))
         for j in range(0, BLOCK, BLOCK_E):
             others = pid * BLOCK + j + tl.arange(0, BLOCK_E)
             other_ids = _load_ids(top_k_index_ptr, others, S, E, top_k, stride_t, stride_k)
@@ -178,7 +184,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     )  # fmt: skip
     launch(
         ("scan", E), _scan_kernel, (ceil_div(E + 1, 16), 1, 1), (counts, totals),
-        lambda: ((E,), {"BLOCK_B": 64, "BLOCK_E": 16, "num_warps": 8}), (blocks,),
+        lambda: ((E,), {"BLOCK_B": 256, "BLOCK_E": 16, "num_warps": 8}), (blocks,),
     )  # fmt: skip
     constants = {"BLOCK": BLOCK, "BLOCK_E": 32, "E_PADDED": power_of_2(E), "BLOCK_M": block_m}
     tensors = top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles
