@@ -39,7 +39,7 @@ def _row(op, arch, itemsize, block_m, source, num_warps, num_stages, **blocks):
 
 
 _SAFE = "chosen to compile without spills, not timed"
-_H200 = "NVIDIA H200, 2026-11-21"
+_H200, _H200_22 = "NVIDIA H200, 2026-11-21", "NVIDIA H200, 2026-11-22"
 _TINY = "small, so that tiny shapes have edges"
 # GROUP: row tiles that share a weight tile, of small and of large experts; None: no row for these
 _POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": (2, 16)}
@@ -93,7 +93,7 @@ TABLE = (
     _row("linear_4bit", 80, 2, 32, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=32, **_POINTERS | {"PER_SM": 4}),
     _row("linear_act_4bit", 80, 2, 32, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=32, **_POINTERS | {"PER_SM": 4}),
     _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64),
-    _row("outer", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
+    _row("outer", 80, 2, 16, _SAFE, 8, 3, BLOCK_M=32, BLOCK_WIDE=128),
     _row("act_backward", 80, 4, 16, _SAFE, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 80, 4, 16, _SAFE, 4, 1, BLOCK_N=512),
     # 4-byte elements: IEEE products run on the FMA units, so small tiles
@@ -134,6 +134,7 @@ TABLE = (
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
     _row("shrink_short", 90, 2, 16, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
+    _row("outer_gathered", 90, 2, 16, _H200_22, 4, 3, BLOCK_M=32, BLOCK_WIDE=256),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
     # 2-byte elements, from sm_100 on: its tensor cores' sums pass through registers once they are done

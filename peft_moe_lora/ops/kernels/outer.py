@@ -16,6 +16,8 @@ from .config import ceil_div, device_facts, dot_precision, find, power_of_2
 from .dropout import dropout_mask
 from .launch import facts, launch
 
+# that a program holds in registers
+SUMS = 128 * 64
 # programs that fill the device several times over
 PROGRAMS = 1024
 
@@ -42,6 +44,12 @@ def _chunk(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.const
 
 
 @triton.jit
+def _of_rows(ptr, rows, end):
+    """What stands at each row, 0 from `end` on."""
+    return tl.load(ptr + rows, mask=rows < end, other=0)
+
+
+@triton.jit
 def _outer_kernel(
     small_ptr, wide_ptr, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, partial_ptr,
     out_ptr, E, SMALL, WIDE, num_s,
@@ -64,26 +72,38 @@ def _outer_kernel(
     offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
     offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     mask_s, mask_w = offs_s < SMALL, offs_w < WIDE
+    rows = start + tl.arange(0, BLOCK_M)
+    # what says where to load from is there a block ahead: a load that waits for another waits for memory twice
+    if GATHER_SMALL or GATHER_WIDE:
+        tokens = _of_rows(row_token_ptr, rows, end)
+    if row_weights_ptr is not None or P > 0:
+        slots, next_slots = _of_rows(row_slot_ptr, rows, end), _of_rows(row_slot_ptr, rows + BLOCK_M, end)
+    if row_weights_ptr is not None:
+        w = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
     acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
-    for m in range(start, end, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        mask_m = rows < end
+    for _ in range(start, end, BLOCK_M):
+        mask_m, next_rows = rows < end, rows + BLOCK_M
         if GATHER_SMALL or GATHER_WIDE:
-            tokens = tl.load(row_token_ptr + rows, mask=mask_m, other=0)
+            next_tokens = _of_rows(row_token_ptr, next_rows, end)
+        if row_weights_ptr is not None:
+            next_w = tl.load(row_weights_ptr + next_slots, mask=next_rows < end, other=0.0)
         small_rows = (tokens if GATHER_SMALL else rows).to(tl.int64)
         wide_rows = (tokens if GATHER_WIDE else rows).to(tl.int64)
         small_ptrs = small_ptr + small_rows[:, None] * stride_sm + offs_s[None, :] * stride_ss
         wide_ptrs = wide_ptr + wide_rows[:, None] * stride_wm + offs_w[None, :] * stride_ww
         small = tl.load(small_ptrs, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [M, small]
         wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_w[None, :], other=0.0)  # [M, wide]
-        if row_weights_ptr is not None or P > 0:
-            slots = tl.load(row_slot_ptr + rows, mask=mask_m, other=0)
         if row_weights_ptr is not None:
-            w = tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)
-            small = (small.to(tl.float32) * w[:, None]).to(small_ptr.dtype.element_ty)
+            small = (small.to(tl.float32) * w.to(tl.float32)[:, None]).to(small_ptr.dtype.element_ty)
+            w = next_w
         if P > 0:
             wide = (wide.to(tl.float32) * dropout_mask(seed_ptr, slots, offs_w, P)).to(wide_ptr.dtype.element_ty)
         acc = tl.dot(wide.trans(), small, acc, input_precision=PRECISION)  # [wide, M] @ [M, small] -> [wide, small]
+        if GATHER_SMALL or GATHER_WIDE:
+            tokens = next_tokens
+        if row_weights_ptr is not None or P > 0:
+            slots, next_slots = next_slots, _of_rows(row_slot_ptr, next_rows + BLOCK_M, end)
+        rows = next_rows
 
     mask = mask_w[:, None] & mask_s[None, :]
     if one_chunk:
@@ -150,8 +170,10 @@ def expert_outer(
         small, wide, gather_small, gather_wide = right, left, gather_right, gather_left
         strides = out.stride(0), out.stride(2), out.stride(1)
     (SMALL, WIDE), arch = (small.shape[1], wide.shape[1]), device_facts(left.device)[0]
-    blocks = dict(find("outer", arch, left.element_size(), 16))
+    op = "outer_gathered" if gather_wide else "outer"
+    blocks = dict(find(op, arch, left.element_size(), 16))
     blocks["BLOCK_SMALL"] = min(64, max(16, power_of_2(SMALL)))
+    blocks["BLOCK_WIDE"] = min(blocks["BLOCK_WIDE"], SUMS // blocks["BLOCK_SMALL"])
     num_s = ceil_div(SMALL, blocks["BLOCK_SMALL"])
     tiles = ceil_div(WIDE, blocks["BLOCK_WIDE"]) * num_s
     # a chunk for a whole expert leaves no partial sums; shorter ones where that leaves too few programs
