@@ -11,18 +11,26 @@ Time over that of the kernels that run elsewhere, interleaved (NVIDIA H200, 2026
     gathered, gate_up and d act, over `linear_act` and `linear`, the same bits at r = 16 without a bias: qwen3-30b 0.94
         and 0.92 (0.97 and 0.96), qwen3.5-35b 0.87 and 0.91, olmoe 0.95 and 0.95, the gpt-oss shape 0.99 and 0.97, the
         deepseek-v3 slice 1.03 and 0.98, mixtral 1.02 and 1.02
+Those are of tiles without tails. With them, over without, the same bits, gate_up, down, d act and dX on a rested card
+(NVIDIA H200, 2026-11-22; 8192 tokens): qwen3.5-35b 0.95, 0.95, 0.97 and 0.95, qwen3-30b 0.98, 1.00, 1.00 and 0.99. A
+tail multiplied as 64 more rows of 256 columns, half of them nobody's, gave 1.00 in all.
 
 Written in Gluon, Triton's language of layouts, barriers and roles. It is an experiment of Triton's still: `by_roles`
 imports this file where the table asks for it, and does without where the import fails.
 
 Legend, of one program:
     half: 64 rows of a tile of 128 rows, 256 columns; each is one consumer's: four warps, an accumulator [64, 256]
+    tail: up to 32 rows of the same expert behind a full tile, all that the table's next line has. They are multiplied
+        with the tile: a tile of their own would read the weight once more, for a quarter of a tile's rows or fewer.
+        The weight's columns are rows of that product, since the instruction takes columns by eights and rows by 64;
+        each consumer has 64 columns of the left half of the tile and 64 of the right, [64, 32] each
     HALVES: 2 where a tile holds the same 128 columns of a gate half and of an up half, else 1
     step: 64 columns of x, or of xa; its boxes lie in a ring of STAGES
-    rows [2 * STAGES, 64, 64]: boxes of x or xa, two halves of each step
+    rows ([2 * STAGES, 64, 64], [STAGES, 32, 64]): the rows of x or xa of each step, two halves and a tail; they come
+        in boxes of 32 rows
     columns [STAGES, 256, 64] where K_UNIT, else [STAGES, 64, 256]: boxes of the weight or B
     stages: rows, columns and the barriers of the ring, as `rings` says
-    messages: a ring of (expert, first row, end, column tile), one a tile; expert -1: no more
+    messages: a ring of (expert, first row, end with the tail, column tile), one a tile; expert -1: no more
 """
 
 import torch
@@ -44,7 +52,7 @@ from .activation import activate, activate_plain, activation_constants
 from .config import ceil_div, padded_rank
 from .launch import facts, launch
 from .linear_ordered import operand_descriptors
-from .rings import MESSAGES, after, barriers, before, hear, message_ring, tell
+from .rings import barriers, hear, message_ring, place, tell, wait_empty, wait_full
 from .tile import halves, make_descriptor, position, strides_or_zeros, table_line, table_size
 
 # triton 3.6: other names; drop when the floor is 3.9
@@ -53,14 +61,33 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 _load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 # a tile and a step of its K loop: the form of the kernel, not a setting
-HALF_M, BLOCK_N, BLOCK_K = gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
-# bytes of a step's columns, and of one half's rows
-COLUMN_BYTES, ROW_BYTES = gl.constexpr(256 * 64 * 2), gl.constexpr(64 * 64 * 2)
+HALF_M, BOX_M, BLOCK_N, BLOCK_K = gl.constexpr(64), gl.constexpr(32), gl.constexpr(256), gl.constexpr(64)
+# boxes of a step's rows: two of each half, and a tail
+BOXES = gl.constexpr(5)
+# bytes of a step's columns, and of a box of rows
+COLUMN_BYTES, BOX_BYTES = gl.constexpr(256 * 64 * 2), gl.constexpr(32 * 64 * 2)
+# as products and the copy engine take a box
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+# threads that copy or store rows, 16 bytes each
+BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 # a pass without an activation
 NO_ACTIVATION = {"KIND": None, "GATED": False, "INTERLEAVED": False, "LIMIT": None, "ALPHA": 1.0, "UP_SHIFT": 0.0}
 
 
 # ---- the warps that load -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _line(tiles_ptr, tile, TAILS: gl.constexpr):
+    """(expert, first row, end) of a tile, with TAILS of one and its tail: then a tail itself has no rows left."""
+    e, first_row, end = table_line(tiles_ptr, tile)
+    if TAILS:
+        e_before = gl.load(tiles_ptr + 2 * gl.maximum(tile - 1, 0))
+        e_behind, _, end_behind = table_line(tiles_ptr, tile + 1)
+        is_tail = (tile > 0) & (e_before == e) & (end - first_row <= BOX_M)
+        has_tail = (e_behind == e) & (end_behind - end <= BOX_M)
+        end = gl.where(is_tail, first_row, gl.where(has_tail, end_behind, end))
+    return e, first_row, end
 
 
 @gluon.jit
@@ -75,70 +102,72 @@ def _load_columns(desc, columns, there, s, e, n, k, HALVES: gl.constexpr, K_UNIT
 
 @gluon.jit
 def _load_boxes(
-    rows_desc, columns_desc, steps, stages, s, phase, e, first_row, present, n,
+    rows_desc, columns_desc, steps, stages, step, e, first_row, end, n,
     GATHER: gl.constexpr, HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of so many steps whose rows lie in expert order: those of the halves that are present."""
+    """Start the copies of so many steps whose rows lie in expert order: of boxes that have rows."""
     rows, columns, full, empty = stages
+    boxes = gl.cdiv(end - first_row, BOX_M)
     for i in range(steps):
-        mbarrier.wait(empty.index(s), phase)
+        s = place(step, STAGES)
+        wait_empty(empty, step, STAGES)
         there = full.index(s)
-        mbarrier.expect(there, COLUMN_BYTES + ROW_BYTES, pred=present == 1)
-        mbarrier.expect(there, COLUMN_BYTES + 2 * ROW_BYTES, pred=present == 2)
-        for half in gl.static_range(2):
-            _load(
-                rows_desc,
-                [first_row + half * HALF_M, i * BLOCK_K],
-                there,
-                rows.index(2 * s + half),
-                pred=half < present,
-            )
+        for j in gl.static_range(BOXES):
+            mbarrier.expect(there, COLUMN_BYTES + (j + 1) * BOX_BYTES, pred=boxes == j + 1)
+        for j in gl.static_range(BOXES - 1):
+            box = rows[0].index(2 * s + j // 2).slice(j % 2 * BOX_M, BOX_M, 0)
+            _load(rows_desc, [first_row + j * BOX_M, i * BLOCK_K], there, box, pred=j < boxes)
+        _load(rows_desc, [first_row + 2 * HALF_M, i * BLOCK_K], there, rows[1].index(s), pred=boxes == BOXES)
         _load_columns(columns_desc, columns, there, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
         if GATHER:
             # the barrier waits for every thread of four warps, which here copies nothing
             async_copy.mbarrier_arrive(there, increment_count=False)
-        s, phase = after(s, phase, STAGES)
-    return s, phase
+        step += 1
+    return step
 
 
 @gluon.jit
-def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm):
-    """Where the first BLOCK_K columns of HALF_M rows lie; a row past the expert's last is the last again."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    offs_m = gl.minimum(first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, layout)), end - 1)
+def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, ROWS: gl.constexpr):
+    """Where the first BLOCK_K columns of so many rows lie; a row past the expert's last is the last again."""
+    offs_m = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS)), end - 1)
     tokens = gl.load(row_token_ptr + offs_m).to(gl.int64)
-    return x_ptr + tokens[:, None] * stride_xm + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))[None, :]
+    return x_ptr + tokens[:, None] * stride_xm + gl.arange(0, BLOCK_K, gl.SliceLayout(0, BY_ROWS))[None, :]
 
 
 @gluon.jit
 def _load_gathered(
-    x, weight_desc, steps, stages, s, phase, e, first_row, end, present, n,
+    x, weight_desc, steps, stages, step, e, first_row, end, n,
     HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of so many steps whose rows are gathered."""
     rows, columns, full, empty = stages
     x_ptr, row_token_ptr, stride_xm = x
-    upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm)
-    lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm)
+    upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, HALF_M)
+    lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm, HALF_M)
+    tail = _row_pointers(x_ptr, row_token_ptr, first_row + 2 * HALF_M, end, stride_xm, BOX_M)
     for i in range(steps):
-        mbarrier.wait(empty.index(s), phase)
+        s = place(step, STAGES)
+        wait_empty(empty, step, STAGES)
         there = full.index(s)
         mbarrier.expect(there, COLUMN_BYTES)
         _load_columns(weight_desc, columns, there, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
-        _load_rows(rows.index(2 * s), upper)
-        if present == 2:
-            _load_rows(rows.index(2 * s + 1), lower)
+        _load_rows(rows[0].index(2 * s), upper)
+        if first_row + HALF_M < end:
+            _load_rows(rows[0].index(2 * s + 1), lower)
+        if first_row + 2 * HALF_M < end:
+            _load_rows(rows[1].index(s), tail)
         # each thread's copies arrive when they are done
         async_copy.mbarrier_arrive(there, increment_count=False)
         upper += BLOCK_K
         lower += BLOCK_K
-        s, phase = after(s, phase, STAGES)
-    return s, phase
+        tail += BLOCK_K
+        step += 1
+    return step
 
 
 @gluon.jit
 def _produce(
-    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP: gl.constexpr,
+    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP: gl.constexpr, TAILS: gl.constexpr,
     GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warps that load: they take output tiles from the queue until there are none.
@@ -152,34 +181,35 @@ def _produce(
     counter_ptr = tiles_ptr + 2 * lines - 1
     num_tiles, num_n = table_size(tiles_ptr, lines), gl.cdiv(N, BLOCK_N)
     total = num_tiles * num_n
-    s, phase = 0, 1
-    slot, slot_phase = 0, 1
+    # steps and messages so far
+    step, message = 0, 0
     t = gl.program_id(0)
     while t < total:
         tile, n = position(t, num_tiles, num_n, GROUP)
-        e, first_row, end = table_line(tiles_ptr, tile)
-        slot, slot_phase = tell(messages, slot, slot_phase, e, first_row, end, n, WARPS)
-        present = gl.where(first_row + HALF_M < end, 2, 1)
-        steps = gl.cdiv(K, BLOCK_K)
-        if GATHER:
-            s, phase = _load_gathered(
-                x, weight_desc, steps, stages, s, phase, e, first_row, end, present, n, HALVES, K_UNIT, STAGES
-            )
-        else:
-            s, phase = _load_boxes(
-                x_desc, weight_desc, steps, stages, s, phase, e, first_row, present, n, False, HALVES, K_UNIT, STAGES
-            )
-        if R_STEPS > 0:
-            s, phase = _load_boxes(
-                xa_desc, lora_B_desc, R_STEPS, stages, s, phase, e, first_row, present, n, GATHER, HALVES, K_UNIT,
-                STAGES,
-            )  # fmt: skip
+        e, first_row, end = _line(tiles_ptr, tile, TAILS)
+        if first_row < end:
+            tell(messages, message, e, first_row, end, n, WARPS)
+            message += 1
+            steps = gl.cdiv(K, BLOCK_K)
+            if GATHER:
+                step = _load_gathered(
+                    x, weight_desc, steps, stages, step, e, first_row, end, n, HALVES, K_UNIT, STAGES
+                )
+            else:
+                step = _load_boxes(
+                    x_desc, weight_desc, steps, stages, step, e, first_row, end, n, False, HALVES, K_UNIT, STAGES
+                )
+            if R_STEPS > 0:
+                step = _load_boxes(
+                    xa_desc, lora_B_desc, R_STEPS, stages, step, e, first_row, end, n, GATHER, HALVES, K_UNIT,
+                    STAGES,
+                )  # fmt: skip
         taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         # a tile, an addition: this was the last one, and the next kernel finds the counter at 0
         if taken == total - 1:
             gl.store(counter_ptr, 0)
         t = gl.num_programs(0) + taken
-    tell(messages, slot, slot_phase, -1, 0, 0, 0, WARPS)
+    tell(messages, message, -1, 0, 0, 0, WARPS)
 
 
 # ---- the warps that multiply and store -----------------------------------------------------------------------------
@@ -187,61 +217,112 @@ def _produce(
 
 @gluon.jit
 def _multiply_step(
-    acc, stages, s, phase, continued, HALF: gl.constexpr, WIDTH: gl.constexpr, COPIED: gl.constexpr,
-    K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    acc, left, right, stages, step, continued, HALF: gl.constexpr, TAIL: gl.constexpr, WIDTH: gl.constexpr,
+    COPIED: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """acc plus the product of a step's first WIDTH columns of x; the step before goes back to the warps that load.
+    """The sums plus products of a step's first WIDTH columns of x; the step before goes back to the warps that load.
 
     Args:
-        continued: whether there is one in this tile.
+        acc: of a half. left, right: of a tail, with TAIL.
+        continued: whether there is a step before in this tile.
         COPIED: whether threads wrote the rows, not the copy engine: products are to see that.
     """
     rows, columns, full, empty = stages
-    mbarrier.wait(full.index(s), phase)
+    s = place(step, STAGES)
+    wait_full(full, step, STAGES)
     if COPIED:
         fence_async_shared()
-    x, weight = rows.index(2 * s + HALF), columns.index(s)
+    x, weight, tail = rows[0].index(2 * s + HALF), columns.index(s), rows[1].index(s)
     if WIDTH < BLOCK_K:
-        x, weight = x.slice(0, WIDTH, 1), weight.slice(0, WIDTH, 1 if K_UNIT else 0)
+        x, weight, tail = x.slice(0, WIDTH, 1), weight.slice(0, WIDTH, 1 if K_UNIT else 0), tail.slice(0, WIDTH, 1)
     if K_UNIT:
         weight = weight.permute([1, 0])
     acc = warpgroup_mma(x, weight, acc, is_async=True)  # [M, K] @ [K, N] -> [M, N]
-    # one product stays in flight
-    acc = warpgroup_mma_wait(1, deps=[acc])
-    mbarrier.arrive(empty.index(before(s, STAGES)), pred=continued)
-    s, phase = after(s, phase, STAGES)
-    return acc, s, phase
+    # the products of one step stay in flight
+    if TAIL:
+        tail = tail.permute([1, 0])
+        left = warpgroup_mma(weight.slice(64 * HALF, 64, 1).permute([1, 0]), tail, left, is_async=True)
+        right = warpgroup_mma(weight.slice(128 + 64 * HALF, 64, 1).permute([1, 0]), tail, right, is_async=True)
+        acc, left, right = warpgroup_mma_wait(3, deps=[acc, left, right])
+    else:
+        acc = warpgroup_mma_wait(1, deps=[acc])
+    mbarrier.arrive(empty.index(place(step - 1, STAGES)), pred=continued)
+    return acc, left, right, step + 1
 
 
 @gluon.jit
-def _store_chunk(chunk, output, staging, i: gl.constexpr, first_row, end, half, col, width, stride_m):
-    """The rows that exist of a chunk [64, 64], the i-th of a tile: 64 by two boxes in turn, fewer from registers."""
+def _store_rows(t, ptr, first_row, end, half, col, width, stride_m):
+    """The rows that exist of t [rows, columns]; those past the expert's last are another's, or nobody's."""
+    offs_m = first_row + gl.arange(0, t.shape[0], gl.SliceLayout(1, t.type.layout))
+    offs_n = col + gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
+    ptrs = ptr + offs_m.to(gl.int64)[:, None] * stride_m + (half * width + offs_n)[None, :]
+    gl.store(ptrs, t.to(ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & (offs_n < width)[None, :])
+
+
+@gluon.jit
+def _store_chunk(chunk, output, box, first_row, end, half, col, width, stride_m):
+    """The rows that exist of a chunk [64, 64] of a tile, by a box."""
     desc, ptr = output
-    t = chunk.to(ptr.dtype.element_ty)
-    if col >= width:
-        # no store: the next box must not take the one in flight for this chunk's
-        tma.store_wait(0)
-    elif first_row + HALF_M <= end:
-        box = staging.index(i % 2)
-        # the last store may be in flight, the one before it read this box
-        tma.store_wait(1)
-        box.store(t)
-        fence_async_shared()
-        _store(desc, [half, first_row, col], box.reshape([1, HALF_M, 64]))
+    # it may still be read for the chunk before
+    tma.store_wait(0)
+    if col < width:
+        box.store(chunk.to(ptr.dtype.element_ty))
+        if first_row + HALF_M <= end:
+            fence_async_shared()
+            _store(desc, [half, first_row, col], box.reshape([1, HALF_M, 64]))
+        else:
+            _store_rows(box.load(BY_ROWS), ptr, first_row, end, half, col, width, stride_m)
+
+
+@gluon.jit
+def _store_tail_chunk(chunk, y, bias, box, e, first_row, end, half, col, N, HALVES: gl.constexpr):
+    """The rows that exist of a chunk [64 columns, BOX_M] of a tail, with the bias; returned [BOX_M, 64] as stored."""
+    bias_ptr, stride_biase, stride_biasn = bias
+    width = N // HALVES
+    if bias_ptr is not None:
+        offs_n = col + gl.arange(0, 64, gl.SliceLayout(1, chunk.type.layout))
+        # int64: an expert index times a stride passes 2**31
+        ptrs = bias_ptr + e.to(gl.int64) * stride_biase + (half * width + offs_n) * stride_biasn
+        chunk += gl.load(ptrs, mask=offs_n < width, other=0.0).to(gl.float32)[:, None]
+    box = box.slice(0, BOX_M, 0)
+    # it may still be read for the tile before
+    tma.store_wait(0)
+    box.store(chunk.to(y[1].dtype.element_ty).permute([1, 0]))
+    rows = box.load(BY_ROWS)
+    _store_rows(rows, y[1], first_row, end, half, col, width, N)
+    return rows.to(gl.float32)
+
+
+@gluon.jit
+def _store_tail(
+    left, right, y, act, bias, box, e, first_row, end, n, N, HALF: gl.constexpr, HALVES: gl.constexpr,
+    KIND: gl.constexpr, GATED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+):  # fmt: skip
+    """The rows of a tail, and their activation, of what is stored, in the chunks that are this consumer's."""
+    if HALVES == 2:
+        # gate on the left, up on the right
+        col = n * 128 + 64 * HALF
+        gate = _store_tail_chunk(left, y, bias, box, e, first_row, end, 0, col, N, 2)
+        up = _store_tail_chunk(right, y, bias, box, e, first_row, end, 1, col, N, 2)
+        result = activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT)
+        _store_rows(result, act[1], first_row, end, 0, col, N // 2, N // 2)
     else:
-        # rows past the expert's last are another's, or nobody's
-        offs_m = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, t.type.layout))
-        offs_n = col + gl.arange(0, 64, gl.SliceLayout(0, t.type.layout))
-        ptrs = ptr + offs_m.to(gl.int64)[:, None] * stride_m + (half * width + offs_n)[None, :]
-        gl.store(ptrs, t, mask=(offs_m < end)[:, None] & (offs_n < width)[None, :])
+        chunks = left, right
+        for i in gl.static_range(2):
+            col = n * BLOCK_N + 128 * i + 64 * HALF
+            rows = _store_tail_chunk(chunks[i], y, bias, box, e, first_row, end, 0, col, N, 1)
+            if GATED:
+                gate, up = rows.reshape([BOX_M, 32, 2]).split()
+                result = activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT)
+                _store_rows(result, act[1], first_row, end, 0, col // 2, N // 2, N // 2)
 
 
 @gluon.jit
 def _store_half(
-    acc, y, act, staging, first_row, end, n, N, HALVES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
+    acc, y, act, box, first_row, end, n, N, HALVES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """The rows of a half that exist, and their activation, in chunks of 64 columns."""
+    """The rows of a half that exist, and their activation, of what is stored, in chunks of 64 columns."""
     dtype: gl.constexpr = y[1].dtype.element_ty
     left, right = halves(acc, HALF_M, 128)
     if HALVES == 2:
@@ -251,49 +332,48 @@ def _store_half(
         for i in gl.static_range(2):
             col = n * 128 + i * 64
             gate, up = gates[i].to(dtype), ups[i].to(dtype)
-            _store_chunk(gate, y, staging, 3 * i, first_row, end, 0, col, I, N)
-            _store_chunk(up, y, staging, 3 * i + 1, first_row, end, 1, col, I, N)
-            # rounded as stored
+            _store_chunk(gate, y, box, first_row, end, 0, col, I, N)
+            _store_chunk(up, y, box, first_row, end, 1, col, I, N)
             result = activate(gate.to(gl.float32), up.to(gl.float32), KIND, LIMIT, ALPHA, UP_SHIFT)
-            _store_chunk(result, act, staging, 3 * i + 2, first_row, end, 0, col, I, I)
+            _store_chunk(result, act, box, first_row, end, 0, col, I, I)
     else:
         wide = left, right
         for i in gl.static_range(2):
             chunks = halves(wide[i], HALF_M, 64)
             col = n * BLOCK_N + i * 128
-            if KIND is None:
-                for j in gl.static_range(2):
-                    _store_chunk(chunks[j], y, staging, j, first_row, end, 0, col + 64 * j, N, N)
-            elif GATED:
-                for j in gl.static_range(2):
-                    _store_chunk(chunks[j], y, staging, 3 * i + j, first_row, end, 0, col + 64 * j, N, N)
+            for j in gl.static_range(2):
+                chunk = chunks[j].to(dtype)
+                _store_chunk(chunk, y, box, first_row, end, 0, col + 64 * j, N, N)
+                if KIND is not None and not GATED:
+                    result = activate_plain(chunk.to(gl.float32), KIND, ALPHA)
+                    _store_chunk(result, act, box, first_row, end, 0, col + 64 * j, N, N)
+            if KIND is not None and GATED:
                 gate, up = wide[i].to(dtype).to(gl.float32).reshape([HALF_M, 64, 2]).split()
                 result = activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT)
-                _store_chunk(result, act, staging, 3 * i + 2, first_row, end, 0, col // 2, N // 2, N // 2)
-            else:
-                for j in gl.static_range(2):
-                    _store_chunk(chunks[j], y, staging, 0, first_row, end, 0, col + 64 * j, N, N)
-                    result = activate_plain(chunks[j], KIND, ALPHA)
-                    _store_chunk(result, act, staging, 1, first_row, end, 0, col + 64 * j, N, N)
+                _store_chunk(result, act, box, first_row, end, 0, col // 2, N // 2, N // 2)
 
 
 @gluon.jit
 def _consume(
-    output, staging, stages, messages, N, K, HALF: gl.constexpr,
+    output, box, stages, messages, N, K, HALF: gl.constexpr, TAILS: gl.constexpr,
     GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, K_UNIT: gl.constexpr,
     STAGES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr,
     ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply and store half of each tile, until there are no more."""
-    y, act, bias_ptr, stride_biase, stride_biasn = output
+    y, act, bias = output
+    bias_ptr, stride_biase, stride_biasn = bias
     full, empty = stages[2], stages[3]
     WIDTH: gl.constexpr = BLOCK_N // HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BOX_M.value, 16])
     k_steps = gl.cdiv(K, BLOCK_K)
-    s, phase = 0, 0
-    slot, slot_phase = 0, 0
-    e, first_row, end, n = hear(messages, slot, slot_phase)
+    # steps and messages so far
+    step, message = 0, 0
+    e, first_row, end, n = hear(messages, message)
     while e >= 0:
+        tail_end = end
+        end = gl.minimum(end, first_row + 2 * HALF_M)
         first_row += HALF * HALF_M
         if first_row < end:
             if bias_ptr is not None:
@@ -303,27 +383,44 @@ def _consume(
                 cols = j // WIDTH * (N // HALVES) + in_half
                 # int64: an expert index times a stride passes 2**31
                 bias_ptrs = bias_ptr + e.to(gl.int64) * stride_biase + cols * stride_biasn
-                bias = gl.load(bias_ptrs, mask=in_half < N // HALVES, other=0.0)
+                values = gl.load(bias_ptrs, mask=in_half < N // HALVES, other=0.0)
             acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, layout)
-            for i in range(k_steps):
-                acc, s, phase = _multiply_step(acc, stages, s, phase, i > 0, HALF, BLOCK_K, GATHER, K_UNIT, STAGES)
-            for _ in gl.static_range(R_STEPS):
-                acc, s, phase = _multiply_step(acc, stages, s, phase, True, HALF, R_WIDTH, False, K_UNIT, STAGES)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(before(s, STAGES)))
+            left = gl.zeros([64, BOX_M], gl.float32, tail_layout)
+            right = gl.zeros([64, BOX_M], gl.float32, tail_layout)
+            # loops without a tail and with one, of which one kind runs: as branches they would not stay in flight
+            for TAIL in gl.static_range(2 if TAILS else 1):
+                runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
+                for i in range(k_steps * runs):
+                    acc, left, right, step = _multiply_step(
+                        acc, left, right, stages, step, i > 0, HALF, TAIL, BLOCK_K, GATHER, K_UNIT, STAGES
+                    )
+                for _ in range(R_STEPS * runs):
+                    acc, left, right, step = _multiply_step(
+                        acc, left, right, stages, step, True, HALF, TAIL, R_WIDTH, False, K_UNIT, STAGES
+                    )
+                if TAIL:
+                    acc, left, right = warpgroup_mma_wait(0, deps=[acc, left, right])
+                else:
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(place(step - 1, STAGES)))
+            if TAILS and tail_end > end:
+                _store_tail(
+                    left, right, y, act, bias, box, e, end, tail_end, n, N, HALF, HALVES, KIND, GATED, LIMIT, ALPHA,
+                    UP_SHIFT,
+                )  # fmt: skip
             if bias_ptr is not None:
-                acc += gl.convert_layout(bias, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
+                acc += gl.convert_layout(values, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
             _store_half(
-                acc, y, act, staging, first_row, end, n, N, HALVES, KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT
+                acc, y, act, box, first_row, end, n, N, HALVES, KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT
             )
         else:
             # nothing was loaded for this half: it keeps step with the other
             for _ in range(k_steps + R_STEPS):
-                mbarrier.wait(full.index(s), phase)
-                mbarrier.arrive(empty.index(s))
-                s, phase = after(s, phase, STAGES)
-        slot, slot_phase = after(slot, slot_phase, MESSAGES)
-        e, first_row, end, n = hear(messages, slot, slot_phase)
+                wait_full(full, step, STAGES)
+                mbarrier.arrive(empty.index(place(step, STAGES)))
+                step += 1
+        message += 1
+        e, first_row, end, n = hear(messages, message)
     tma.store_wait(0)
 
 
@@ -342,40 +439,43 @@ def _linear_roles_kernel(
     """Persistent grid. PRODUCER, CONSUMER: registers a thread of each has."""
     gl.static_assert(BLOCK_M == 2 * HALF_M)
     HALVES: gl.constexpr = 2 if GATED and not INTERLEAVED else 1
+    # not with an ungated activation, which needs its registers
+    TAILS: gl.constexpr = KIND is None or GATED
     dtype: gl.constexpr = y_ptr.dtype.element_ty
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    rows = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], swizzled)
+    row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], SWIZZLED)
+    row_tails = gl.allocate_shared_memory(dtype, [STAGES, BOX_M, BLOCK_K], SWIZZLED)
     columns = gl.allocate_shared_memory(
-        dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], swizzled
+        dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], SWIZZLED
     )
-    staging0 = gl.allocate_shared_memory(dtype, [2, HALF_M, 64], swizzled)
-    staging1 = gl.allocate_shared_memory(dtype, [2, HALF_M, 64], swizzled)
+    # what each consumer stores by
+    box0 = gl.allocate_shared_memory(dtype, [HALF_M, 64], SWIZZLED)
+    box1 = gl.allocate_shared_memory(dtype, [HALF_M, 64], SWIZZLED)
     # who fills a stage: the copy engine, and where rows are gathered each of 128 threads
     full, empty = barriers(STAGES, 129 if GATHER else 1, 2)
-    stages, messages = (rows, columns, full, empty), message_ring(2)
+    stages, messages = ((row_halves, row_tails), columns, full, empty), message_ring(2)
     operands, x = (x_desc, weight_desc, xa_desc, lora_B_desc), (x_ptr, row_token_ptr, stride_xm)
-    output = ((y_desc, y_ptr), (act_desc, act_ptr), bias_ptr, stride_biase, stride_biasn)
+    output = (y_desc, y_ptr), (act_desc, act_ptr), (bias_ptr, stride_biase, stride_biasn)
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    output, staging0, stages, messages, N, K, 0, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
+                    output, box0, stages, messages, N, K, 0, TAILS, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
                     KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
             (
                 _consume,
                 (
-                    output, staging1, stages, messages, N, K, 1, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
+                    output, box1, stages, messages, N, K, 1, TAILS, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
                     KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
             (
                 _produce,
                 (
-                    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP, GATHER, HALVES, R_STEPS, K_UNIT,
-                    STAGES,
+                    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP, TAILS, GATHER, HALVES, R_STEPS,
+                    K_UNIT, STAGES,
                 ),
             ),
         ],
@@ -423,7 +523,7 @@ def linear_roles(
     # rows are gathered in copies of 16 bytes, without a mask
     if gather and (K % BLOCK_K.value or x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16):
         return False
-    box = HALF_M.value, BLOCK_N.value, BLOCK_K.value
+    box = BOX_M.value, BLOCK_N.value, BLOCK_K.value
     outputs = [_output_descriptor(y, parts)] + ([] if act is None else [_output_descriptor(act, 1)])
     if None in outputs:
         return False

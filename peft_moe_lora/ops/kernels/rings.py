@@ -1,8 +1,8 @@
 """Places in shared memory that warps of one role fill and warps of another empty, in turn, in Gluon.
 
 A place has two barriers: one side waits for it to be filled, the other for it to be empty again. Each side counts for
-itself: `slot` is where it stands, `phase` what the barriers there are waited for in, 0 or 1, changed with every turn;
-the side that fills begins in phase 1, since every place is empty at first.
+itself, from 0: its count says where it stands, and in which phase of a barrier, 0 or 1 by turns, it waits there. The
+number of places is a power of two, so that both are bits of the count.
 """
 
 from triton.experimental import gluon
@@ -14,16 +14,22 @@ MESSAGES = gl.constexpr(2)
 
 
 @gluon.jit
-def after(slot, phase, SLOTS: gl.constexpr):
-    """The next slot of a ring, and its phase."""
-    last = slot == SLOTS - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+def place(count, SLOTS: gl.constexpr):
+    """Where a side stands."""
+    gl.static_assert(SLOTS & (SLOTS - 1) == 0, "a ring of a power of two")
+    return count & (SLOTS - 1)
 
 
 @gluon.jit
-def before(slot, SLOTS: gl.constexpr):
-    """The previous slot of a ring."""
-    return gl.where(slot == 0, SLOTS - 1, slot - 1)
+def wait_full(full, count, SLOTS: gl.constexpr):
+    """Until the place is filled."""
+    mbarrier.wait(full.index(place(count, SLOTS)), ((count & SLOTS) != 0).to(gl.int32))
+
+
+@gluon.jit
+def wait_empty(empty, count, SLOTS: gl.constexpr):
+    """Until the place is empty, as it is at first."""
+    mbarrier.wait(empty.index(place(count, SLOTS)), ((count & SLOTS) == 0).to(gl.int32))
 
 
 @gluon.jit
@@ -46,25 +52,26 @@ def message_ring(CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def tell(ring, slot, phase, a, b, c, d, WARPS: gl.constexpr):
-    """Write a message of four numbers once every consumer has read what stood there; the next slot and its phase."""
+def tell(ring, count, a, b, c, d, WARPS: gl.constexpr):
+    """Write a message of four numbers once every consumer has read what stood there."""
     numbers, told, heard = ring
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    mbarrier.wait(heard.index(slot), phase)
+    slot = place(count, MESSAGES)
+    wait_empty(heard, count, MESSAGES)
     numbers.index(4 * slot).store(gl.full([1], a, gl.int32, layout))
     numbers.index(4 * slot + 1).store(gl.full([1], b, gl.int32, layout))
     numbers.index(4 * slot + 2).store(gl.full([1], c, gl.int32, layout))
     numbers.index(4 * slot + 3).store(gl.full([1], d, gl.int32, layout))
     mbarrier.arrive(told.index(slot))
-    return after(slot, phase, MESSAGES)
 
 
 @gluon.jit
-def hear(ring, slot, phase):
+def hear(ring, count):
     """The four numbers of a message, by a consumer of four warps."""
     numbers, told, heard = ring
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(told.index(slot), phase)
+    slot = place(count, MESSAGES)
+    wait_full(told, count, MESSAGES)
     a = gl.max(numbers.index(4 * slot).load(layout), 0)
     b = gl.max(numbers.index(4 * slot + 1).load(layout), 0)
     c = gl.max(numbers.index(4 * slot + 2).load(layout), 0)
