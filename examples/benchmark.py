@@ -851,8 +851,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, transformers "
         f"{machine['transformers']}, peft {machine['peft']}\n{started:%Y-%m-%d}, ceilings of the idle machine "
         f"{ceilings.flops / 1e12:.3g} TFLOP/s {dtype}, {ceilings.bandwidth / 1e12:.3g} TB/s"
-        + f", {args.rest:g} s of rest ahead of every turn"
-        * (args.rest > 0)
+        + (f", {args.rest:g} s of rest ahead of every turn" if args.rest else "")
     )
     rows, seen = [], set()
     for case in list_cases(args):

@@ -283,8 +283,15 @@ def test_a_sentinel_of_weight_nan_adds_nothing(kernels):
     assert torch.equal(out, kernels.combine(y, problem.routing, problem.weights))
 
 
+@pytest.fixture(params=[1024, 1], ids=["short chunks", "long chunks"])
+def chunks(request, monkeypatch):
+    """Chunks of one block of rows, as small shapes have in the interpreter, or of many."""
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.outer.PROGRAMS", request.param)
+
+
 @shapes
 @dtypes
+@pytest.mark.usefixtures("chunks")
 def test_outer(kernels, shape, dtype):
     problem = Problem(shape, dtype)
     E, r = shape.E, shape.r
@@ -312,8 +319,9 @@ def test_outer(kernels, shape, dtype):
             assert_within(actual, twin, exact, dtype)
 
 
-@small_shapes
+@pytest.mark.parametrize("shape", [*SMALL, SHAPES[6]], ids=ids)
 @dtypes
+@pytest.mark.usefixtures("chunks")
 def test_dropout_masks_are_those_of_the_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
     routing, dropout = kernels.route(problem.index, shape.E), Dropout(0.4, torch.tensor([2**31 + 77], device=DEVICE))

@@ -320,7 +320,7 @@ def _store_tail(
 @gluon.jit
 def _store_half(
     acc, y, act, box, first_row, end, n, N, HALVES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
-    INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+    LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """The rows of a half that exist, and their activation, of what is stored, in chunks of 64 columns."""
     dtype: gl.constexpr = y[1].dtype.element_ty
@@ -357,8 +357,8 @@ def _store_half(
 def _consume(
     output, box, stages, messages, N, K, HALF: gl.constexpr, TAILS: gl.constexpr,
     GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, K_UNIT: gl.constexpr,
-    STAGES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr,
-    ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+    STAGES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
+    UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply and store half of each tile, until there are no more."""
     y, act, bias = output
@@ -410,9 +410,7 @@ def _consume(
                 )  # fmt: skip
             if bias_ptr is not None:
                 acc += gl.convert_layout(values, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
-            _store_half(
-                acc, y, act, box, first_row, end, n, N, HALVES, KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT
-            )
+            _store_half(acc, y, act, box, first_row, end, n, N, HALVES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT)
         else:
             # nothing was loaded for this half: it keeps step with the other
             for _ in range(k_steps + R_STEPS):
@@ -461,14 +459,14 @@ def _linear_roles_kernel(
                 _consume,
                 (
                     output, box0, stages, messages, N, K, 0, TAILS, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
-                    KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT,
+                    KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
             (
                 _consume,
                 (
                     output, box1, stages, messages, N, K, 1, TAILS, GATHER, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES,
-                    KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT,
+                    KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
             (
