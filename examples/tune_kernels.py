@@ -119,7 +119,12 @@ class Layer:
         y = call("down", lambda: ops.expert_linear(act, s.down, R, xa=ha, lora_B=s.down_B))
         del act
         out = call("combine", lambda: ops.combine(y, R, s.weights))
-        yb2 = call("shrink dout", lambda: ops.expert_shrink(s.dout, s.down_B.transpose(1, 2), R, 2.0, gather=True))
+        w, (dA1, dB1, dA2, dB2) = s.weights, s.grads
+        down_BT, up_BT = s.down_B.transpose(1, 2), s.up_B.transpose(1, 2)
+        yb2 = call(
+            "shrink, outer dout",
+            lambda: ops.expert_shrink_outer(s.dout, down_BT, ha, R, 2.0, dB2, row_weights=w, gather=True),
+        )
         draw = call(
             "d act",
             lambda: ops.expert_linear(
@@ -127,12 +132,9 @@ class Layer:
             ),
         )
         dpre, act, dw = call("act backward", lambda: ops.expert_act_backward(draw, pre, R, s.activation, s.weights))
-        w, (dA1, dB1, dA2, dB2) = s.weights, s.grads
         call("dA2", lambda: ops.expert_outer(yb2, act, R, dA2, row_weights=w))
-        call("dB2", lambda: ops.expert_outer(s.dout, ha, R, dB2, row_weights=w, gather_left=True))
-        yb1 = call("shrink dpre", lambda: ops.expert_shrink(dpre, s.up_B.transpose(1, 2), R, 2.0))
+        yb1 = call("shrink, outer dpre", lambda: ops.expert_shrink_outer(dpre, up_BT, xa, R, 2.0, dB1))
         call("dA1", lambda: ops.expert_outer(yb1, s.x, R, dA1, gather_right=True))
-        call("dB1", lambda: ops.expert_outer(dpre, xa, R, dB1))
         rows = call(
             "dX", lambda: ops.expert_linear(dpre, s.up.transpose(1, 2), R, xa=yb1, lora_B=s.up_A.transpose(1, 2))
         )

@@ -98,7 +98,12 @@ def _backward(
     dx = yb = None
     if pre is None:
         pre = ops.expert_linear(x, up, routing, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
-    if down_A is not None:
+    if needs_down:
+        yb = ops.expert_shrink_outer(
+            dout, down_B.transpose(1, 2), ha, routing, plan.down_scaling, ddown_B, row_weights=top_k_weights,
+            gather=True,
+        )  # fmt: skip
+    elif down_A is not None:
         yb = ops.expert_shrink(dout, down_B.transpose(1, 2), routing, plan.down_scaling, gather=True)
     down_AT = None if down_A is None else down_A.transpose(1, 2)
     draw = ops.expert_linear(
@@ -110,14 +115,13 @@ def _backward(
     del draw
     if needs_down:
         ops.expert_outer(yb, act, routing, ddown_A, row_weights=top_k_weights, dropout=down_drop)
-        ops.expert_outer(dout, ha, routing, ddown_B, row_weights=top_k_weights, gather_left=True)
     del act
     yb = None
-    if up_A is not None and (needs_x or needs_up):
-        yb = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, plan.up_scaling)
     if needs_up:
+        yb = ops.expert_shrink_outer(dpre, up_B.transpose(1, 2), xa, routing, plan.up_scaling, dup_B)
         ops.expert_outer(yb, x, routing, dup_A, gather_right=True, dropout=up_drop)
-        ops.expert_outer(dpre, xa, routing, dup_B)
+    elif up_A is not None and needs_x:
+        yb = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, plan.up_scaling)
     if needs_x:
         lora_B = None if up_A is None else up_A.transpose(1, 2)
         rows = ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb, lora_B=lora_B, dropout=up_drop)

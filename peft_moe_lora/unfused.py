@@ -81,14 +81,14 @@ def _linear_backward_op(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_
     routing = ops.with_tiles(routing_of(*rest[:7]))
     A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
     dx = dA = dB = yb = None
-    if A is not None:
-        yb = ops.expert_shrink(dy, B.transpose(1, 2), routing, scaling)
     if needs_lora:
         dA, dB = whole_gradients(lora_A, lora_B, weight.shape[0], experts)
         A_out, B_out = per_expert(dA, dB, weight.shape[0])
+        yb = ops.expert_shrink_outer(dy, B.transpose(1, 2), xa, routing, scaling, B_out)
         ops.expert_outer(yb, x, routing, A_out, gather_right=gather, dropout=dropout)
-        ops.expert_outer(dy, xa, routing, B_out)
         dA, dB = gathered(dA, dB, weight.shape[0], experts)
+    elif A is not None:
+        yb = ops.expert_shrink(dy, B.transpose(1, 2), routing, scaling)
     if needs_x:
         transposed_A = None if A is None else A.transpose(1, 2)
         dx = ops.expert_linear(dy, weight.transpose(1, 2), routing, xa=yb, lora_B=transposed_A, dropout=dropout)

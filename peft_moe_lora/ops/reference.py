@@ -21,6 +21,7 @@ __all__ = [
     "expert_linear_act",
     "expert_outer",
     "expert_shrink",
+    "expert_shrink_outer",
     "replayed",
     "route",
     "with_tiles",
@@ -219,6 +220,31 @@ def expert_outer(
     if row_weights is not None:
         left = left * row_weights.reshape(-1)[routing.row_slot.long()].to(left.dtype)[:, None]
     return grouped_outer(left, right, routing.expert_offsets, out)
+
+
+def expert_shrink_outer(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    right: torch.Tensor,
+    routing: Routing,
+    scaling: float,
+    out: torch.Tensor,
+    *,
+    row_weights: torch.Tensor | None = None,
+    gather: bool = False,
+) -> torch.Tensor:
+    """`expert_shrink` of x, and `expert_outer` of x and right, whose rows the kernels read once for both.
+
+    Args:
+        x: [M, K] rows, or [T, K] tokens with gather.
+        right: [M, r], dtype of x.
+        scaling: of xa, not of out.
+        out: [E, K, r] fp32 (fp64 for fp64), any strides; every element is written, zeros for an expert without rows.
+        row_weights: [T, top_k] float, of the outer product; None for ones.
+    Returns: xa [M, r], dtype of x.
+    """
+    expert_outer(x, right, routing, out, row_weights=row_weights, gather_left=gather)
+    return expert_shrink(x, lora_A, routing, scaling, gather=gather)
 
 
 def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.Tensor:

@@ -129,14 +129,14 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
     kernels.combine(y, routing, weights)
     draw = kernels.expert_linear(x, down.transpose(1, 2), routing, xa=xa, lora_B=down_A.transpose(1, 2), gather=True)
     kernels.expert_act_backward(draw, pre, routing, activation, weights)
-    yb = kernels.expert_shrink(pre, up_B.transpose(1, 2), routing, 1.0)
-    kernels.expert_shrink(x, down_B.transpose(1, 2), routing, 1.0, gather=True)
-    kernels.expert_linear(pre, up.transpose(1, 2), routing, xa=yb, lora_B=up_A.transpose(1, 2))
     fp32 = torch.float32
-    kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True)
-    kernels.expert_outer(pre, xa, routing, empty(N, E, r, dtype=fp32).permute(1, 0, 2))
+    out = empty(N, E, r, dtype=fp32).permute(1, 0, 2)
+    yb = kernels.expert_shrink_outer(pre, up_B.transpose(1, 2), xa, routing, 1.0, out)
     out = empty(H, E, r, dtype=fp32).permute(1, 0, 2)
-    kernels.expert_outer(x, xa, routing, out, row_weights=weights, gather_left=True)
+    options = {"row_weights": weights, "gather": True}
+    kernels.expert_shrink_outer(x, down_B.transpose(1, 2), xa, routing, 1.0, out, **options)
+    kernels.expert_linear(pre, up.transpose(1, 2), routing, xa=yb, lora_B=up_A.transpose(1, 2))
+    kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True)
 
 
 def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):

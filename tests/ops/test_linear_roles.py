@@ -1,7 +1,5 @@
 """Products by warps of two roles: the choice of them anywhere, their numbers on an H100 or H200."""
 
-import logging
-import sys
 from functools import partial
 
 import pytest
@@ -17,52 +15,26 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 
 
 @pytest.mark.parametrize(
-    ("arch", "itemsize", "block_m", "K", "large", "ordered", "gathered"),
+    ("arch", "itemsize", "block_m", "K", "size", "ordered", "gathered"),
     [
-        (90, 2, 128, 768, False, True, True),
-        (90, 2, 128, 8192, False, True, True),
-        (90, 2, 128, 8192, True, True, False),
-        (90, 2, 128, 14336, False, False, False),
-        (90, 2, 64, 768, False, False, False),
-        (90, 4, 128, 768, False, False, False),
-        (80, 2, 128, 768, False, False, False),
-        (100, 2, 128, 768, False, False, False),
-        (120, 2, 128, 768, False, False, False),
-        (0, 2, 128, 768, False, False, False),
+        (90, 2, 128, 768, 0, True, True),
+        (90, 2, 128, 768, 1, True, True),
+        (90, 2, 128, 8192, 1, True, True),
+        (90, 2, 128, 8192, 2, True, False),
+        (90, 2, 128, 14336, 0, False, False),
+        (90, 2, 64, 768, 0, False, False),
+        (90, 4, 128, 768, 0, False, False),
+        (80, 2, 128, 768, 0, False, False),
+        (100, 2, 128, 768, 0, False, False),
+        (120, 2, 128, 768, 0, False, False),
+        (0, 2, 128, 768, 0, False, False),
     ],
 )
-def test_the_table_knows_where_roles_pay(kernels, arch, itemsize, block_m, K, large, ordered, gathered):  # noqa: F811
+def test_the_table_knows_where_roles_pay(kernels, arch, itemsize, block_m, K, size, ordered, gathered):  # noqa: F811
     from peft_moe_lora.ops.kernels import tile
 
     for op, chosen in (("linear_roles", ordered), ("linear_roles_gathered", gathered)):
-        assert (tile._blocks(op, arch, itemsize, block_m, K, True, large) is not None) == chosen
-
-
-@pytest.fixture
-def choice(kernels, monkeypatch):  # noqa: F811
-    """The module that chooses, its import of `linear_roles` undone."""
-    from peft_moe_lora.ops.kernels import by_roles as choice
-
-    monkeypatch.delitem(sys.modules, "peft_moe_lora.ops.kernels.linear_roles", raising=False)
-    choice._linear_roles.cache_clear()
-    yield choice
-    choice._linear_roles.cache_clear()
-
-
-def test_this_triton_has_the_gluon_they_are_written_in(choice, caplog):
-    assert choice._linear_roles() is not None
-    assert not caplog.records
-
-
-def test_without_that_gluon_one_line_says_so(choice, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
-    for name in ("linear_roles", "rings"):
-        monkeypatch.delitem(sys.modules, f"peft_moe_lora.ops.kernels.{name}", raising=False)
-    with caplog.at_level(logging.WARNING, logger=choice.__name__):
-        assert choice._linear_roles() is None
-        assert choice._linear_roles() is None
-    (record,) = caplog.records
-    assert "without warps of two roles" in record.getMessage()
+        assert (tile._blocks(op, arch, itemsize, block_m, K, True, size) is not None) == chosen
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers

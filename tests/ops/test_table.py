@@ -105,6 +105,19 @@ def test_a_long_k_is_not_for_roles(launch, K, name):
         assert kernel["shared"] <= SHARED[90], f"too much shared memory: {kernel}"
 
 
+@pytest.mark.parametrize("T", [8192, 2048])
+@pytest.mark.parametrize(("dtype", "r"), [("bfloat16", 16), ("float16", 5)])
+def test_the_one_reading_of_two_operations_compiles_without_spills_twice_a_multiprocessor(T, dtype, r):
+    layer = {"T": T, "E": 128, "top_k": 8, "H": 1024, "I": 512, "r": r, "dtype": dtype}
+    kernels = [k for k in compiled_for(90, [layer]) if k["kernel"] == "_shrink_outer_kernel"]
+    # of dpre, and gathered of dout
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        assert 2 * (kernel["shared"] + 1024) <= SHARED[90] + 1024, f"too much shared memory: {kernel}"
+        assert 2 * kernel["num_warps"] * 32 * kernel["registers"] <= 65536, f"too many registers: {kernel}"
+
+
 def test_compute_capability_12_takes_no_row_of_9_or_10():
     from peft_moe_lora.ops.kernels import config
 

@@ -68,5 +68,5 @@ def test_a_row_that_the_layer_does_not_run_by_is_an_error_and_stays_as_it_was(mo
     monkeypatch.setattr(tune, "Layer", Layer)
     monkeypatch.setattr(tune, "current_row", lambda *sizes: row)
     with pytest.raises(LookupError, match=r"linear_roles does not run at qwen3-30b, .*\['linear_ordered'\]"):
-        tune.sweep("qwen3-30b", 8192, 16, "linear_roles", ["down"], [{"GROUP": (4, 4)}])
+        tune.sweep("qwen3-30b", 8192, 16, "linear_roles", ["down"], [{"GROUP": (4, 4, 4)}])
     assert row.blocks == kept

@@ -9,6 +9,7 @@ from .outer import expert_outer
 from .replay import replayed
 from .routing import route, with_tiles
 from .shrink import expert_shrink
+from .shrink_outer import expert_shrink_outer
 
 __all__ = [
     "combine",
@@ -19,6 +20,7 @@ __all__ = [
     "expert_linear_act",
     "expert_outer",
     "expert_shrink",
+    "expert_shrink_outer",
     "replayed",
     "route",
     "with_tiles",

@@ -39,20 +39,32 @@ def _row(op, arch, itemsize, block_m, source, num_warps, num_stages, **blocks):
 
 
 _SAFE = "chosen to compile without spills, not timed"
-_H200, _H200_22 = "NVIDIA H200, 2026-11-21", "NVIDIA H200, 2026-11-22"
+_H200, _H200_22, _H200_24 = (f"NVIDIA H200, 2026-11-{day}" for day in (21, 22, 24))
 _TINY = "small, so that tiny shapes have edges"
-# GROUP: row tiles that share a weight tile, of small and of large experts; None: no row for these
-_POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": (2, 16)}
+# GROUP: row tiles that share a weight tile, of small, middling and large experts; None: no row for these
+_POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": (2, 2, 16)}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
 _ROLES = {**_TMA, "STAGES": 4, "maxnreg": 168}
 # wgmma is sm_90's alone
-EXACT = frozenset({"linear_roles", "linear_roles_gathered"})
+EXACT = frozenset({"linear_roles", "linear_roles_gathered", "shrink_outer"})
 TABLE = (
     # the interpreter
-    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 16)),
-    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 16)),
+    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
     _row(
-        "linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True, GROUP=(2, 16)
+        "linear",
+        0,
+        2,
+        32,
+        _TINY,
+        1,
+        1,
+        BLOCK_N=32,
+        BLOCK_K=16,
+        DESCRIPTOR=False,
+        PER_SM=1,
+        TAIL=True,
+        GROUP=(2, 2, 16),
     ),
     _row(
         "linear_act",
@@ -67,12 +79,12 @@ TABLE = (
         DESCRIPTOR=False,
         PER_SM=1,
         TAIL=True,
-        GROUP=(2, 16),
+        GROUP=(2, 2, 16),
     ),
     _row("linear_4bit", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=64, **_POINTERS),
     _row("linear_4bit", 0, 2, 32, _TINY, 1, 1, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear_act_4bit", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=128, **_POINTERS),
-    _row("linear_ordered", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, GROUP=(2, 16)),
+    _row("linear_ordered", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, GROUP=(2, 2, 16)),
     _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32),
     _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
@@ -104,19 +116,32 @@ TABLE = (
     _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
     # 2-byte elements, from sm_90 on: the weight comes by tensor descriptor
-    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
-    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
-    _row("linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA | {"PER_SM": 2}, TAIL=False, GROUP=(8, 16)),
+    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
     _row(
-        "linear_act", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA | {"PER_SM": 2}, TAIL=True, GROUP=(4, 16)
+        "linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA | {"PER_SM": 2}, TAIL=False, GROUP=(8, 8, 16)
     ),
-    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 8)),
-    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
-    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 8)),
-    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 8)),
-    _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=(2, 16)),
+    _row(
+        "linear_act",
+        90,
+        2,
+        64,
+        _H200,
+        4,
+        4,
+        BLOCK_N=128,
+        BLOCK_K=64,
+        **_TMA | {"PER_SM": 2},
+        TAIL=True,
+        GROUP=(4, 4, 16),
+    ),
+    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 8)),
+    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 2, 8)),
+    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 2, 8)),
+    _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=(2, 2, 16)),
     # maxnreg: of three groups of four warps; the warps that load leave all but so many to the eight that multiply
-    _row("linear_roles", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=40, CONSUMER=232, GROUP=(12, 16)),
+    _row("linear_roles", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=40, CONSUMER=232, GROUP=(1, 12, 16)),
     _row(
         "linear_roles_gathered",
         90,
@@ -129,19 +154,21 @@ TABLE = (
         **_ROLES,
         PRODUCER=56,
         CONSUMER=224,
-        GROUP=(8, None),
+        GROUP=(1, 8, None),
     ),
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
     _row("shrink_short", 90, 2, 16, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("outer_gathered", 90, 2, 16, _H200_22, 4, 3, BLOCK_M=32, BLOCK_WIDE=256),
+    _row("shrink_outer", 90, 2, 64, _H200_24, 4, 1, ROWS=128, TAIL=64, STAGES=2),
+    _row("shrink_outer", 90, 2, 128, _H200_24, 4, 1, ROWS=256, TAIL=64, STAGES=2),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
     # 2-byte elements, from sm_100 on: its tensor cores' sums pass through registers once they are done
-    _row("linear", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
-    _row("linear_gathered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
-    _row("linear_act", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 16)),
-    _row("linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=(2, 16)),
+    _row("linear", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear_gathered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear_act", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=(2, 2, 16)),
     # where rows of sm_80 would spill
     _row("linear", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
     _row("linear_act", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),

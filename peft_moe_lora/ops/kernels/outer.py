@@ -32,7 +32,7 @@ def _further_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.con
 
 
 @triton.jit
-def _chunk(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
+def chunk_of(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
     """(expert, E for none; which of its chunks) of a chunk."""
     e, index = chunk, 0
     if chunk >= E:
@@ -60,7 +60,7 @@ def _outer_kernel(
 ):  # fmt: skip
     """Grid [tiles of wide * tiles of small, max_chunks]: an expert of one chunk or no row goes straight to out."""
     chunk = tl.program_id(1)
-    e, index = _chunk(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
+    e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
     if e >= E:
         return
     start = tl.load(expert_offsets_ptr + e)
@@ -117,7 +117,8 @@ def _outer_kernel(
 
 @triton.jit
 def _sum_chunks_kernel(
-    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s, stride_oe, stride_os, stride_ow,
+    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s,
+    stride_pc, stride_ps, stride_pw, stride_oe, stride_os, stride_ow,
     CHUNK: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of wide * tiles of small, E]: the chunks of an expert in order, where it has several."""
@@ -133,7 +134,8 @@ def _sum_chunks_kernel(
     acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
     for c in range((rows + CHUNK - 1) // CHUNK):
         chunk = tl.where(c == 0, e, second_chunk + c - 1)
-        partial_ptrs = partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
+        partial_ptrs = partial_ptr + chunk.to(tl.int64) * stride_pc + offs_s[None, :] * stride_ps
+        partial_ptrs += offs_w[:, None] * stride_pw
         acc += tl.load(partial_ptrs, mask=mask, other=0.0)
     out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
     tl.store(out_ptrs + offs_w.to(tl.int64)[:, None] * stride_ow, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -192,16 +194,41 @@ def expert_outer(
         constants = {"GATHER_SMALL": gather_small, "GATHER_WIDE": gather_wide, "P": p, "PRECISION": precision}
         return (E, SMALL, WIDE, num_s, *small.stride(), *wide.stride(), *strides), constants | shared | blocks
 
-    def rest_of_sum():
-        constants = {name: blocks[name] for name in ("BLOCK_SMALL", "BLOCK_WIDE")}
-        return (E, SMALL, WIDE, num_s, *strides), constants | shared
-
-    shape = E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"]
-    key = "outer", *shape, facts(small, wide, weights), gather_small, gather_wide, p, precision
+    key = (
+        "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"], facts(small, wide, weights),
+        gather_small, gather_wide, p, precision,
+    )  # fmt: skip
     tensors = (
         small, wide, weights, seed, routing.row_token, routing.row_slot, routing.expert_offsets, partial, out,
     )  # fmt: skip
     launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
     if several:
-        launch(("sum", *shape), _sum_chunks_kernel, (tiles, E, 1), (routing.expert_offsets, partial, out), rest_of_sum)
+        sum_chunks(partial, routing, out, strides, chunk, blocks["BLOCK_SMALL"], blocks["BLOCK_WIDE"])
     return out
+
+
+def sum_chunks(
+    partial: torch.Tensor,
+    routing: Routing,
+    out: torch.Tensor,
+    strides: tuple[int, int, int],
+    chunk: int,
+    block_small: int,
+    block_wide: int,
+) -> None:
+    """Write the sums of the experts that have several chunks of rows into out.
+
+    Args:
+        partial: [max_chunks, small, wide] fp32, either of the last two contiguous.
+        strides: of out by expert, by small and by wide index.
+        chunk: rows of the largest.
+    """
+    E, (_, SMALL, WIDE) = routing.num_experts, partial.shape
+    num_s = ceil_div(SMALL, block_small)
+    constants = {"CHUNK": chunk, "E_PADDED": power_of_2(E), "BLOCK_SMALL": block_small, "BLOCK_WIDE": block_wide}
+    grid = ceil_div(WIDE, block_wide) * num_s, E, 1
+    launch(
+        ("sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk, block_small, block_wide),
+        _sum_chunks_kernel, grid, (routing.expert_offsets, partial, out),
+        lambda: ((E, SMALL, WIDE, num_s, *partial.stride(), *strides), constants),
+    )  # fmt: skip

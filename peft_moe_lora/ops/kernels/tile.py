@@ -21,8 +21,9 @@ from .codes_4bit import add_product_4bit
 from .config import device_facts, lookup
 from .dropout import dropout_mask
 
-# an expert's weight past this stays not in L2 while its rows pass: then tiles of many rows go together
-LARGE_EXPERT_BYTES = 32 * 2**20
+# bytes of an expert's weight past which it is no small one, of which many stay in L2 at once, and past which it is a
+# large one, that does not stay there while its rows pass: then tiles of many rows go together
+EXPERT_BYTES = 12 * 2**20, 32 * 2**20
 # past this K half tiles do not pay: programs that end early fall out of step, and rows leave L2 before their sharers
 # come (K=7168: 6.5 ms without, 7.1 with; K=2048 to 4096: 1 to 7 % less with; NVIDIA H200, 2026-11-21)
 TAIL_MAX_K = 5120
@@ -190,14 +191,14 @@ def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescr
 
 
 @cache
-def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, large: bool):
+def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, size: int):
     """(programs a multiprocessor, whether by descriptor, constexprs), or None: no row for this K or these experts."""
     row = lookup(op, arch, itemsize, block_m)
-    if row is None or K > row.get("MAX_K", K) or row["GROUP"][large] is None:
+    if row is None or K > row.get("MAX_K", K) or row["GROUP"][size] is None:
         return None
     blocks = {name: value for name, value in row.items() if name != "MAX_K"}
     per_sm, by_descriptor = blocks.pop("PER_SM"), blocks.pop("DESCRIPTOR")
-    blocks |= {"BLOCK_M": block_m, "GROUP": blocks["GROUP"][large], "K_UNIT": k_unit}
+    blocks |= {"BLOCK_M": block_m, "GROUP": blocks["GROUP"][size], "K_UNIT": k_unit}
     if "TAIL" in blocks:
         blocks |= {"TAIL": blocks["TAIL"] and K <= TAIL_MAX_K, "EVEN_K": K % blocks["BLOCK_K"] == 0}
     return per_sm, by_descriptor, blocks
@@ -207,8 +208,8 @@ def linear_blocks(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int):
     """(programs, whether by descriptor, constexprs) of a linear kernel over this x and weight, or None: no row."""
     arch, sms = device_facts(x.device)
     stride_e, _, stride_k = weight.stride()
-    large = stride_e * weight.dtype.itemsize > LARGE_EXPERT_BYTES
-    found = _blocks(op, arch, x.element_size(), block_m, weight.shape[2], stride_k == 1, large)
+    size = sum(stride_e * weight.dtype.itemsize > bytes_ for bytes_ in EXPERT_BYTES)
+    found = _blocks(op, arch, x.element_size(), block_m, weight.shape[2], stride_k == 1, size)
     return found and (sms * found[0], *found[1:])
 
 
