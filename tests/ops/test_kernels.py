@@ -283,10 +283,13 @@ def test_a_sentinel_of_weight_nan_adds_nothing(kernels):
     assert torch.equal(out, kernels.combine(y, problem.routing, problem.weights))
 
 
-@pytest.fixture(params=[1024, 1], ids=["short chunks", "long chunks"])
+@pytest.fixture(
+    params=[(1024, 1024), (1, 1024), (1024, 1)], ids=["short chunks", "long chunks", "one program of sums"]
+)
 def chunks(request, monkeypatch):
-    """Chunks of one block of rows, as small shapes have in the interpreter, or of many."""
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.outer.PROGRAMS", request.param)
+    """Chunks of one block of rows, as small shapes have in the interpreter, or of many; sums of all experts by one."""
+    for name, value in zip(("PROGRAMS", "SUM_PROGRAMS"), request.param, strict=True):
+        monkeypatch.setattr(f"peft_moe_lora.ops.kernels.outer.{name}", value)
 
 
 @shapes
@@ -317,6 +320,20 @@ def test_outer(kernels, shape, dtype):
                 left.double(), right.double(), routing, torch.zeros_like(out).double(), **wide_options
             )
             assert_within(actual, twin, exact, dtype)
+
+
+@dtypes
+@pytest.mark.usefixtures("chunks")
+def test_outer_of_an_expert_with_most_of_the_rows(kernels, dtype):
+    problem = Problem(Shape(3000 if CUDA else 150, 3, 2, 40, 24, 6, "chunks past those that are added at once"), dtype)
+    index = torch.where(torch.rand(problem.index.shape) < 0.9, 1, 2).to(DEVICE)
+    routing = kernels.route(index, 3)
+    xa, x = random(problem.M, 6, dtype=dtype), random(index.shape[0], 40, dtype=dtype)
+    outs = [torch.zeros(40, 3, 6, device=DEVICE).permute(1, 0, 2) for _ in range(2)]
+    actual = kernels.expert_outer(x, xa, routing, outs[0].fill_(float("nan")), gather_left=True)
+    twin = reference.expert_outer(x, xa, routing, outs[1], gather_left=True)
+    exact = reference.expert_outer(x.double(), xa.double(), routing, outs[1].double(), gather_left=True)
+    assert_within(actual, twin, exact, dtype)
 
 
 @pytest.mark.parametrize("shape", [*SMALL, SHAPES[6]], ids=ids)

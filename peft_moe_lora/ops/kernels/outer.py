@@ -16,10 +16,12 @@ from .config import ceil_div, device_facts, dot_precision, find, power_of_2
 from .dropout import dropout_mask
 from .launch import facts, launch
 
-# that a program holds in registers
-SUMS = 128 * 64
-# programs that fill the device several times over
-PROGRAMS = 1024
+# that a program holds in registers: of products, and of each of several chunks
+SUMS, SUMMED = 128 * 64, 128 * 16
+# chunks that are loaded while as many are added: an expert with most of the rows has hundreds
+TOGETHER = tl.constexpr(4)
+# programs that fill the device several times over, with products and with sums
+PROGRAMS, SUM_PROGRAMS = 1024, 1024
 
 
 @triton.jit
@@ -116,29 +118,53 @@ def _outer_kernel(
 
 
 @triton.jit
+def _parts(partial_ptrs, e, second_chunk, first, chunks, offs_w, WIDE, mask_s, stride_pc):
+    """TOGETHER chunks of an expert, from its `first` on; zeros past its last."""
+    parts = ()
+    for u in tl.static_range(TOGETHER):
+        c = first + u
+        chunk = tl.where(c == 0, e, second_chunk + c - 1).to(tl.int64)
+        mask = (offs_w < tl.where(c < chunks, WIDE, 0))[:, None] & mask_s
+        parts += (tl.load(partial_ptrs + chunk * stride_pc, mask=mask, other=0.0),)
+    return parts
+
+
+@triton.jit
 def _sum_chunks_kernel(
     expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s,
     stride_pc, stride_ps, stride_pw, stride_oe, stride_os, stride_ow,
-    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_SMALL: tl.constexpr,
+    BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of wide * tiles of small, E]: the chunks of an expert in order, where it has several."""
-    e = tl.program_id(1)
-    rows = tl.load(expert_offsets_ptr + e + 1) - tl.load(expert_offsets_ptr + e)
-    if rows <= CHUNK:
+    """Grid [tiles of wide * tiles of small, E / EXPERTS]: an expert's chunks in order, where it has several."""
+    first = tl.program_id(1) * EXPERTS
+    experts = first + tl.arange(0, EXPERTS)
+    starts = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
+    ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
+    # most programs, where the routing is even
+    if tl.max(ends - starts, axis=0) <= CHUNK:
         return
     further = _further_chunks(expert_offsets_ptr, E, CHUNK, E_PADDED)
-    second_chunk = E + tl.sum(tl.where(tl.arange(0, E_PADDED) < e, further, 0), axis=0)
     offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
     offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    mask = (offs_w < WIDE)[:, None] & (offs_s < SMALL)[None, :]
-    acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
-    for c in range((rows + CHUNK - 1) // CHUNK):
-        chunk = tl.where(c == 0, e, second_chunk + c - 1)
-        partial_ptrs = partial_ptr + chunk.to(tl.int64) * stride_pc + offs_s[None, :] * stride_ps
-        partial_ptrs += offs_w[:, None] * stride_pw
-        acc += tl.load(partial_ptrs, mask=mask, other=0.0)
-    out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
-    tl.store(out_ptrs + offs_w.to(tl.int64)[:, None] * stride_ow, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    mask_s = (offs_s < SMALL)[None, :]
+    partial_ptrs = partial_ptr + offs_s[None, :] * stride_ps + offs_w[:, None] * stride_pw
+    out_ptrs = out_ptr + offs_s.to(tl.int64)[None, :] * stride_os + offs_w.to(tl.int64)[:, None] * stride_ow
+    for e in range(first, tl.minimum(first + EXPERTS, E)):
+        rows = tl.load(expert_offsets_ptr + e + 1) - tl.load(expert_offsets_ptr + e)
+        if rows > CHUNK:
+            second = E + tl.sum(tl.where(tl.arange(0, E_PADDED) < e, further, 0), axis=0)
+            chunks = (rows + CHUNK - 1) // CHUNK
+            acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
+            parts = _parts(partial_ptrs, e, second, 0, chunks, offs_w, WIDE, mask_s, stride_pc)
+            for c in range(0, chunks, TOGETHER):
+                ahead = _parts(partial_ptrs, e, second, c + TOGETHER, chunks, offs_w, WIDE, mask_s, stride_pc)
+                for u in tl.static_range(TOGETHER):
+                    acc += parts[u]
+                parts = ahead
+            # int64: an expert index times a stride passes 2**31
+            ptrs = out_ptrs + tl.cast(e, tl.int64) * stride_oe
+            tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_w < WIDE)[:, None] & mask_s)
 
 
 def expert_outer(
@@ -203,7 +229,7 @@ def expert_outer(
     )  # fmt: skip
     launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
     if several:
-        sum_chunks(partial, routing, out, strides, chunk, blocks["BLOCK_SMALL"], blocks["BLOCK_WIDE"])
+        sum_chunks(partial, routing, out, strides, chunk)
     return out
 
 
@@ -213,8 +239,6 @@ def sum_chunks(
     out: torch.Tensor,
     strides: tuple[int, int, int],
     chunk: int,
-    block_small: int,
-    block_wide: int,
 ) -> None:
     """Write the sums of the experts that have several chunks of rows into out.
 
@@ -224,11 +248,16 @@ def sum_chunks(
         chunk: rows of the largest.
     """
     E, (_, SMALL, WIDE) = routing.num_experts, partial.shape
+    block_small = min(64, max(16, power_of_2(SMALL)))
+    block_wide = SUMMED // block_small
     num_s = ceil_div(SMALL, block_small)
-    constants = {"CHUNK": chunk, "E_PADDED": power_of_2(E), "BLOCK_SMALL": block_small, "BLOCK_WIDE": block_wide}
-    grid = ceil_div(WIDE, block_wide) * num_s, E, 1
-    launch(
-        ("sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk, block_small, block_wide),
-        _sum_chunks_kernel, grid, (routing.expert_offsets, partial, out),
-        lambda: ((E, SMALL, WIDE, num_s, *partial.stride(), *strides), constants),
-    )  # fmt: skip
+    tiles = ceil_div(WIDE, block_wide) * num_s
+    experts = power_of_2(ceil_div(E * tiles, SUM_PROGRAMS))
+    constants = {
+        "CHUNK": chunk, "E_PADDED": power_of_2(E), "EXPERTS": experts, "BLOCK_SMALL": block_small,
+        "BLOCK_WIDE": block_wide,
+    }  # fmt: skip
+    key = "sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk
+    tensors = routing.expert_offsets, partial, out
+    fixed = E, SMALL, WIDE, num_s, *partial.stride(), *strides
+    launch(key, _sum_chunks_kernel, (tiles, ceil_div(E, experts), 1), tensors, lambda: (fixed, constants))

@@ -220,5 +220,5 @@ def shrink_outer_90(
     launch(key, _shrink_outer_kernel, (max_chunks, 1, 1), tensors, rest)
     if several:
         strides = out.stride(0), out.stride(2), out.stride(1)
-        sum_chunks(partial.transpose(1, 2), routing, out, strides, chunk, RANKS.value, 128)
+        sum_chunks(partial.transpose(1, 2), routing, out, strides, chunk)
     return xa
