@@ -42,29 +42,18 @@ _SAFE = "chosen to compile without spills, not timed"
 _H200, _H200_22, _H200_24 = (f"NVIDIA H200, 2026-11-{day}" for day in (21, 22, 24))
 _TINY = "small, so that tiny shapes have edges"
 # GROUP: row tiles that share a weight tile, of small, middling and large experts; None: no row for these
-_POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": (2, 2, 16)}
+_BY_2_16, _BY_2_8 = (2, 2, 16), (2, 2, 8)
+_POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": _BY_2_16}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
 _ROLES = {**_TMA, "STAGES": 4, "maxnreg": 168}
 # wgmma is sm_90's alone
 EXACT = frozenset({"linear_roles", "linear_roles_gathered", "shrink_outer"})
 TABLE = (
     # the interpreter
-    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
-    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, **_TMA, TAIL=False, GROUP=_BY_2_16),
     _row(
-        "linear",
-        0,
-        2,
-        32,
-        _TINY,
-        1,
-        1,
-        BLOCK_N=32,
-        BLOCK_K=16,
-        DESCRIPTOR=False,
-        PER_SM=1,
-        TAIL=True,
-        GROUP=(2, 2, 16),
+        "linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True, GROUP=_BY_2_16
     ),
     _row(
         "linear_act",
@@ -79,12 +68,12 @@ TABLE = (
         DESCRIPTOR=False,
         PER_SM=1,
         TAIL=True,
-        GROUP=(2, 2, 16),
+        GROUP=_BY_2_16,
     ),
     _row("linear_4bit", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=64, **_POINTERS),
     _row("linear_4bit", 0, 2, 32, _TINY, 1, 1, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear_act_4bit", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=128, **_POINTERS),
-    _row("linear_ordered", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, GROUP=(2, 2, 16)),
+    _row("linear_ordered", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, GROUP=_BY_2_16),
     _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32),
     _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
@@ -116,8 +105,8 @@ TABLE = (
     _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
     # 2-byte elements, from sm_90 on: the weight comes by tensor descriptor
-    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
-    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
+    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
     _row(
         "linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA | {"PER_SM": 2}, TAIL=False, GROUP=(8, 8, 16)
     ),
@@ -135,11 +124,11 @@ TABLE = (
         TAIL=True,
         GROUP=(4, 4, 16),
     ),
-    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 8)),
-    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
-    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 2, 8)),
-    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=(2, 2, 8)),
-    _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=(2, 2, 16)),
+    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_8),
+    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=_BY_2_8),
+    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=_BY_2_8),
+    _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=_BY_2_16),
     # maxnreg: of three groups of four warps; the warps that load leave all but so many to the eight that multiply
     _row("linear_roles", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=40, CONSUMER=232, GROUP=(1, 12, 16)),
     _row(
@@ -165,10 +154,10 @@ TABLE = (
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
     # 2-byte elements, from sm_100 on: its tensor cores' sums pass through registers once they are done
-    _row("linear", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
-    _row("linear_gathered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
-    _row("linear_act", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=(2, 2, 16)),
-    _row("linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=(2, 2, 16)),
+    _row("linear", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_gathered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_act", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=_BY_2_16),
     # where rows of sm_80 would spill
     _row("linear", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
     _row("linear_act", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),

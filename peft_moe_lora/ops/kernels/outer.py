@@ -34,7 +34,7 @@ def _further_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.con
 
 
 @triton.jit
-def chunk_of(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
+def _chunk(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
     """(expert, E for none; which of its chunks) of a chunk."""
     e, index = chunk, 0
     if chunk >= E:
@@ -62,7 +62,7 @@ def _outer_kernel(
 ):  # fmt: skip
     """Grid [tiles of wide * tiles of small, max_chunks]: an expert of one chunk or no row goes straight to out."""
     chunk = tl.program_id(1)
-    e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
+    e, index = _chunk(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
     if e >= E:
         return
     start = tl.load(expert_offsets_ptr + e)

@@ -56,7 +56,7 @@ def _add(a, b):
 
 @gluon.jit
 def _chunk_of(chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr):
-    """`outer.chunk_of`, in layouts."""
+    """As in `outer`: (expert, E for none; which of its chunks) of a chunk."""
     e, index = chunk, 0
     if chunk >= E:
         experts = gl.arange(0, E_PADDED, gl.BlockedLayout([1], [32], [4], [0]))
