@@ -37,3 +37,12 @@ def _poisoned_memory(monkeypatch):
 def _plain_products_in_the_twins(monkeypatch):
     """One product per expert in the twins on a GPU too: `F.grouped_mm` refuses ranks that are no multiple of 8."""
     monkeypatch.setattr("peft_moe_lora.ops.grouped._grouped_mm_runs", lambda x, weight: False)
+
+
+@pytest.fixture
+def ran():
+    """Says whether a compiled kernel was launched under this name since the test began."""
+    from peft_moe_lora.ops.kernels import launch
+
+    launch.forget()
+    return lambda name: any(key[0] == name for key, _ in launch._plans)

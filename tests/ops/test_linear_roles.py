@@ -227,15 +227,6 @@ def gathered(product):
     return partial(product, sizes=GATHERED)
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """Whether a product ran by roles since the test began."""
-    from peft_moe_lora.ops.kernels import launch
-
-    launch.forget()
-    return lambda: any(key[0] == "linear_roles" for key, _ in launch._plans)
-
-
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -245,7 +236,7 @@ def ran(monkeypatch):
 def test_gathered_rows(kernels, gathered, ran, rows, size, transposed, dtype):  # noqa: F811
     p = gathered(rows, size, transposed, dtype)
     check(kernels, "expert_linear", p, p.tokens, p.weight, p.routing, gather=True, **p.rest)
-    assert ran()
+    assert ran("linear_roles")
     assert p.routing.tiles[-1].tolist() == [-1, 0]
 
 
@@ -259,7 +250,7 @@ def test_an_activation_of_gathered_rows(kernels, gathered, ran, activation, size
     for transposed in (False, True) if activation.interleaved or not activation.gated else (False,):
         p = gathered("tails", size, transposed, dtype)
         check(kernels, "expert_linear_act", p, p.tokens, p.weight, p.routing, activation, gather=True, **p.rest)
-        assert ran()
+        assert ran("linear_roles")
 
 
 @pytest.mark.gpu
@@ -294,4 +285,4 @@ def test_gathered_rows_that_roles_do_not_take(kernels, ran, why):  # noqa: F811
     if why.startswith("rows"):
         tokens = torch.cat([tokens.flatten()[:1], tokens.flatten()])[1:].view_as(tokens)
     check(kernels, "expert_linear_act", p, tokens, p.weight, p.routing, Activation(), gather=True, **p.rest)
-    assert not ran()
+    assert not ran("linear_roles")

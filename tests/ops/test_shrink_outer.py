@@ -64,15 +64,6 @@ class Pair:
         return self.x, self.lora_A, self.right, self.routing
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """Whether rows were read once since the test began."""
-    from peft_moe_lora.ops.kernels import launch
-
-    launch.forget()
-    return lambda: any(key[0] == "shrink_outer" for key, _ in launch._plans)
-
-
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -93,7 +84,7 @@ def test_rows_read_once(kernels, ran, dtype, even, block_m, K, r, gather, weight
     p = Pair(kernels, even, K, r, gather, weighted, dtype)
     assert p.routing.block_m == block_m
     first = check(kernels, p.valid, *p.operands, out_of(96, K, r, of_B), dtype, **p.options)
-    assert ran()
+    assert ran("shrink_outer")
     out = out_of(96, K, r, of_B)
     again = kernels.expert_shrink_outer(*p.operands, 0.7, out, **p.options)[: p.valid], out
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -112,4 +103,4 @@ def test_rows_that_are_read_twice(kernels, ran, monkeypatch, why):  # noqa: F811
     if why.startswith("few"):
         monkeypatch.setattr("peft_moe_lora.ops.kernels.shrink_outer.device_facts", lambda device: (90, 10**4))
     check(kernels, p.valid, *p.operands, out_of(96, K, r, True), torch.bfloat16, **p.options)
-    assert not ran()
+    assert not ran("shrink_outer")
