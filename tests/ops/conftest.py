@@ -1,6 +1,7 @@
 """Without a CUDA device the kernels run in Triton's interpreter, asked for before Triton is imported."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,31 @@ def _poisoned_memory(monkeypatch):
 def _plain_products_in_the_twins(monkeypatch):
     """One product per expert in the twins on a GPU too: `F.grouped_mm` refuses ranks that are no multiple of 8."""
     monkeypatch.setattr("peft_moe_lora.ops.grouped._grouped_mm_runs", lambda x, weight: False)
+
+
+@pytest.fixture(autouse=True)
+def _a_key_decides_what_is_launched(monkeypatch):
+    """On a GPU a launch finds by its key what an earlier one compiled; the interpreter, which compiles nothing, asks
+    every time, and so it is asked here whether the answer is the one that the key had before."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from peft_moe_lora.ops.kernels import launch
+
+    plain = launch.launch
+
+    def asked_again(key, kernel, grid, tensors, rest, *others):
+        fixed, constants = rest()
+        answer = kernel, fixed, dict(constants)
+        assert _ANSWERS.setdefault(key, answer) == answer, f"launches of {key} differ"
+        return plain(key, kernel, grid, tensors, lambda: (fixed, constants), *others)
+
+    for name, module in list(sys.modules.items()):
+        of_kernels = name.startswith("peft_moe_lora.ops.kernels.") and module is not launch
+        if of_kernels and getattr(module, "launch", None) is plain:
+            monkeypatch.setattr(module, "launch", asked_again)
+
+
+_ANSWERS = {}
 
 
 @pytest.fixture

@@ -204,9 +204,7 @@ def expert_outer(
     blocks["BLOCK_WIDE"] = min(blocks["BLOCK_WIDE"], SUMS // blocks["BLOCK_SMALL"])
     num_s = ceil_div(SMALL, blocks["BLOCK_SMALL"])
     tiles = ceil_div(WIDE, blocks["BLOCK_WIDE"]) * num_s
-    # a chunk for a whole expert leaves no partial sums; shorter ones where that leaves too few programs
-    even, filling = 2 * ceil_div(M, E), 2 * ceil_div(M * tiles, PROGRAMS)
-    chunk = max(blocks["BLOCK_M"], power_of_2(min(even, filling)), 256 if arch else 1)
+    chunk = chunk_rows(M, E, tiles, blocks["BLOCK_M"], arch)
     # no more than a chunk's rows: no expert has a second chunk
     several = M > chunk
     max_chunks = E + several * (M // chunk)
@@ -233,6 +231,19 @@ def expert_outer(
     return out
 
 
+def chunk_rows(M: int, E: int, tiles: int, block_m: int, arch: int) -> int:
+    """Rows of a chunk: an expert's, which leaves no partial sums; fewer where that leaves too few programs.
+
+    Args:
+        M: rows of E experts.
+        tiles: programs of a chunk.
+        block_m: the least.
+        arch: 0 for the interpreter, where small experts have several chunks.
+    """
+    even, filling = 2 * ceil_div(M, E), 2 * ceil_div(M * tiles, PROGRAMS)
+    return max(block_m, power_of_2(min(even, filling)), 256 if arch else 1)
+
+
 def sum_chunks(
     partial: torch.Tensor,
     routing: Routing,
@@ -257,7 +268,7 @@ def sum_chunks(
         "CHUNK": chunk, "E_PADDED": power_of_2(E), "EXPERTS": experts, "BLOCK_SMALL": block_small,
         "BLOCK_WIDE": block_wide,
     }  # fmt: skip
-    key = "sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk
+    key = "sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk, experts
     tensors = routing.expert_offsets, partial, out
     fixed = E, SMALL, WIDE, num_s, *partial.stride(), *strides
     launch(key, _sum_chunks_kernel, (tiles, ceil_div(E, experts), 1), tensors, lambda: (fixed, constants))
