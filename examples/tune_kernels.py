@@ -117,10 +117,10 @@ class Layer:
         )
         ha = call("shrink act", lambda: ops.expert_shrink(act, s.down_A, R, 2.0))
         y = call("down", lambda: ops.expert_linear(act, s.down, R, xa=ha, lora_B=s.down_B))
-        del act
+        act = None
         out = call("combine", lambda: ops.combine(y, R, s.weights))
         w, (dA1, dB1, dA2, dB2) = s.weights, s.grads
-        down_BT, up_BT = s.down_B.transpose(1, 2), s.up_B.transpose(1, 2)
+        down_BT = s.down_B.transpose(1, 2)
         yb2 = call(
             "shrink, outer dout",
             lambda: ops.expert_shrink_outer(s.dout, down_BT, ha, R, 2.0, dB2, row_weights=w, gather=True),
@@ -131,9 +131,12 @@ class Layer:
                 s.dout, s.down.transpose(1, 2), R, xa=yb2, lora_B=s.down_A.transpose(1, 2), gather=True
             ),
         )
-        dpre, act, dw = call("act backward", lambda: ops.expert_act_backward(draw, pre, R, s.activation, s.weights))
-        call("dA2", lambda: ops.expert_outer(yb2, act, R, dA2, row_weights=w))
-        yb1 = call("shrink, outer dpre", lambda: ops.expert_shrink_outer(dpre, up_BT, xa, R, 2.0, dB1))
+        dpre, yb1, dw = call(
+            "act backward, outer act, shrink, outer dpre",
+            lambda: ops.expert_act_backward_outer(
+                draw, pre, R, s.activation, s.weights, yb2, xa, s.up_B, 2.0, dA2, dB1
+            ),
+        )
         call("dA1", lambda: ops.expert_outer(yb1, s.x, R, dA1, gather_right=True))
         rows = call(
             "dX", lambda: ops.expert_linear(dpre, s.up.transpose(1, 2), R, xa=yb1, lora_B=s.up_A.transpose(1, 2))

@@ -109,19 +109,25 @@ def _backward(
     draw = ops.expert_linear(
         dout, down.transpose(1, 2), routing, xa=yb, lora_B=down_AT, gather=True, dropout=down_drop
     )
-    dpre, act, dweights = ops.expert_act_backward(
-        draw, pre, routing, plan.activation, top_k_weights, dout=dout, bias=down_bias
-    )
-    del draw
-    if needs_down:
-        ops.expert_outer(yb, act, routing, ddown_A, row_weights=top_k_weights, dropout=down_drop)
-    del act
-    yb = None
+    yb, down_yb = None, yb
+    activated = {"dout": dout, "bias": down_bias}
+    if needs_down and needs_up:
+        dpre, yb, dweights = ops.expert_act_backward_outer(
+            draw, pre, routing, plan.activation, top_k_weights, down_yb, xa, up_B, plan.up_scaling, ddown_A, dup_B,
+            dropout=down_drop, **activated,
+        )  # fmt: skip
+    else:
+        dpre, act, dweights = ops.expert_act_backward(draw, pre, routing, plan.activation, top_k_weights, **activated)
+        if needs_down:
+            ops.expert_outer(down_yb, act, routing, ddown_A, row_weights=top_k_weights, dropout=down_drop)
+        if needs_up:
+            yb = ops.expert_shrink_outer(dpre, up_B.transpose(1, 2), xa, routing, plan.up_scaling, dup_B)
+        elif up_A is not None and needs_x:
+            yb = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, plan.up_scaling)
+        del act
+    del draw, down_yb
     if needs_up:
-        yb = ops.expert_shrink_outer(dpre, up_B.transpose(1, 2), xa, routing, plan.up_scaling, dup_B)
         ops.expert_outer(yb, x, routing, dup_A, gather_right=True, dropout=up_drop)
-    elif up_A is not None and needs_x:
-        yb = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, plan.up_scaling)
     if needs_x:
         lora_B = None if up_A is None else up_A.transpose(1, 2)
         rows = ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb, lora_B=lora_B, dropout=up_drop)

@@ -17,6 +17,7 @@ __all__ = [
     "combine_backward",
     "dequantize",
     "expert_act_backward",
+    "expert_act_backward_outer",
     "expert_linear",
     "expert_linear_act",
     "expert_outer",
@@ -245,6 +246,39 @@ def expert_shrink_outer(
     """
     expert_outer(x, right, routing, out, row_weights=row_weights, gather_left=gather)
     return expert_shrink(x, lora_A, routing, scaling, gather=gather)
+
+
+def expert_act_backward_outer(
+    draw: torch.Tensor,
+    pre: torch.Tensor,
+    routing: Routing,
+    activation: Activation,
+    top_k_weights: torch.Tensor,
+    right: torch.Tensor,
+    xa: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    dA: torch.Tensor,
+    dB: torch.Tensor,
+    *,
+    dout: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`expert_act_backward`, `expert_outer` of act and `expert_shrink_outer` of dpre.
+
+    Args:
+        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be written to.
+        right: [M, r], the down projection's B^T dout; its rows are weighted.
+        xa: [M, r], with lora_B [E, N, r], of the up projection.
+        scaling: of yb.
+        dA: [E, r, I] fp32, receives the gradient of the down projection's A; dB: [E, N, r], of the up projection's B.
+        dropout: masks act in dA.
+    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32.
+    """
+    dpre, act, dw = expert_act_backward(draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias)
+    expert_outer(right, act, routing, dA, row_weights=top_k_weights, dropout=dropout)
+    return dpre, expert_shrink_outer(dpre, lora_B.transpose(1, 2), xa, routing, scaling, dB), dw
 
 
 def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.Tensor:

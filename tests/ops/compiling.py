@@ -132,6 +132,8 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
     fp32 = torch.float32
     out = empty(N, E, r, dtype=fp32).permute(1, 0, 2)
     yb = kernels.expert_shrink_outer(pre, up_B.transpose(1, 2), xa, routing, 1.0, out)
+    dA = empty(E, r, I, dtype=fp32)
+    kernels.expert_act_backward_outer(draw, pre, routing, activation, weights, xa, xa, up_B, 1.0, dA, out)
     out = empty(H, E, r, dtype=fp32).permute(1, 0, 2)
     options = {"row_weights": weights, "gather": True}
     kernels.expert_shrink_outer(x, down_B.transpose(1, 2), xa, routing, 1.0, out, **options)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from test_kernels import kernels  # noqa: F401
 
-NAMES = ["linear_roles", "shrink_outer_90"]
+NAMES = ["linear_roles", "shrink_outer_90", "act_backward_outer_90"]
 
 
 @pytest.fixture

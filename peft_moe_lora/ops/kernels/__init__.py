@@ -1,6 +1,7 @@
 """The operations as Triton kernels: same names and signatures as `reference`."""
 
 from .act_backward import expert_act_backward
+from .act_backward_outer import expert_act_backward_outer
 from .combine import combine, combine_backward
 from .dequantize import dequantize
 from .linear import expert_linear
@@ -16,6 +17,7 @@ __all__ = [
     "combine_backward",
     "dequantize",
     "expert_act_backward",
+    "expert_act_backward_outer",
     "expert_linear",
     "expert_linear_act",
     "expert_outer",

@@ -18,6 +18,26 @@ from .launch import facts, launch
 from .tile import strides_or_zeros
 
 
+@triton.jit
+def bias_times_dout(
+    bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
+    stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """<bias[e], dout[t]> of each of `rows`: what the down bias has in the gradient of its routing weight."""
+    experts = tl.arange(0, E_PADDED)
+    ends = tl.load(expert_offsets_ptr + 1 + experts, mask=experts < E, other=2**31 - 1)
+    e = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1).to(tl.int64)[:, None]
+    tokens = tl.load(row_token_ptr + rows, mask=routed, other=0).to(tl.int64)[:, None]
+    products = tl.zeros((rows.shape[0], BLOCK), dtype=tl.float32)
+    for h in range(0, H, BLOCK):
+        cols = (h + tl.arange(0, BLOCK))[None, :]
+        mask = routed[:, None] & (cols < H)
+        bias = tl.load(bias_ptr + e * stride_biase + cols * stride_biasn, mask=mask, other=0.0)
+        dout = tl.load(dout_ptr + tokens * stride_dm + cols * stride_dh, mask=mask, other=0.0)
+        products += bias.to(tl.float32) * dout.to(tl.float32)
+    return tl.sum(products, axis=1)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _act_backward_kernel(
     draw_ptr, pre_ptr, top_k_weights_ptr, bias_ptr, dout_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
@@ -55,18 +75,13 @@ def _act_backward_kernel(
             tl.store(dpre_ptr + rows * N + cols, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
         tl.store(draw_ptrs, act.to(draw_ptr.dtype.element_ty), mask=mask)
         dw += act * draw
+    dw = tl.sum(dw, axis=1)
     if bias_ptr is not None:
-        experts = tl.arange(0, E_PADDED)
-        ends = tl.load(expert_offsets_ptr + 1 + experts, mask=experts < E, other=2**31 - 1)
-        e = tl.sum((ends[None, :] <= offs_m[:, None]).to(tl.int32), axis=1).to(tl.int64)[:, None]
-        tokens = tl.load(row_token_ptr + offs_m, mask=routed, other=0).to(tl.int64)[:, None]
-        for h in range(0, H, BLOCK_I):
-            cols = (h + tl.arange(0, BLOCK_I))[None, :]
-            mask = routed[:, None] & (cols < H)
-            bias = tl.load(bias_ptr + e * stride_biase + cols * stride_biasn, mask=mask, other=0.0)
-            dout = tl.load(dout_ptr + tokens * stride_dm + cols * stride_dh, mask=mask, other=0.0)
-            dw += bias.to(tl.float32) * dout.to(tl.float32)
-    tl.store(dw_ptr + slots, tl.sum(dw, axis=1), mask=offs_m < M)
+        dw += bias_times_dout(
+            bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, offs_m, routed, E, H, stride_biase, stride_biasn,
+            stride_dm, stride_dh, E_PADDED, BLOCK_I,
+        )  # fmt: skip
+    tl.store(dw_ptr + slots, dw, mask=offs_m < M)
 
 
 def expert_act_backward(

@@ -47,7 +47,7 @@ _POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": _BY_2_16}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
 _ROLES = {**_TMA, "STAGES": 4, "maxnreg": 168}
 # wgmma is sm_90's alone
-EXACT = frozenset({"linear_roles", "linear_roles_gathered", "shrink_outer"})
+EXACT = frozenset({"linear_roles", "linear_roles_gathered", "shrink_outer", "act_backward_outer"})
 TABLE = (
     # the interpreter
     _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=_BY_2_16),
@@ -149,6 +149,7 @@ TABLE = (
     _row("shrink_short", 90, 2, 16, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("outer_gathered", 90, 2, 16, _H200_22, 4, 3, BLOCK_M=32, BLOCK_WIDE=256),
+    _row("act_backward_outer", 90, 2, 64, _H200_24, 8, 1, maxnreg=128),
     _row("shrink_outer", 90, 2, 64, _H200_24, 4, 1, ROWS=128, TAIL=64, STAGES=2),
     _row("shrink_outer", 90, 2, 128, _H200_24, 4, 1, ROWS=256, TAIL=64, STAGES=2),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),

@@ -1,0 +1,95 @@
+"""An activation's gradient and the rank-r products beside it: operations anywhere, one reading on an H100 or H200."""
+
+import pytest
+import torch
+from test_kernels import ACTIVATIONS, DEVICE, Problem, assert_within, dtypes, kernels, random, small_shapes, wide  # noqa: F401
+from test_linear_roles import hopper
+from test_shrink_outer import ROWS, out_of
+
+from peft_moe_lora.ops import Activation, Dropout, reference
+
+
+def check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options):  # noqa: E741, F811
+    """Hold every result to the rule of `test_kernels`; returns them."""
+    draw, pre, routing, weights, right, xa = operands
+    E, N, results = lora_B.shape[0], lora_B.shape[1], []
+    for ops, widen in ((reference, lambda t: t), (reference, wide), (kernels, lambda t: t)):
+        beside = {name: widen(value) for name, value in options.items()}
+        dA, dB = widen(out_of(E, r, I, False)), widen(out_of(E, N, r, True))
+        dpre, yb, dw = ops.expert_act_backward_outer(
+            widen(draw).clone(), widen(pre), routing, activation, widen(weights), widen(right), widen(xa),
+            widen(lora_B), 0.7, dA, dB, **beside,
+        )  # fmt: skip
+        results.append((dpre[:valid], yb[:valid], dw, dA, dB))
+    for twin, exact, actual in zip(*results, strict=True):
+        assert_within(actual, twin, exact, dtype)
+    return results[2]
+
+
+@small_shapes
+@dtypes
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("beside", [False, True], ids=["", "bias and dropout"])
+def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside):  # noqa: F811
+    p = Problem(shape, dtype)
+    routing, N = kernels.route(p.index, shape.E), shape.I * (1 + activation.gated)
+    operands = p.rows(shape.I), p.rows(N), routing, p.weights, p.rows(shape.r), p.xa
+    _, lora_B = p.lora(N, shape.H)
+    options = {"dout": p.x, "bias": p.down_bias, "dropout": Dropout(0.4, torch.tensor([77], device=DEVICE))}
+    check(kernels, p.valid, shape.r, shape.I, activation, operands, lora_B, dtype, **(options if beside else {}))
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("I", "r", "activation", "biased"),
+    [
+        (256, 16, Activation(), False),
+        (64, 6, Activation("gelu_tanh"), True),
+        (320, 8, Activation("silu", True, False, 0.8, 1.702, 1.0), False),
+    ],
+)
+def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741, F811
+    # beside those of `ROWS`: a step cut in its first half, there, behind it
+    rows = [*ROWS, 32, 33, 95, 96, 97, 160, 161]
+    rows += [256] * (96 - len(rows))
+    ids = torch.cat([torch.full((n,), e) for e, n in enumerate([*rows, 37])])
+    routing = kernels.route(ids[torch.randperm(len(ids))][:, None].to(DEVICE), 96)
+    M, valid = len(ids), sum(rows)
+    draw, pre, right, xa = (random(M, width, dtype=dtype) for width in (I, 2 * I, r, r))
+    for t in (draw, pre, right, xa):
+        t[valid:] = float("nan")
+    lora_B = random(2 * I, r * 96, scale=r**-0.5).view(2 * I, 96, r).permute(1, 0, 2)
+    options = {}
+    if biased:
+        options = {"dout": random(M, 72, dtype=dtype), "bias": random(96, 72, dtype=dtype)}
+        options["dout"][routing.row_token[valid:].long()] = float("nan")
+    operands = draw, pre, routing, torch.rand(M, 1, device=DEVICE), right, xa
+    first = check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options)
+    assert ran("act_backward_outer")
+    again = check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize(
+    ("r", "activation", "dropout"),
+    [
+        (5, Activation(), None),
+        (32, Activation(), None),
+        (16, Activation("silu", True, True), None),
+        (16, Activation("relu2", False), None),
+        (16, Activation(), 0.4),
+    ],
+)
+def test_what_the_one_reading_does_not_do_the_operations_do(kernels, ran, r, activation, dropout):  # noqa: F811
+    E, M, I, N = 4, 512, 64, 64 * (1 + activation.gated)  # noqa: E741
+    routing = kernels.route(torch.randint(E, (M, 1), device=DEVICE), E)
+    operands = random(M, I), random(M, N), routing, torch.rand(M, 1, device=DEVICE), random(M, r), random(M, r)
+    operands = tuple(t.bfloat16() if torch.is_tensor(t) else t for t in operands)
+    lora_B = random(N, r * E, scale=r**-0.5).view(N, E, r).permute(1, 0, 2)
+    options = {} if dropout is None else {"dropout": Dropout(dropout, torch.tensor([77], device=DEVICE))}
+    check(kernels, M, r, I, activation, operands, lora_B, torch.bfloat16, **options)
+    assert not ran("act_backward_outer")
