@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from peft_moe_lora.ops.kernels import launch, replay
+from peft_moe_lora.ops.kernels import graphs, launch, replay
 from peft_moe_lora.ops.kernels.replay import replayed
 
 
@@ -47,7 +47,7 @@ def _poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    for module in (launch, replay):
+    for module in (launch, graphs):
         monkeypatch.setattr(module, "driver", NoDriver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", {})
