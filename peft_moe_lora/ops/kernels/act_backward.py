@@ -2,8 +2,9 @@
 
 draw is the gradient of act before the routing weight w, so the down output itself need not be kept. One pass over
 whole rows, apart from the product that gives draw: in that product's epilogue the reads of pre find nothing to hide
-behind (700 us in one kernel, 510 in two). And it stays elementwise: with the shrink of dpre in it, which would save
-that one 55 us, it took 253 us instead of 146 (M=65536, H=2048, I=768; NVIDIA H200, 2026-11-21).
+behind (700 us in one kernel, 510 in two). And it stays elementwise here: with the shrink of dpre in it, which would
+save that one 55 us, it took 253 us instead of 146 (M=65536, H=2048, I=768; NVIDIA H200, 2026-11-21).
+`act_backward_outer_90` has another way.
 """
 
 import torch

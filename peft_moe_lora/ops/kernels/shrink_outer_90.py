@@ -47,6 +47,7 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 BY_FOUR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
+BY_EXPERT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
@@ -55,11 +56,13 @@ def _add(a, b):
 
 
 @gluon.jit
-def _chunk_of(chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr):
+def _chunk_of(
+    chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr, BY_EXPERTS: gl.constexpr
+):  # fmt: skip
     """As in `outer`: (expert, E for none; which of its chunks) of a chunk."""
     e, index = chunk, 0
     if chunk >= E:
-        experts = gl.arange(0, E_PADDED, gl.BlockedLayout([1], [32], [4], [0]))
+        experts = gl.arange(0, E_PADDED, BY_EXPERTS)
         start = gl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
         end = gl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
         further_end = gl.associative_scan(gl.maximum(end - start - 1, 0) // CHUNK, 0, _add)
@@ -110,7 +113,7 @@ def _shrink_outer_kernel(
     """Grid [max_chunks]: an expert of one chunk or no row goes straight to out."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     chunk = gl.program_id(0)
-    e, index = _chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED)
+    e, index = _chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)
     if e >= E:
         return
     first_row, end = gl.load(expert_offsets_ptr + e), gl.load(expert_offsets_ptr + e + 1)
