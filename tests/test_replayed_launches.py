@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 from peft_moe_lora import fused, unfused
 from peft_moe_lora.functional import Projection, experts
 from peft_moe_lora.ops import Activation, kernels
-from peft_moe_lora.ops.kernels import launch, replay
+from peft_moe_lora.ops.kernels import graphs, launch, replay
 
 E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741  # the intermediate size is I in every formula
 
@@ -74,7 +74,7 @@ def launches(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("peft_moe_lora.ops.kernels.") and hasattr(module, "device_facts"):
             monkeypatch.setattr(module, "device_facts", lambda device: (90, 132))
-    for module in (launch, replay):
+    for module in (launch, graphs):
         monkeypatch.setattr(module, "driver", Driver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", {})

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from test_kernels import ACTIVATIONS, DEVICE, Problem, assert_within, dtypes, kernels, random, small_shapes, wide  # noqa: F401
+from test_kernels import (
+    ACTIVATIONS,
+    DEVICE,
+    SHAPES,
+    Problem,
+    assert_within,
+    dtypes,
+    kernels,  # noqa: F401
+    random,
+    small_shapes,
+    wide,
+)
 from test_linear_roles import hopper
 from test_shrink_outer import ROWS, out_of
 
@@ -37,6 +48,32 @@ def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside): 
     _, lora_B = p.lora(N, shape.H)
     options = {"dout": p.x, "bias": p.down_bias, "dropout": Dropout(0.4, torch.tensor([77], device=DEVICE))}
     check(kernels, p.valid, shape.r, shape.I, activation, operands, lora_B, dtype, **(options if beside else {}))
+
+
+@dtypes
+@pytest.mark.parametrize("biased", [False, True])
+def test_panels_add_up(kernels, dtype, biased):  # noqa: F811
+    """The second kernel of the one reading, which runs anywhere: five halves of panels, the sixth is nobody's."""
+    one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.act_backward_outer_90")
+    p = Problem(SHAPES[1], dtype)
+    routing, bias, dout = kernels.route(p.index, p.shape.E), p.down_bias, p.x
+    partial_yb, partial_dw = random(3, p.M, 6), random(6, p.M)
+    for partial in (partial_yb, partial_dw):
+        partial[:, p.valid :] = float("nan")
+    partial_dw[5] = float("nan")
+    yb, dw = torch.empty(p.M, 6, dtype=dtype, device=DEVICE), torch.empty(p.weights.shape, device=DEVICE)
+    given = (dout, bias) if biased else (None, None)
+    one_reading._sum_panels(partial_yb, partial_dw, routing, 0.7, *given, 320, yb, dw)
+    assert_within(
+        yb[: p.valid], (0.7 * partial_yb.sum(0)).to(dtype)[: p.valid], wide(partial_yb).sum(0)[: p.valid] * 0.7, dtype
+    )
+    zeros = torch.zeros(p.M, 4, device=DEVICE)
+    rest = {"dout": wide(dout), "bias": wide(bias)} if biased else {}
+    *_, exact = reference.expert_act_backward(
+        wide(zeros), wide(zeros), routing, ACTIVATIONS[4], wide(p.weights), **rest
+    )
+    exact.view(-1)[routing.row_slot[: p.valid].long()] += wide(partial_dw[:5, : p.valid]).sum(0)
+    assert_within(dw, exact.float(), exact, torch.float32)
 
 
 @pytest.mark.gpu
