@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.expert_statistics import RoutingWatch
 from peft_moe_lora.ops import kernels
-from peft_moe_lora.ops.kernels import replay
+from peft_moe_lora.ops.kernels import graphs, replay
 from peft_moe_lora.ops.routing import Routing
 
 pytestmark = pytest.mark.gpu
@@ -247,10 +247,8 @@ def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits(monkeypatch
     others = inputs(torch.bfloat16)
 
     def graphed():
-        return [
-            any(isinstance(found, torch.cuda.CUDAGraph) for found in plan.graphs.found.values())
-            for plan in replay._kinds.values()
-        ]
+        owners = [key[0] for key, found in graphs._recent.items() if isinstance(found, torch.cuda.CUDAGraph)]
+        return [plan.graphs in owners for plan in replay._kinds.values()]
 
     for _ in range(20):
         step(model, layer, *args)

@@ -1,5 +1,7 @@
 """Which launches become a CUDA graph, without a GPU: what captures is a fake."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ def capturing(monkeypatch):
         return graph
 
     monkeypatch.setattr(graphs.Graphs, "_captured", captured)
+    monkeypatch.setattr(graphs, "_recent", OrderedDict())
     return state
 
 
@@ -43,19 +46,19 @@ def call():
         of_a_kind(list(addresses), streams.append)
         return streams
 
-    call.graphs = of_a_kind
+    call.graphs, call.found = of_a_kind, lambda *addresses: graphs._recent[of_a_kind, addresses]
     return call
 
 
 def test_the_third_call_at_the_same_addresses_is_captured_and_replayed(capturing, call):
     assert [call(1, None) for _ in range(5)] == [["stream"], ["stream"], ["aside"], [], []]
-    assert call.graphs.found[1, None].replays == 3
+    assert call.found(1, None).replays == 3
 
 
 def test_other_addresses_have_another_graph(capturing, call):
     for n in (1, 2):
         assert [call(n, 3) for _ in range(4)] == [["stream"], ["stream"], ["aside"], []]
-    assert call.graphs.found[1, 3] is not call.graphs.found[2, 3]
+    assert call.found(1, 3) is not call.found(2, 3)
 
 
 def test_while_somebody_captures_launches_go_out_one_by_one(capturing, call):
@@ -67,14 +70,27 @@ def test_while_somebody_captures_launches_go_out_one_by_one(capturing, call):
     assert call(1) == []
 
 
-def test_graphs_do_not_pile_up(capturing, call, monkeypatch):
-    monkeypatch.setattr(graphs, "GRAPHS", 4)
+def test_graphs_do_not_pile_up_and_those_in_use_stay(capturing, call, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 4)
+    others = graphs.Graphs(torch.device("cuda", 0))
     for n in range(20):
         for _ in range(4):
-            call(n)
-    assert len(call.graphs.found) == 4
-    assert call(19) == []
-    assert call(0) == ["stream"]
+            call("in use")
+            # of another kind of call: the limit is of all together
+            others([n], list)
+    assert len(graphs._recent) == 4
+    assert call.found("in use").replays == 78
+    assert [call(n) for n in (1, 1, 1)] == [["stream"], ["stream"], ["aside"]]
+    graphs.forget()
+    assert call("in use") == ["stream"]
+
+
+def test_kinds_of_calls_do_not_share_graphs(capturing, call):
+    launched, other = [], graphs.Graphs(torch.device("cuda", 0))
+    for _ in range(4):
+        call(1)
+    other([1], launched.append)
+    assert launched == ["stream"]
 
 
 def test_where_capturing_fails_launches_go_on(capturing, call, monkeypatch):
@@ -94,4 +110,4 @@ def test_what_cuda_refuses_is_logged_and_launched(capturing, call, monkeypatch, 
 
 
 def test_a_cpu_has_none():
-    assert graphs.Graphs(torch.device("cpu")).found is None
+    assert graphs.Graphs(torch.device("cpu")).refused

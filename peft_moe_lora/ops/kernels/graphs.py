@@ -5,27 +5,36 @@ each set of addresses has its own; at others, and while somebody else captures, 
 """
 
 import logging
+from collections import OrderedDict
 
 import torch
 from triton.runtime import driver
 
 logger = logging.getLogger(__name__)
 
-# graphs of one kind of call: of every layer of a model, several; the oldest goes first
-GRAPHS = 512
+# graphs and addresses that came once or twice, of all kinds of calls; the one not used for longest goes first. A graph
+# takes 0.13 MiB of the device's memory (NVIDIA H200, 2026-11-24), a step of 48 layers has 96
+KEPT = 1024
 # calls at the same addresses ahead of the one that is captured
 SIGHTINGS = 2
+# {(Graphs, addresses): graph, or calls so far}, the latest used last
+_recent: OrderedDict = OrderedDict()
+
+
+def forget() -> None:
+    """Drop every graph."""
+    _recent.clear()
 
 
 class Graphs:
     """The graphs of one recorded call, by its addresses.
 
     Attributes:
-        found: {addresses: graph, or calls so far}; None where capturing failed.
+        refused: no CUDA device, or capturing failed.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.found = device, {} if device.type == "cuda" else None
+        self.device, self.refused = device, device.type != "cuda"
 
     def __call__(self, addresses: list[int | None], launch) -> None:
         """launch(handle of the current stream), or the same by a graph.
@@ -34,25 +43,26 @@ class Graphs:
             addresses: all that `launch` depends on.
         """
         stream = driver.active.get_current_stream(self.device.index)
-        if self.found is None or torch.cuda.is_current_stream_capturing():
+        if self.refused or torch.cuda.is_current_stream_capturing():
             launch(stream)
             return
-        key = tuple(addresses)
-        found = self.found.get(key, 0)
+        key = self, tuple(addresses)
+        # out and in again, so that it is the last to go
+        found = _recent.pop(key, 0)
         if found == SIGHTINGS:
             found = self._captured(launch)
-            if found is None:
-                self.found = None
-                launch(stream)
-                return
-            self.found[key] = found
-        if found.__class__ is not int:
-            found.replay()
+            self.refused = found is None
+        if self.refused:
+            launch(stream)
             return
-        if not found and len(self.found) >= GRAPHS:
-            del self.found[next(iter(self.found))]
-        self.found[key] = found + 1
-        launch(stream)
+        if found.__class__ is int:
+            found += 1
+            launch(stream)
+        else:
+            found.replay()
+        _recent[key] = found
+        if len(_recent) > KEPT:
+            _recent.popitem(last=False)
 
     def _captured(self, launch) -> torch.cuda.CUDAGraph | None:
         """launch as a graph, or None where CUDA refuses."""

@@ -21,9 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..quantized import QuantizedWeight
-from . import launch
+from . import graphs, launch
 from .config import dot_precision
-from .graphs import Graphs
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ def replayed(function, *arguments):
     if plan is None:
         return function(*arguments)
     if len(_kinds) >= KINDS:
-        _kinds.clear()
+        forget()
     if plan == 0:
         _kinds[key] = 1
         launch.compile_ahead(function, *arguments)
@@ -92,6 +91,7 @@ def replayed(function, *arguments):
 def forget() -> None:
     """Drop every recorded call."""
     _kinds.clear()
+    graphs.forget()
 
 
 class _Recording(TorchDispatchMode):
@@ -191,7 +191,7 @@ class _Recording(TorchDispatchMode):
         all_places = [p for _, _, _, ds, places, _ in launches for p in (*places, *(d and d[0] for d in ds))]
         used = sorted({p[0] for p in all_places if p is not None and p[0] < first})
         device = self.arguments[0].device
-        return _Replay(first, used, made, total, device, launches, self.compiled, Graphs(device))
+        return _Replay(first, used, made, total, device, launches, self.compiled, graphs.Graphs(device))
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _Replay:
     device: torch.device
     launches: list
     compiled: list
-    graphs: Graphs
+    graphs: graphs.Graphs
 
     def __call__(self, arguments):
         """The results, or None for arguments off sixteen bytes, which the recorded kernels do not take."""
