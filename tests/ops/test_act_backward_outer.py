@@ -85,6 +85,8 @@ def test_panels_add_up(kernels, dtype, biased):  # noqa: F811
         (256, 16, Activation(), False),
         (64, 6, Activation("gelu_tanh"), True),
         (320, 8, Activation("silu", True, False, 0.8, 1.702, 1.0), False),
+        (320, 8, Activation("silu", True, True, 0.8, 1.702, 1.0), True),
+        (64, 16, Activation("gelu", True, True), False),
     ],
 )
 def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741, F811
@@ -117,7 +119,6 @@ def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E7
     [
         (5, Activation(), None),
         (32, Activation(), None),
-        (16, Activation("silu", True, True), None),
         (16, Activation("relu2", False), None),
         (16, Activation(), 0.4),
     ],

@@ -122,9 +122,13 @@ def test_the_one_reading_of_two_operations_compiles_without_spills_twice_a_multi
         assert_fits_twice(kernel)
 
 
-@pytest.mark.parametrize(("dtype", "r", "I"), [("bfloat16", 16, 512), ("float16", 6, 2880)])
-def test_the_one_reading_around_an_activation_compiles_without_spills_twice_a_multiprocessor(dtype, r, I):  # noqa: E741
-    layer = {"T": 8192, "E": 128, "top_k": 8, "H": 1024, "I": I, "r": r, "dtype": dtype}
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize(("dtype", "r", "width"), [("bfloat16", 16, 512), ("float16", 6, 2880)])
+def test_the_one_reading_around_an_activation_compiles_without_spills_twice_a_multiprocessor(
+    dtype, r, width, interleaved
+):
+    layer = {"T": 8192, "E": 128, "top_k": 8, "H": 1024, "I": width, "r": r, "dtype": dtype}
+    layer["interleaved"] = interleaved
     (kernel,) = [k for k in compiled_for(90, [layer]) if k["kernel"] == "_act_backward_outer_kernel"]
     assert_fits_twice(kernel)
 

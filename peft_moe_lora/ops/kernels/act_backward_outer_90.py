@@ -14,7 +14,9 @@ takes 137 us for 335 MB; of its programs, of 256 rows, a sixth is their beginnin
 Tried there: rows loaded into registers a quarter ahead 1.27 times as long, four stages 1.03; all rows of a chunk at 32
 columns a step 1.4 to 1.6, at any depth, because memory gives pieces of 64 bytes at 1.5 TB/s; the same in Triton 1.4.
 
-Legend: chunks as in `outer`; quarter 2 * c + h of a step: columns 64 * c on, rows 32 * h on.
+Legend: chunks as in `outer`; quarter 2 * c + h of a step: columns 64 * c of the panel on, rows 32 * h on.
+    sides: the two times 64 columns of pre that a quarter's 64 of act come from: gate and up; where these alternate in
+        memory, the pairs of the first 32 and of the last
     partial_yb_ptr [panels, M, r], partial_dw_ptr [2 * panels, M] fp32
     partial_A_ptr [max_chunks, I, r], partial_B_ptr [max_chunks, N, r] fp32: of experts of several chunks
 """
@@ -42,6 +44,9 @@ REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 # rows of a step; rows and columns of a quarter
 ROWS, HALF, COLS = gl.constexpr(64), gl.constexpr(32), gl.constexpr(64)
 BY_ELEMENTS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+# of act, where a side is pairs of gate and up: a thread's pairs belong to four columns
+BY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
+PAIRS = gl.constexpr(32)
 # of rank-r rows, eight ranks a thread, and of B
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [8, 1], [1, 0]))
 BY_EIGHT_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [16, 2], [8, 1], [1, 0]))
@@ -65,47 +70,88 @@ def _opaque_zero(n):
 
 @gluon.jit
 def _apart(pairs, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The elements of ints that hold two each."""
     low = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
     return gl.convert_layout(gl.join(low, high).reshape(shape), layout, assert_trivial=True)
 
 
 @gluon.jit
-def _load_quarter(staged, s, draw_ptrs, gate_ptrs, left, h, c, col, I, stride_prem):  # noqa: E741
-    """Start the copies of gate, up and draw of a quarter, of a step that has so many rows left."""
-    gates, ups, draws = staged
-    rows = h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
-    mask = (rows < left)[:, None] & (col + c * COLS < I)
-    gate_ptrs += h * HALF * stride_prem + c * COLS
-    _load_rows(gates.index(s), gate_ptrs, mask)
-    _load_rows(ups.index(s), gate_ptrs + I, mask)
-    _load_rows(draws.index(s), draw_ptrs + (h * HALF * I + c * COLS), mask)
+def _load_quarter(
+    staged, s, draw_ptrs, pre_ptrs, left, h, c, col, I, stride_prem, INTERLEAVED: gl.constexpr,  # noqa: E741
+):  # fmt: skip
+    """Start the copies of both sides and draw of a quarter, of a step that has so many rows left."""
+    exists = col + c * COLS < I
+    mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS)) < left)[:, None] & exists
+    pre_ptrs += h * HALF * stride_prem + c * COLS * (1 + INTERLEAVED)
+    draw_ptrs += h * HALF * I + c * COLS
+    _load_rows(staged[0].index(s), pre_ptrs, mask)
+    _load_rows(staged[1].index(s), pre_ptrs + (COLS if INTERLEAVED else I), mask)
+    if INTERLEAVED:
+        mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_PAIRS)) < left)[:, None] & exists
+        _load_rows(staged[2].index(s).slice(0, PAIRS, 1), draw_ptrs, mask)
+        _load_rows(staged[2].index(s).slice(PAIRS, PAIRS, 1), draw_ptrs + PAIRS, mask)
+    else:
+        _load_rows(staged[2].index(s), draw_ptrs, mask)
     async_copy.commit_group()
 
 
 @gluon.jit
+def _activate_side(
+    staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m,
+    KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+):  # fmt: skip
+    """Activation and gradient of a side of pairs: to memory, and where the products find them. Returns act * draw."""
+    dtype: gl.constexpr = staged_pre.dtype
+    gate, up = staged_pre.load(BY_ELEMENTS).reshape([HALF, PAIRS, 2]).split()
+    draw = gl.convert_layout(staged_draw.load(BY_PAIRS), gate.type.layout, assert_trivial=True).to(gl.float32)
+    w = gl.convert_layout(w, gl.SliceLayout(1, gate.type.layout), assert_trivial=True)
+    act, dgate, dup = activate_backward(
+        gate.to(gl.float32), up.to(gl.float32), w[:, None] * draw, KIND, LIMIT, ALPHA, UP_SHIFT
+    )
+    act_smem.store(gl.convert_layout(act.to(dtype), BY_PAIRS, assert_trivial=True))
+    dpre = gl.join(dgate.to(dtype), dup.to(dtype)).reshape([HALF, COLS])
+    dpre = gl.convert_layout(dpre, BY_ELEMENTS, assert_trivial=True)
+    gl.store(dpre_ptrs, dpre, mask=mask_m[:, None])
+    side_smem.store(dpre)
+    return act * draw
+
+
+@gluon.jit
 def _activate_quarter(
-    staged, s, w_smem, dw_ptrs, dgate_ptrs, left, h, c, col, I, M, gate_smem, up_smem, act_smem,  # noqa: E741
+    staged, s, w_smem, dw_ptrs, dpre_ptrs, left, h, c, col, I, M, side0_smem, side1_smem, act_smem,  # noqa: E741
+    INTERLEAVED: gl.constexpr,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Activation and gradient of a quarter: to memory, and where the products find them."""
-    dtype: gl.constexpr = gate_smem.dtype
-    gates, ups, draws = staged
+    dtype: gl.constexpr = act_smem.dtype
     w = w_smem.load(gl.SliceLayout(1, BY_ELEMENTS))
-    gate = gates.index(s).load(BY_ELEMENTS).to(gl.float32)
-    up = ups.index(s).load(BY_ELEMENTS).to(gl.float32)
-    draw = draws.index(s).load(BY_ELEMENTS).to(gl.float32)
-    act, dgate, dup = activate_backward(gate, up, w[:, None] * draw, KIND, LIMIT, ALPHA, UP_SHIFT)
+    side0, side1, draw = staged[0].index(s), staged[1].index(s), staged[2].index(s)
     rows = h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
     mask_m = (rows < left) & (col + c * COLS < I)
-    gl.store(dw_ptrs + (c * M + h * HALF), gl.sum(act * draw, axis=1), mask=mask_m)
-    dgate, dup = dgate.to(dtype), dup.to(dtype)
-    dgate_ptrs += h * HALF * 2 * I + c * COLS
-    gl.store(dgate_ptrs, dgate, mask=mask_m[:, None])
-    gl.store(dgate_ptrs + I, dup, mask=mask_m[:, None])
-    gate_smem.store(dgate)
-    up_smem.store(dup)
-    act_smem.store(act.to(dtype))
+    dpre_ptrs += h * HALF * 2 * I + c * COLS * (1 + INTERLEAVED)
+    if INTERLEAVED:
+        product = _activate_side(
+            side0, draw.slice(0, PAIRS, 1), w, side0_smem, act_smem.slice(0, PAIRS, 1), dpre_ptrs, mask_m, KIND, LIMIT,
+            ALPHA, UP_SHIFT,
+        )  # fmt: skip
+        product += _activate_side(
+            side1, draw.slice(PAIRS, PAIRS, 1), w, side1_smem, act_smem.slice(PAIRS, PAIRS, 1), dpre_ptrs + COLS,
+            mask_m, KIND, LIMIT, ALPHA, UP_SHIFT,
+        )  # fmt: skip
+        dw = gl.convert_layout(gl.sum(product, axis=1), gl.SliceLayout(1, BY_ELEMENTS), assert_trivial=True)
+    else:
+        gate, up = side0.load(BY_ELEMENTS).to(gl.float32), side1.load(BY_ELEMENTS).to(gl.float32)
+        draw = draw.load(BY_ELEMENTS).to(gl.float32)
+        act, dgate, dup = activate_backward(gate, up, w[:, None] * draw, KIND, LIMIT, ALPHA, UP_SHIFT)
+        dw = gl.sum(act * draw, axis=1)
+        dgate, dup = dgate.to(dtype), dup.to(dtype)
+        gl.store(dpre_ptrs, dgate, mask=mask_m[:, None])
+        gl.store(dpre_ptrs + I, dup, mask=mask_m[:, None])
+        side0_smem.store(dgate)
+        side1_smem.store(dup)
+        act_smem.store(act.to(dtype))
+    gl.store(dw_ptrs + (c * M + h * HALF), dw, mask=mask_m)
 
 
 @gluon.jit
@@ -139,7 +185,7 @@ def _act_backward_outer_kernel(
     draw_ptr, pre_ptr, top_k_weights_ptr, right_ptr, xa_ptr, lora_B_ptr, row_slot_ptr, expert_offsets_ptr,
     dpre_ptr, partial_dw_ptr, partial_yb_ptr, partial_A_ptr, dA_ptr, partial_B_ptr, dB_ptr, M, E, I, r,  # noqa: E741
     stride_prem, stride_be, stride_bk, stride_br, stride_ae, stride_ar, stride_ak, stride_de, stride_dk, stride_dr,
-    CHUNK: gl.constexpr, PANELS: gl.constexpr, E_PADDED: gl.constexpr,
+    CHUNK: gl.constexpr, PANELS: gl.constexpr, E_PADDED: gl.constexpr, INTERLEAVED: gl.constexpr,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Grid [max_chunks * PANELS]: an expert of one chunk or no row goes straight to dA and dB."""
@@ -154,54 +200,62 @@ def _act_backward_outer_kernel(
     end = gl.minimum(end, start + CHUNK)
     # int64: an expert index times a stride passes 2**31
     e = e.to(gl.int64)
-    col = panel * 2 * COLS
+    # columns of act; of pre, of side s of the panel's half c
+    col, other = panel * 2 * COLS, panel * 2 * COLS + COLS < I
+    n00 = col * (1 + INTERLEAVED)
+    n01 = n00 + COLS * (1 + INTERLEAVED)
+    n10, n11 = n00 + (COLS if INTERLEAVED else I), n01 + (COLS if INTERLEAVED else I)
 
+    # of draw
+    COLUMNS: gl.constexpr = BY_PAIRS if INTERLEAVED else BY_ELEMENTS
+    draw_m = start + gl.arange(0, HALF, gl.SliceLayout(1, COLUMNS))
+    draw_c = col + gl.arange(0, PAIRS if INTERLEAVED else COLS, gl.SliceLayout(0, COLUMNS))
+    draw_ptrs = draw_ptr + draw_m.to(gl.int64)[:, None] * I + draw_c[None, :]
     offs_m = start + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
-    offs_c = col + gl.arange(0, COLS, gl.SliceLayout(0, BY_ELEMENTS))
-    draw_ptrs = draw_ptr + offs_m.to(gl.int64)[:, None] * I + offs_c[None, :]
-    gate_ptrs = pre_ptr + offs_m.to(gl.int64)[:, None] * stride_prem + offs_c[None, :]
-    dgate_ptrs = dpre_ptr + offs_m.to(gl.int64)[:, None] * (2 * I) + offs_c[None, :]
-    staged_gates = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
-    staged_ups = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
+    offs_n = n00 + gl.arange(0, COLS, gl.SliceLayout(0, BY_ELEMENTS))
+    pre_ptrs = pre_ptr + offs_m.to(gl.int64)[:, None] * stride_prem + offs_n[None, :]
+    dpre_ptrs = dpre_ptr + offs_m.to(gl.int64)[:, None] * (2 * I) + offs_n[None, :]
+    staged0 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
+    staged1 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
     staged_draws = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
-    staged = staged_gates, staged_ups, staged_draws
+    staged = staged0, staged1, staged_draws
     left, zero = end - start, start * 0
-    _load_quarter(staged, 0, draw_ptrs, gate_ptrs, left, zero, zero, col, I, stride_prem)
-    _load_quarter(staged, 1, draw_ptrs, gate_ptrs, left, zero, zero + 1, col, I, stride_prem)
+    _load_quarter(staged, 0, draw_ptrs, pre_ptrs, left, zero, zero, col, I, stride_prem, INTERLEAVED)
+    _load_quarter(staged, 1, draw_ptrs, pre_ptrs, left, zero, zero + 1, col, I, stride_prem, INTERLEAVED)
 
-    gates = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
-    ups = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
+    sides0 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
+    sides1 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     acts = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     # the same in halves of the panel
     shape: gl.constexpr = [2, ROWS, COLS]
     if REINTERPRETS:
-        gate_halves = gates.reinterpret(dtype, shape, WIDE)
-        up_halves = ups.reinterpret(dtype, shape, WIDE)
+        halves0 = sides0.reinterpret(dtype, shape, WIDE)
+        halves1 = sides1.reinterpret(dtype, shape, WIDE)
         act_halves = acts.reinterpret(dtype, shape, WIDE)
     else:
-        gate_halves = gates._reinterpret(dtype, shape, WIDE)
-        up_halves = ups._reinterpret(dtype, shape, WIDE)
+        halves0 = sides0._reinterpret(dtype, shape, WIDE)
+        halves1 = sides1._reinterpret(dtype, shape, WIDE)
         act_halves = acts._reinterpret(dtype, shape, WIDE)
-    gate_B = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
-    up_B = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
+    B0 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
+    B1 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
     xa = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     right = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     ws = gl.allocate_shared_memory(gl.float32, [2, HALF], FLAT)
     ws_flat = ws.reinterpret(gl.float32, [ROWS], FLAT) if REINTERPRETS else ws._reinterpret(gl.float32, [ROWS], FLAT)
     # all loads ahead of all stores: each waits for memory once
-    rows, other = gl.arange(0, ROWS, BY_ROW), col + COLS < I
+    rows = gl.arange(0, ROWS, BY_ROW)
     slots = gl.load(row_slot_ptr + start + rows, mask=start + rows < end, other=0)
     next_slots = gl.load(row_slot_ptr + start + ROWS + rows, mask=start + ROWS + rows < end, other=0)
     lora_B_ptrs = lora_B_ptr + e * stride_be
-    b0 = _load_B(lora_B_ptrs, col, True, r, stride_br, stride_bk)
-    b1 = _load_B(lora_B_ptrs, col + COLS, other, r, stride_br, stride_bk)
-    b2 = _load_B(lora_B_ptrs, I + col, True, r, stride_br, stride_bk)
-    b3 = _load_B(lora_B_ptrs, I + col + COLS, other, r, stride_br, stride_bk)
+    b00 = _load_B(lora_B_ptrs, n00, True, r, stride_br, stride_bk)
+    b01 = _load_B(lora_B_ptrs, n01, other, r, stride_br, stride_bk)
+    b10 = _load_B(lora_B_ptrs, n10, True, r, stride_br, stride_bk)
+    b11 = _load_B(lora_B_ptrs, n11, other, r, stride_br, stride_bk)
     w = gl.load(top_k_weights_ptr + slots, mask=start + rows < end, other=0.0)
-    gate_B.index(0).store(b0.to(dtype))
-    gate_B.index(1).store(b1.to(dtype))
-    up_B.index(0).store(b2.to(dtype))
-    up_B.index(1).store(b3.to(dtype))
+    B0.index(0).store(b00.to(dtype))
+    B0.index(1).store(b01.to(dtype))
+    B1.index(0).store(b10.to(dtype))
+    B1.index(1).store(b11.to(dtype))
     ws_flat.store(w.to(gl.float32))
 
     ints = gl.pointer_type(gl.int32)
@@ -228,13 +282,13 @@ def _act_backward_outer_kernel(
             h, c = j // 2, j % 2
             # two quarters ahead: the same columns of the next rows
             ahead = gl.where(s == 0, 2, s - 1)
-            _load_quarter(staged, ahead, draw_ptrs, gate_ptrs, left, h + 1, c, col, I, stride_prem)
+            _load_quarter(staged, ahead, draw_ptrs, pre_ptrs, left, h + 1, c, col, I, stride_prem, INTERLEAVED)
             # a thread computes what it copied, so it waits for itself alone
             async_copy.wait_group(2)
             q = 2 * c + h
             _activate_quarter(
-                staged, s, ws.index(h), dw_ptrs, dgate_ptrs, left, h, c, col, I, M, gates.index(q), ups.index(q),
-                acts.index(q), KIND, LIMIT, ALPHA, UP_SHIFT,
+                staged, s, ws.index(h), dw_ptrs, dpre_ptrs, left, h, c, col, I, M, sides0.index(q), sides1.index(q),
+                acts.index(q), INTERLEAVED, KIND, LIMIT, ALPHA, UP_SHIFT,
             )  # fmt: skip
             s = gl.where(s == 2, 0, s + 1)
         weighted = _apart(step_right, dtype, [ROWS, RANKS], BY_EIGHT).to(gl.float32)
@@ -245,20 +299,20 @@ def _act_backward_outer_kernel(
         fence_async_shared()
         _barrier()
         ws_flat.store(next_w.to(gl.float32))
-        gate0, gate1 = gate_halves.index(at), gate_halves.index(at + 1)
-        up0, up1 = up_halves.index(at), up_halves.index(at + 1)
+        side00, side01 = halves0.index(at), halves0.index(at + 1)
+        side10, side11 = halves1.index(at), halves1.index(at + 1)
         x, y = xa.index(at), right.index(at)
         yb = gl.zeros([ROWS, RANKS], gl.float32, SUMS)
         # [M, K] @ [K, R] -> [M, R]
-        yb = warpgroup_mma(gate0, gate_B.index(at), yb, is_async=True)
-        yb = warpgroup_mma(gate1, gate_B.index(at + 1), yb, is_async=True)
-        yb = warpgroup_mma(up0, up_B.index(at), yb, is_async=True)
-        yb = warpgroup_mma(up1, up_B.index(at + 1), yb, is_async=True)
+        yb = warpgroup_mma(side00, B0.index(at), yb, is_async=True)
+        yb = warpgroup_mma(side01, B0.index(at + 1), yb, is_async=True)
+        yb = warpgroup_mma(side10, B1.index(at), yb, is_async=True)
+        yb = warpgroup_mma(side11, B1.index(at + 1), yb, is_async=True)
         # [K, M] @ [M, R] -> [K, R]
-        s0 = warpgroup_mma(gate0.permute([1, 0]), x, s0, is_async=True)
-        s1 = warpgroup_mma(gate1.permute([1, 0]), x, s1, is_async=True)
-        s2 = warpgroup_mma(up0.permute([1, 0]), x, s2, is_async=True)
-        s3 = warpgroup_mma(up1.permute([1, 0]), x, s3, is_async=True)
+        s0 = warpgroup_mma(side00.permute([1, 0]), x, s0, is_async=True)
+        s1 = warpgroup_mma(side01.permute([1, 0]), x, s1, is_async=True)
+        s2 = warpgroup_mma(side10.permute([1, 0]), x, s2, is_async=True)
+        s3 = warpgroup_mma(side11.permute([1, 0]), x, s3, is_async=True)
         s4 = warpgroup_mma(act_halves.index(at).permute([1, 0]), y, s4, is_async=True)
         s5 = warpgroup_mma(act_halves.index(at + 1).permute([1, 0]), y, s5, is_async=True)
         yb, s0, s1, s2, s3, s4, s5 = warpgroup_mma_wait(0, deps=[yb, s0, s1, s2, s3, s4, s5])
@@ -267,8 +321,8 @@ def _act_backward_outer_kernel(
         gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < r)[None, :])
         left -= ROWS
         draw_ptrs += ROWS * I
-        gate_ptrs += ROWS * stride_prem
-        dgate_ptrs += ROWS * 2 * I
+        pre_ptrs += ROWS * stride_prem
+        dpre_ptrs += ROWS * 2 * I
         dw_ptrs += ROWS
         ranks += ROWS * (r // 2)
         yb_ptrs += ROWS * r
@@ -279,10 +333,10 @@ def _act_backward_outer_kernel(
         base_B = partial_B_ptr + chunk.to(gl.int64) * 2 * I * r
     step_A, step_B = gl.where(several, r, stride_ak).to(gl.int64), gl.where(several, r, stride_dk).to(gl.int64)
     rank_A, rank_B = gl.where(several, 1, stride_ar).to(gl.int64), gl.where(several, 1, stride_dr).to(gl.int64)
-    _store_sums(base_B, s0, col, True, r, step_B, rank_B)
-    _store_sums(base_B, s1, col + COLS, other, r, step_B, rank_B)
-    _store_sums(base_B, s2, I + col, True, r, step_B, rank_B)
-    _store_sums(base_B, s3, I + col + COLS, other, r, step_B, rank_B)
+    _store_sums(base_B, s0, n00, True, r, step_B, rank_B)
+    _store_sums(base_B, s1, n01, other, r, step_B, rank_B)
+    _store_sums(base_B, s2, n10, True, r, step_B, rank_B)
+    _store_sums(base_B, s3, n11, other, r, step_B, rank_B)
     _store_sums(base_A, s4, col, True, r, step_A, rank_A)
     _store_sums(base_A, s5, col + COLS, other, r, step_A, rank_A)
 
@@ -342,7 +396,7 @@ def act_backward_outer_90(
     # quarters are copied 16 bytes at a time, rank-r rows read in pairs
     aligned = not (pre.data_ptr() | draw.data_ptr() | right.data_ptr() | xa.data_ptr()) % 16
     aligned = aligned and pre.stride(1) == 1 and pre.stride(0) % 16 == 0
-    if not activation.gated or activation.interleaved or r > RANKS.value or r % 2 or I % COLS.value or not aligned:
+    if not activation.gated or r > RANKS.value or r % 2 or I % COLS.value or not aligned:
         return None
     panels = ceil_div(I, 2 * COLS.value)
     chunk = chunk_rows(M, E, panels, ROWS.value, arch=90)
@@ -358,7 +412,7 @@ def act_backward_outer_90(
 
     def rest():
         constants = activation_constants(activation) | {"E_PADDED": power_of_2(E), "CHUNK": chunk, "PANELS": panels}
-        del constants["GATED"], constants["INTERLEAVED"]
+        del constants["GATED"]
         return (E, I, r, pre.stride(0), *lora_B.stride(), *dA.stride(), *dB.stride()), constants | blocks
 
     key = "act_backward_outer", facts(pre, lora_B, weights, dA, dB), E, I, r, activation, chunk
