@@ -61,15 +61,25 @@ def _act_backward_kernel(
         draw_ptrs = draw_ptr + rows * I + cols
         draw = tl.load(draw_ptrs, mask=mask, other=0.0).to(tl.float32)
         if GATED:
-            gate_cols = 2 * cols if INTERLEAVED else cols
-            up_cols = 2 * cols + 1 if INTERLEAVED else I + cols
-            gate = tl.load(pre_ptr + rows * stride_prem + gate_cols * stride_pren, mask=mask, other=0.0)
-            up = tl.load(pre_ptr + rows * stride_prem + up_cols * stride_pren, mask=mask, other=0.0)
+            pre_ptrs = pre_ptr + rows * stride_prem
+            if INTERLEAVED:
+                # pairs at once: each of them alone is two bytes of every four
+                pair_cols = (2 * i + tl.arange(0, 2 * BLOCK_I))[None, :]
+                mask_pairs = routed[:, None] & (pair_cols < 2 * I)
+                pairs = tl.load(pre_ptrs + pair_cols * stride_pren, mask=mask_pairs, other=0.0)
+                gate, up = pairs.reshape(BLOCK_M, BLOCK_I, 2).split()
+            else:
+                gate = tl.load(pre_ptrs + cols * stride_pren, mask=mask, other=0.0)
+                up = tl.load(pre_ptrs + (I + cols) * stride_pren, mask=mask, other=0.0)
             act, dgate, dup = activate_backward(
                 gate.to(tl.float32), up.to(tl.float32), w * draw, KIND, LIMIT, ALPHA, UP_SHIFT
             )
-            tl.store(dpre_ptr + rows * N + gate_cols, dgate.to(dpre_ptr.dtype.element_ty), mask=mask)
-            tl.store(dpre_ptr + rows * N + up_cols, dup.to(dpre_ptr.dtype.element_ty), mask=mask)
+            dgate, dup = dgate.to(dpre_ptr.dtype.element_ty), dup.to(dpre_ptr.dtype.element_ty)
+            if INTERLEAVED:
+                tl.store(dpre_ptr + rows * N + pair_cols, tl.interleave(dgate, dup), mask=mask_pairs)
+            else:
+                tl.store(dpre_ptr + rows * N + cols, dgate, mask=mask)
+                tl.store(dpre_ptr + rows * N + I + cols, dup, mask=mask)
         else:
             pre = tl.load(pre_ptr + rows * stride_prem + cols * stride_pren, mask=mask, other=0.0)
             act, dpre = activate_plain_backward(pre.to(tl.float32), w * draw, KIND, ALPHA)
