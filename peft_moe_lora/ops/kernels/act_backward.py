@@ -3,7 +3,8 @@
 draw is the gradient of act before the routing weight w, so the down output itself need not be kept. One pass over
 whole rows, apart from the product that gives draw: in that product's epilogue the reads of pre find nothing to hide
 behind (700 us in one kernel, 510 in two). And it stays elementwise here: with the shrink of dpre in it, which would
-save that one 55 us, it took 253 us instead of 146 (M=65536, H=2048, I=768; NVIDIA H200, 2026-11-21).
+save that one 55 us, it took 253 us instead of 146 (M=65536, H=2048, I=768; NVIDIA H200, 2026-11-21). Interleaved, with
+the clamp, 153 us for 150 (M=32768, I=2880: 306 for 302, their bytes 265; 2026-11-24).
 `act_backward_outer_90` has another way.
 """
 
@@ -124,6 +125,9 @@ def expert_act_backward(
         dout = None
     H = 0 if bias is None else bias.shape[1]
     blocks = find("act_backward", device_facts(pre.device)[0], pre.element_size(), 16)
+    if activation.interleaved:
+        # pairs come in one load, which is to be no wider than that of a half
+        blocks = {**blocks, "BLOCK_I": blocks["BLOCK_I"] // 2}
 
     def rest():
         strides = *pre.stride(), *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
