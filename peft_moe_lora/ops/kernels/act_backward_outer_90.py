@@ -201,7 +201,7 @@ def _act_backward_outer_kernel(
     end = gl.minimum(end, start + CHUNK)
     # int64: an expert index times a stride passes 2**31
     e = e.to(gl.int64)
-    # columns of act; of pre, of side s of the panel's half c
+    # first columns: of the panel in act; n with s and c: of side s of its half c in pre
     col, other = panel * 2 * COLS, panel * 2 * COLS + COLS < I
     n00 = col * (1 + INTERLEAVED)
     n01 = n00 + COLS * (1 + INTERLEAVED)
