@@ -241,7 +241,7 @@ def test_linear_act(kernels, shape, dtype, activation):
 
 @small_shapes
 @dtypes
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation(interleaved=True)], ids=str)
 def test_act_backward(kernels, shape, dtype, activation):
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
@@ -438,7 +438,8 @@ def test_inputs_of_any_strides(kernels, dtype):
     check(kernels, "expert_linear_act", p, strided(p.x), strided(p.up), routing, activation, gather=True, **loras)
     check(kernels, "expert_linear", p, strided(p.rows(p.shape.I)), strided(p.down), routing)
     pre, weights = strided(p.rows(2 * p.shape.I)), strided(p.weights)
-    check(kernels, "expert_act_backward", p, p.rows(p.shape.I), pre, routing, activation, weights)
+    for activation in (Activation(), Activation(interleaved=True)):
+        check(kernels, "expert_act_backward", p, p.rows(p.shape.I), pre, routing, activation, weights)
     check(kernels, "combine", p, strided(p.rows(8)), routing, weights)
     check(kernels, "combine_backward", p, strided(p.x), strided(p.rows(p.shape.H)), routing, weights)
 

@@ -177,6 +177,12 @@ def test_kinds_do_not_pile_up(add, monkeypatch):
     assert len(replay._kinds) <= 4
 
 
+def test_graphs_of_forgotten_kinds_go_too(add, monkeypatch):
+    monkeypatch.setattr(graphs, "_recent", {"addresses": "graph"})
+    replay.forget()
+    assert not graphs._recent
+
+
 @dataclass
 class Descriptor:
     """A descriptor as Triton's or Gluon's is one: its tensor and facts."""
