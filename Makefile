@@ -1,7 +1,7 @@
 # make demo       fine-tune a tiny model on this machine, in under two minutes
 # make test       every test that needs no GPU, the notebooks among them
 # make gpu-test   the tests that need a CUDA device, and the kernels' tests on it
-# make lint       ruff, check and format
+# make lint       ruff (check and format), import-linter (the order of the rooms)
 #
 # Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
 #   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 PYTHON=python3.12
@@ -15,7 +15,7 @@ PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.
        nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 \
        rich==15.0.0 typer==0.29.2 \
        datasets==5.2.0 trl==1.16.0
-RUFF = ruff==0.17.5
+LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 WORKERS ?= 2
@@ -27,7 +27,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINNED = $(subst ==,-,$(TORCH)_$(TRANSFORMERS)_$(PEFT))
 DEMO_READY = $(VENV)/ready-demo_$(PINNED)
 TEST_READY = $(VENV)/ready-test_$(PINNED)
-LINT_READY = $(VENV)/ready-lint
+LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
 
 .PHONY: demo test gpu-test lint clean
 
@@ -49,6 +49,7 @@ gpu-test: $(TEST_READY)
 lint: $(LINT_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) moe-lora-demo moe-lora-trl
@@ -71,5 +72,5 @@ $(TEST_READY): $(DEMO_READY)
 	touch '$@'
 
 $(LINT_READY): Makefile | $(BIN)/python
-	$(PIP) $(RUFF)
+	$(PIP) $(LINTERS)
 	touch '$@'

@@ -53,7 +53,10 @@ SHAPES = {
     "few-large": (8, 1024, 1024, 2),
 }
 GPU_CASES = [
-    *((name, 8192) for name in ("qwen3-30b", "qwen3.5-35b", "olmoe", "gptoss-shape", "dsv3-slice", "mixtral")),
+    *(
+        (name, 8192)
+        for name in ("qwen3-30b", "qwen3.5-35b", "olmoe", "gptoss-shape", "dsv3-slice", "mixtral")
+    ),
     ("qwen3-30b", 2048),
     ("qwen3-30b", 32768),
 ]
@@ -128,7 +131,9 @@ class Case:
         weights = s * min(self.E, M) * 3 * self.I * self.H
         forward = base + lora, weights + 2 * s * self.T * self.H + 4 * s * M * self.I
         backward = base + 2 * lora, weights + 4 * s * self.T * self.H + 6 * s * M * self.I
-        return 1e3 * sum(max(f / ceilings.flops, b / ceilings.bandwidth) for f, b in (forward, backward))
+        return 1e3 * sum(
+            max(f / ceilings.flops, b / ceilings.bandwidth) for f, b in (forward, backward)
+        )
 
     def goals(self) -> tuple[float, float] | tuple[None, None]:
         """(x roofline, MiB kept) that moe_lora is held to, where this case has a goal."""
@@ -172,10 +177,14 @@ class Problem:
         self.weights, self.adapter = {}, {}
         for name, N, K in (("gate_up", 2 * case.I, case.H), ("down", case.H, case.I)):
             self.weights[name] = normal(case.E, N, K, std=K**-0.5)
-            self.adapter[f"lora_A.{name}"] = normal(case.r * case.E, K, std=K**-0.5, dtype=torch.float32)
+            self.adapter[f"lora_A.{name}"] = normal(
+                case.r * case.E, K, std=K**-0.5, dtype=torch.float32
+            )
             # half of what the base adds to a row, in each projection
             std = 0.5 * case.r**-0.5 / self.scaling
-            self.adapter[f"lora_B.{name}"] = normal(N, case.r * case.E, std=std, dtype=torch.float32)
+            self.adapter[f"lora_B.{name}"] = normal(
+                N, case.r * case.E, std=std, dtype=torch.float32
+            )
 
     def reference(self, scaling: float) -> dict[str, torch.Tensor]:
         """Output and gradients, one expert and at most 4096 rows at a time, in fp32 (fp64 for a float32 case)."""
@@ -188,7 +197,9 @@ class Problem:
         counts = self.top_k_index.flatten().bincount(minlength=case.E).tolist()
         for e, expert_slots in enumerate(slots.split(counts)):
             columns = slice(e * case.r, (e + 1) * case.r)
-            pairs = {n: p[columns] if "lora_A" in n else p[:, columns] for n, p in self.adapter.items()}
+            pairs = {
+                n: p[columns] if "lora_A" in n else p[:, columns] for n, p in self.adapter.items()
+            }
             pairs = {n: p.to(dtype).requires_grad_() for n, p in pairs.items()}
             base = {name: weight[e].to(dtype) for name, weight in self.weights.items()}
             for slot in expert_slots.split(4096):
@@ -252,7 +263,10 @@ def transformers_block(problem: Problem) -> Block:
 
     case = problem.case
     config = Qwen3MoeConfig(
-        num_experts=case.E, hidden_size=case.H, moe_intermediate_size=case.I, num_experts_per_tok=case.top_k
+        num_experts=case.E,
+        hidden_size=case.H,
+        moe_intermediate_size=case.I,
+        num_experts_per_tok=case.top_k,
     )
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
@@ -274,10 +288,16 @@ def moe_lora(problem: Problem, **settings) -> Route:
     from peft_moe_lora import MoELoraConfig
 
     r = problem.case.r
-    config = MoELoraConfig(r=r, lora_alpha=problem.scaling * r, target_modules=["experts"], **settings)
+    config = MoELoraConfig(
+        r=r, lora_alpha=problem.scaling * r, target_modules=["experts"], **settings
+    )
     model = get_peft_model(transformers_block(problem), config)
     # <experts>.lora_A.<adapter>.<projection>
-    found = {".".join((n.split(".")[-3], n.split(".")[-1])): p for n, p in model.named_parameters() if ".lora_" in n}
+    found = {
+        ".".join((n.split(".")[-3], n.split(".")[-1])): p
+        for n, p in model.named_parameters()
+        if ".lora_" in n
+    }
     adapter = {name: found[name] for name in problem.adapter}
     with torch.no_grad():
         for name, parameter in adapter.items():
@@ -292,7 +312,11 @@ def peft(problem: Problem) -> Route:
     case = problem.case
     targets = [f"experts.{name}_proj" for name in PROJECTIONS]
     config = LoraConfig(
-        r=case.r, lora_alpha=problem.scaling * case.r, target_modules=[], target_parameters=targets, lora_dropout=0.0
+        r=case.r,
+        lora_alpha=problem.scaling * case.r,
+        target_modules=[],
+        target_parameters=targets,
+        lora_dropout=0.0,
     )
     model = get_peft_model(transformers_block(problem), config)
     adapter, wrapper = {}, model.base_model.model.experts
@@ -305,12 +329,16 @@ def peft(problem: Problem) -> Route:
         for name, parameter in adapter.items():
             value = problem.adapter[name]
             if "lora_B" in name:
-                value = value.unflatten(1, (case.E, case.r)).transpose(1, 2).flatten(1)  # [N, E, r] -> [N, r, E]
+                value = (
+                    value.unflatten(1, (case.E, case.r)).transpose(1, 2).flatten(1)
+                )  # [N, E, r] -> [N, r, E]
             parameter.copy_(value)
     return Route(model.base_model.model, adapter, rank_major=True)
 
 
-def low_rank(rows: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def low_rank(
+    rows: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
     """B[e] A[e] x[m] for rows [M, K] in expert order, expert e's rows ending at ends[e]: [M, N], unscaled."""
     E = len(ends)
     A = lora_A.to(rows.dtype).unflatten(0, (E, -1))  # [E, r, K]
@@ -325,11 +353,15 @@ def plain_torch(problem: Problem) -> Route:
 
     def linear(rows, name, ends):
         update = low_rank(rows, adapter[f"lora_A.{name}"], adapter[f"lora_B.{name}"], ends)
-        return F.grouped_mm(rows, weights[name].transpose(1, 2), offs=ends) + problem.scaling * update
+        return (
+            F.grouped_mm(rows, weights[name].transpose(1, 2), offs=ends) + problem.scaling * update
+        )
 
     def forward(x, top_k_index, top_k_weights):
         expert, order = top_k_index.flatten().sort()
-        ends = torch.searchsorted(expert, torch.arange(case.E, device=x.device), right=True, out_int32=True)
+        ends = torch.searchsorted(
+            expert, torch.arange(case.E, device=x.device), right=True, out_int32=True
+        )
         gate, up = linear(x[order // case.top_k], "gate_up", ends).chunk(2, dim=-1)
         y = linear(F.silu(gate) * up, "down", ends) * top_k_weights.flatten()[order, None]
         inverse = torch.empty_like(order)
@@ -401,7 +433,11 @@ def first_step(problem: Problem, route: Route) -> tuple[float, dict[str, torch.T
     out = step(problem, route)
     synchronize(case.device)
     seconds = time.perf_counter() - start
-    result = {"out": out.detach(), "d x": problem.x.grad, "d top_k_weights": problem.top_k_weights.grad}
+    result = {
+        "out": out.detach(),
+        "d x": problem.x.grad,
+        "d top_k_weights": problem.top_k_weights.grad,
+    }
     for name, parameter in route.adapter.items():
         gradient = parameter.grad
         if route.rank_major and "lora_B" in name and gradient is not None:
@@ -410,7 +446,9 @@ def first_step(problem: Problem, route: Route) -> tuple[float, dict[str, torch.T
     return seconds, result
 
 
-def relative_errors(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+def relative_errors(
+    result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> dict[str, float]:
     """|a - ref| / |ref| of everything in `result`; infinite for what is missing or of another shape."""
     errors = {}
     for name, a in result.items():
@@ -455,7 +493,9 @@ def allocations(call: Callable[[], object]) -> list[int]:
     """Bytes of CPU memory taken (> 0) and given back (< 0) during a call whose result stays alive, in order."""
     # triggers: the profiler otherwise writes two lines to stderr each time
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     del result
@@ -471,7 +511,9 @@ class Timer:
 
     def __init__(self, device: torch.device, rest: float = 0.0):
         self.device, self.rest = device, rest
-        self.flush = torch.empty(256 * MIB if device.type == "cuda" else 64 * MIB, dtype=torch.int8, device=device)
+        self.flush = torch.empty(
+            256 * MIB if device.type == "cuda" else 64 * MIB, dtype=torch.int8, device=device
+        )
 
     def __call__(self, call: Callable[[], object], before: Callable[[], object], repeat: int):
         """(ms of each call, ms in which the host issued it or None on a CPU) after one call to warm up."""
@@ -512,7 +554,9 @@ class Probe:
         # on a CPU, shared with whatever else runs, the fastest one comes closest to what the machine can do
         self.typical = statistics.median if device.type == "cuda" else min
         a, b, c = (torch.randn(self.n, self.n, device=device, dtype=dtype) for _ in range(3))
-        source, target = (torch.empty(self.nbytes, dtype=torch.int8, device=device).fill_(i) for i in (1, 2))
+        source, target = (
+            torch.empty(self.nbytes, dtype=torch.int8, device=device).fill_(i) for i in (1, 2)
+        )
         self.calls = partial(torch.mm, a, b, out=c), partial(target.copy_, source)
 
     def __call__(self, timer: Timer, products: int, copies: int) -> tuple[float, float]:
@@ -541,10 +585,15 @@ def measure_share(problem: Problem, timer: Timer, repeat: int) -> float:
     ends = counts.cumsum(0).to(torch.int32)
     route = Route(None, {name: p.clone().requires_grad_() for name, p in problem.adapter.items()})
     rows = {
-        name: torch.randn(case.T * case.top_k, weight.shape[2], device=case.device, dtype=case.dtype).requires_grad_()
+        name: torch.randn(
+            case.T * case.top_k, weight.shape[2], device=case.device, dtype=case.dtype
+        ).requires_grad_()
         for name, weight in problem.weights.items()
     }
-    d_rows = {name: torch.randn(len(rows[name]), w.shape[1]).to(rows[name]) for name, w in problem.weights.items()}
+    d_rows = {
+        name: torch.randn(len(rows[name]), w.shape[1]).to(rows[name])
+        for name, w in problem.weights.items()
+    }
 
     def products():
         for name, x in rows.items():
@@ -560,7 +609,13 @@ def measure_share(problem: Problem, timer: Timer, repeat: int) -> float:
 
 
 def run_case(
-    case: Case, names: list[str], idle: Ceilings, probe: Probe, timer: Timer, repeat: int, seen: set[str]
+    case: Case,
+    names: list[str],
+    idle: Ceilings,
+    probe: Probe,
+    timer: Timer,
+    repeat: int,
+    seen: set[str],
 ) -> list[dict]:
     """One row per route: checked, then measured in rounds in which every route takes its turn, on a GPU the probe too.
 
@@ -588,7 +643,9 @@ def run_case(
     if {"base", "torch"} <= passed.keys():
         share = measure_share(problem, timer, repeat)
         for name in passed.keys() - {"base"}:
-            rows[name].update(share=share, x_base=rows[name]["step"] / (rows["base"]["step"] + share))
+            rows[name].update(
+                share=share, x_base=rows[name]["step"] / (rows["base"]["step"] + share)
+            )
     for row in rows.values():
         row.update(flops=ceilings.flops, bandwidth=ceilings.bandwidth, roof=case.roof(ceilings))
         if not row["failed"]:
@@ -650,7 +707,9 @@ def measure_times(
     for name, measured in times.items():
         row = rows[name]
         if not row["failed"]:
-            row.update({key: statistics.median(values) for key, values in measured.items() if values})
+            row.update(
+                {key: statistics.median(values) for key, values in measured.items() if values}
+            )
             row["spread"] = (max(measured["step"]) - min(measured["step"])) / row["step"]
     return probe.ceilings(*map(statistics.median, zip(*probed, strict=True))) if probed else idle
 
@@ -663,10 +722,29 @@ NUMBERS = (
 def new_row(case: Case, name: str) -> dict:
     """A row with every field there is; the numbers of a route that fails stay None."""
     goal_x_roof, goal_kept = case.goals() if name == "moe_lora" else (None, None)
-    sizes = {"config": case.name, "E": case.E, "H": case.H, "I": case.I, "top_k": case.top_k, "T": case.T, "r": case.r}
-    rest = {"err": None, "edx": None, "errors": None, "goal_x_roof": goal_x_roof, "goal_kept": goal_kept}
+    sizes = {
+        "config": case.name,
+        "E": case.E,
+        "H": case.H,
+        "I": case.I,
+        "top_k": case.top_k,
+        "T": case.T,
+        "r": case.r,
+    }
+    rest = {
+        "err": None,
+        "edx": None,
+        "errors": None,
+        "goal_x_roof": goal_x_roof,
+        "goal_kept": goal_kept,
+    }
     rest["goal_x_base"] = CPU_GOAL if name == "moe_lora" and case.device.type == "cpu" else None
-    kind = {"peer": name, "dtype": str(case.dtype).removeprefix("torch."), "lora": "float32", "skew": case.skew}
+    kind = {
+        "peer": name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "lora": "float32",
+        "skew": case.skew,
+    }
     roofline = dict.fromkeys(("roof", "flops", "bandwidth"))
     return {**sizes, **kind, **roofline, **dict.fromkeys(NUMBERS), **rest, "failed": None}
 
@@ -674,10 +752,18 @@ def new_row(case: Case, name: str) -> dict:
 def fail(row: dict, error: Exception) -> None:
     """Say why on stderr, and leave the row without a number."""
     row.update(dict.fromkeys(NUMBERS))
-    row["failed"] = str(error) if isinstance(error, CheckFailed) else f"raised {type(error).__name__}"
-    print(f"{row['config']} T={row['T']} r={row['r']}, {row['peer']}: {row['failed']}", file=sys.stderr)
+    row["failed"] = (
+        str(error) if isinstance(error, CheckFailed) else f"raised {type(error).__name__}"
+    )
+    print(
+        f"{row['config']} T={row['T']} r={row['r']}, {row['peer']}: {row['failed']}",
+        file=sys.stderr,
+    )
     if isinstance(error, CheckFailed):
-        print("  " + ", ".join(f"{name} {e:.1e}" for name, e in row["errors"].items()), file=sys.stderr)
+        print(
+            "  " + ", ".join(f"{name} {e:.1e}" for name, e in row["errors"].items()),
+            file=sys.stderr,
+        )
     else:
         traceback.print_exception(error)
 
@@ -690,10 +776,16 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+            driver = subprocess.run(
+                query, capture_output=True, text=True, check=True
+            ).stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             driver = "unknown"
-        machine = {"device": torch.cuda.get_device_name(device), "driver": driver, "cuda": torch.version.cuda}
+        machine = {
+            "device": torch.cuda.get_device_name(device),
+            "driver": driver,
+            "cuda": torch.version.cuda,
+        }
     else:
         machine = {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
     machine |= {"python": platform.python_version(), "torch": torch.__version__}
@@ -730,21 +822,33 @@ COLUMNS = {
 
 def format_table(rows: list[dict]) -> str:
     """The rows under COLUMNS, without the columns nobody has; a failed route has a reason in place of numbers."""
-    rows = [{**row, "worst": None if row["failed"] else max(row["errors"].values())} for row in rows]
+    rows = [
+        {**row, "worst": None if row["failed"] else max(row["errors"].values())} for row in rows
+    ]
     columns = {key: c for key, c in COLUMNS.items() if any(row[key] is not None for row in rows)}
     lines = [[title for title, _ in columns.values()]]
     for row in rows:
-        cells = ["" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()]
+        cells = [
+            "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()
+        ]
         if row["failed"]:
             names = ("config", "T", "r", "peer")
-            cells = [cell if key in names else "-" for key, cell in zip(columns, cells, strict=True)]
+            cells = [
+                cell if key in names else "-" for key, cell in zip(columns, cells, strict=True)
+            ]
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = [key in ("config", "peer") for key in columns]
     text = []
     for cells, row in zip(lines, [None, *rows], strict=True):
-        padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
-        text.append("  ".join(padded).rstrip() + (f"  FAILED: {row['failed']}" if row and row["failed"] else ""))
+        padded = [
+            c.ljust(w) if is_left else c.rjust(w)
+            for c, w, is_left in zip(cells, widths, left, strict=True)
+        ]
+        text.append(
+            "  ".join(padded).rstrip()
+            + (f"  FAILED: {row['failed']}" if row and row["failed"] else "")
+        )
     return "\n".join(text)
 
 
@@ -764,10 +868,16 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
         at = [c + (i - (len(names) - 1) / 2) * width for c in range(len(cases))]
         of_case = [found.get((*case, name), {}) for case in cases]
         bars = axes.bar(at, [row.get("x_roof") or math.nan for row in of_case], width, label=name)
-        axes.bar_label(bars, [f"{row['x_roof']:.1f}" if row.get("x_roof") else "" for row in of_case], fontsize=7)
+        axes.bar_label(
+            bars,
+            [f"{row['x_roof']:.1f}" if row.get("x_roof") else "" for row in of_case],
+            fontsize=7,
+        )
         for x, row in zip(at, of_case, strict=True):
             if row.get("goal_x_roof"):
-                axes.hlines(row["goal_x_roof"], x - width / 2, x + width / 2, color="black", linewidth=1.5)
+                axes.hlines(
+                    row["goal_x_roof"], x - width / 2, x + width / 2, color="black", linewidth=1.5
+                )
     axes.axhline(1, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(cases)), [f"{name}\nT={T} r={r}" for name, T, r in cases], fontsize=8)
     axes.set_ylabel("forward + backward, times the roofline")
@@ -782,42 +892,84 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, what depends on the device filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"E,H,I,top_k or of: {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="tokens (default: 8192, on a CPU 256)")
-    parser.add_argument("--rank", nargs="+", type=int, metavar="r", default=[16], help="ranks (default: 16)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--routes", nargs="+", metavar="ROUTE", choices=sorted(ROUTES), help=f"of: {', '.join(ROUTES)}"
+        "--shapes", nargs="+", metavar="SHAPE", help=f"E,H,I,top_k or of: {', '.join(SHAPES)}"
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, metavar="T", help="tokens (default: 8192, on a CPU 256)"
+    )
+    parser.add_argument(
+        "--rank", nargs="+", type=int, metavar="r", default=[16], help="ranks (default: 16)"
+    )
+    parser.add_argument(
+        "--routes",
+        nargs="+",
+        metavar="ROUTE",
+        choices=sorted(ROUTES),
+        help=f"of: {', '.join(ROUTES)}",
     )
     parser.add_argument("--skip-peft", action="store_true", help="leave the slowest peer out")
     parser.add_argument(
-        "--skew", nargs="?", type=float, const=0.9, default=0.0, metavar="SHARE", help="of rows on one expert (0.9)"
+        "--skew",
+        nargs="?",
+        type=float,
+        const=0.9,
+        default=0.0,
+        metavar="SHARE",
+        help="of rows on one expert (0.9)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of base and activations (default: bfloat16, on a CPU float32)"
+        "--dtype",
+        choices=DTYPES,
+        help="of base and activations (default: bfloat16, on a CPU float32)",
     )
     parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument("--repeat", type=int, help="timed steps per route and case (default: 24, on a CPU 12)")
     parser.add_argument(
-        "--rest", type=float, default=0.0, metavar="SECONDS", help="idle ahead of every turn, all of them short (0)"
+        "--repeat", type=int, help="timed steps per route and case (default: 24, on a CPU 12)"
     )
-    parser.add_argument("--cold", action="store_true", help="start with an empty Triton cache, for the first step")
+    parser.add_argument(
+        "--rest",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="idle ahead of every turn, all of them short (0)",
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="start with an empty Triton cache, for the first step"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the bars here (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the bars here (needs matplotlib)"
+    )
     args = parser.parse_args(argv)
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = args.device.type == "cuda"
     args.dtype = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
     args.repeat = (24 if on_gpu else 12) if args.repeat is None else args.repeat
-    args.routes = args.routes or (["moe_lora", "peft", "torch"] if on_gpu else ["moe_lora", "base", "torch"])
+    args.routes = args.routes or (
+        ["moe_lora", "peft", "torch"] if on_gpu else ["moe_lora", "base", "torch"]
+    )
     args.routes = [name for name in args.routes if not (args.skip_peft and name == "peft")]
-    if min(args.repeat, *args.rank, *(args.tokens or [1])) < 1 or not 0 <= args.skew <= 1 or not args.routes:
-        parser.error("--repeat, --rank and --tokens are at least 1, --skew is in [0, 1], and one route has to be left")
+    if (
+        min(args.repeat, *args.rank, *(args.tokens or [1])) < 1
+        or not 0 <= args.skew <= 1
+        or not args.routes
+    ):
+        parser.error(
+            "--repeat, --rank and --tokens are at least 1, --skew is in [0, 1], and one route has to be left"
+        )
     if not 0 <= args.rest < math.inf:
         parser.error(f"--rest: {args.rest} is no number of seconds")
     for name in args.shapes or ():
-        if name not in SHAPES and not (name.count(",") == 3 and all(n.isdecimal() for n in name.split(","))):
-            parser.error(f"--shapes: {name!r} is neither E,H,I,top_k nor one of {', '.join(SHAPES)}")
+        if name not in SHAPES and not (
+            name.count(",") == 3 and all(n.isdecimal() for n in name.split(","))
+        ):
+            parser.error(
+                f"--shapes: {name!r} is neither E,H,I,top_k nor one of {', '.join(SHAPES)}"
+            )
     return args
 
 
@@ -828,7 +980,11 @@ def list_cases(args: argparse.Namespace) -> list[Case]:
         tokens = args.tokens or [8192 if args.device.type == "cuda" else 256]
         pairs = [(name, T) for name in args.shapes or dict(pairs) for T in tokens]
     sizes = {name: SHAPES.get(name) or tuple(map(int, name.split(","))) for name, _ in pairs}
-    return [Case(n, *sizes[n], T, r, args.dtype, args.skew, args.device) for n, T in pairs for r in args.rank]
+    return [
+        Case(n, *sizes[n], T, r, args.dtype, args.skew, args.device)
+        for n, T in pairs
+        for r in args.rank
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -862,10 +1018,20 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
         if args.json:
             # after every case, so that an interrupted run leaves what it has
-            report = {"machine": machine, "date": started.isoformat(timespec="seconds"), "what": WHAT}
+            report = {
+                "machine": machine,
+                "date": started.isoformat(timespec="seconds"),
+                "what": WHAT,
+            }
             report |= {"roofline": ROOFLINE, "command": sys.argv[1:] if argv is None else argv}
             report |= {"cold": args.cold, "rest": args.rest}
-            report |= {"ceilings": {"dtype": dtype, "flops": ceilings.flops, "bandwidth": ceilings.bandwidth}}
+            report |= {
+                "ceilings": {
+                    "dtype": dtype,
+                    "flops": ceilings.flops,
+                    "bandwidth": ceilings.bandwidth,
+                }
+            }
             args.json.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
     print(headline)
     print(format_table(rows))

@@ -46,9 +46,9 @@ from benchmark import (
     synchronize,
 )
 from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.experts.stored import store
 from peft_moe_lora.ops import reference
 from peft_moe_lora.ops.quantize import quantize
-from peft_moe_lora.stored import store
 
 FORMATS = {
     "nf4": {"format": "nf4"},
@@ -97,12 +97,16 @@ def layer(case: Case, formats: list[str], repeat: int) -> list[dict]:
         del expected
         for _ in range(3):
             for route_name, route in routes.items():
-                times, _ = timer(partial(step, problem, route), partial(renew, problem, route), repeat)
+                times, _ = timer(
+                    partial(step, problem, route), partial(renew, problem, route), repeat
+                )
                 found[route_name]["times"].append(statistics.median(times))
         for route_name, row in found.items():
             if route_name == "dense" and rows:
                 continue
-            weights = sum(w.nbytes for w in (problem.weights if route_name == "dense" else codes).values())
+            weights = sum(
+                w.nbytes for w in (problem.weights if route_name == "dense" else codes).values()
+            )
             times = row.pop("times")
             dense = found["dense"]
             rows.append(
@@ -147,7 +151,7 @@ DECODING = {"in the product": 128, "into a scratch": 0}
 @contextmanager
 def decoding(max_block_m: int):
     """Within it, products over tiles of at most so many rows decode their codes."""
-    from peft_moe_lora.ops.kernels import codes_4bit, replay
+    from peft_moe_lora.ops.kernels.codes import codes_4bit, replay
 
     kept, codes_4bit.MAX_BLOCK_M = codes_4bit.MAX_BLOCK_M, max_block_m
     # what was recorded goes the other way
@@ -161,10 +165,10 @@ def decoding(max_block_m: int):
 
 def use_blocks(blocks: dict) -> None:
     """Give every row of the table for products of codes these settings, such as {"BLOCK_K": 32, "num_warps": 8}."""
-    from peft_moe_lora.ops.kernels import config
+    from peft_moe_lora.ops.kernels.launching import table
     from tune_kernels import forget
 
-    for row in config.TABLE:
+    for row in table.TABLE:
         if row.op.endswith("4bit") and row.arch:
             row.blocks.update(blocks)
     forget()
@@ -185,14 +189,19 @@ def few_rows(case: Case, format: str, repeat: int) -> dict:
         store(experts, f"{projection}_proj", weight)
     cuda = case.device.type == "cuda"
     # the kernels are a GPU's; elsewhere there is one way
-    ways = {"dense": ("dense", 0)} | {way: (format, bound) for way, bound in (DECODING if cuda else {"": 0}).items()}
+    ways = {"dense": ("dense", 0)} | {
+        way: (format, bound) for way, bound in (DECODING if cuda else {"": 0}).items()
+    }
     expected, timer, found = problem.reference(problem.scaling), Timer(case.device), {}
     calls = {}
     for way, (name, bound) in ways.items():
         route = routes[name]
         with decoding(bound) if cuda else nullcontext():
             check(relative_errors(first_step(problem, route)[1], expected), BOUNDS[case.dtype])
-            calls[way] = {"forward": partial(forward, problem, route), "step": partial(step, problem, route)}
+            calls[way] = {
+                "forward": partial(forward, problem, route),
+                "step": partial(step, problem, route),
+            }
             if cuda:
                 graph = torch.cuda.CUDAGraph()
                 with torch.no_grad():
@@ -211,7 +220,10 @@ def few_rows(case: Case, format: str, repeat: int) -> dict:
                         times, _ = timer(call, partial(renew, problem, routes[name]), repeat)
                     found[way][kind].append(statistics.median(times))
     rows = case.T * case.top_k / case.E
-    medians = {way: {kind: statistics.median(t) for kind, t in kinds.items()} for way, kinds in found.items()}
+    medians = {
+        way: {kind: statistics.median(t) for kind, t in kinds.items()}
+        for way, kinds in found.items()
+    }
     return {"case": case.label, "tokens": case.T, "rows_per_expert": rows, "ms": medians}
 
 
@@ -267,7 +279,12 @@ def train(arguments: argparse.Namespace, device: torch.device) -> dict:
 
     sizes = QWEN3_30B if device.type == "cuda" else TINY
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = {"sizes": sizes, "format": arguments.formats[0], "r": arguments.rank, "T": arguments.tokens}
+    found = {
+        "sizes": sizes,
+        "format": arguments.formats[0],
+        "r": arguments.rank,
+        "T": arguments.tokens,
+    }
     peaks = found["GiB"] = {}
 
     def note(stage: str):
@@ -316,10 +333,18 @@ def train(arguments: argparse.Namespace, device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> list[dict] | dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="store_true", help="train the whole model instead of timing a layer")
-    parser.add_argument("--shape", help=f"one of {', '.join(SHAPES)} (default: qwen3-30b, many-small on a CPU)")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nf4"], help="(default: nf4)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", action="store_true", help="train the whole model instead of timing a layer"
+    )
+    parser.add_argument(
+        "--shape", help=f"one of {', '.join(SHAPES)} (default: qwen3-30b, many-small on a CPU)"
+    )
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=["nf4"], help="(default: nf4)"
+    )
     parser.add_argument(
         "--tokens",
         type=int,
@@ -327,13 +352,23 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
         help="(default: 8192 for a layer, 2048 for the model; 256, 64 on a CPU); "
         "several: times each with codes decoded in the product and into a scratch",
     )
-    parser.add_argument("--blocks", type=json.loads, help="with several --tokens: settings of the products, as JSON")
+    parser.add_argument(
+        "--blocks", type=json.loads, help="with several --tokens: settings of the products, as JSON"
+    )
     parser.add_argument("--rank", type=int, help="(default: 16 for a layer, 4 for the model)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of a layer (default: bfloat16, float32 on a CPU)")
-    parser.add_argument("--scratch", type=int, nargs="+", help="bounds of the scratch, MiB (default: the set one)")
-    parser.add_argument("--repeat", type=int, default=20, help="timed steps a round, three rounds (default: 20)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of a layer (default: bfloat16, float32 on a CPU)"
+    )
+    parser.add_argument(
+        "--scratch", type=int, nargs="+", help="bounds of the scratch, MiB (default: the set one)"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=20, help="timed steps a round, three rounds (default: 20)"
+    )
     parser.add_argument("--steps", type=int, default=3, help="of the model (default: 3)")
-    parser.add_argument("--loss-chunk", type=int, help="tokens whose logits are formed at once (default: all)")
+    parser.add_argument(
+        "--loss-chunk", type=int, help="tokens whose logits are formed at once (default: all)"
+    )
     parser.add_argument("--json", type=Path, help="keep the numbers here")
     arguments = parser.parse_args(argv)
     cuda = torch.cuda.is_available()

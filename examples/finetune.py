@@ -24,13 +24,29 @@ from texts import documentation, hold_out, pack, read_jsonl, standard_library
 from tiny import complete, pretrain
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 # transformers 5.17 has only the old name of this setting, 5.23 warns of it; drop when the floor moves
 NAMES = TrainingArguments.__dataclass_fields__
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+)
 
-TINY = {"output": "moe-lora-demo", "length": 128, "batch_size": 16, "learning_rate": 1e-2, "steps": 200}
-REAL = {"output": "moe-lora-out", "length": 2048, "batch_size": 4, "learning_rate": 2e-4, "save_steps": 100}
+TINY = {
+    "output": "moe-lora-demo",
+    "length": 128,
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+    "steps": 200,
+}
+REAL = {
+    "output": "moe-lora-out",
+    "length": 2048,
+    "batch_size": 4,
+    "learning_rate": 2e-4,
+    "save_steps": 100,
+}
 EVAL_BLOCKS = 64
 # of |a - b| / |a|, logits: fp32 sums in another order; bf16 rounds merged weights, which can change a token's experts
 TOLERANCE = {
@@ -47,23 +63,53 @@ WHAT_IS = {
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what it leaves open is filled from TINY or REAL."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder of a model (default: a tiny one, pretrained here)")
-    parser.add_argument("--data", type=Path, help="JSONL to train on (default: the standard library's source)")
-    parser.add_argument("--output", type=Path, help="folder for everything (default: moe-lora-demo | moe-lora-out)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 200 | once through the data)")
-    parser.add_argument("--save-steps", type=int, help="steps between checkpoints (default: none | 100)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="name or folder of a model (default: a tiny one, pretrained here)"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="JSONL to train on (default: the standard library's source)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for everything (default: moe-lora-demo | moe-lora-out)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the output folder"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default: 200 | once through the data)"
+    )
+    parser.add_argument(
+        "--save-steps", type=int, help="steps between checkpoints (default: none | 100)"
+    )
     parser.add_argument("--length", type=int, help="tokens per block (default: 128 | 2048)")
     parser.add_argument("--batch-size", type=int, help="blocks per batch (default: 16 | 4)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step (default: 1)")
-    parser.add_argument("--learning-rate", type=float, help="highest learning rate (default: 1e-2 | 2e-4)")
     parser.add_argument(
-        "--r", type=int, default=16, help="rank of each expert's update; lora_alpha is 2 r (default: 16)"
+        "--accumulate", type=int, default=1, help="batches per optimizer step (default: 1)"
     )
-    parser.add_argument("--target-modules", nargs="+", default=["experts", "q_proj", "v_proj"], help="what to adapt")
-    parser.add_argument("--save-merged", action="store_true", help="write a real model's merged weights to disk too")
-    parser.add_argument("--pretrain-steps", type=int, default=300, help="steps that make the tiny one (default: 300)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="highest learning rate (default: 1e-2 | 2e-4)"
+    )
+    parser.add_argument(
+        "--r",
+        type=int,
+        default=16,
+        help="rank of each expert's update; lora_alpha is 2 r (default: 16)",
+    )
+    parser.add_argument(
+        "--target-modules", nargs="+", default=["experts", "q_proj", "v_proj"], help="what to adapt"
+    )
+    parser.add_argument(
+        "--save-merged", action="store_true", help="write a real model's merged weights to disk too"
+    )
+    parser.add_argument(
+        "--pretrain-steps",
+        type=int,
+        default=300,
+        help="steps that make the tiny one (default: 300)",
+    )
     return complete(parser, parser.parse_args(), TINY, REAL)
 
 
@@ -71,14 +117,20 @@ def load_base(args: argparse.Namespace):
     """The frozen model: bf16 when it is a real one on a GPU, fp32 otherwise."""
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and not args.tiny else torch.float32
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map="cuda:0" if cuda else "cpu")
+    return AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, device_map="cuda:0" if cuda else "cpu"
+    )
 
 
 @torch.no_grad()
 def held_out_loss(model, blocks: list, batch_size: int) -> float:
     """Mean loss of the first EVAL_BLOCKS blocks, in nats per token."""
     model.eval()
-    batches = torch.stack([block["input_ids"] for block in blocks[:EVAL_BLOCKS]]).to(model.device).split(batch_size)
+    batches = (
+        torch.stack([block["input_ids"] for block in blocks[:EVAL_BLOCKS]])
+        .to(model.device)
+        .split(batch_size)
+    )
     losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in batches]
     return sum(losses) / sum(map(len, batches))
 
@@ -95,10 +147,14 @@ def train(args: argparse.Namespace, blocks: list, held_out: dict[str, list]):
 
     Returns: the held-out losses before and after, by text, and the trained model's logits.
     """
-    config = MoELoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=args.target_modules, task_type="CAUSAL_LM")
+    config = MoELoraConfig(
+        r=args.r, lora_alpha=2 * args.r, target_modules=args.target_modules, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(load_base(args), config)
     model.print_trainable_parameters()
-    before = {name: held_out_loss(model, texts, args.batch_size) for name, texts in held_out.items()}
+    before = {
+        name: held_out_loss(model, texts, args.batch_size) for name, texts in held_out.items()
+    }
 
     arguments = TrainingArguments(
         output_dir=str(args.output),
@@ -136,7 +192,9 @@ def check(args: argparse.Namespace, blocks: list, trained: torch.Tensor) -> dict
     model, distances = load_base(args), {}
 
     def measure(name):
-        distances[name] = (torch.linalg.norm(logits_of(model, blocks) - trained) / torch.linalg.norm(trained)).item()
+        distances[name] = (
+            torch.linalg.norm(logits_of(model, blocks) - trained) / torch.linalg.norm(trained)
+        ).item()
         print(f"  {name:<10} {distances[name]:.1e}")
 
     print("Distance of the logits from the trained model's:")
@@ -164,7 +222,9 @@ def main() -> None:
     set_seed(0)
 
     if args.tiny:
-        torch.set_num_threads(1)  # on tensors this small a second thread only waits, and on a busy machine for minutes
+        torch.set_num_threads(
+            1
+        )  # on tensors this small a second thread only waits, and on a busy machine for minutes
         args.model = args.output / "base"
         print(f"Pretraining a tiny model on CPython's documentation, {args.pretrain_steps} steps")
         pretrain(args.model, args.pretrain_steps)

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from finetune import CHECKPOINTING, held_out_loss, logits_of
 from peft_moe_lora import MoELoraConfig, load_quantized, merge_adapter
@@ -23,27 +30,68 @@ from texts import documentation, hold_out, pack, read_jsonl, standard_library
 from tiny import complete, pretrain
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 
-TINY = {"output": "moe-qlora-demo", "length": 128, "batch_size": 16, "learning_rate": 1e-2, "steps": 200}
-REAL = {"output": "moe-qlora-out", "length": 2048, "batch_size": 1, "learning_rate": 2e-4, "steps": -1}
+TINY = {
+    "output": "moe-qlora-demo",
+    "length": 128,
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+    "steps": 200,
+}
+REAL = {
+    "output": "moe-qlora-out",
+    "length": 2048,
+    "batch_size": 1,
+    "learning_rate": 2e-4,
+    "steps": -1,
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; what it leaves open is filled from TINY or REAL."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder of a model (default: a tiny one, pretrained here)")
-    parser.add_argument("--data", type=Path, help="JSONL to train on (default: the standard library's source)")
-    parser.add_argument("--output", type=Path, help="folder for everything (default: moe-qlora-demo | moe-qlora-out)")
-    parser.add_argument("--experts", default="nf4", choices=("nf4", "fp4", "int8", "mxfp4"), help="(default: nf4)")
-    parser.add_argument("--linear-4bit", action="store_true", help="the other linear layers too, by bitsandbytes")
-    parser.add_argument("--merge", action="store_true", help="merge a real model's adapter into its checkpoint too")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 200 | once through the data)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="name or folder of a model (default: a tiny one, pretrained here)"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="JSONL to train on (default: the standard library's source)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for everything (default: moe-qlora-demo | moe-qlora-out)",
+    )
+    parser.add_argument(
+        "--experts", default="nf4", choices=("nf4", "fp4", "int8", "mxfp4"), help="(default: nf4)"
+    )
+    parser.add_argument(
+        "--linear-4bit", action="store_true", help="the other linear layers too, by bitsandbytes"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="merge a real model's adapter into its checkpoint too"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default: 200 | once through the data)"
+    )
     parser.add_argument("--length", type=int, help="tokens per block (default: 128 | 2048)")
     parser.add_argument("--batch-size", type=int, help="blocks per batch (default: 16 | 1)")
-    parser.add_argument("--learning-rate", type=float, help="highest learning rate (default: 1e-2 | 2e-4)")
-    parser.add_argument("--r", type=int, default=4, help="rank of each update; lora_alpha is 2 r (default: 4)")
-    parser.add_argument("--pretrain-steps", type=int, default=300, help="steps that make the tiny one (default: 300)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="highest learning rate (default: 1e-2 | 2e-4)"
+    )
+    parser.add_argument(
+        "--r", type=int, default=4, help="rank of each update; lora_alpha is 2 r (default: 4)"
+    )
+    parser.add_argument(
+        "--pretrain-steps",
+        type=int,
+        default=300,
+        help="steps that make the tiny one (default: 300)",
+    )
     return complete(parser, parser.parse_args(argv), TINY, REAL)
 
 
@@ -53,9 +101,15 @@ def load_base(args: argparse.Namespace):
     dtype = torch.bfloat16 if cuda and not args.tiny else torch.float32
     linear = None
     if args.linear_4bit:
-        linear = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        linear = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     return load_quantized(
-        str(args.model), args.experts, quantization_config=linear, dtype=dtype, device_map="cuda:0" if cuda else "cpu"
+        str(args.model),
+        args.experts,
+        quantization_config=linear,
+        dtype=dtype,
+        device_map="cuda:0" if cuda else "cpu",
     )
 
 
@@ -115,19 +169,25 @@ def main(argv: list[str] | None = None) -> dict:
     model.save_pretrained(args.output / "adapter")
     results["after"] = held_out_loss(model, held_out, args.batch_size)
     trained = logits_of(model, probe)
-    print(f"Held-out loss, nats per token: {results['before']:.3f} before, {results['after']:.3f} after")
+    print(
+        f"Held-out loss, nats per token: {results['before']:.3f} before, {results['after']:.3f} after"
+    )
     del model, base
 
     model = PeftModel.from_pretrained(load_base(args), args.output / "adapter")
     results["reloaded"] = distance(logits_of(model, probe), trained)
-    print(f"Distance of the logits, adapter loaded onto experts quantized anew: {results['reloaded']:.1e}")
+    print(
+        f"Distance of the logits, adapter loaded onto experts quantized anew: {results['reloaded']:.1e}"
+    )
     if not results["reloaded"] <= (1e-4 if model.dtype == torch.float32 else 1e-2):
         raise SystemExit("The loaded adapter is not the trained one.")
     with model.disable_adapter():
         results["base"] = distance(logits_of(model, probe), trained)
     del model
     if args.tiny or args.merge:
-        done = merge_adapter(args.output / "adapter", args.model, args.output / "merged", force=True)
+        done = merge_adapter(
+            args.output / "adapter", args.model, args.output / "merged", force=True
+        )
         merged = AutoModelForCausalLM.from_pretrained(args.output / "merged")
         results["merged"] = distance(logits_of(merged, probe), trained)
         print(done)

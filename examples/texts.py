@@ -16,9 +16,12 @@ def documentation() -> list[str]:
     Some topics are whole sections of others: left out, or held-out text would be among the text to train on.
     """
     texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
-    bodies = [text.partition("\n\n")[2].strip() for text in texts]  # the heading is underlined by its level
+    bodies = [
+        text.partition("\n\n")[2].strip() for text in texts
+    ]  # the heading is underlined by its level
     contained = [
-        any(body in other for other in texts if other is not text) for text, body in zip(texts, bodies, strict=True)
+        any(body in other for other in texts if other is not text)
+        for text, body in zip(texts, bodies, strict=True)
     ]
     return [text for text, inside in zip(texts, contained, strict=True) if not inside]
 
@@ -45,13 +48,17 @@ def read_jsonl(path, tokenizer) -> list[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); every line must be one object.") from error
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error}); every line must be one object."
+            ) from error
         if "text" in row:
             texts.append(row["text"])
         elif "messages" in row:
             texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
         else:
-            raise ValueError(f'{path}, line {number}: has {sorted(row)}; it needs "text" or "messages".')
+            raise ValueError(
+                f'{path}, line {number}: has {sorted(row)}; it needs "text" or "messages".'
+            )
     return texts
 
 
@@ -67,8 +74,12 @@ def pack(texts: list[str], tokenizer, length: int) -> list[dict[str, torch.Tenso
     Raises:
         ValueError: if the texts do not fill one block.
     """
-    ids = [token for row in tokenizer(texts)["input_ids"] for token in [*row, tokenizer.eos_token_id]]
+    ids = [
+        token for row in tokenizer(texts)["input_ids"] for token in [*row, tokenizer.eos_token_id]
+    ]
     if len(ids) < length:
-        raise ValueError(f"{len(texts)} texts make {len(ids)} tokens, less than one block of {length}.")
+        raise ValueError(
+            f"{len(texts)} texts make {len(ids)} tokens, less than one block of {length}."
+        )
     blocks = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     return [{"input_ids": block, "labels": block} for block in blocks]

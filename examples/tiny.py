@@ -5,14 +5,22 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from texts import documentation, hold_out, pack
 
 __all__ = ["complete", "make_model", "make_tokenizer", "pretrain"]
 
 
-def complete(parser: argparse.ArgumentParser, args: argparse.Namespace, tiny: dict, real: dict) -> argparse.Namespace:
+def complete(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, tiny: dict, real: dict
+) -> argparse.Namespace:
     """Fill what was not said with the defaults of the tiny model, or of a real one where --model names it."""
     if args.model and not args.data:
         parser.error("--model needs --data FILE.jsonl to train on")
@@ -31,7 +39,10 @@ def make_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokeniz
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")

@@ -32,7 +32,9 @@ from benchmark import MIB, CheckFailed, allocations, describe_machine, synchroni
 from peft_moe_lora import MoELoraConfig
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 
 SLICE = {
     "vocab_size": 32768,
@@ -95,8 +97,15 @@ class Route:
     def static_bytes(self) -> int:
         """Of the adapter and its optimizer state."""
         state = self.optimizer.state.values() if self.optimizer else ()
-        tensors = [*self.trained.values(), *(t for s in state for t in s.values() if isinstance(t, torch.Tensor))]
-        return sum(t.numel() * t.element_size() for t in tensors if t.device.type == next(iter(tensors)).device.type)
+        tensors = [
+            *self.trained.values(),
+            *(t for s in state for t in s.values() if isinstance(t, torch.Tensor)),
+        ]
+        return sum(
+            t.numel() * t.element_size()
+            for t in tensors
+            if t.device.type == next(iter(tensors)).device.type
+        )
 
 
 # ---- the models ----------------------------------------------------------------------------------------------------
@@ -105,17 +114,23 @@ class Route:
 def build_base(args: argparse.Namespace) -> nn.Module:
     """The frozen slice with random weights, made on the device."""
     sizes = TINY if args.tiny else SLICE
-    config = Qwen3MoeConfig(**{**sizes, "num_hidden_layers": args.layers, "norm_topk_prob": True, "use_cache": False})
+    config = Qwen3MoeConfig(
+        **{**sizes, "num_hidden_layers": args.layers, "norm_topk_prob": True, "use_cache": False}
+    )
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=args.dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=args.dtype, attn_implementation="sdpa"
+        )
     model.set_experts_implementation("grouped_mm")
     return model.requires_grad_(False).train()
 
 
 def sharing_weights(base: nn.Module) -> nn.Module:
     """A second model on the same parameters in memory."""
-    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+    return copy.deepcopy(
+        base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    )
 
 
 def base_route(base: nn.Module, args: argparse.Namespace) -> Route:
@@ -139,7 +154,8 @@ def peft_route(base: nn.Module, args: argparse.Namespace) -> Route:
             # wrappers of one experts module lie in each other: ...experts, ...experts.base_layer
             path = path.removeprefix("base_model.model.").removesuffix(".base_layer")
             projection = next(
-                (p for p, name in EXPERTS.items() if name == getattr(module, "parameter_name", "")), None
+                (p for p, name in EXPERTS.items() if name == getattr(module, "parameter_name", "")),
+                None,
             )
             end = projection or "weight"
             trained[f"{path}.lora_A.{end}"] = module.lora_A["default"].weight
@@ -150,10 +166,15 @@ def peft_route(base: nn.Module, args: argparse.Namespace) -> Route:
 def moe_lora_route(base: nn.Module, args: argparse.Namespace, **settings) -> Route:
     """peft_moe_lora as a user gets it; `settings` are further fields of its configuration."""
     targets = ["experts", *ATTENTION]
-    config = MoELoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets, **settings)
+    config = MoELoraConfig(
+        r=args.rank, lora_alpha=2 * args.rank, target_modules=targets, **settings
+    )
     model = get_peft_model(sharing_weights(base), config)
     named = ((name, p) for name, p in model.named_parameters() if ".lora_" in name)
-    return trainable(model, {name.removeprefix("base_model.model.").replace(".default.", "."): p for name, p in named})
+    return trainable(
+        model,
+        {name.removeprefix("base_model.model.").replace(".default.", "."): p for name, p in named},
+    )
 
 
 def trainable(model: nn.Module, trained: dict[str, nn.Parameter]) -> Route:
@@ -177,7 +198,11 @@ def fill_adapter(route: Route, rank: int, base: nn.Module) -> None:
     for name, parameter in route.trained.items():
         K = route.trained[name.replace("lora_B", "lora_A")].shape[1]
         # base weights are drawn with this deviation: W x is about std * sqrt(K) |x|, A x about |x|, scaling is 2
-        std = K**-0.5 if "lora_A" in name else 0.25 * base.config.initializer_range * (K / rank) ** 0.5
+        std = (
+            K**-0.5
+            if "lora_A" in name
+            else 0.25 * base.config.initializer_range * (K / rank) ** 0.5
+        )
         parameter.normal_(std=std, generator=generator)
 
 
@@ -209,10 +234,15 @@ def check(routes: dict[str, Route], base: nn.Module, args: argparse.Namespace) -
             for key, parameter in route.trained.items():
                 value = source.trained[key]
                 if route is not source:
-                    parameter.copy_(in_pefts_order(key, value, args.rank) if name == "peft" else value)
+                    parameter.copy_(
+                        in_pefts_order(key, value, args.rank) if name == "peft" else value
+                    )
     ids = batch_of(args, *args.batches[-1], seed=99)
     plain = forward(Route(sharing_weights(base)), ids)
-    found = {name: forward_and_gradients(route, ids, args.rank, name == "peft") for name, route in adapted.items()}
+    found = {
+        name: forward_and_gradients(route, ids, args.rank, name == "peft")
+        for name, route in adapted.items()
+    }
     right_logits, _, right_gradients = found[first]
     share = ((right_logits - plain).norm() / plain.norm()).item()
     if not 0.1 <= share <= 10:
@@ -221,11 +251,15 @@ def check(routes: dict[str, Route], base: nn.Module, args: argparse.Namespace) -
     for name, (logits, _, gradients) in found.items():
         difference = (logits - right_logits).norm(dim=-1) / (right_logits - plain).norm(dim=-1)
         if not difference.median() <= logits_bound:
-            raise CheckFailed(f"the logits of {name} are {difference.median():.1e} off those of {first}")
+            raise CheckFailed(
+                f"the logits of {name} are {difference.median():.1e} off those of {first}"
+            )
         errors = {key: relative(gradients[key], right) for key, right in right_gradients.items()}
         worst = max(errors, key=errors.get)
         if not errors[worst] <= gradients_bound:
-            raise CheckFailed(f"the gradient of {worst} in {name} is {errors[worst]:.1e} off that of {first}")
+            raise CheckFailed(
+                f"the gradient of {worst} in {name} is {errors[worst]:.1e} off that of {first}"
+            )
         print(
             f"  {name}: loss {found[name][1]:.4f}, logits {difference.median():.1e} and gradients at most "
             f"{errors[worst]:.1e} from those of {first}",
@@ -314,11 +348,18 @@ def seconds_of(route: Route, ids: torch.Tensor, device: torch.device, steps: int
     return (time.perf_counter() - start) / steps
 
 
-def run_case(routes: dict[str, Route], sequences: int, length: int, checkpointing: bool, args) -> list[dict]:
+def run_case(
+    routes: dict[str, Route], sequences: int, length: int, checkpointing: bool, args
+) -> list[dict]:
     """One row per route, measured in rounds in which every route takes its turn."""
     ids, rows = batch_of(args, sequences, length), {}
     for name, route in routes.items():
-        rows[name] = {"route": name, "batch": f"{sequences}x{length}", "ckpt": checkpointing, "failed": None}
+        rows[name] = {
+            "route": name,
+            "batch": f"{sequences}x{length}",
+            "ckpt": checkpointing,
+            "failed": None,
+        }
         set_checkpointing(route.model, checkpointing)
         try:
             rows[name]["first"] = seconds_of(route, ids, args.device, 1)
@@ -382,37 +423,68 @@ COLUMNS = {
 
 
 def format_table(rows: list[dict]) -> str:
-    columns = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    columns = {
+        key: column
+        for key, column in COLUMNS.items()
+        if any(row.get(key) is not None for row in rows)
+    }
     lines = [[title for title, _ in columns.values()]]
     for row in rows:
         shown = {**row, "ckpt": "yes" if row["ckpt"] else "no"}
-        lines.append(["" if shown.get(key) is None else form.format(shown[key]) for key, (_, form) in columns.items()])
+        lines.append(
+            [
+                "" if shown.get(key) is None else form.format(shown[key])
+                for key, (_, form) in columns.items()
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = [key in ("batch", "ckpt", "route") for key in columns]
     text = []
     for cells, row in zip(lines, [None, *rows], strict=True):
-        padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
-        text.append("  ".join(padded).rstrip() + (f"  FAILED: {row['failed']}" if row and row["failed"] else ""))
+        padded = [
+            c.ljust(w) if is_left else c.rjust(w)
+            for c, w, is_left in zip(cells, widths, left, strict=True)
+        ]
+        text.append(
+            "  ".join(padded).rstrip()
+            + (f"  FAILED: {row['failed']}" if row and row["failed"] else "")
+        )
     return "\n".join(text)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, what depends on --tiny filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on a CPU")
     parser.add_argument("--device", help="default: cuda, with --tiny cpu")
     parser.add_argument("--layers", type=int, help="default: 8, with --tiny 2")
-    parser.add_argument("--batches", nargs="+", metavar="BxT", help="sequences x tokens (default: 4x2048 1x2048)")
+    parser.add_argument(
+        "--batches", nargs="+", metavar="BxT", help="sequences x tokens (default: 4x2048 1x2048)"
+    )
     parser.add_argument("--rank", type=int, default=16, help="r; lora_alpha is 2 r (default: 16)")
-    parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=["base", "peft", "moe_lora"])
+    parser.add_argument(
+        "--routes", nargs="+", choices=list(ROUTES), default=["base", "peft", "moe_lora"]
+    )
     parser.add_argument("--checkpointing", nargs="+", choices=["no", "yes"], default=["no", "yes"])
-    parser.add_argument("--rounds", type=int, help="in which every route takes its turn (default: 6, with --tiny 2)")
-    parser.add_argument("--steps", type=int, help="timed in a row per turn (default: 5, with --tiny 1)")
+    parser.add_argument(
+        "--rounds", type=int, help="in which every route takes its turn (default: 6, with --tiny 2)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="timed in a row per turn (default: 5, with --tiny 1)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     args = parser.parse_args(argv)
     defaults = {"device": "cpu", "layers": 2, "batches": ["4x32", "1x32"], "rounds": 2, "steps": 1}
     if not args.tiny:
-        defaults = {"device": "cuda", "layers": 8, "batches": ["4x2048", "1x2048"], "rounds": 6, "steps": 5}
+        defaults = {
+            "device": "cuda",
+            "layers": 8,
+            "batches": ["4x2048", "1x2048"],
+            "rounds": 6,
+            "steps": 5,
+        }
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -440,18 +512,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"No numbers: {error}.", file=sys.stderr)
         return 1
     machine, rows = describe_machine(args.device), []
-    what = {"layers": args.layers, "rank": args.rank, "dtype": str(args.dtype).removeprefix("torch.")}
+    what = {
+        "layers": args.layers,
+        "rank": args.rank,
+        "dtype": str(args.dtype).removeprefix("torch."),
+    }
     what = WHAT.format(**(TINY if args.tiny else SLICE), **what)
     report = {"machine": machine, "date": started.isoformat(timespec="seconds"), "what": what}
     report |= {"command": sys.argv[1:] if argv is None else argv, "losses": losses}
     for sequences, length in args.batches:
         for checkpointing in args.checkpointing:
-            print(f"{sequences} x {length}, checkpointing: {checkpointing} ...", file=sys.stderr, flush=True)
+            print(
+                f"{sequences} x {length}, checkpointing: {checkpointing} ...",
+                file=sys.stderr,
+                flush=True,
+            )
             rows += run_case(routes, sequences, length, checkpointing == "yes", args)
             if args.json:
                 # after every case, so that an interrupted run leaves what it has
                 args.json.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
-    print(", ".join(f"{k} {machine[k]}" for k in ("device", "torch", "triton", "transformers", "peft")), end="")
+    print(
+        ", ".join(
+            f"{k} {machine[k]}" for k in ("device", "torch", "triton", "transformers", "peft")
+        ),
+        end="",
+    )
     print(f", {started:%Y-%m-%d}; {args.layers} layers, r = {args.rank}")
     print(format_table(rows))
     return int(any(row["failed"] for row in rows))

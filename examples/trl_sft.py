@@ -25,12 +25,23 @@ from texts import documentation, standard_library
 from tiny import complete, pretrain
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 # transformers 5.17 has only the old name of this setting, 5.23 warns of it; drop when the floor moves
 NAMES = SFTConfig.__dataclass_fields__
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+)
 
-TINY = {"output": "moe-lora-trl", "length": 128, "batch_size": 8, "learning_rate": 5e-3, "steps": 60, "dpo_steps": 30}
+TINY = {
+    "output": "moe-lora-trl",
+    "length": 128,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
+    "steps": 60,
+    "dpo_steps": 30,
+}
 REAL = {"output": "moe-lora-trl", "length": 2048, "batch_size": 4, "learning_rate": 2e-4}
 # for a tokenizer without one: a line that says who speaks, what is said, the end
 CHAT_TEMPLATE = (
@@ -41,19 +52,42 @@ CHAT_TEMPLATE = (
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what it leaves open is filled from TINY or REAL."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder of a model (default: a tiny one, pretrained here)")
-    parser.add_argument("--data", type=Path, help="JSONL for SFT (default: written here, source of the library)")
-    parser.add_argument("--preferences", type=Path, help="JSONL for DPO (default: written here | no DPO)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="name or folder of a model (default: a tiny one, pretrained here)"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="JSONL for SFT (default: written here, source of the library)"
+    )
+    parser.add_argument(
+        "--preferences", type=Path, help="JSONL for DPO (default: written here | no DPO)"
+    )
     parser.add_argument("--output", type=Path, help="folder for everything (default: moe-lora-trl)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of SFT (default: 60 | once through the data)")
-    parser.add_argument("--dpo-steps", type=int, help="optimizer steps of DPO (default: 30 | once through the data)")
-    parser.add_argument("--length", type=int, help="tokens of a row that are kept (default: 128 | 2048)")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps of SFT (default: 60 | once through the data)"
+    )
+    parser.add_argument(
+        "--dpo-steps", type=int, help="optimizer steps of DPO (default: 30 | once through the data)"
+    )
+    parser.add_argument(
+        "--length", type=int, help="tokens of a row that are kept (default: 128 | 2048)"
+    )
     parser.add_argument("--batch-size", type=int, help="rows per batch (default: 8 | 4)")
-    parser.add_argument("--learning-rate", type=float, help="of SFT; DPO takes a tenth (default: 5e-3 | 2e-4)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="of SFT; DPO takes a tenth (default: 5e-3 | 2e-4)"
+    )
     parser.add_argument("--r", type=int, default=16, help="rank; lora_alpha is 2 r (default: 16)")
-    parser.add_argument("--target-modules", nargs="+", default=["experts", "q_proj", "v_proj"], help="what to adapt")
-    parser.add_argument("--pretrain-steps", type=int, default=200, help="steps that make the tiny one (default: 200)")
+    parser.add_argument(
+        "--target-modules", nargs="+", default=["experts", "q_proj", "v_proj"], help="what to adapt"
+    )
+    parser.add_argument(
+        "--pretrain-steps",
+        type=int,
+        default=200,
+        help="steps that make the tiny one (default: 200)",
+    )
     return complete(parser, parser.parse_args(), TINY, REAL)
 
 
@@ -78,14 +112,18 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
 
 def read_rows(path: Path):
     """{"train": rows, "test": rows}: a tenth of a JSONL file is held out."""
-    return load_dataset("json", data_files=str(path), split="train").train_test_split(test_size=0.1, seed=0)
+    return load_dataset("json", data_files=str(path), split="train").train_test_split(
+        test_size=0.1, seed=0
+    )
 
 
 def load_base(args: argparse.Namespace):
     """The frozen model: bf16 when it is a real one on a GPU, fp32 otherwise."""
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and not args.tiny else torch.float32
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map="cuda:0" if cuda else "cpu")
+    return AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, device_map="cuda:0" if cuda else "cpu"
+    )
 
 
 def settings(args: argparse.Namespace, stage: str, steps: int | None, learning_rate: float) -> dict:
@@ -115,7 +153,9 @@ def sft(args: argparse.Namespace, tokenizer, rows) -> dict[str, float]:
 
     Returns: the held-out loss before and after, in nats per token.
     """
-    config = MoELoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=args.target_modules, task_type="CAUSAL_LM")
+    config = MoELoraConfig(
+        r=args.r, lora_alpha=2 * args.r, target_modules=args.target_modules, task_type="CAUSAL_LM"
+    )
     trainer = SFTTrainer(
         model=load_base(args),
         args=SFTConfig(**settings(args, "sft", args.steps, args.learning_rate)),
@@ -156,7 +196,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     set_seed(0)
     if args.tiny:
-        torch.set_num_threads(1)  # on tensors this small a second thread only waits, and on a busy machine for minutes
+        torch.set_num_threads(
+            1
+        )  # on tensors this small a second thread only waits, and on a busy machine for minutes
         args.model = args.output / "base"
         print(f"Pretraining a tiny model on CPython's documentation, {args.pretrain_steps} steps")
         pretrain(args.model, args.pretrain_steps)
@@ -164,7 +206,9 @@ def main() -> None:
         args.data, args.preferences = args.data or data, args.preferences or preferences
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.chat_template is None:
-        print("The tokenizer has no chat template; this example's own is used and saved with the adapter.")
+        print(
+            "The tokenizer has no chat template; this example's own is used and saved with the adapter."
+        )
         tokenizer.chat_template = CHAT_TEMPLATE
 
     print(f"SFT on {args.data.name}")

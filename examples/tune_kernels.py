@@ -4,7 +4,7 @@
     python examples/tune_kernels.py --op shrink --calls "shrink x" --vary '{"BLOCK_M": [64, 128]}' --write
 
 Without --op every operation is checked against its twin and timed. With it, the settings of one are varied; --write
-puts the best into the table of `peft_moe_lora/ops/kernels/config.py`, with the machine and the date.
+puts the best into the table of `peft_moe_lora/ops/kernels/launching/table.py`, with the machine and the date.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from peft_moe_lora.ops import Activation, kernels, reference
-from peft_moe_lora.ops.kernels import config, launch, replay, tile
+from peft_moe_lora.ops.kernels.launching import launch, replay, table
+from peft_moe_lora.ops.kernels.tiles import tile
 
 # E, H, I, top_k
 SHAPES = {
@@ -113,7 +114,9 @@ class Layer:
         xa = call("shrink x", lambda: ops.expert_shrink(s.x, s.up_A, R, 2.0, gather=True))
         pre, act = call(
             "gate_up",
-            lambda: ops.expert_linear_act(s.x, s.up, R, s.activation, xa=xa, lora_B=s.up_B, gather=True),
+            lambda: ops.expert_linear_act(
+                s.x, s.up, R, s.activation, xa=xa, lora_B=s.up_B, gather=True
+            ),
         )
         ha = call("shrink act", lambda: ops.expert_shrink(act, s.down_A, R, 2.0))
         y = call("down", lambda: ops.expert_linear(act, s.down, R, xa=ha, lora_B=s.down_B))
@@ -123,12 +126,19 @@ class Layer:
         down_BT = s.down_B.transpose(1, 2)
         yb2 = call(
             "shrink, outer dout",
-            lambda: ops.expert_shrink_outer(s.dout, down_BT, ha, R, 2.0, dB2, row_weights=w, gather=True),
+            lambda: ops.expert_shrink_outer(
+                s.dout, down_BT, ha, R, 2.0, dB2, row_weights=w, gather=True
+            ),
         )
         draw = call(
             "d act",
             lambda: ops.expert_linear(
-                s.dout, s.down.transpose(1, 2), R, xa=yb2, lora_B=s.down_A.transpose(1, 2), gather=True
+                s.dout,
+                s.down.transpose(1, 2),
+                R,
+                xa=yb2,
+                lora_B=s.down_A.transpose(1, 2),
+                gather=True,
             ),
         )
         dpre, yb1, dw = call(
@@ -139,7 +149,10 @@ class Layer:
         )
         call("dA1", lambda: ops.expert_outer(yb1, s.x, R, dA1, gather_right=True))
         rows = call(
-            "dX", lambda: ops.expert_linear(dpre, s.up.transpose(1, 2), R, xa=yb1, lora_B=s.up_A.transpose(1, 2))
+            "dX",
+            lambda: ops.expert_linear(
+                dpre, s.up.transpose(1, 2), R, xa=yb1, lora_B=s.up_A.transpose(1, 2)
+            ),
         )
         dx = call("combine dX", lambda: ops.combine(rows, R))
         return out, dx, dw, *s.grads
@@ -152,7 +165,9 @@ def check(layer):
     """The largest relative error of any output against the twins."""
     actual = [t.clone() for t in layer.run(kernels)]
     return max(
-        (torch.linalg.vector_norm(a.float() - t.float()) / torch.linalg.vector_norm(t.float())).item()
+        (
+            torch.linalg.vector_norm(a.float() - t.float()) / torch.linalg.vector_norm(t.float())
+        ).item()
         for a, t in zip(actual, layer.run(reference), strict=True)
     )
 
@@ -176,20 +191,28 @@ def report(name, T, r, flops, bandwidth, skew=0.0, checked=True):
     layer.run(kernels, timed)
     roof = roofline(T, E, H, I, top_k, r, flops, bandwidth)
     M = T * top_k
-    work = {"gate_up": 4 * M * I * H, "down": 2 * M * I * H, "d act": 2 * M * I * H, "dX": 4 * M * I * H}
+    work = {
+        "gate_up": 4 * M * I * H,
+        "down": 2 * M * I * H,
+        "d act": 2 * M * I * H,
+        "dX": 4 * M * I * H,
+    }
     print(
         f"{name} T={T} r={r} skew={skew}: step {total:.3f} ms, graph {captured:.3f} ms, roof {roof:.3f} ms, "
         f"{total / roof:.2f} x, graph {captured / roof:.2f} x; GEMMs {sum(times[g] for g in GEMMS):.3f} ms, "
         f"error {error:.4f}, {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
     )
     print("   " + ", ".join(f"{op} {1000 * ms:.0f}" for op, ms in times.items()) + " us")
-    print("   " + ", ".join(f"{g} {work[g] / times[g] / 1e9:.0f}" for g in GEMMS) + " TFLOP/s", flush=True)
+    print(
+        "   " + ", ".join(f"{g} {work[g] / times[g] / 1e9:.0f}" for g in GEMMS) + " TFLOP/s",
+        flush=True,
+    )
     torch.cuda.reset_peak_memory_stats()
 
 
 def forget():
     """Drop what was chosen and compiled by the table as it was."""
-    for chosen in (config.lookup, tile._blocks):
+    for chosen in (table.lookup, tile._blocks):
         chosen.cache_clear()
     launch.forget()
     replay.forget()
@@ -202,9 +225,9 @@ def variants(vary):
 
 def current_row(op, x, M, E):
     """The table's row for `op` on this device, at the tiles that M rows of E experts get."""
-    arch, _ = config.device_facts(x.device)
-    blocks = config.find(op, arch, x.element_size(), config.block_m_for(M, E, arch))
-    return next(row for row in config.TABLE if row.blocks is blocks)
+    arch, _ = table.device_facts(x.device)
+    blocks = table.find(op, arch, x.element_size(), table.block_m_for(M, E, arch))
+    return next(row for row in table.TABLE if row.blocks is blocks)
 
 
 def sweep(name, T, r, op, calls, settings):
@@ -237,8 +260,13 @@ def sweep(name, T, r, op, calls, settings):
         ran = {key[0] for key, _ in launch._plans}
         row.blocks.clear()
         row.blocks.update(kept)
-        if "error" not in setting and op.removesuffix("_gathered").removesuffix("_short") not in ran:
-            raise LookupError(f"{op} does not run at {name}, {T} tokens: of the table's operations {sorted(ran)} do.")
+        if (
+            "error" not in setting
+            and op.removesuffix("_gathered").removesuffix("_short") not in ran
+        ):
+            raise LookupError(
+                f"{op} does not run at {name}, {T} tokens: of the table's operations {sorted(ran)} do."
+            )
     forget()
     for call in calls:
         print(f"{name} T={T} r={r} {call}:")
@@ -266,33 +294,55 @@ def write_row(path, row, blocks, source):
             break
     else:
         raise LookupError(f"{path} has no row {wanted}.")
-    rest = {name: value for name, value in blocks.items() if name not in ("num_warps", "num_stages")}
+    rest = {
+        name: value for name, value in blocks.items() if name not in ("num_warps", "num_stages")
+    }
     words = [*map(repr, (*wanted, source, blocks["num_warps"], blocks["num_stages"]))]
     words += [f"{name}={value!r}" for name, value in rest.items()]
     call_text = f"    _row({', '.join(words)}),".replace("'", '"')
     if len(call_text) > 119:
-        call_text = "    _row(\n" + "".join(f"        {word},\n" for word in words).replace("'", '"') + "    ),"
+        call_text = (
+            "    _row(\n"
+            + "".join(f"        {word},\n" for word in words).replace("'", '"')
+            + "    ),"
+        )
     lines = text.splitlines()
     lines[call.lineno - 1 : call.end_lineno] = call_text.splitlines()
     path.write_text("\n".join(lines) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int, default=[8192])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--skew", type=float, default=0.0, help="share of the tokens whose first expert is expert 0")
-    parser.add_argument("--op", help="vary the settings of one operation: linear, linear_act, shrink, outer, ...")
-    parser.add_argument("--calls", nargs="*", help="the calls to time then, by their names in the report")
-    parser.add_argument("--vary", type=json.loads, default={}, help="JSON: constexpr to list of values")
     parser.add_argument(
-        "--write", action="store_true", help="put the setting of the least time, over all, in the table"
+        "--skew", type=float, default=0.0, help="share of the tokens whose first expert is expert 0"
     )
-    parser.add_argument("--no-check", action="store_true", help="skip the comparison with the twins")
+    parser.add_argument(
+        "--op", help="vary the settings of one operation: linear, linear_act, shrink, outer, ..."
+    )
+    parser.add_argument(
+        "--calls", nargs="*", help="the calls to time then, by their names in the report"
+    )
+    parser.add_argument(
+        "--vary", type=json.loads, default={}, help="JSON: constexpr to list of values"
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="put the setting of the least time, over all, in the table",
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="skip the comparison with the twins"
+    )
     args = parser.parse_args()
     flops, bandwidth = ceilings()
-    print(f"{torch.cuda.get_device_name()}: {flops / 1e9:.0f} TFLOP/s bf16, {bandwidth / 1e9:.2f} TB/s")
+    print(
+        f"{torch.cuda.get_device_name()}: {flops / 1e9:.0f} TFLOP/s bf16, {bandwidth / 1e9:.2f} TB/s"
+    )
     settings, totals = variants(args.vary), {}
     for name, T in itertools.product(args.shapes, args.tokens):
         if args.op:
@@ -303,10 +353,12 @@ def main():
             report(name, T, args.rank, flops, bandwidth, args.skew, not args.no_check)
     for row, times in totals.values():
         best = min(range(len(settings)), key=times.__getitem__)
-        print(f"{row.op}, tiles of {row.block_m} rows: {settings[best]} {times[best]:.0f} us over all")
+        print(
+            f"{row.op}, tiles of {row.block_m} rows: {settings[best]} {times[best]:.0f} us over all"
+        )
         if args.write and math.isfinite(times[best]):
             source = f"{torch.cuda.get_device_name()}, {date.today()}"
-            write_row(Path(config.__file__), row, {**row.blocks, **settings[best]}, source)
+            write_row(Path(table.__file__), row, {**row.blocks, **settings[best]}, source)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Per-expert LoRA for Mixture-of-Experts models, as a PEFT tuner; importing it registers the tuner."""
 
-from .config import MoELoraConfig
-from .conversion import convert_adapter, inspect_adapter, verify_adapter
-from .expert_statistics import ExpertLoad, expert_load, select_experts
-from .loading import load_peft_adapter
-from .merging import merge_adapter
-from .model import MoELoraModel
-from .plotting import plot_expert_load
-from .quantization import dequantize_experts, quantize_experts
-from .quantized_loading import load_quantized
+from .convert.convert import convert_adapter, inspect_adapter, verify_adapter
+from .convert.load import load_peft_adapter
+from .convert.merge import merge_adapter
+from .quant.in_place import dequantize_experts, quantize_experts
+from .quant.loading import load_quantized
 from .registration import register
-from .training_callback import ExpertLoadCallback
+from .stats.callback import ExpertLoadCallback
+from .stats.load import ExpertLoad, expert_load, select_experts
+from .stats.plot import plot_expert_load
+from .tuner.config import MoELoraConfig
+from .tuner.model import MoELoraModel
 
 __all__ = [
     "ExpertLoad",

@@ -18,12 +18,12 @@ from typing import Annotated
 import torch
 
 from . import __version__
-from .base_model import read_base
-from .conversion import convert_adapter, inspect_adapter, verify_adapter
-from .formats import B_LAYOUTS, FORMATS
+from .convert.base import read_base
+from .convert.convert import convert_adapter, inspect_adapter, verify_adapter
+from .convert.formats import B_LAYOUTS, FORMATS
+from .convert.merge import merge_adapter
+from .files.tensor_file import ExistsError, RefusedError
 from .functional import select_backend
-from .merging import merge_adapter
-from .tensor_file import ExistsError, RefusedError
 
 try:
     import typer
@@ -43,9 +43,12 @@ app = typer.Typer(
 
 Adapter = Annotated[Path, typer.Argument(help="Folder of an adapter, in any format.")]
 BaseConfig = Annotated[
-    str | None, typer.Option(help="The base model: a folder with a config.json, or a name on the hub.")
+    str | None,
+    typer.Option(help="The base model: a folder with a config.json, or a name on the hub."),
 ]
-BLayout = Annotated[str, typer.Option(help=f"Order of lora_B under PEFT's keys: {', '.join(B_LAYOUTS)}.")]
+BLayout = Annotated[
+    str, typer.Option(help=f"Order of lora_B under PEFT's keys: {', '.join(B_LAYOUTS)}.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what lies at the destination.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
@@ -54,23 +57,33 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 @app.command()
 def env(as_json: AsJson = False) -> None:
     """Versions, GPU and the backend picked: what an issue report needs."""
-    found = {"peft_moe_lora": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found = {
+        "peft_moe_lora": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     found |= {
-        name: _version(name) for name in ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
+        name: _version(name)
+        for name in ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
     }
     cuda = torch.cuda.is_available()
     found["cuda"] = torch.version.cuda if cuda else None
     found["gpu"] = None
     if cuda:
         major, minor = torch.cuda.get_device_capability()
-        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
+        found["gpu"] = (
+            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
+        )
     found["backend"] = select_backend("auto", torch.device("cuda" if cuda else "cpu"))
     _print(found, as_json)
 
 
 @app.command()
 def inspect(
-    path: Adapter, base_config: BaseConfig = None, b_layout: BLayout = "auto", as_json: AsJson = False
+    path: Adapter,
+    base_config: BaseConfig = None,
+    b_layout: BLayout = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """What an adapter holds, and which formats it can be converted to. Reads headers only."""
     with _exit_codes():
@@ -92,7 +105,13 @@ def convert(
     """Write an adapter in another format; per_expert, which most servers and PEFT read, by default."""
     with _exit_codes(), _bar("converting", quiet) as progress:
         done = convert_adapter(
-            src, dst, to=to, base_config=base_config, b_layout=b_layout, force=force, progress=progress
+            src,
+            dst,
+            to=to,
+            base_config=base_config,
+            b_layout=b_layout,
+            force=force,
+            progress=progress,
         )
     what = {
         "path": str(done.path),
@@ -133,10 +152,17 @@ def merge(
 @app.command()
 def verify(
     path: Adapter,
-    base: Annotated[str, typer.Argument(help="The base model: a folder with a config.json, or a name on the hub.")],
-    other: Annotated[Path | None, typer.Argument(help="A second adapter that should be the same update.")] = None,
+    base: Annotated[
+        str,
+        typer.Argument(help="The base model: a folder with a config.json, or a name on the hub."),
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second adapter that should be the same update.")
+    ] = None,
     b_layout: BLayout = "auto",
-    tolerance: Annotated[float | None, typer.Option(help="Largest relative error that passes.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative error that passes.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which experts are drawn.")] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -144,11 +170,20 @@ def verify(
     """Hold an adapter against its base model, and the updates of random experts against those of a second adapter."""
     with _exit_codes(), _bar("verifying", quiet) as progress:
         found = verify_adapter(
-            path, read_base(base), other, b_layout=b_layout, tolerance=tolerance, seed=seed, progress=progress
+            path,
+            read_base(base),
+            other,
+            b_layout=b_layout,
+            tolerance=tolerance,
+            seed=seed,
+            progress=progress,
         )
     _print({**asdict(found), "ok": found.ok}, as_json)
     if not found.ok:
-        print(f"error: {found.where} differs by {found.max_error:.2e}, relative to the update", file=sys.stderr)
+        print(
+            f"error: {found.where} differs by {found.max_error:.2e}, relative to the update",
+            file=sys.stderr,
+        )
         raise typer.Exit(DIFFERENT)
 
 
@@ -166,7 +201,13 @@ def _exit_codes() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = EXISTS if isinstance(error, ExistsError) else REFUSED if isinstance(error, RefusedError) else BAD
+        code = (
+            EXISTS
+            if isinstance(error, ExistsError)
+            else REFUSED
+            if isinstance(error, RefusedError)
+            else BAD
+        )
         raise typer.Exit(code) from None
 
 
@@ -177,7 +218,12 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,11 +7,11 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .config import MoELoraConfig
-from .implementations import IMPLEMENTATION
-from .layer import moe_lora_experts_forward
-from .model import MoELoraModel
-from .quantized_loading import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
+from .quant.loading import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
+from .tuner.config import MoELoraConfig
+from .tuner.implementations import IMPLEMENTATION
+from .tuner.layer import moe_lora_experts_forward
+from .tuner.model import MoELoraModel
 
 NAME = "MOE_LORA"
 
@@ -20,7 +20,9 @@ def register() -> None:
     """Make peft know the tuner and transformers the experts implementation; repeating it changes nothing."""
     _extend_peft_type(NAME)
     if PeftType[NAME] not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(name=NAME.lower(), config_cls=MoELoraConfig, model_cls=MoELoraModel, prefix="lora_")
+        register_peft_method(
+            name=NAME.lower(), config_cls=MoELoraConfig, model_cls=MoELoraModel, prefix="lora_"
+        )
     # FP8 experts look implementations up in a registry of their own
     for interface in (ExpertsInterface, FP8ExpertsInterface):
         interface.register(IMPLEMENTATION, moe_lora_experts_forward)

@@ -51,7 +51,9 @@ def assert_close(actual, expected, tolerance=FP32, what="values"):
 def assert_share_of_order_one(with_adapter, without, low=0.3, high=3.0):
     """The adapter moves the output by about as much as the output itself: then a wrong adapter cannot pass."""
     share = ((with_adapter - without).double().norm() / without.double().norm()).item()
-    assert low <= share <= high, f"the adapter's share of the output is {share:.3f}, not of order one"
+    assert low <= share <= high, (
+        f"the adapter's share of the output is {share:.3f}, not of order one"
+    )
 
 
 # ---- every experts class -------------------------------------------------------------------------------------------
@@ -61,9 +63,13 @@ def assert_share_of_order_one(with_adapter, without, low=0.3, high=3.0):
 def interface_families():
     """(family, class name) of every class under `@use_experts_implementation`, read from the sources."""
     found = []
-    decorated = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\s*\nclass (\w+)", re.MULTILINE)
+    decorated = re.compile(
+        r"^@use_experts_implementation(?:\([^)]*\))?\s*\nclass (\w+)", re.MULTILINE
+    )
     for path in sorted(MODELS.glob("*/modeling_*.py")):
-        found += [(path.parent.name, name) for name in decorated.findall(path.read_text(encoding="utf-8"))]
+        found += [
+            (path.parent.name, name) for name in decorated.findall(path.read_text(encoding="utf-8"))
+        ]
     return found
 
 
@@ -94,7 +100,9 @@ def experts_class(family, name):
 def is_on_the_interface(cls):
     """Whether `forward` is the dispatching one that the decorator puts in place."""
     forward = inspect.getattr_static(cls, "forward", None)
-    return inspect.isfunction(forward) and forward.__code__.co_filename.endswith("integrations/moe.py")
+    return inspect.isfunction(forward) and forward.__code__.co_filename.endswith(
+        "integrations/moe.py"
+    )
 
 
 def tiny_config(family, cls, hidden=H, intermediate=I, num_experts=E):
@@ -103,7 +111,9 @@ def tiny_config(family, cls, hidden=H, intermediate=I, num_experts=E):
     candidates = [
         c
         for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, PreTrainedConfig) and c.__module__ == module.__name__
+        if inspect.isclass(c)
+        and issubclass(c, PreTrainedConfig)
+        and c.__module__ == module.__name__
     ]
     annotation = inspect.signature(cls.__init__).parameters["config"].annotation
     # the class that the constructor asks for comes first, text configs before composite ones
@@ -123,7 +133,9 @@ def tiny_config(family, cls, hidden=H, intermediate=I, num_experts=E):
     }
     # inspect.getsource(cls) parses the whole module, a second each; the text between two classes will do
     text = Path(inspect.getfile(cls.__init__.__wrapped__)).read_text(encoding="utf-8")
-    source = re.search(rf"^class {cls.__name__}\b.*?(?=^class |^def |^@|\Z)", text, re.MULTILINE | re.DOTALL)[0]
+    source = re.search(
+        rf"^class {cls.__name__}\b.*?(?=^class |^def |^@|\Z)", text, re.MULTILINE | re.DOTALL
+    )[0]
     read = set(re.findall(r"config\.(\w+)", source))
     for candidate in candidates:
         config = candidate()
@@ -135,7 +147,9 @@ def tiny_config(family, cls, hidden=H, intermediate=I, num_experts=E):
             setattr(config, name, [small[name]] * 2 if several else small[name])
         config._experts_implementation = "eager"
         return config
-    raise AssertionError(f"no config class of {family} has all of {sorted(read)}: {[c.__name__ for c in candidates]}")
+    raise AssertionError(
+        f"no config class of {family} has all of {sorted(read)}: {[c.__name__ for c in candidates]}"
+    )
 
 
 def fill(module, seed=0):
@@ -154,7 +168,11 @@ def build_experts(family, name, hidden=H, intermediate=I, num_experts=E, dtype=t
     """One experts module of a family, tiny and random."""
     cls = experts_class(family, name)
     # where the size is an argument, the config holds one per modality
-    extra = {"intermediate_size": intermediate} if "intermediate_size" in inspect.signature(cls).parameters else {}
+    extra = (
+        {"intermediate_size": intermediate}
+        if "intermediate_size" in inspect.signature(cls).parameters
+        else {}
+    )
     experts = cls(tiny_config(family, cls, hidden, intermediate, num_experts), **extra)
     return fill(experts).to(dtype)
 
@@ -164,7 +182,11 @@ def build_step3p7(hidden=H, intermediate=I, num_experts=E):
     from transformers.models.step3p7 import modeling_step3p7
 
     config = PreTrainedConfig()
-    config.num_local_experts, config.hidden_size, config.moe_intermediate_size = num_experts, hidden, intermediate
+    config.num_local_experts, config.hidden_size, config.moe_intermediate_size = (
+        num_experts,
+        hidden,
+        intermediate,
+    )
     config.hidden_act = "silu"
     return fill(modeling_step3p7.Step3p7Experts(config, swiglu_limit=2.0))
 
@@ -225,7 +247,9 @@ def fill_adapter(model, adapter_name="default", seed=1, gain=1.0):
     """Random A and B, none of them zero, of the size that moves every expert's output by about its own size."""
     generator = torch.Generator().manual_seed(seed)
     parameters = adapter_parameters(model, adapter_name)
-    assert parameters, f"no parameter of adapter {adapter_name!r} in {[n for n, _ in model.named_parameters()]}"
+    assert parameters, (
+        f"no parameter of adapter {adapter_name!r} in {[n for n, _ in model.named_parameters()]}"
+    )
     with torch.no_grad():
         for name, parameter in parameters.items():
             # [r*E, K] and [N, r*E]: R stands for the fan-in of B, which the shape alone does not tell
@@ -238,19 +262,27 @@ def experts_adapter(model, path="experts", adapter_name="default", prefix="base_
     named = dict(model.named_parameters())
     start = f"{prefix}{path}.lora_A.{adapter_name}."
     projections = [name.removeprefix(start) for name in named if name.startswith(start)]
-    return {p: (named[start + p], named[start.replace("lora_A", "lora_B") + p]) for p in projections}
+    return {
+        p: (named[start + p], named[start.replace("lora_A", "lora_B") + p]) for p in projections
+    }
 
 
 def dense_delta(lora_A, lora_B, num_experts, scaling):
     """[E, N, K] float: scaling * B[e] @ A[e] for every expert, from the definition of the layout."""
     r = lora_A.shape[0] // num_experts
     return torch.stack(
-        [scaling * lora_B[:, e * r : (e + 1) * r] @ lora_A[e * r : (e + 1) * r] for e in range(num_experts)]
+        [
+            scaling * lora_B[:, e * r : (e + 1) * r] @ lora_A[e * r : (e + 1) * r]
+            for e in range(num_experts)
+        ]
     )
 
 
 def dense_deltas(adapters, num_experts, scaling):
-    return {projection: dense_delta(a, b, num_experts, scaling) for projection, (a, b) in adapters.items()}
+    return {
+        projection: dense_delta(a, b, num_experts, scaling)
+        for projection, (a, b) in adapters.items()
+    }
 
 
 # ---- the oracle ----------------------------------------------------------------------------------------------------
@@ -310,11 +342,15 @@ def oracle(experts, hidden_states, top_k_index, top_k_weights, deltas=None):
     return out
 
 
-def random_rows(T=13, hidden=H, num_experts=E, top_k=TOP_K, dtype=torch.float32, weights_dtype=None, seed=2):
+def random_rows(
+    T=13, hidden=H, num_experts=E, top_k=TOP_K, dtype=torch.float32, weights_dtype=None, seed=2
+):
     """hidden_states [T, H], top_k_index [T, top_k] without repeats, top_k_weights [T, top_k] in (0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     hidden_states = torch.randn(T, hidden, generator=generator).to(dtype)
-    top_k_index = torch.rand(T, num_experts, generator=generator).argsort(dim=-1)[:, :top_k].contiguous()
+    top_k_index = (
+        torch.rand(T, num_experts, generator=generator).argsort(dim=-1)[:, :top_k].contiguous()
+    )
     top_k_weights = (0.2 + torch.rand(T, top_k, generator=generator)).to(weights_dtype or dtype)
     return hidden_states, top_k_index, top_k_weights
 
@@ -428,7 +464,9 @@ def tiny_model(family="qwen3_moe", dtype=torch.float32, seed=0, **changes):
     """A whole random model of a family, in eval mode, whose experts carry a good share of its output."""
     name, settings = {**_TINY, **_BESIDE}[family]
     settings = {**_COMMON, **settings, **changes}
-    config = getattr(modeling_module(family), name)(**{k: v for k, v in settings.items() if v is not None})
+    config = getattr(modeling_module(family), name)(
+        **{k: v for k, v in settings.items() if v is not None}
+    )
     torch.manual_seed(seed)
     if family == "muse_spark":
         model = modeling_module(family).MuseSparkTextModel(config)
@@ -478,7 +516,8 @@ class DenseTwin(nn.Module):
     def __init__(self, model, adapter_name="default"):
         super().__init__()
         self.leaves = {
-            n: p.detach().clone().requires_grad_() for n, p in adapter_parameters(model, adapter_name).items()
+            n: p.detach().clone().requires_grad_()
+            for n, p in adapter_parameters(model, adapter_name).items()
         }
         config = model.peft_config[adapter_name]
         self.scaling = config.lora_alpha / config.r
@@ -501,7 +540,9 @@ class DenseTwin(nn.Module):
             weight = base_weight(experts, projection)
             delta = dense_delta(A, B, weight.shape[0], self.scaling)
             (key,) = (n for n, p in experts.named_parameters() if p.data_ptr() == weight.data_ptr())
-            found[f"{path}.{key}"] = named[f"{path}.{key}"] + (delta.mT if experts.is_transposed else delta)
+            found[f"{path}.{key}"] = named[f"{path}.{key}"] + (
+                delta.mT if experts.is_transposed else delta
+            )
         return {name: weight.to(named[name].dtype) for name, weight in found.items()}
 
     def forward(self, *args, **kwargs):
@@ -509,14 +550,18 @@ class DenseTwin(nn.Module):
 
     def gradients(self, loss):
         """{name in the adapted model: gradient of the loss}."""
-        return dict(zip(self.leaves, torch.autograd.grad(loss, list(self.leaves.values())), strict=True))
+        return dict(
+            zip(self.leaves, torch.autograd.grad(loss, list(self.leaves.values())), strict=True)
+        )
 
 
 def snapshot(model):
     """All that a failed call must leave as it was: modules, state and what is trainable."""
     return {
         "modules": {name: (id(module), type(module)) for name, module in model.named_modules()},
-        "state": {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()},
+        "state": {
+            name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()
+        },
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
     }
 

@@ -105,7 +105,9 @@ def test_merged_weights_are_equal(family):
     for name, weight in ours.state_dict().items():
         assert_close(weight, theirs.state_dict()[name], TOLERANCE, name)
     for path in experts_paths(base):
-        assert_share_of_order_one(ours.get_submodule(path).down_proj, base.get_submodule(path).down_proj)
+        assert_share_of_order_one(
+            ours.get_submodule(path).down_proj, base.get_submodule(path).down_proj
+        )
 
 
 def test_rslora_scales_as_in_peft(family):
@@ -167,7 +169,9 @@ def test_a_mix_up_of_the_two_orders_or_of_two_experts_is_caught(family):
         with torch.no_grad():
             for path in experts_paths(base):
                 for pair in experts_adapter(wrong, path).values():
-                    for parameter, value in zip(pair, mistake(*(p.detach().clone() for p in pair)), strict=True):
+                    for parameter, value in zip(
+                        pair, mistake(*(p.detach().clone() for p in pair)), strict=True
+                    ):
                         parameter.copy_(value)
         assert relative_error(outputs(wrong), theirs) > 1000 * TOLERANCE, name
 

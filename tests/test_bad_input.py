@@ -28,7 +28,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.layout import NOT_YET
+from peft_moe_lora.experts.layout import NOT_YET
 
 FILE = "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.1.mlp.experts.lora_B.down"
@@ -93,8 +93,16 @@ def test_the_ends_of_the_ranges_are_allowed(field, value):
         ("no module has the name", {"target_modules": ["expert"]}, "expert"),
         ("no module matches the pattern", {"target_modules": r".*\.no_experts"}, "no_experts"),
         ("one name of two is misspelt", {"target_modules": ["experts", "qproj"]}, "qproj"),
-        ("no such layer", {"target_modules": ["experts"], "layers_to_transform": [7]}, "layers_to_transform"),
-        ("every target is excluded", {"target_modules": ["experts"], "exclude_modules": ["experts"]}, "exclude"),
+        (
+            "no such layer",
+            {"target_modules": ["experts"], "layers_to_transform": [7]},
+            "layers_to_transform",
+        ),
+        (
+            "every target is excluded",
+            {"target_modules": ["experts"], "exclude_modules": ["experts"]},
+            "exclude",
+        ),
         ("a block is no linear layer", {"target_modules": ["experts", "self_attn"]}, "Attention"),
     ],
 )
@@ -106,17 +114,28 @@ def test_a_target_that_cannot_be_adapted_raises_and_changes_nothing(why, setting
     assert_unchanged(model, before)
     assert torch.equal(outputs(model), expected)
     # and the model is as good as new: the right target still works
-    assert experts_adapter(moe_lora(model), "model.layers.1.mlp.experts").keys() == {"gate_up", "down"}
+    assert experts_adapter(moe_lora(model), "model.layers.1.mlp.experts").keys() == {
+        "gate_up",
+        "down",
+    }
 
 
 def dense_model():
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
     )
 
 
 @pytest.mark.parametrize("target_modules", [None, ["experts"]])
-@pytest.mark.parametrize("build", [dense_model, lambda: nn.Sequential(nn.Linear(3, 3))], ids=["llama", "bare"])
+@pytest.mark.parametrize(
+    "build", [dense_model, lambda: nn.Sequential(nn.Linear(3, 3))], ids=["llama", "bare"]
+)
 def test_a_model_without_experts_raises(build, target_modules):
     model = build()
     before = snapshot(model)
@@ -140,7 +159,10 @@ def test_experts_of_another_contract_raise_by_name(name):
 def test_a_bad_second_adapter_leaves_the_first_alone():
     model = moe_lora(tiny_model())
     before, expected = snapshot(model), outputs(model)
-    for settings in ({"target_modules": ["expert"]}, {"target_modules": ["q_proj", "experts", "self_attn"]}):
+    for settings in (
+        {"target_modules": ["expert"]},
+        {"target_modules": ["q_proj", "experts", "self_attn"]},
+    ):
         with pytest.raises(ValueError, match=r"expert|Attention"):
             model.add_adapter("second", MoELoraConfig(r=2, **settings))
         assert_unchanged(model, before)
@@ -331,14 +353,20 @@ LINEAR = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 HEAD = "base_model.model.lm_head.weight"
 MIXED_FAULTS = {
     "a linear layer's B is missing": (LINEAR, lambda t: t.pop(LINEAR)),
-    "a linear layer's B has another rank": (LINEAR, lambda t: t.update({LINEAR: t[LINEAR][:, 1:].contiguous()})),
+    "a linear layer's B has another rank": (
+        LINEAR,
+        lambda t: t.update({LINEAR: t[LINEAR][:, 1:].contiguous()}),
+    ),
     "a linear layer's B is not finite": (LINEAR, lambda t: t[LINEAR].fill_(math.nan)),
     "a linear layer nobody targets": (
         "k_proj",
         lambda t: t.update({LINEAR.replace("q_proj", "k_proj"): t[LINEAR].clone()}),
     ),
     "the saved head is missing": ("lm_head", lambda t: t.pop(HEAD)),
-    "the saved head has another vocabulary": ("lm_head", lambda t: t.update({HEAD: t[HEAD][1:].contiguous()})),
+    "the saved head has another vocabulary": (
+        "lm_head",
+        lambda t: t.update({HEAD: t[HEAD][1:].contiguous()}),
+    ),
     "an expert's tensor is missing": (KEY, lambda t: t.pop(KEY)),
     "an experts module nobody has": (
         "layers.2",
@@ -350,7 +378,9 @@ MIXED_FAULTS = {
 @pytest.mark.parametrize("why", MIXED_FAULTS)
 def test_a_fault_beside_the_experts_raises_too(why, tmp_path):
     named, change = MIXED_FAULTS[why]
-    moe_lora(tiny_model(), target_modules=["experts", "q_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    moe_lora(
+        tiny_model(), target_modules=["experts", "q_proj"], modules_to_save=["lm_head"]
+    ).save_pretrained(tmp_path)
 
     def changed(tensors):
         change(tensors)
@@ -387,7 +417,9 @@ def broken_late(good_adapter, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("fault", [missing, transposed, not_a_number, another_expert_count], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fault", [missing, transposed, not_a_number, another_expert_count], ids=lambda f: f.__name__
+)
 def test_a_config_made_by_hand_does_not_skip_the_checks(fault, broken):
     """It knows of no file, so PEFT adds the adapter before the file is read; the tensors are refused all the same."""
     config = MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"], inference_mode=True)
@@ -395,13 +427,17 @@ def test_a_config_made_by_hand_does_not_skip_the_checks(fault, broken):
         PeftModel.from_pretrained(tiny_model(), broken, config=config)
 
 
-@pytest.mark.parametrize("fault", [missing, not_a_number, truncated, pickled, newer_version], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fault", [missing, not_a_number, truncated, pickled, newer_version], ids=lambda f: f.__name__
+)
 def test_auto_peft_model_raises(fault, broken):
     with pytest.raises(ValueError, match=FAULTS[fault]):
         AutoPeftModelForCausalLM.from_pretrained(broken)
 
 
-@pytest.mark.parametrize("fault", [unknown_layout_in_config, newer_version_in_config], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fault", [unknown_layout_in_config, newer_version_in_config], ids=lambda f: f.__name__
+)
 def test_transformers_load_adapter_raises_before_anything_changes(fault, broken):
     model = tiny_model()
     before, expected = snapshot(model), outputs(model)

@@ -11,7 +11,18 @@ import torch
 
 PATH = Path(__file__).parent.parent / "examples" / "benchmark.py"
 # E, H, I, top_k all differ
-TINY = ["--device", "cpu", "--shapes", "6,64,32,2", "--tokens", "40", "--rank", "4", "--repeat", "2"]
+TINY = [
+    "--device",
+    "cpu",
+    "--shapes",
+    "6,64,32,2",
+    "--tokens",
+    "40",
+    "--rank",
+    "4",
+    "--repeat",
+    "2",
+]
 
 
 @pytest.fixture
@@ -21,7 +32,9 @@ def benchmark(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "benchmark", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "measure_ceilings", lambda timer, probe: module.Ceilings(1e11, 1e10))
+    monkeypatch.setattr(
+        module, "measure_ceilings", lambda timer, probe: module.Ceilings(1e11, 1e10)
+    )
     return module
 
 
@@ -35,15 +48,52 @@ def run(benchmark, tmp_path, capsys, *arguments):
 
 def test_report_has_every_field(benchmark, tmp_path, capsys):
     routes = ["moe_lora", "moe_lora-materialize", "peft", "torch", "base"]
-    status, report, lines = run(benchmark, tmp_path, capsys, "--routes", *routes, "--plot", str(tmp_path / "b.png"))
+    status, report, lines = run(
+        benchmark, tmp_path, capsys, "--routes", *routes, "--plot", str(tmp_path / "b.png")
+    )
     assert status == 0
-    assert report.keys() == {"machine", "date", "what", "roofline", "command", "cold", "rest", "ceilings", "rows"}
-    assert {"device", "python", "torch", "triton", "transformers", "peft"} <= report["machine"].keys()
+    assert report.keys() == {
+        "machine",
+        "date",
+        "what",
+        "roofline",
+        "command",
+        "cold",
+        "rest",
+        "ceilings",
+        "rows",
+    }
+    assert {"device", "python", "torch", "triton", "transformers", "peft"} <= report[
+        "machine"
+    ].keys()
     assert [row["peer"] for row in report["rows"]] == routes == list(lines)
     for row in report["rows"]:
-        assert (row["E"], row["H"], row["I"], row["top_k"], row["T"], row["r"]) == (6, 64, 32, 2, 40, 4)
-        assert (row["dtype"], row["lora"], row["skew"], row["failed"]) == ("float32", "float32", 0, None)
-        for name in ("fwd", "step", "first", "held", "kept", "peak", "roof", "x_roof", "err", "edx"):
+        assert (row["E"], row["H"], row["I"], row["top_k"], row["T"], row["r"]) == (
+            6,
+            64,
+            32,
+            2,
+            40,
+            4,
+        )
+        assert (row["dtype"], row["lora"], row["skew"], row["failed"]) == (
+            "float32",
+            "float32",
+            0,
+            None,
+        )
+        for name in (
+            "fwd",
+            "step",
+            "first",
+            "held",
+            "kept",
+            "peak",
+            "roof",
+            "x_roof",
+            "err",
+            "edx",
+        ):
             assert row[name] > 0, name
         assert row["peak"] > row["held"] > row["kept"]
         # on a CPU the ceilings are those at the start
@@ -51,8 +101,12 @@ def test_report_has_every_field(benchmark, tmp_path, capsys):
         assert (row["flops"], row["bandwidth"]) == (1e11, 1e10)
         assert row["first_in_process"] is True
         assert (row["x_base"] is None) == (row["peer"] == "base")
-        gradients = {f"d lora_{side}.{projection}" for side in "AB" for projection in ("gate_up", "down")}
-        expected = {"out", "d x", "d top_k_weights"} | (gradients if row["peer"] != "base" else set())
+        gradients = {
+            f"d lora_{side}.{projection}" for side in "AB" for projection in ("gate_up", "down")
+        }
+        expected = {"out", "d x", "d top_k_weights"} | (
+            gradients if row["peer"] != "base" else set()
+        )
         assert row["errors"].keys() == expected
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
@@ -96,7 +150,9 @@ def test_a_rested_card_is_timed_in_short_turns_after_a_pause(benchmark, monkeypa
 def swap_two_experts(benchmark, problem, route):
     forward = route.forward
     # 0 <-> 1
-    route.forward = lambda x, index, weights: forward(x, torch.where(index < 2, 1 - index, index), weights)
+    route.forward = lambda x, index, weights: forward(
+        x, torch.where(index < 2, 1 - index, index), weights
+    )
 
 
 def leave_the_adapter_out(benchmark, problem, route):
@@ -123,7 +179,13 @@ def raise_an_error(benchmark, problem, route):
 
 @pytest.mark.parametrize(
     "damage",
-    [swap_two_experts, leave_the_adapter_out, double_one_gradient, lose_the_last_token, raise_an_error],
+    [
+        swap_two_experts,
+        leave_the_adapter_out,
+        double_one_gradient,
+        lose_the_last_token,
+        raise_an_error,
+    ],
     ids=lambda damage: damage.__name__,
 )
 def test_a_wrong_route_gets_no_number(benchmark, monkeypatch, tmp_path, capsys, damage):
@@ -150,7 +212,9 @@ def test_roofline_is_that_of_the_published_formula(benchmark):
     sizes = (*benchmark.SHAPES["qwen3-30b"], 8192, 16)
     case = benchmark.Case("qwen3-30b", *sizes, torch.bfloat16, 0.0, torch.device("cuda"))
     # by hand: 2 * 65536 * 3 * 768 * 2048 = 618.5 GFLOP each way, + 13.4 and 26.8 of LoRA, at 780 TFLOP/s
-    assert case.roof(benchmark.Ceilings(780e12, 4.23e12)) == pytest.approx((631.9 + 645.3) / 780, rel=1e-3)
+    assert case.roof(benchmark.Ceilings(780e12, 4.23e12)) == pytest.approx(
+        (631.9 + 645.3) / 780, rel=1e-3
+    )
     # by hand: weights 1208 MB, x and out 67 MB, rows 403 MB; twice 67 and 604 MB backward; nothing but bytes counts
     bytes_ms = (1208.0 + 67.1 + 402.7 + 1208.0 + 134.2 + 604.0) / 1e3
     assert case.roof(benchmark.Ceilings(1e30, 1e12)) == pytest.approx(bytes_ms, rel=1e-3)
@@ -169,7 +233,13 @@ def test_default_cases_are_the_goals(benchmark):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--shapes", "qwen"], ["--shapes", "8,64,32"], ["--tokens", "0"], ["--skew", "2"], ["--rank", "0"]],
+    [
+        ["--shapes", "qwen"],
+        ["--shapes", "8,64,32"],
+        ["--tokens", "0"],
+        ["--skew", "2"],
+        ["--rank", "0"],
+    ],
     ids=" ".join,
 )
 def test_bad_arguments_are_refused(benchmark, arguments, capsys):

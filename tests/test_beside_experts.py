@@ -33,14 +33,16 @@ from torch import nn
 from torch.func import functional_call
 
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.layer import MoELoraLayer
-from peft_moe_lora.router import MoELoraRouter
+from peft_moe_lora.tuner.layer import MoELoraLayer
+from peft_moe_lora.tuner.router import MoELoraRouter
 
 # softmax and sigmoid routers, grouped ones, one with a bias, one that is a linear layer with a forward of its own;
 # with shared experts, gates on them, latent projections, linear attention, MLA
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "glm4_moe", "qwen2_moe", "qwen3_next",
             "qwen3_5_moe", "phimoe", "muse_spark", "aria"]  # fmt: skip
-FAMILIES = [family for family in FAMILIES if family in {installed for installed, _ in interface_families()}]
+FAMILIES = [
+    family for family in FAMILIES if family in {installed for installed, _ in interface_families()}
+]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SCALING = 2.0
 
@@ -74,7 +76,9 @@ def everything(base):
 
 
 def with_everything(base, **config):
-    return moe_lora(base, target_modules=everything(base), **{"r": R, "lora_alpha": SCALING * R, **config})
+    return moe_lora(
+        base, target_modules=everything(base), **{"r": R, "lora_alpha": SCALING * R, **config}
+    )
 
 
 def pair(model, path):
@@ -89,7 +93,10 @@ def updated_experts(base, model):
     for path in experts_paths(base):
         experts = base.get_submodule(path)
         deltas = dense_deltas(experts_adapter(model, path), experts.down_proj.shape[0], SCALING)
-        names = {"gate_up": "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj", "down": "down_proj"}
+        names = {
+            "gate_up": "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj",
+            "down": "down_proj",
+        }
         for projection, delta in deltas.items():
             weight = base_weight(experts, projection) + delta
             transposed = getattr(experts, "is_transposed", False)
@@ -114,7 +121,9 @@ def plain_outputs(base, weights):
 
 def gradients(out, parameters):
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
-    return dict(zip(parameters, torch.autograd.grad(out, list(parameters.values()), direction), strict=True))
+    return dict(
+        zip(parameters, torch.autograd.grad(out, list(parameters.values()), direction), strict=True)
+    )
 
 
 @every_family
@@ -125,7 +134,10 @@ def test_everything_adapted_is_every_weight_plus_its_update(family):
     parameters = adapter_parameters(model)
     number = 2 * (len(linear_paths(base)) + len(router_paths(base)) + 2 * len(experts_paths(base)))
     assert len(parameters) == number
-    actual, right = outputs(model), plain_outputs(base, updated_experts(base, model) | updated_layers(base, model))
+    actual, right = (
+        outputs(model),
+        plain_outputs(base, updated_experts(base, model) | updated_layers(base, model)),
+    )
     assert_share_of_order_one(actual, outputs(base))
     assert_close(actual, right, FP32)
     expected = gradients(right, parameters)
@@ -165,7 +177,9 @@ def test_everything_is_saved_loaded_and_merged(family, tmp_path):
     assert_close(outputs(model), expected)
     whole = model.merge_and_unload()
     assert_close(outputs(whole), expected)
-    assert {n: type(m) for n, m in whole.named_modules()} == {n: type(m) for n, m in base.named_modules()}
+    assert {n: type(m) for n, m in whole.named_modules()} == {
+        n: type(m) for n, m in base.named_modules()
+    }
     assert torch.equal(outputs(loaded.unload()), outputs(base))
 
 
@@ -176,9 +190,13 @@ def test_everything_is_saved_loaded_and_merged(family, tmp_path):
 def test_a_routers_gradient_through_the_routing_weights(family):
     """W's, where the router itself trains beside adapted experts: the same as in a plain model with merged experts."""
     base = tiny_model(family)
-    model = moe_lora(copy.deepcopy(base), target_modules=last(experts_paths(base)), lora_alpha=SCALING * R)
+    model = moe_lora(
+        copy.deepcopy(base), target_modules=last(experts_paths(base)), lora_alpha=SCALING * R
+    )
     names = [f"{path}.weight" for path in router_paths(base)]
-    routers = {n: p.requires_grad_() for n, p in model.base_model.model.named_parameters() if n in names}
+    routers = {
+        n: p.requires_grad_() for n, p in model.base_model.model.named_parameters() if n in names
+    }
     leaves = {n: base.get_parameter(n).detach().clone().requires_grad_() for n in names}
     expected = gradients(plain_outputs(base, updated_experts(base, model) | leaves), leaves)
     for name, grad in gradients(outputs(model), routers).items():
@@ -251,7 +269,9 @@ def test_compiling_breaks_no_more_graphs_than_without(family):
 
     def graph_breaks(model):
         torch.compiler.reset()
-        return torch._dynamo.explain(model)(input_ids=token_ids(), use_cache=False).graph_break_count
+        return torch._dynamo.explain(model)(
+            input_ids=token_ids(), use_cache=False
+        ).graph_break_count
 
     assert graph_breaks(model.base_model.model) <= graph_breaks(base)
 
@@ -282,16 +302,25 @@ def test_cpu_offload_of_routers(family, first, tmp_path):
 # ---- whole routers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "router"), [("qwen3_moe", "gate"), ("gpt_oss", "router"), ("deepseek_v3", "gate")])
+@pytest.mark.parametrize(
+    ("family", "router"), [("qwen3_moe", "gate"), ("gpt_oss", "router"), ("deepseek_v3", "gate")]
+)
 def test_whole_routers_train_are_saved_loaded_and_merged(family, router, tmp_path):
     base = tiny_model(family)
     model = moe_lora(copy.deepcopy(base), modules_to_save=[router], lora_alpha=SCALING * R)
     saved = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
-    assert len(saved) == sum(len(list(base.get_submodule(path).parameters())) for path in router_paths(base))
-    plain = {n.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p for n, p in saved.items()}
+    assert len(saved) == sum(
+        len(list(base.get_submodule(path).parameters())) for path in router_paths(base)
+    )
+    plain = {
+        n.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p
+        for n, p in saved.items()
+    }
     expected = gradients(plain_outputs(base, updated_experts(base, model) | plain), plain)
     before = outputs(model)
-    for (name, grad), wanted in zip(gradients(before, saved).items(), expected.values(), strict=True):
+    for (name, grad), wanted in zip(
+        gradients(before, saved).items(), expected.values(), strict=True
+    ):
         assert wanted.abs().max() > 0
         assert_close(grad, wanted, GRADIENTS, name)
         with torch.no_grad():
@@ -337,7 +366,13 @@ def test_the_summary_says_what_a_name_meant(family, targets, said):
     ("settings", "adapted"),
     [
         ({"target_modules": ["experts", "gate"], "layers_to_transform": [1]}, [False, True]),
-        ({"target_modules": r".*\.mlp\.(experts|gate)", "exclude_modules": ["layers.1.mlp.gate"]}, [True, False]),
+        (
+            {
+                "target_modules": r".*\.mlp\.(experts|gate)",
+                "exclude_modules": ["layers.1.mlp.gate"],
+            },
+            [True, False],
+        ),
     ],
 )
 def test_layers_and_exclusions_reach_routers(settings, adapted):
@@ -374,7 +409,9 @@ def test_everything_adapted_on_a_gpu(family):
     assert_close(on_gpu.cpu(), expected, GRADIENTS)
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7)).cuda()
     parameters = adapter_parameters(model)
-    for name, grad in zip(parameters, torch.autograd.grad(on_gpu, list(parameters.values()), direction), strict=True):
+    for name, grad in zip(
+        parameters, torch.autograd.grad(on_gpu, list(parameters.values()), direction), strict=True
+    ):
         assert_close(grad.cpu(), expected_grads[name], 1e-3, name)
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
@@ -397,6 +434,9 @@ def test_everything_compiles_on_a_gpu(family):
     compiled = outputs(torch.compile(model), ids)
     assert_close(compiled, expected, 1e-3)
     for name, grad, wanted in zip(
-        parameters, torch.autograd.grad(compiled.square().mean(), list(parameters.values())), grads, strict=True
+        parameters,
+        torch.autograd.grad(compiled.square().mean(), list(parameters.values())),
+        grads,
+        strict=True,
     ):
         assert_close(grad, wanted, 1e-2, name)

@@ -104,9 +104,13 @@ def test_metadata_says_layout_and_sizes(saved):
 
 
 def test_metadata_has_each_modules_own_rank(tmp_path):
-    model = moe_lora(tiny_model(), target_projections=["down"], rank_pattern={"layers.1.mlp.experts": 3})
+    model = moe_lora(
+        tiny_model(), target_projections=["down"], rank_pattern={"layers.1.mlp.experts": 3}
+    )
     model.save_pretrained(tmp_path)
-    first, second = (document(tmp_path)["experts"][name] for name in sorted(document(tmp_path)["experts"]))
+    first, second = (
+        document(tmp_path)["experts"][name] for name in sorted(document(tmp_path)["experts"])
+    )
     assert first == {"num_experts": E, "down": {"r": R, "in_features": I, "out_features": H}}
     assert second == {"num_experts": E, "down": {"r": 3, "in_features": I, "out_features": H}}
 
@@ -154,9 +158,13 @@ def test_file_alone_gives_the_merged_weights(family, tmp_path):
     scaling = json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] / R
     merged = model.merge_and_unload()
     for path in experts_paths(base):
-        num_experts = next(size for name, size in sizes.items() if name.endswith(path))["num_experts"]
+        num_experts = next(size for name, size in sizes.items() if name.endswith(path))[
+            "num_experts"
+        ]
         for projection in ("gate_up", "down"):
-            lora_A, lora_B = (tensors[f"base_model.model.{path}.lora_{m}.{projection}"] for m in "AB")
+            lora_A, lora_B = (
+                tensors[f"base_model.model.{path}.lora_{m}.{projection}"] for m in "AB"
+            )
             before, after = (base_weight(m.get_submodule(path), projection) for m in (base, merged))
             delta = dense_delta(lora_A, lora_B, num_experts, scaling)
             assert_share_of_order_one(before + delta, before)
@@ -170,7 +178,9 @@ def test_adapter_of_a_bf16_model_is_saved_in_fp32(tmp_path):
 
 def test_linear_layers_and_modules_to_save_are_in_the_same_file(tmp_path):
     base = tiny_model()
-    model = moe_lora(copy.deepcopy(base), target_modules=["experts", "q_proj"], modules_to_save=["lm_head"])
+    model = moe_lora(
+        copy.deepcopy(base), target_modules=["experts", "q_proj"], modules_to_save=["lm_head"]
+    )
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
     model.save_pretrained(tmp_path)
@@ -188,14 +198,18 @@ def test_any_name_of_an_adapter_survives_its_file(adapter_name, tmp_path):
     model = moe_lora(copy.deepcopy(base), adapter_name=adapter_name)
     assert_share_of_order_one(outputs(model), outputs(base))
     model.save_pretrained(tmp_path)
-    assert "base_model.model.model.layers.0.mlp.experts.lora_A.gate_up" in load_file(tmp_path / adapter_name / FILE)
+    assert "base_model.model.model.layers.0.mlp.experts.lora_A.gate_up" in load_file(
+        tmp_path / adapter_name / FILE
+    )
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / adapter_name)
     assert_close(outputs(loaded), outputs(model), SAME)
     loaded = PeftModel.from_pretrained(base, tmp_path / adapter_name, adapter_name=adapter_name)
     assert_close(outputs(loaded), outputs(model), SAME)
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", ["experts", "q_proj"], r".*\.(experts|o_proj)", None])
+@pytest.mark.parametrize(
+    "target_modules", ["all-linear", ["experts", "q_proj"], r".*\.(experts|o_proj)", None]
+)
 def test_every_way_to_name_targets_survives_the_file(target_modules, tmp_path):
     base = tiny_model()
     model = moe_lora(copy.deepcopy(base), target_modules=target_modules)
@@ -225,7 +239,9 @@ def test_from_pretrained(family, low_cpu_mem_usage, tmp_path):
 def test_from_pretrained_to_train_on(saved):
     base, model, directory = saved
     loaded = PeftModel.from_pretrained(base, directory, is_trainable=True)
-    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(adapter_parameters(model))
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(
+        adapter_parameters(model)
+    )
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -279,7 +295,9 @@ def test_transformers_add_adapter_and_save_pretrained(family, tmp_path):
     assert_share_of_order_one(outputs(base), plain)
     base.save_pretrained(tmp_path)
     assert all(key.startswith("base_model.model.") for key in load_file(tmp_path / FILE))
-    assert_close(outputs(PeftModel.from_pretrained(tiny_model(family), tmp_path)), outputs(base), SAME)
+    assert_close(
+        outputs(PeftModel.from_pretrained(tiny_model(family), tmp_path)), outputs(base), SAME
+    )
     again = tiny_model(family)
     again.load_adapter(str(tmp_path))
     assert_close(outputs(again), outputs(base), SAME)
@@ -299,7 +317,9 @@ def test_bf16_adapter_keeps_its_dtype_or_is_widened(tmp_path):
     model.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / FILE).values()} == {torch.bfloat16}
     for autocast, dtype in ((False, torch.bfloat16), (True, torch.float32)):
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=autocast)
+        loaded = PeftModel.from_pretrained(
+            copy.deepcopy(base), tmp_path, autocast_adapter_dtype=autocast
+        )
         parameters = adapter_parameters(loaded)
         assert {p.dtype for p in parameters.values()} == {dtype}
         for name, parameter in adapter_parameters(model).items():

@@ -40,8 +40,8 @@ from safetensors.torch import load_file
 
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.functional import Projection, experts
-from peft_moe_lora.layer import MoELoraLayer
 from peft_moe_lora.ops import Activation
+from peft_moe_lora.tuner.layer import MoELoraLayer
 
 CHOSEN = [1, 4]
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
@@ -57,7 +57,9 @@ def deltas_of_some(model, chosen, scaling=2.0, adapter_name="default"):
     found = {}
     for projection, (A, B) in experts_adapter(model, adapter_name=adapter_name).items():
         held = dense_delta(A.double(), B.double(), len(chosen), scaling)
-        found[projection] = torch.zeros(E, *held.shape[1:], dtype=held.dtype).index_copy(0, torch.tensor(chosen), held)
+        found[projection] = torch.zeros(E, *held.shape[1:], dtype=held.dtype).index_copy(
+            0, torch.tensor(chosen), held
+        )
     return found
 
 
@@ -78,11 +80,15 @@ def test_output_and_gradients_are_the_oracles(family, name, options):
 
     plain = base_of(model)
     expected, exact = grads_of(
-        lambda: oracle(plain, x.double(), index, weights.double(), deltas_of_some(model, CHOSEN)), inputs
+        lambda: oracle(plain, x.double(), index, weights.double(), deltas_of_some(model, CHOSEN)),
+        inputs,
     )
     assert_close(out, expected, FP32, "output")
     for (what, p), gradient, right in zip(
-        [("x", x), ("top_k_weights", weights), *adapter_parameters(model).items()], gradients, exact, strict=True
+        [("x", x), ("top_k_weights", weights), *adapter_parameters(model).items()],
+        gradients,
+        exact,
+        strict=True,
     ):
         assert gradient.shape == p.shape
         assert_close(gradient, right, FP32, what)
@@ -97,7 +103,8 @@ def test_output_and_gradients_are_the_oracles(family, name, options):
 def test_adapter_and_optimizer_hold_the_chosen_alone():
     model = wrap(some(), expert_indices={"experts": CHOSEN})
     shapes = {
-        n.removeprefix("base_model.model.experts."): tuple(p.shape) for n, p in adapter_parameters(model).items()
+        n.removeprefix("base_model.model.experts."): tuple(p.shape)
+        for n, p in adapter_parameters(model).items()
     }
     S = len(CHOSEN)
     assert shapes == {
@@ -109,9 +116,17 @@ def test_adapter_and_optimizer_hold_the_chosen_alone():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(*random_rows()).square().sum().backward()
     optimizer.step()
-    state = [t.numel() for entry in optimizer.state.values() for name, t in entry.items() if name != "step"]
+    state = [
+        t.numel()
+        for entry in optimizer.state.values()
+        for name, t in entry.items()
+        if name != "step"
+    ]
     assert sum(state) == 2 * R * S * (H + 2 * I + I + H)
-    assert model.base_model.summary() == f"1 experts modules, {S} of {E} experts, {2 * S} projections adapted"
+    assert (
+        model.base_model.summary()
+        == f"1 experts modules, {S} of {E} experts, {2 * S} projections adapted"
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -122,7 +137,9 @@ def test_all_experts_chosen_is_no_choice(dropout):
     results = []
     for model in (every, chosen):
         torch.manual_seed(3)
-        results.append(grads_of(lambda model=model: model(*rows), list(adapter_parameters(model).values())))
+        results.append(
+            grads_of(lambda model=model: model(*rows), list(adapter_parameters(model).values()))
+        )
     (out, gradients), (same, equal) = results
     assert torch.equal(out, same)
     assert all(torch.equal(a, b) for a, b in zip(gradients, equal, strict=True))
@@ -156,10 +173,20 @@ def test_fp64_gradients_are_those_of_finite_differences():
     T, num_experts, width, inner, r = 5, 4, 4, 3, 2
     up, down = draw(num_experts, 2 * inner, width), draw(num_experts, width, inner)
     index = torch.randint(num_experts + 1, (T, 2), generator=generator)
-    leaves = [draw(T, width), draw(T, 2), draw(r * 2, width), draw(2 * inner, r * 2), draw(r, inner), draw(width, r)]
+    leaves = [
+        draw(T, width),
+        draw(T, 2),
+        draw(r * 2, width),
+        draw(2 * inner, r * 2),
+        draw(r, inner),
+        draw(width, r),
+    ]
 
     def run(x, w, A1, B1, A2, B2):
-        pairs = Projection(up, None, A1, B1, 0.7, experts=(0, 3)), Projection(down, None, A2, B2, 1.3, experts=(2,))
+        pairs = (
+            Projection(up, None, A1, B1, 0.7, experts=(0, 3)),
+            Projection(down, None, A2, B2, 1.3, experts=(2,)),
+        )
         return experts(x, index, w, *pairs, Activation())
 
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in leaves])
@@ -181,7 +208,10 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(family, name):
 def test_no_tokens_and_no_rows_for_the_chosen():
     model = wrap(some(), expert_indices={"experts": CHOSEN})
     parameters = list(adapter_parameters(model).values())
-    for rows in (random_rows(T=0), (torch.randn(3, H), torch.tensor([[0, 2]] * 3), torch.rand(3, 2))):
+    for rows in (
+        random_rows(T=0),
+        (torch.randn(3, H), torch.tensor([[0, 2]] * 3), torch.rand(3, 2)),
+    ):
         out, gradients = grads_of(lambda rows=rows: model(*rows), parameters)
         assert_close(out, oracle(base_of(model).float(), *rows))
         assert all(g is not None and not g.any() for g in gradients)
@@ -227,14 +257,21 @@ def test_adapters_with_other_choices_add_up():
         fill_adapter(model, name, seed=r)
     plain, rows = base_of(model), random_rows(T=23)
     exact = rows[0].double(), rows[1], rows[2].double()
-    for active in (["default", "second"], ["second", "every"], ["default", "second", "every"], ["default"]):
+    for active in (
+        ["default", "second"],
+        ["second", "every"],
+        ["default", "second", "every"],
+        ["default"],
+    ):
         model.base_model.set_adapter(active)
         parameters = {n: p for a in active for n, p in adapter_parameters(model, a).items()}
 
         def summed(active=active):
             total = {}
             for name in active:
-                for projection, delta in deltas_of_some(model, choices[name], adapter_name=name).items():
+                for projection, delta in deltas_of_some(
+                    model, choices[name], adapter_name=name
+                ).items():
                     total[projection] = total.get(projection, 0) + delta
             return oracle(plain, *exact, total)
 
@@ -243,9 +280,14 @@ def test_adapters_with_other_choices_add_up():
         assert_close(out, expected, FP32, str(active))
         for name, a, b in zip(parameters, gradients, right, strict=True):
             assert_close(a, b, FP32, name)
-    assert model.base_model.summary("second") == f"1 experts modules, 2 of {E} experts, 4 projections adapted"
+    assert (
+        model.base_model.summary("second")
+        == f"1 experts modules, 2 of {E} experts, 4 projections adapted"
+    )
     model.base_model.set_adapter(["default", "second"])
-    assert model.base_model.summary() == f"1 experts modules, 3 of {E} experts, 6 projections adapted"
+    assert (
+        model.base_model.summary() == f"1 experts modules, 3 of {E} experts, 6 projections adapted"
+    )
 
 
 def test_adapters_on_other_layers_stand_side_by_side():
@@ -294,7 +336,10 @@ def test_the_first_entry_that_matches_a_layer_counts(indices, expected):
 def test_other_targets_are_not_touched_by_a_choice():
     model = moe_lora(tiny_model(), target_modules=["experts", "q_proj"], expert_indices={FIRST: [1]},
                      rank_pattern={"q_proj": 3, FIRST: 2})  # fmt: skip
-    shapes = {n.removeprefix("base_model.model.model."): tuple(p.shape) for n, p in adapter_parameters(model).items()}
+    shapes = {
+        n.removeprefix("base_model.model.model."): tuple(p.shape)
+        for n, p in adapter_parameters(model).items()
+    }
     assert shapes["layers.0.mlp.experts.lora_A.default.gate_up"] == (2, H)
     assert shapes["layers.1.self_attn.q_proj.lora_A.default.weight"] == (3, H)
     assert not any("layers.1.mlp" in name for name in shapes)
@@ -326,7 +371,10 @@ def test_a_choice_that_means_nothing_is_refused(indices, message):
     ("indices", "message"),
     [
         ({FIRST: [E]}, rf"names expert {E}, but {FIRST} has {E} experts"),
-        ({"layers.7.mlp.experts": [1]}, "'layers.7.mlp.experts' matches no targeted experts module"),
+        (
+            {"layers.7.mlp.experts": [1]},
+            "'layers.7.mlp.experts' matches no targeted experts module",
+        ),
         ({"q_proj": [1], FIRST: [0]}, "'q_proj' matches no targeted"),
         ({"experts": [1], FIRST: [0]}, "an earlier entry"),
     ],
@@ -352,9 +400,15 @@ def test_saved_adapters_come_back(tmp_path):
     base = tiny_model()
     model = moe_lora(copy.deepcopy(base), expert_indices={FIRST: [4, 1], SECOND: [0]})
     model.save_pretrained(tmp_path)
-    document, config = described(tmp_path), json.loads((tmp_path / "adapter_config.json").read_text())
+    document, config = (
+        described(tmp_path),
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+    )
     assert document["format_version"] == config["format_version"] == 2
-    assert {path: module["experts"] for path, module in document["experts"].items()} == {FIRST: [1, 4], SECOND: [0]}
+    assert {path: module["experts"] for path, module in document["experts"].items()} == {
+        FIRST: [1, 4],
+        SECOND: [0],
+    }
     assert all(module["num_experts"] == E for module in document["experts"].values())
     assert config["expert_indices"] == {FIRST: [1, 4], SECOND: [0]}
     assert "expert_indices" in (tmp_path / "README.md").read_text()
@@ -366,7 +420,9 @@ def test_saved_adapters_come_back(tmp_path):
     assert shapes["1.mlp.experts.lora_B.down"] == (H, R)
 
     for low_cpu_mem_usage in (False, True):
-        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        again = PeftModel.from_pretrained(
+            copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+        )
         assert held(again) == {FIRST: [1, 4], SECOND: [0]}
         assert_close(outputs(again.eval()), outputs(model), 0)
     own = copy.deepcopy(base)
@@ -404,13 +460,17 @@ def test_files_that_do_not_belong_together_are_refused(change, message, tmp_path
 
 
 def test_a_choice_for_a_larger_model_is_refused(tmp_path):
-    moe_lora(tiny_model(num_experts=E + 1), expert_indices={FIRST: CHOSEN}).save_pretrained(tmp_path)
+    moe_lora(tiny_model(num_experts=E + 1), expert_indices={FIRST: CHOSEN}).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ValueError, match=f"adapter for {E + 1} experts"):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
 def test_a_model_trains_on_its_choice():
-    model = moe_lora(tiny_model(), randomize=False, expert_indices={FIRST: CHOSEN, SECOND: [0, 2]}).train()
+    model = moe_lora(
+        tiny_model(), randomize=False, expert_indices={FIRST: CHOSEN, SECOND: [0, 2]}
+    ).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids, losses = token_ids(4), []
     for _ in range(8):

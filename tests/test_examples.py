@@ -24,7 +24,9 @@ def finetune(*arguments, ok: bool = True) -> subprocess.CompletedProcess:
     """Run the example as its users do, from a shell."""
     command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 
@@ -61,11 +63,18 @@ def test_the_demo_shows_its_progress_and_no_warning(demo):
 def test_the_adapter_is_on_every_expert_and_the_merged_model_holds_it(demo):
     output, _ = demo
     adapter = load_file(output / "adapter" / "adapter_model.safetensors")
-    experts = {key: tensor for key, tensor in adapter.items() if ".experts." in key and "lora_B" in key}
+    experts = {
+        key: tensor for key, tensor in adapter.items() if ".experts." in key and "lora_B" in key
+    }
     assert len(experts) == 2 * 2  # layers, projections
     for tensor in experts.values():  # [N, r*E], expert-major
-        assert (tensor.unflatten(1, (8, -1)).abs().amax(dim=(0, 2)) > 0).all(), "an expert was never trained"
-    base, merged = load_file(output / "base" / "model.safetensors"), load_file(output / "merged" / "model.safetensors")
+        assert (tensor.unflatten(1, (8, -1)).abs().amax(dim=(0, 2)) > 0).all(), (
+            "an expert was never trained"
+        )
+    base, merged = (
+        load_file(output / "base" / "model.safetensors"),
+        load_file(output / "merged" / "model.safetensors"),
+    )
     assert base.keys() == merged.keys()
     changed = {key for key in base if not torch.equal(base[key], merged[key])}
     assert changed == {key for key in base if re.search(r"experts|q_proj|v_proj", key)}
@@ -80,7 +89,18 @@ def real(demo, tmp_path_factory):
     rows = [{"text": f"The square of {i} is {i * i}. " * 20} for i in range(40)]
     rows += [{"messages": [{"role": "user", "content": f"Square {i}." * 10}]} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    size = ["--length", 64, "--batch-size", 4, "--steps", 8, "--save-steps", 4, "--learning-rate", 5e-3]
+    size = [
+        "--length",
+        64,
+        "--batch-size",
+        4,
+        "--steps",
+        8,
+        "--save-steps",
+        4,
+        "--learning-rate",
+        5e-3,
+    ]
     return folder, ["--model", folder / "model", "--data", folder / "data.jsonl", *size]
 
 
@@ -106,7 +126,9 @@ def test_a_model_of_your_own_learns_your_data_and_resumes_where_it_stopped(real,
     first_half = load_file(tmp_path / "through" / "checkpoint-4" / "adapter_model.safetensors")
     for key, tensor in whole.items():
         torch.testing.assert_close(halves[key], tensor, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(first_half[key], tensor, rtol=1e-4, atol=1e-6), "resuming had nothing to do"
+        assert not torch.allclose(first_half[key], tensor, rtol=1e-4, atol=1e-6), (
+            "resuming had nothing to do"
+        )
 
 
 @pytest.fixture
@@ -130,7 +152,9 @@ def test_messages_go_through_the_chat_template(real, texts):
         texts.pack(rows[:1], tokenizer, 4096)
 
 
-@pytest.mark.parametrize(("line", "says"), [('{"txt": "a"}', r"line 2: has \['txt'\]"), ("{", "line 2: not JSON")])
+@pytest.mark.parametrize(
+    ("line", "says"), [('{"txt": "a"}', r"line 2: has \['txt'\]"), ("{", "line 2: not JSON")]
+)
 def test_a_line_that_cannot_be_read_is_named(texts, tmp_path, line, says):
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n' + line + "\n")

@@ -32,7 +32,7 @@ from peft_moe_lora import (
     plot_expert_load,
     select_experts,
 )
-from peft_moe_lora.expert_statistics import RoutingWatch
+from peft_moe_lora.stats.load import RoutingWatch
 
 BATCH, LENGTH = 3, 7
 
@@ -87,7 +87,9 @@ def test_load_is_what_counting_by_hand_gives(family, side):
     # B is zero, so the adapter moves no routing
     model = moe_lora(base, randomize=False)
     load = expert_load(model, [batch, batch])
-    assert {path: c.tolist() for path, c in load.counts.items()} == {p: [2 * n for n in c] for p, c in by_hand.items()}
+    assert {path: c.tolist() for path, c in load.counts.items()} == {
+        p: [2 * n for n in c] for p, c in by_hand.items()
+    }
 
 
 def test_without_a_mask_every_token_counts():
@@ -105,7 +107,9 @@ def test_a_model_is_left_as_it_was():
     modes = {name: m.training for name, m in model.named_modules()}
     before = outputs(copy.deepcopy(model).eval())
     first, second = (expert_load(model, [padded()]) for _ in range(2))
-    assert all(torch.equal(first.counts[p], second.counts[p]) for p in first.counts), "dropout was on"
+    assert all(torch.equal(first.counts[p], second.counts[p]) for p in first.counts), (
+        "dropout was on"
+    )
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert torch.equal(outputs(model.eval()), before)
@@ -120,12 +124,16 @@ def test_ids_out_of_range_are_nobodys():
 
 
 def test_numbers_of_a_load():
-    load = ExpertLoad({"layers.0": torch.tensor([6, 2, 0, 0]), "layers.1": torch.tensor([1, 1, 1, 1])})
+    load = ExpertLoad(
+        {"layers.0": torch.tensor([6, 2, 0, 0]), "layers.1": torch.tensor([1, 1, 1, 1])}
+    )
     assert load.max_violation == {"layers.0": 2.0, "layers.1": 0.0}
     assert load.dead == {"layers.0": [2, 3], "layers.1": []}
     assert load.metrics() == {"max_violation": 1.0, "largest_max_violation": 2.0, "dead_experts": 2}
     assert "layers.0: 8 rows, max violation 2.00, 2 of 4 experts dead" in str(load)
-    twice = load + ExpertLoad({"layers.1": torch.tensor([0, 0, 0, 4]), "layers.2": torch.tensor([0])})
+    twice = load + ExpertLoad(
+        {"layers.1": torch.tensor([0, 0, 0, 4]), "layers.2": torch.tensor([0])}
+    )
     assert twice.counts["layers.1"].tolist() == [1, 1, 1, 5]
     assert twice.counts["layers.0"].tolist() == [6, 2, 0, 0]
     assert ExpertLoad({"layers.0": torch.zeros(2)}).metrics() == {}
@@ -140,12 +148,20 @@ def test_what_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match="there was no batch"):
         expert_load(model, [])
     with pytest.raises(ValueError, match="all of it is padding"):
-        expert_load(model, [padded() | {"attention_mask": torch.zeros(BATCH, LENGTH, dtype=torch.long)}])
+        expert_load(
+            model, [padded() | {"attention_mask": torch.zeros(BATCH, LENGTH, dtype=torch.long)}]
+        )
     with pytest.raises(ValueError, match="2-D attention_mask"):
-        expert_load(model, [padded() | {"attention_mask": torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)}])
+        expert_load(
+            model,
+            [padded() | {"attention_mask": torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)}],
+        )
     assert not any(m._forward_pre_hooks for m in model.modules())
     holder = Holder(build_experts("qwen3_moe", "Qwen3MoeExperts"))
-    with RoutingWatch(holder), pytest.raises(ValueError, match=r"Qwen3MoeExperts is not called as experts\("):
+    with (
+        RoutingWatch(holder),
+        pytest.raises(ValueError, match=r"Qwen3MoeExperts is not called as experts\("),
+    ):
         holder(torch.randn(2, 32), torch.randn(2, 2), torch.randn(2, 2))
 
 
@@ -164,7 +180,9 @@ def test_recomputation_counts_once(use_reentrant):
         for _ in range(3):
             model(**batch).logits.square().sum().backward()
         counts = watch.take()
-        assert {p: c.tolist() for p, c in counts.items()} == {p: (3 * c).tolist() for p, c in right.counts.items()}
+        assert {p: c.tolist() for p, c in counts.items()} == {
+            p: (3 * c).tolist() for p, c in right.counts.items()
+        }
         assert not any(c.any() for c in watch.take().values()), "taking starts anew"
         doubled = []
         model(**batch)
@@ -191,7 +209,9 @@ def test_a_compiled_model_counts_the_same():
         for _ in range(2):
             compiled(**batch)
         counts = watch.take()
-    assert {p: c.tolist() for p, c in counts.items()} == {p: (2 * c).tolist() for p, c in right.counts.items()}
+    assert {p: c.tolist() for p, c in counts.items()} == {
+        p: (2 * c).tolist() for p, c in right.counts.items()
+    }
 
 
 class Samples(torch.utils.data.Dataset):
@@ -203,7 +223,11 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, i):
         ids, length = token_ids(1, 8, seed=i)[0], 5 + i % 4
         mask = (torch.arange(8) < length).long()
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": ids.masked_fill(mask == 0, -100),
+        }
 
 
 def arguments(folder, **changes):
@@ -230,7 +254,9 @@ def arguments(folder, **changes):
 )
 def test_the_trainer_logs_loads(changes, tmp_path, capsys):
     model = moe_lora(tiny_model(), randomize=False)
-    trainer = Trainer(model, arguments(tmp_path, **changes), train_dataset=Samples(), eval_dataset=Samples())
+    trainer = Trainer(
+        model, arguments(tmp_path, **changes), train_dataset=Samples(), eval_dataset=Samples()
+    )
     seen = []
     trainer.get_batch_samples = _recording(trainer.get_batch_samples, seen)
     callback = ExpertLoadCallback(trainer, per_layer=True)
@@ -250,7 +276,9 @@ def test_the_trainer_logs_loads(changes, tmp_path, capsys):
         assert entry["expert_load/dead_experts"] >= 0
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 4]
     assert int(callback.last.counts[next(iter(callback.last.counts))].sum()) < rows
-    assert not any(m._forward_pre_hooks for name, m in model.named_modules() if name.endswith("experts"))
+    assert not any(
+        m._forward_pre_hooks for name, m in model.named_modules() if name.endswith("experts")
+    )
 
 
 def _recording(method, seen):
@@ -279,7 +307,9 @@ def scores_by_hand(index, weights, mask, score):
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("score", ["tokens", "gates"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])  # routing weights that sum to one, and ones that do not
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "olmoe"]
+)  # routing weights that sum to one, and ones that do not
 def test_the_fewest_experts_that_reach_the_threshold(family, score, threshold):
     base, batch = tiny_model(family, num_experts=E), padded()
     chosen = select_experts(base, [batch], score=score, threshold=threshold)
@@ -292,7 +322,9 @@ def test_the_fewest_experts_that_reach_the_threshold(family, score, threshold):
         reached = sum(shares[e] for e in picked)
         assert reached >= threshold - 1e-9
         assert reached - min(shares[e] for e in picked) < threshold - 1e-9, "one expert too many"
-        assert min(shares[e] for e in picked) >= max([shares[e] for e in range(E) if e not in picked], default=0)
+        assert min(shares[e] for e in picked) >= max(
+            [shares[e] for e in range(E) if e not in picked], default=0
+        )
 
 
 def test_a_sample_counts_as_one_whatever_its_length():
@@ -351,7 +383,9 @@ def test_selections_that_mean_nothing_are_refused(options, message):
 def test_heatmap_shows_loads_relative_to_the_mean():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    load = ExpertLoad({"layers.3.mlp": torch.tensor([6, 2, 0, 0]), "layers.5.mlp": torch.tensor([1, 1])})
+    load = ExpertLoad(
+        {"layers.3.mlp": torch.tensor([6, 2, 0, 0]), "layers.5.mlp": torch.tensor([1, 1])}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = plot_expert_load(load)

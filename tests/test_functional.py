@@ -20,7 +20,14 @@ def _call(activation, *, gated=True, bias=False, dropout=0.0, dtype=torch.float6
     up, down = draw(E, N, H), draw(E, H, INNER)
     up_bias, down_bias = (draw(E, N), draw(E, H)) if bias else (None, None)
     index = torch.randint(E + 1 if sentinels else E, (T, TOP_K), generator=g)
-    leaves = [draw(T, H), draw(T, TOP_K), draw(R * E, H), draw(N, R * E), draw(R * E, INNER), draw(H, R * E)]
+    leaves = [
+        draw(T, H),
+        draw(T, TOP_K),
+        draw(R * E, H),
+        draw(N, R * E),
+        draw(R * E, INNER),
+        draw(H, R * E),
+    ]
 
     def run(x, w, A1, B1, A2, B2, **options):
         return experts(
@@ -52,21 +59,31 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("options", [{}, {"bias": True, "sentinels": True}, {"dropout": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True, "sentinels": True}, {"dropout": 0.4}], ids=str
+)
 def test_gradients_are_those_of_the_formula(activation, options):
     leaves, run = _call(activation, gated=activation.gated, **options)
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True, "sentinels": True}, {"dropout": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True, "sentinels": True}, {"dropout": 0.4}], ids=str
+)
 def test_unfused_path_has_the_same_gradients(options):
     leaves, run = _call(Activation(), **options)
     fused = run(*leaves)
-    _, run_own = _call(lambda pre: torch.nn.functional.silu(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1], **options)
+    _, run_own = _call(
+        lambda pre: torch.nn.functional.silu(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1], **options
+    )
     own = run_own(*leaves)
     torch.testing.assert_close(own, fused)
     assert torch.autograd.gradcheck(run_own, leaves)
-    for a, b in zip(torch.autograd.grad(own.sum(), leaves), torch.autograd.grad(fused.sum(), leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(own.sum(), leaves),
+        torch.autograd.grad(fused.sum(), leaves),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -76,7 +93,9 @@ def test_recompute_changes_nothing(options):
     kept, recomputed = run(*leaves), run(*leaves, recompute=True)
     assert torch.equal(kept, recomputed)
     for a, b in zip(
-        torch.autograd.grad(kept.sum(), leaves), torch.autograd.grad(recomputed.sum(), leaves), strict=True
+        torch.autograd.grad(kept.sum(), leaves),
+        torch.autograd.grad(recomputed.sum(), leaves),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -116,7 +135,7 @@ def test_shapes_that_do_not_fit_are_named():
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    from peft_moe_lora import backends
+    from peft_moe_lora.functional import backends
 
     backends._triton_obstacle.cache_clear()
     with pytest.raises(RuntimeError, match='backend="triton" cannot run here'):

@@ -9,10 +9,10 @@ from helpers import Holder, build_experts
 from torch.utils.checkpoint import checkpoint
 
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.expert_statistics import RoutingWatch
 from peft_moe_lora.ops import kernels
-from peft_moe_lora.ops.kernels import graphs, replay
+from peft_moe_lora.ops.kernels.launching import graphs, replay
 from peft_moe_lora.ops.routing import Routing
+from peft_moe_lora.stats.load import RoutingWatch
 
 pytestmark = pytest.mark.gpu
 
@@ -69,14 +69,20 @@ def test_fused_path_is_as_exact_as_plain_pytorch(family, name, dtype):
     with torch.no_grad(), model.disable_adapter():
         without = model(*args)
     fused = step(model, layer, *args)
-    assert 0.3 < ((fused["output"] - without).norm() / without.norm()).item() < 3, "the adapter's share"
+    assert 0.3 < ((fused["output"] - without).norm() / without.norm()).item() < 3, (
+        "the adapter's share"
+    )
     layer.backend = "torch"
     plain = step(model, layer, *args)
     exact = step(*_in_double(model), *(t.double() if t.is_floating_point() else t for t in args))
     assert fused.keys() == exact.keys()
     for key, expected in exact.items():
-        error, twin = ((t[key].double() - expected).norm() / expected.norm() for t in (fused, plain))
-        assert error <= 2 * twin + ATOL[dtype], f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+        error, twin = (
+            (t[key].double() - expected).norm() / expected.norm() for t in (fused, plain)
+        )
+        assert error <= 2 * twin + ATOL[dtype], (
+            f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+        )
 
 
 def _in_double(model):
@@ -89,7 +95,9 @@ def _in_double(model):
 @pytest.mark.parametrize(("family", "name"), FAMILIES)
 def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
     dtype = torch.bfloat16
-    model, layer = adapted(family, name, dtype, backend="triton", expert_indices={"experts": [6, 1, 2]})
+    model, layer = adapted(
+        family, name, dtype, backend="triton", expert_indices={"experts": [6, 1, 2]}
+    )
     args = inputs(dtype)
     fused = step(model, layer, *args)
     torch.cuda.synchronize()
@@ -104,8 +112,12 @@ def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
     exact = step(*_in_double(model), *(t.double() if t.is_floating_point() else t for t in args))
     assert fused["lora_A.default.gate_up"].shape == (3 * R, H)
     for key, expected in exact.items():
-        error, twin = ((t[key].double() - expected).norm() / expected.norm() for t in (fused, plain))
-        assert error <= 2 * twin + ATOL[dtype], f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+        error, twin = (
+            (t[key].double() - expected).norm() / expected.norm() for t in (fused, plain)
+        )
+        assert error <= 2 * twin + ATOL[dtype], (
+            f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+        )
 
 
 @pytest.mark.parametrize("calls", [1, 3], ids=["composed", "replayed"])
@@ -114,7 +126,10 @@ def test_a_thread_may_begin_with_a_descriptor(calls):
     x = torch.randn(512, H, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(E, 2 * I, H, device="cuda", dtype=torch.bfloat16)
     routing = kernels.route(torch.rand(512, E, device="cuda").topk(TOP_K).indices, E)
-    index = [getattr(routing, name) for name in ("expert_offsets", "row_token", "row_slot", "slot_row", "tiles")]
+    index = [
+        getattr(routing, name)
+        for name in ("expert_offsets", "row_token", "row_slot", "slot_row", "tiles")
+    ]
 
     def product(x, weight, *index):
         *order, tiles = index
@@ -247,7 +262,11 @@ def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits(monkeypatch
     others = inputs(torch.bfloat16)
 
     def graphed():
-        owners = [key[0] for key, found in graphs._recent.items() if isinstance(found, torch.cuda.CUDAGraph)]
+        owners = [
+            key[0]
+            for key, found in graphs._recent.items()
+            if isinstance(found, torch.cuda.CUDAGraph)
+        ]
         return [plan.graphs in owners for plan in replay._kinds.values()]
 
     for _ in range(20):

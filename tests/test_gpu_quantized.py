@@ -11,10 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_moe_lora import dequantize_experts, quantize_experts
 from peft_moe_lora.ops import kernels
-from peft_moe_lora.ops.kernels import replay
+from peft_moe_lora.ops.kernels.launching import replay
 
 pytestmark = pytest.mark.gpu
-SETTINGS = [{"format": "nf4"}, {"format": "nf4", "double_quant": False}, {"format": "fp4"}, {"format": "int8"}]
+SETTINGS = [
+    {"format": "nf4"},
+    {"format": "nf4", "double_quant": False},
+    {"format": "fp4"},
+    {"format": "int8"},
+]
 
 
 def quantized(family, name, dtype, setting=SETTINGS[0], **config):
@@ -68,7 +73,7 @@ def refuse_to_decode(*args):
 @pytest.mark.parametrize(("family", "name"), FAMILIES)
 def test_few_tokens_need_no_scratch(monkeypatch, family, name, dtype, tokens, setting):
     """Tiles of 16 and of 32 rows: their products decode the codes, forward and backward."""
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", 32)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", 32)
     from peft_moe_lora.ops.kernels import parts
 
     (model, layer), (dense, dense_layer) = quantized(family, name, dtype, setting, backend="triton")
@@ -125,7 +130,9 @@ def test_two_streams_do_not_share_a_scratch():
                 outs.append(model(*args))
         torch.cuda.synchronize()
     for out in outs:
-        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+        torch.testing.assert_close(
+            out, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item()
+        )
         assert torch.equal(out, outs[0])
 
 
@@ -146,7 +153,9 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
     def peak(quantize):
         gc.collect()
         start = torch.cuda.memory_allocated()
-        experts = build_experts("qwen3_moe", "Qwen3MoeExperts", 1024, 512, 32).to("cuda", torch.bfloat16)
+        experts = build_experts("qwen3_moe", "Qwen3MoeExperts", 1024, 512, 32).to(
+            "cuda", torch.bfloat16
+        )
         from peft import get_peft_model
 
         from peft_moe_lora import MoELoraConfig
@@ -175,14 +184,21 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
 @pytest.mark.parametrize("max_block_m", [0, 32], ids=["into a scratch", "in the product"])
 def test_more_than_two_to_the_31_values(monkeypatch, max_block_m):
 
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", max_block_m)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", max_block_m)
     from peft_moe_lora.ops.quantize import quantize
 
     count, N, K = 40, 8192, 8192
-    one = quantize(torch.randn(1, N, K, device="cuda", dtype=torch.bfloat16), "nf4", double_quant=False)
+    one = quantize(
+        torch.randn(1, N, K, device="cuda", dtype=torch.bfloat16), "nf4", double_quant=False
+    )
     from dataclasses import replace
 
-    weight = replace(one, stored_shape=(count, N, K), packed=one.packed.repeat(count), scales=one.scales.repeat(count))
+    weight = replace(
+        one,
+        stored_shape=(count, N, K),
+        packed=one.packed.repeat(count),
+        scales=one.scales.repeat(count),
+    )
     weight.packed[: one.packed.numel()] = 0
     x = torch.randn(64, K, device="cuda", dtype=torch.bfloat16) * K**-0.5
     routing = kernels.route(torch.full((64, 1), count - 1, device="cuda"), count)

@@ -54,7 +54,9 @@ def through_torch_save(model):
 
 
 @every_family
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, through_pickle, through_torch_save], ids=lambda f: f.__name__
+)
 def test_a_copy_gives_the_same_numbers_and_shares_nothing(family, copied):
     base = tiny_model(family)
     plain = outputs(base)
@@ -100,8 +102,12 @@ def test_cpu_offload_after_wrapping_gives_the_same_numbers(family):
     model = moe_lora(base)
     expected = outputs(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    experts = model.get_submodule(f"base_model.model.{experts_paths(tiny_model(family))[0]}").get_base_layer()
-    assert all(p.is_meta for p in experts.parameters()), "nothing is offloaded: the test proves nothing"
+    experts = model.get_submodule(
+        f"base_model.model.{experts_paths(tiny_model(family))[0]}"
+    ).get_base_layer()
+    assert all(p.is_meta for p in experts.parameters()), (
+        "nothing is offloaded: the test proves nothing"
+    )
     assert_share_of_order_one(outputs(model), plain)
     assert_close(outputs(model), expected, SAME)
     with model.disable_adapter():
@@ -231,13 +237,22 @@ class LargestNew(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for tensor in tree_leaves(out):
             if not isinstance(tensor, torch.Tensor):
                 continue
             # an expanded view has elements that nobody allocated
-            elements = min(tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size())
-            if tensor.untyped_storage().data_ptr() not in self.known | inputs and elements > self.elements:
+            elements = min(
+                tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size()
+            )
+            if (
+                tensor.untyped_storage().data_ptr() not in self.known | inputs
+                and elements > self.elements
+            ):
                 self.elements, self.operation = elements, func
         return out
 
@@ -266,7 +281,9 @@ def test_nothing_of_a_weights_size_is_made(case, dtype):
         model(x, index, weights).float().square().sum().backward()
     one_expert = hidden * intermediate
     assert max(p.numel() for p in adapter_parameters(model).values()) < one_expert
-    assert 0 < largest.elements < one_expert, f"{largest.operation} made {largest.elements} elements"
+    assert 0 < largest.elements < one_expert, (
+        f"{largest.operation} made {largest.elements} elements"
+    )
 
 
 def test_the_watch_for_large_tensors_sees_them():
@@ -307,7 +324,9 @@ def test_recompute_keeps_less(case):
     for recompute in (False, True):
         model = wrap(build_experts(*case, intermediate=intermediate), recompute=recompute)
         x, index, weights = random_rows(T=T)
-        kept[recompute] = kept_for_backward(model, (x.requires_grad_(), index, weights.requires_grad_()))
+        kept[recompute] = kept_for_backward(
+            model, (x.requires_grad_(), index, weights.requires_grad_())
+        )
     rows, width = T * 2, intermediate * (1 if case[0] == "nemotron_h" else 2)
     # the pre-activation, fp32, is what it saves
     assert kept[False] - kept[True] >= rows * width * 4
@@ -373,7 +392,9 @@ print(json.dumps({"seconds": seconds, "replaced": replaced, "types": types}))
 
 def fresh_import():
     """What the script above found in a fresh interpreter, and what was on stderr from our import on."""
-    run = subprocess.run([sys.executable, "-W", "default", "-c", IMPORT], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "default", "-c", IMPORT], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     return {**json.loads(run.stdout), "stderr": run.stderr.partition("ours\n")[2]}
 

@@ -41,10 +41,10 @@ from peft import PeftModel, get_peft_model
 from transformers.integrations.moe import ExpertsInterface
 
 from peft_moe_lora import MoELoraConfig, quantize_experts
-from peft_moe_lora import materialize as file
 from peft_moe_lora.functional import Projection
-from peft_moe_lora.implementations import _log_cost
-from peft_moe_lora.materialize import materialize
+from peft_moe_lora.tuner import materialize as file
+from peft_moe_lora.tuner.implementations import _log_cost
+from peft_moe_lora.tuner.materialize import materialize
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
 # and one that is transposed without biases, where it is on the interface: not in transformers 5.17
@@ -71,7 +71,9 @@ def rows_without_the_last_expert(T=13):
 
 def with_gradients(model, rows):
     """Output, then gradients of hidden_states, top_k_weights, and every A and B."""
-    out, grads = grads_of(lambda: model(*rows), [rows[0], rows[2], *adapter_parameters(model).values()])
+    out, grads = grads_of(
+        lambda: model(*rows), [rows[0], rows[2], *adapter_parameters(model).values()]
+    )
     return out, *grads
 
 
@@ -86,7 +88,10 @@ def assert_same(actual, expected, tolerance=FP32):
 def _expected(plain, model, rows):
     """As `with_gradients`, from the oracle in fp64 on W + delta."""
     plain = in_double(plain)
-    pairs = {p: tuple(t.detach().double().requires_grad_() for t in ab) for p, ab in experts_adapter(model).items()}
+    pairs = {
+        p: tuple(t.detach().double().requires_grad_() for t in ab)
+        for p, ab in experts_adapter(model).items()
+    }
     x, w = (t.detach().double().requires_grad_() for t in (rows[0], rows[2]))
     out, grads = grads_of(
         lambda: oracle(plain, x, rows[1], w, dense_deltas(pairs, E, 2.0)),
@@ -114,7 +119,9 @@ def test_every_class_gives_what_our_own_products_give(case):
         assert_same(with_gradients(model, rows), expected)
 
 
-@pytest.mark.parametrize("build", [build_step3p7, lambda: fill(HandWrittenExperts())], ids=["step3p7", "hand_written"])
+@pytest.mark.parametrize(
+    "build", [build_step3p7, lambda: fill(HandWrittenExperts())], ids=["step3p7", "hand_written"]
+)
 def test_a_module_off_the_interface_runs_its_own_forward(build):
     plain, rows = build(), rows_without_the_last_expert()
     model = wrap(copy.deepcopy(plain), backend="materialize")
@@ -133,7 +140,9 @@ def test_several_adapters_of_other_ranks_add_up():
     both = []
     for backend in ("torch", "materialize"):
         model = wrap(copy.deepcopy(plain), backend=backend)
-        model.add_adapter("other", MoELoraConfig(r=3, lora_alpha=6, target_modules=["experts"], backend=backend))
+        model.add_adapter(
+            "other", MoELoraConfig(r=3, lora_alpha=6, target_modules=["experts"], backend=backend)
+        )
         fill_adapter(model, "other", seed=7)
         model.base_model.set_adapter(["default", "other"])
         parameters = [
@@ -160,7 +169,10 @@ def test_rank_pattern_and_rslora_reach_the_written_weights():
 
 def _projection(dtype=torch.float64, transposed=False, N=6, K=4, r=2, scaling=0.7):
     generator = torch.Generator().manual_seed(0)
-    W, A, B = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((E, N, K), (r * E, K), (N, r * E)))
+    W, A, B = (
+        torch.randn(*shape, generator=generator, dtype=dtype)
+        for shape in ((E, N, K), (r * E, K), (N, r * E))
+    )
     W = W.transpose(1, 2).contiguous().transpose(1, 2) if transposed else W
     return Projection(W, None, A.requires_grad_(), B.requires_grad_(), scaling)
 
@@ -190,12 +202,16 @@ def test_half_precision_weights_are_rounded_once_and_gradients_summed_in_fp32(dt
     A, B = (t.detach().to(dtype).double() for t in (p.lora_A, p.lora_B))
     exact = half.weight.double() + dense_deltas({"up": (A, B)}, E, p.scaling)["up"]
     # half a unit in the last place of the largest of the sums
-    assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6).all()
+    assert (
+        (out.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6
+    ).all()
     dW = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     dA, dB = torch.autograd.grad(out, (p.lora_A, p.lora_B), dW)
     assert dA.dtype == dB.dtype == torch.float32
     A, B = (t.detach().double().requires_grad_() for t in (p.lora_A, p.lora_B))
-    wide = torch.autograd.grad(dense_deltas({"up": (A, B)}, E, p.scaling)["up"], (A, B), dW.double())
+    wide = torch.autograd.grad(
+        dense_deltas({"up": (A, B)}, E, p.scaling)["up"], (A, B), dW.double()
+    )
     assert_close(dA, wide[0], 1e-6)
     assert_close(dB, wide[1], 1e-6)
 
@@ -460,7 +476,9 @@ LACKING = [
 @pytest.mark.parametrize(
     ("family", "implementation", "reason"), [case for case in LACKING if case[0] in tiny_families()]
 )
-def test_what_an_implementation_lacks_is_said_before_anything_changes(family, implementation, reason):
+def test_what_an_implementation_lacks_is_said_before_anything_changes(
+    family, implementation, reason
+):
     base = tiny_model(family)
     base.set_experts_implementation(implementation)
     before = snapshot(base)
@@ -468,7 +486,9 @@ def test_what_an_implementation_lacks_is_said_before_anything_changes(family, im
     with pytest.raises((RuntimeError, ValueError), match=reason):
         get_peft_model(base, MoELoraConfig(r=R, target_modules=["experts"], backend="materialize"))
     assert_unchanged(base, before)
-    assert all(getattr(m, "config", None) is c for m, c in zip(base.modules(), configs, strict=True))
+    assert all(
+        getattr(m, "config", None) is c for m, c in zip(base.modules(), configs, strict=True)
+    )
 
 
 def test_deepgemm_says_what_it_lacks_on_this_machine():
@@ -491,7 +511,9 @@ def test_an_implementation_chosen_later_is_checked_at_the_first_call():
 def test_weights_that_are_no_plain_parameters_are_refused():
     experts = quantize_experts(Holder(build_experts(*FAMILIES[0])))
     with pytest.raises(ValueError, match=r"gate_up_proj is none \(quantized or parametrized\)"):
-        get_peft_model(experts, MoELoraConfig(r=R, target_modules=["experts"], backend="materialize"))
+        get_peft_model(
+            experts, MoELoraConfig(r=R, target_modules=["experts"], backend="materialize")
+        )
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
@@ -503,7 +525,9 @@ def test_grouped_mm_in_bf16_is_as_exact_as_our_own_products(case):
     """Errors against fp64, beside those of backend="torch" in bf16 on the same numbers; one expert has no rows."""
     size, tokens = 64, 300
     plain = build_experts(*case, hidden=size, intermediate=size, dtype=torch.bfloat16).cuda()
-    x, top_k_index, top_k_weights = (t.cuda() for t in random_rows(tokens, size, E - 1, dtype=torch.bfloat16))
+    x, top_k_index, top_k_weights = (
+        t.cuda() for t in random_rows(tokens, size, E - 1, dtype=torch.bfloat16)
+    )
     rows = x.requires_grad_(), top_k_index, top_k_weights.requires_grad_()
     ours = with_gradients(wrap(copy.deepcopy(plain), backend="torch"), rows)
     actual = with_gradients(materialized(copy.deepcopy(plain), "grouped_mm"), rows)
@@ -511,7 +535,9 @@ def test_grouped_mm_in_bf16_is_as_exact_as_our_own_products(case):
     exact = with_gradients(model, (rows[0].detach().double().requires_grad_(), rows[1],
                                    rows[2].detach().double().requires_grad_()))  # fmt: skip
     for i, expected in enumerate(exact):
-        error, own = (((t[i].double() - expected).norm() / expected.norm()).item() for t in (actual, ours))
+        error, own = (
+            ((t[i].double() - expected).norm() / expected.norm()).item() for t in (actual, ours)
+        )
         # W + scaling * B A is itself rounded to 8 bits, which our own products are not
         assert error <= 2 * own + 8e-3, f"value {i}: {error:.2e} against {own:.2e}"
 
@@ -520,7 +546,9 @@ def test_grouped_mm_in_bf16_is_as_exact_as_our_own_products(case):
 def test_a_step_on_the_gpu_holds_the_written_weights_and_one_gradient():
     """Peak above the weights: W' of both projections, dW of one at a time or both, nothing of their size in fp32."""
     num_experts, size = 64, 1024
-    plain = build_experts(*FAMILIES[0], hidden=size, intermediate=size, num_experts=num_experts, dtype=torch.bfloat16)
+    plain = build_experts(
+        *FAMILIES[0], hidden=size, intermediate=size, num_experts=num_experts, dtype=torch.bfloat16
+    )
     model = materialized(plain.cuda(), "grouped_mm")
     rows = tuple(t.cuda() for t in random_rows(64, size, num_experts, dtype=torch.bfloat16))
     model(*rows).sum().backward()
@@ -539,11 +567,16 @@ def test_a_step_on_the_gpu_holds_the_written_weights_and_one_gradient():
 def test_checkpointing_repeats_the_written_weights_on_the_gpu(use_reentrant):
     from torch.utils.checkpoint import checkpoint
 
-    model = materialized(build_experts(*FAMILIES[0], hidden=64, intermediate=64, dtype=torch.bfloat16).cuda())
+    model = materialized(
+        build_experts(*FAMILIES[0], hidden=64, intermediate=64, dtype=torch.bfloat16).cuda()
+    )
     rows = tuple(t.cuda() for t in random_rows(100, 64, dtype=torch.bfloat16))
     rows = rows[0].requires_grad_(), rows[1], rows[2].requires_grad_()
     kept, again = [], []
-    for call, into in ((model, kept), (lambda *a: checkpoint(model, *a, use_reentrant=use_reentrant), again)):
+    for call, into in (
+        (model, kept),
+        (lambda *a: checkpoint(model, *a, use_reentrant=use_reentrant), again),
+    ):
         model.zero_grad()
         out = call(*rows)
         out.float().square().sum().backward()

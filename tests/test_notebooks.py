@@ -17,12 +17,23 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook, tmp_path):
     copy = Path(shutil.copy(notebook, tmp_path))
-    nbmake = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "--nbmake-timeout=480", "-q", str(copy)]
+    nbmake = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbmake",
+        "--overwrite",
+        "--nbmake-timeout=480",
+        "-q",
+        str(copy),
+    ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     # its own worker and rootdir: what pytest was told outside is not meant for it
     for name in [name for name in env if name.startswith("PYTEST_")]:
         del env[name]
-    done = subprocess.run(nbmake, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        nbmake, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
     cells = [cell for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]

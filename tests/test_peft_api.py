@@ -33,13 +33,19 @@ from helpers import (
     token_ids,
     wrap,
 )
-from peft import PeftModel, get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
+from peft import (
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 import peft_moe_lora
 from peft_moe_lora import MoELoraConfig, MoELoraModel
-from peft_moe_lora.layer import MoELoraLayer
+from peft_moe_lora.tuner.layer import MoELoraLayer
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 
@@ -171,7 +177,9 @@ def test_gaussian_initialisation_is_as_in_peft():
 
 
 def test_initialisation_switched_off_leaves_b_random():
-    for lora_A, lora_B in experts_adapter(wrap(qwen_experts(), randomize=False, init_lora_weights=False)).values():
+    for lora_A, lora_B in experts_adapter(
+        wrap(qwen_experts(), randomize=False, init_lora_weights=False)
+    ).values():
         assert (lora_A != 0).float().mean() > 0.99
         assert (lora_B != 0).float().mean() > 0.99
 
@@ -197,7 +205,9 @@ def test_new_adapter_changes_no_bit_of_our_own_path():
         alone = wrap(copy.deepcopy(plain), target_projections=[present])
         both = wrap(copy.deepcopy(plain), randomize=False)
         with torch.no_grad():
-            for mine, his in zip(experts_adapter(both)[present], experts_adapter(alone)[present], strict=True):
+            for mine, his in zip(
+                experts_adapter(both)[present], experts_adapter(alone)[present], strict=True
+            ):
                 mine.copy_(his)
         assert (experts_adapter(both)[absent][1] == 0).all()
         assert_share_of_order_one(alone(*rows), plain(*rows), low=0.2)
@@ -236,7 +246,9 @@ def test_rank_and_alpha_patterns_hold_per_layer():
 def test_rslora_divides_by_the_root_of_the_rank():
     base = tiny_model()
     model = moe_lora(copy.deepcopy(base), use_rslora=True, lora_alpha=5)
-    check_against_deltas(model, base, dict.fromkeys((FIRST, SECOND), 5 / 2), dict.fromkeys((FIRST, SECOND), R))
+    check_against_deltas(
+        model, base, dict.fromkeys((FIRST, SECOND), 5 / 2), dict.fromkeys((FIRST, SECOND), R)
+    )
 
 
 def test_layers_to_transform_picks_layers():
@@ -254,7 +266,8 @@ def test_exclude_modules_leaves_modules_out():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "paths"), [(r".*\.experts", [FIRST, SECOND]), (r".*layers\.1\.mlp\.experts", [SECOND])]
+    ("pattern", "paths"),
+    [(r".*\.experts", [FIRST, SECOND]), (r".*layers\.1\.mlp\.experts", [SECOND])],
 )
 def test_a_string_is_a_pattern_for_the_whole_path(pattern, paths):
     model = moe_lora(tiny_model(), target_modules=pattern)
@@ -264,7 +277,9 @@ def test_a_string_is_a_pattern_for_the_whole_path(pattern, paths):
 
 def test_all_linear_is_every_linear_layer_but_the_head():
     model = moe_lora(tiny_model(), target_modules="all-linear")
-    wrapped = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    wrapped = {
+        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
     assert wrapped == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -301,7 +316,8 @@ def test_modules_to_save_are_trained_beside():
 def two_adapters(plain):
     model = wrap(copy.deepcopy(plain))
     model.add_adapter(
-        "second", MoELoraConfig(r=2, lora_alpha=3, target_modules=["experts"], target_projections=["down"])
+        "second",
+        MoELoraConfig(r=2, lora_alpha=3, target_modules=["experts"], target_projections=["down"]),
     )
     fill_adapter(model, "second", seed=11, gain=1.5)
     return (
@@ -318,7 +334,9 @@ def test_set_adapter_picks_one():
     model.set_adapter("second")
     assert_close(model(*rows), oracle_output(plain, rows, second))
     assert_share_of_order_one(oracle_output(plain, rows, second), plain(*rows))
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model, "second"))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(
+        adapter_parameters(model, "second")
+    )
     model.set_adapter("default")
     assert_close(model(*rows), oracle_output(plain, rows, first))
 
@@ -342,7 +360,9 @@ def test_gradients_reach_every_active_adapter():
     pairs = {}
     for name in ("default", "second"):
         adapters = experts_adapter(model, adapter_name=name)
-        pairs[name] = {p: [t.detach().clone().requires_grad_() for t in pair] for p, pair in adapters.items()}
+        pairs[name] = {
+            p: [t.detach().clone().requires_grad_() for t in pair] for p, pair in adapters.items()
+        }
     first, second = dense_deltas(pairs["default"], E, 2.0), dense_deltas(pairs["second"], E, 1.5)
     total = {p: first[p] + second[p] if p in second else first[p] for p in first}
     (oracle(plain, *rows, total) ** 2).sum().backward()
@@ -356,7 +376,12 @@ def test_gradients_reach_every_active_adapter():
 def test_adapters_may_sit_on_different_layers():
     base = tiny_model()
     model = moe_lora(copy.deepcopy(base), layers_to_transform=[0])
-    config = {"r": R, "lora_alpha": 2 * R, "target_modules": ["experts"], "layers_to_transform": [1]}
+    config = {
+        "r": R,
+        "lora_alpha": 2 * R,
+        "target_modules": ["experts"],
+        "layers_to_transform": [1],
+    }
     model.add_adapter("second", MoELoraConfig(**config))
     fill_adapter(model, "second", seed=5)
     alone = moe_lora(copy.deepcopy(base), **config)
@@ -390,7 +415,9 @@ def test_one_batch_with_several_adapters_is_refused():
 def test_injecting_without_a_peft_model():
     base = tiny_model()
     expected = outputs(moe_lora(copy.deepcopy(base)))
-    model = inject_adapter_in_model(MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"]), base)
+    model = inject_adapter_in_model(
+        MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"]), base
+    )
     fill_adapter(model)
     assert torch.equal(outputs(model), expected)
 
@@ -537,10 +564,14 @@ def test_add_weighted_adapter_raises_or_is_the_weighted_sum():
     model = wrap(copy.deepcopy(plain))
     model.add_adapter("second", MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"]))
     fill_adapter(model, "second", seed=11)
-    first, second = (dense_deltas(experts_adapter(model, adapter_name=n), E, 2.0) for n in ("default", "second"))
+    first, second = (
+        dense_deltas(experts_adapter(model, adapter_name=n), E, 2.0) for n in ("default", "second")
+    )
     expected = oracle_output(plain, rows, {p: 0.5 * first[p] + 0.25 * second[p] for p in first})
     try:
-        model.add_weighted_adapter(["default", "second"], [0.5, 0.25], "mixed", combination_type="cat")
+        model.add_weighted_adapter(
+            ["default", "second"], [0.5, 0.25], "mixed", combination_type="cat"
+        )
     except ValueError as refusal:
         error = str(refusal)
     else:
@@ -572,7 +603,9 @@ def test_adapters_of_a_bf16_model_are_fp32_unless_told_otherwise():
     outputs(model).float().square().mean().backward()
     assert {p.grad.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     kept = get_peft_model(
-        tiny_model(dtype=torch.bfloat16), MoELoraConfig(r=R, target_modules=["experts"]), autocast_adapter_dtype=False
+        tiny_model(dtype=torch.bfloat16),
+        MoELoraConfig(r=R, target_modules=["experts"]),
+        autocast_adapter_dtype=False,
     )
     assert {p.dtype for p in adapter_parameters(kept).values()} == {torch.bfloat16}
     outputs(kept).float().square().mean().backward()
@@ -598,7 +631,10 @@ def test_autocast_runs_and_gives_fp32_gradients():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = outputs(model)
     out.float().square().mean().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in adapter_parameters(model).values())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.abs().max() > 0
+        for p in adapter_parameters(model).values()
+    )
     assert ((out.double() - right.double()).norm() / right.double().norm()).item() < 0.1
 
 
@@ -617,7 +653,9 @@ def test_other_float_types_work(dtype):
 def test_low_cpu_mem_usage_makes_meta_adapters():
     """Nothing is drawn, nothing is read: an adapter that is about to be loaded costs no memory first."""
     model = get_peft_model(
-        tiny_model(), MoELoraConfig(r=R, target_modules=["experts", "q_proj"]), low_cpu_mem_usage=True
+        tiny_model(),
+        MoELoraConfig(r=R, target_modules=["experts", "q_proj"]),
+        low_cpu_mem_usage=True,
     )
     assert all(p.is_meta for p in adapter_parameters(model).values())
 
@@ -641,12 +679,16 @@ def test_updating_a_parameter_in_place_is_seen_by_the_next_forward():
     model = wrap(copy.deepcopy(plain))
     model(*rows)
     fill_adapter(model, seed=21)
-    assert_close(model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0)))
+    assert_close(
+        model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0))
+    )
     for pair in experts_adapter(model).values():
         for parameter in pair:
             # no version counter sees this one
             parameter.data = parameter.data * 0.7
-    assert_close(model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0)))
+    assert_close(
+        model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0))
+    )
 
 
 def test_writing_through_data_is_seen_by_the_next_forward():
@@ -657,7 +699,9 @@ def test_writing_through_data_is_seen_by_the_next_forward():
     for pair in experts_adapter(model).values():
         for parameter in pair:
             parameter.data.mul_(0.7)
-    assert_close(model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0)))
+    assert_close(
+        model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0))
+    )
 
 
 def test_changing_the_base_weights_is_seen_by_the_next_forward():
@@ -666,14 +710,18 @@ def test_changing_the_base_weights_is_seen_by_the_next_forward():
     model(*rows)
     fill(plain, seed=31)
     model.base_model.model.experts.get_base_layer().load_state_dict(plain.state_dict())
-    assert_close(model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0)))
+    assert_close(
+        model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0))
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_backends_that_run_here_agree(backend):
     plain, rows = qwen_experts(), random_rows()
     model = wrap(copy.deepcopy(plain), backend=backend)
-    assert_close(model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0)))
+    assert_close(
+        model(*rows), oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, 2.0))
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])

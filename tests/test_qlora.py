@@ -18,7 +18,9 @@ def run(script, *arguments) -> str:
     """Run an example as its users do, from a shell."""
     command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -38,7 +40,18 @@ def test_the_example_learns_on_quantized_experts(tmp_path):
 
 
 def test_the_benchmark_of_a_layer_checks_what_it_times(tmp_path):
-    run("benchmark_quantized.py", "--formats", "nf4", "int8", "--tokens", 16, "--repeat", 1, "--json", tmp_path / "o")
+    run(
+        "benchmark_quantized.py",
+        "--formats",
+        "nf4",
+        "int8",
+        "--tokens",
+        16,
+        "--repeat",
+        1,
+        "--json",
+        tmp_path / "o",
+    )
     dense, *quantized = json.loads((tmp_path / "o").read_text())
     assert [row["route"] for row in (dense, *quantized)] == ["dense", "nf4", "int8"]
     assert all(row["step"] > 0 and row["peak"] > 0 for row in (dense, *quantized))
@@ -55,7 +68,16 @@ def test_the_benchmark_of_few_rows_times_every_way(tmp_path):
 
 
 def test_the_benchmark_of_a_model_trains_it(tmp_path):
-    run("benchmark_quantized.py", "--model", "--steps", 8, "--loss-chunk", 20, "--json", tmp_path / "o")
+    run(
+        "benchmark_quantized.py",
+        "--model",
+        "--steps",
+        8,
+        "--loss-chunk",
+        20,
+        "--json",
+        tmp_path / "o",
+    )
     found = json.loads((tmp_path / "o").read_text())
     assert found["trained"] > 20_000
     assert found["losses"][-1] < found["losses"][0]

@@ -26,12 +26,14 @@ from helpers import (
 from torch.nn.utils import parametrize
 
 from peft_moe_lora import dequantize_experts, quantize_experts
-from peft_moe_lora.layout import UnsupportedExperts, read_layout
+from peft_moe_lora.experts.layout import UnsupportedExperts, read_layout
+from peft_moe_lora.experts.stored import stored_weight
 from peft_moe_lora.ops.quantize import BLOCKSIZES, quantize, quantize_like
 from peft_moe_lora.ops.quantized import QuantizedWeight
-from peft_moe_lora.stored import stored_weight
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra [bitsandbytes] is not installed")
+bitsandbytes = pytest.importorskip(
+    "bitsandbytes", reason="the extra [bitsandbytes] is not installed"
+)
 bnb = bitsandbytes.functional
 
 SETTINGS = [
@@ -77,7 +79,9 @@ def bnb_parametrized(shape, dtype, **options):
 @pytest.mark.parametrize("shape", [(2, 64, 128), (3, 50, 30), (5, 7, 9), (3, 64, 96)], ids=str)
 def test_decoding_is_bitsandbytes_own_bit_for_bit(shape, format, nested, dtype):
     for blocksize in BLOCKSIZES:
-        module, _ = bnb_parametrized(shape, dtype, quant_type=format, blocksize=blocksize, compress_statistics=nested)
+        module, _ = bnb_parametrized(
+            shape, dtype, quant_type=format, blocksize=blocksize, compress_statistics=nested
+        )
         weight = stored_weight(module, "weight")
         state = module.parametrizations.weight[0].quant_state
         expected = bnb_dequantized(module.parametrizations.weight.original, state, shape)
@@ -100,7 +104,9 @@ def test_quantizing_is_bitsandbytes_own_bit_for_bit(shape, format, dtype):
         assert torch.equal(ours.packed, packed.view(-1))
         assert torch.equal(ours.scales, state.absmax)
         assert torch.equal(ours.code, state.code)
-        _, state = bnb.quantize_4bit(stack, blocksize=blocksize, quant_type=format, compress_statistics=True)
+        _, state = bnb.quantize_4bit(
+            stack, blocksize=blocksize, quant_type=format, compress_statistics=True
+        )
         nested = quantize(stack, format, blocksize=blocksize)
         assert torch.equal(nested.packed, ours.packed)
         # a single block differs from the mean of its kind by nothing: 0, or the smallest number there is
@@ -129,7 +135,9 @@ def test_int8_is_bitsandbytes_own_bit_for_bit(dtype):
     ours = quantize(stack, "int8")
     assert torch.equal(ours.codes, codes.view(3, 10, 30))
     assert torch.equal(ours.scales.view(-1), scales)
-    assert torch.equal(ours.dense(), bnb.int8_vectorwise_dequant(codes, scales).to(dtype).view(3, 10, 30))
+    assert torch.equal(
+        ours.dense(), bnb.int8_vectorwise_dequant(codes, scales).to(dtype).view(3, 10, 30)
+    )
     stack[1, 2] = 0
     assert not quantize(stack, "int8").dense()[1, 2].any(), "a row of zeros is zeros"
 
@@ -146,7 +154,9 @@ def test_requantizing_what_was_decoded_changes_nothing(setting):
 def test_four_bits_are_four_bits():
     stack = torch.randn(4, 256, 256, dtype=torch.bfloat16)
     assert quantize(stack, "nf4").nbytes / stack.numel() * 8 == pytest.approx(4.127, abs=0.05)
-    assert quantize(stack, "nf4", double_quant=False).nbytes / stack.numel() * 8 == pytest.approx(4.5, abs=0.01)
+    assert quantize(stack, "nf4", double_quant=False).nbytes / stack.numel() * 8 == pytest.approx(
+        4.5, abs=0.01
+    )
     assert quantize(stack, "int8").nbytes / stack.numel() * 8 == pytest.approx(8.13, abs=0.01)
 
 
@@ -166,7 +176,9 @@ def test_what_cannot_be_quantized_is_said(stack, options, said):
 
 def pair(family, name, setting, dtype=torch.float32, **config):
     """The same adapter on quantized experts and on the dense weights they stand for."""
-    quantized = quantize_experts(Holder(build_experts(family, name, dtype=dtype)), **setting).experts
+    quantized = quantize_experts(
+        Holder(build_experts(family, name, dtype=dtype)), **setting
+    ).experts
     dense = dequantize_experts(Holder(copy.deepcopy(quantized))).experts
     assert isinstance(dense.down_proj, torch.nn.Parameter)
     return wrap(quantized, **config), wrap(dense, **config)
@@ -272,7 +284,8 @@ def test_a_module_moved_and_cast_keeps_its_scales():
     before = stored_weight(experts, "gate_up_proj")
     after = stored_weight(experts.to(torch.bfloat16), "gate_up_proj")
     assert all(
-        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before.tensors(), after.tensors(), strict=True)
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(before.tensors(), after.tensors(), strict=True)
     )
     assert after.dtype == torch.bfloat16
     assert experts.gate_up_proj.dtype == torch.bfloat16
@@ -292,7 +305,8 @@ def test_checkpointing_and_a_whole_model_train():
     ids = token_ids()
     model = moe_lora(quantize_experts(tiny_model()), target_modules=["experts", "q_proj", "v_proj"])
     plain = moe_lora(
-        dequantize_experts(quantize_experts(tiny_model())), target_modules=["experts", "q_proj", "v_proj"]
+        dequantize_experts(quantize_experts(tiny_model())),
+        target_modules=["experts", "q_proj", "v_proj"],
     )
     assert_close(outputs(model), outputs(plain))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -331,7 +345,9 @@ def test_experts_that_accelerate_offloads(first):
     if first == "adapter":
         cpu_offload(model, execution_device=torch.device("cpu"))
     experts = model.base_model.model.model.layers[0].mlp.experts.base_layer
-    assert stored_weight(experts, "down_proj").device.type == "meta", "nothing is offloaded: the test proves nothing"
+    assert stored_weight(experts, "down_proj").device.type == "meta", (
+        "nothing is offloaded: the test proves nothing"
+    )
     assert_close(outputs(model), outputs(right), 1e-6)
     with model.disable_adapter():
         plain = outputs(model)
@@ -393,15 +409,21 @@ def test_linear_layers_in_four_bits_beside_them():
     for layer in model.model.layers:
         for name in ("q_proj", "v_proj"):
             linear = getattr(layer.self_attn, name)
-            four = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
-            four.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            four = bitsandbytes.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, quant_type="nf4"
+            )
+            four.weight = bitsandbytes.nn.Params4bit(
+                linear.weight.data, requires_grad=False, quant_type="nf4"
+            )
             setattr(layer.self_attn, name, four.to("cpu"))
     model.is_loaded_in_4bit = True
     model = moe_lora(quantize_experts(model), target_modules=["experts", "q_proj", "v_proj"])
     assert type(model.base_model.model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     ids = token_ids()
     model(input_ids=ids, labels=ids).loss.backward()
-    trained = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    trained = [
+        n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    ]
     assert any("experts.lora_A" in n for n in trained)
     assert any("q_proj.lora_A" in n for n in trained)
 
@@ -413,11 +435,17 @@ def test_linear_layers_in_four_bits_beside_them():
 @settings
 def test_merging_requantizes_and_says_what_that_cost(family, name, setting, caplog):
     model, dense = pair(family, name, setting)
-    layer, other, rows = model.base_model.model.experts, dense.base_model.model.experts, random_rows()
+    layer, other, rows = (
+        model.base_model.model.experts,
+        dense.base_model.model.experts,
+        random_rows(),
+    )
     packed = [t.clone() for t in stored_weight(layer.base_layer, "down_proj").tensors()]
     before = model(*rows).detach()
     layer.merge()
-    before_merging = {name: getattr(other.base_layer, name).clone() for name in ("gate_up_proj", "down_proj")}
+    before_merging = {
+        name: getattr(other.base_layer, name).clone() for name in ("gate_up_proj", "down_proj")
+    }
     other.merge()
     assert "requantizing changes" in caplog.text
     for projection, attribute in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
@@ -454,7 +482,9 @@ def test_merging_two_adapters_one_after_the_other_requantizes_from_the_first_wei
         each.base_model.model.experts.merge(adapter_names=["second"])
     original = layer._unmerged["down"]
     exact = dense.base_model.model.experts.base_layer.down_proj.detach()
-    assert torch.equal(stored_weight(layer.base_layer, "down_proj").codes, quantize_like(original, exact).codes)
+    assert torch.equal(
+        stored_weight(layer.base_layer, "down_proj").codes, quantize_like(original, exact).codes
+    )
     layer.unmerge()
     assert not layer.merged_adapters
 
@@ -493,6 +523,8 @@ def test_an_unknown_parametrization_is_refused():
 
 def test_codes_without_scales_are_refused():
     experts = build_experts("qwen3_moe", "Qwen3MoeExperts")
-    experts.down_proj = torch.nn.Parameter(torch.zeros(5, H, I, dtype=torch.uint8), requires_grad=False)
+    experts.down_proj = torch.nn.Parameter(
+        torch.zeros(5, H, I, dtype=torch.uint8), requires_grad=False
+    )
     with pytest.raises(UnsupportedExperts, match=r"stored as torch\.uint8 without scales"):
         read_layout(experts)

@@ -18,17 +18,23 @@ from helpers import (
     tiny_config,
     wrap,
 )
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, Fp8Dequantize, FP8Experts
+from transformers.integrations.finegrained_fp8 import (
+    ALL_FP8_EXPERTS_FUNCTIONS,
+    Fp8Dequantize,
+    FP8Experts,
+)
 from transformers.integrations.moe import use_experts_implementation
 
 from peft_moe_lora import dequantize_experts, quantize_experts
-from peft_moe_lora.layout import UnsupportedExperts, read_layout
-from peft_moe_lora.stored import stored_weight
+from peft_moe_lora.experts.layout import UnsupportedExperts, read_layout
+from peft_moe_lora.experts.stored import stored_weight
 
 BLOCKS = [(16, 8), (16, 20), None]
 
 
-def fp8_experts(block_size, scale_fmt="float", has_gate=True, family="qwen3_moe", dtype=torch.float32, **config):
+def fp8_experts(
+    block_size, scale_fmt="float", has_gate=True, family="qwen3_moe", dtype=torch.float32, **config
+):
     """transformers' own class, as its quantizer makes it, with random codes and scales."""
     name = {"qwen3_moe": "Qwen3MoeExperts", "nemotron_h": "NemotronHExperts"}[family]
     model_config = tiny_config(family, type(build_experts(family, name)))
@@ -40,7 +46,9 @@ def fp8_experts(block_size, scale_fmt="float", has_gate=True, family="qwen3_moe"
         setattr(model_config, key, value)
     # a class of its own: the decorator changes the one it is given
     cls = use_experts_implementation(
-        type("FP8Experts", (FP8Experts,), {}), experts_interface=ALL_FP8_EXPERTS_FUNCTIONS, has_gate=has_gate
+        type("FP8Experts", (FP8Experts,), {}),
+        experts_interface=ALL_FP8_EXPERTS_FUNCTIONS,
+        has_gate=has_gate,
     )
     module = cls(model_config, block_size=block_size, scale_fmt=scale_fmt, has_gate=has_gate)
     for name, parameter in module.named_parameters():
@@ -48,7 +56,9 @@ def fp8_experts(block_size, scale_fmt="float", has_gate=True, family="qwen3_moe"
             scales = getattr(module, f"{name}_scale_inv")
             weight = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
             if scale_fmt == "ue8m0":
-                scales.data = torch.randint(118, 122, scales.shape).to(torch.uint8).view(torch.float8_e8m0fnu)
+                scales.data = (
+                    torch.randint(118, 122, scales.shape).to(torch.uint8).view(torch.float8_e8m0fnu)
+                )
             else:
                 scales.data = 0.006 + 0.008 * torch.rand(scales.shape)
             parameter.data = (weight / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -61,7 +71,10 @@ def dense_of(fp8, plain, dtype):
     """A plain experts module with transformers' own dequantization of an FP8 one."""
     for name, parameter in plain.named_parameters():
         weight, scales = getattr(fp8, name), getattr(fp8, f"{name}_scale_inv")
-        own = [Fp8Dequantize(None)._dequantize_one(w, s, dtype) for w, s in zip(weight, scales.float(), strict=True)]
+        own = [
+            Fp8Dequantize(None)._dequantize_one(w, s, dtype)
+            for w, s in zip(weight, scales.float(), strict=True)
+        ]
         parameter.data = torch.stack(own)
     return plain
 
@@ -93,7 +106,12 @@ def test_fp8_experts_compute_what_transformers_dequantizes(block_size, scale_fmt
         # a short last tile, which transformers' own dequantization does not take: from the definition
         plain = build_experts("qwen3_moe", "Qwen3MoeExperts")
         for name, parameter in plain.named_parameters():
-            scales = getattr(fp8, f"{name}_scale_inv").float().repeat_interleave(16, 1).repeat_interleave(20, 2)
+            scales = (
+                getattr(fp8, f"{name}_scale_inv")
+                .float()
+                .repeat_interleave(16, 1)
+                .repeat_interleave(20, 2)
+            )
             weight = getattr(fp8, name).float()
             parameter.data = weight * scales[:, : weight.shape[1], : weight.shape[2]]
     else:
@@ -108,7 +126,10 @@ def test_fp8_experts_without_a_gate():
 
 
 def test_fp8_experts_compute_in_the_dtype_of_their_config():
-    assert stored_weight(fp8_experts((16, 8), dtype=torch.bfloat16), "down_proj").dtype == torch.bfloat16
+    assert (
+        stored_weight(fp8_experts((16, 8), dtype=torch.bfloat16), "down_proj").dtype
+        == torch.bfloat16
+    )
     weight = stored_weight(fp8_experts((16, 8), dtype=torch.bfloat16), "down_proj")
     own = Fp8Dequantize(None)._dequantize_one(weight.codes[1], weight.scales[1], torch.bfloat16)
     assert torch.equal(weight[1], own)
@@ -131,11 +152,17 @@ def test_fp4_codes_in_fp8_experts():
     expected = {}
     for name, (rows, columns) in {"gate_up_proj": (2 * I, H), "down_proj": (H, 32)}.items():
         codes = torch.randint(-128, 128, (E, rows, columns // 2)).to(torch.int8)
-        scales = torch.randint(123, 127, (E, rows, columns // 32)).to(torch.uint8).view(torch.float8_e8m0fnu)
+        scales = (
+            torch.randint(123, 127, (E, rows, columns // 32))
+            .to(torch.uint8)
+            .view(torch.float8_e8m0fnu)
+        )
         setattr(fp8, name, torch.nn.Parameter(codes, requires_grad=False))
         setattr(fp8, f"{name}_scale_inv", torch.nn.Parameter(scales, requires_grad=False))
         one = Fp8Dequantize(None)._dequantize_one
-        expected[name] = torch.stack([one(w, s, torch.float32) for w, s in zip(codes, scales.float(), strict=True)])
+        expected[name] = torch.stack(
+            [one(w, s, torch.float32) for w, s in zip(codes, scales.float(), strict=True)]
+        )
     for name, dense in expected.items():
         weight = stored_weight(fp8, name)
         assert weight.shape == dense.shape
@@ -179,7 +206,9 @@ def test_torchao_float8_weights(granularity):
     base = build_experts("qwen3_moe", "Qwen3MoeExperts")
     plain = copy.deepcopy(base)
     for name, parameter in list(base.named_parameters()):
-        eight = quantization.Float8Tensor.from_hp(parameter.data, granularity=getattr(quantization, granularity)())
+        eight = quantization.Float8Tensor.from_hp(
+            parameter.data, granularity=getattr(quantization, granularity)()
+        )
         setattr(base, name, torch.nn.Parameter(eight, requires_grad=False))
         dense = eight.dequantize()
         getattr(plain, name).data = dense
@@ -191,7 +220,9 @@ def test_torchao_float8_weights(granularity):
 
 def test_other_torchao_weights_are_refused():
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    base = build_experts("qwen3_moe", "Qwen3MoeExperts", hidden=128, intermediate=128, dtype=torch.bfloat16)
+    base = build_experts(
+        "qwen3_moe", "Qwen3MoeExperts", hidden=128, intermediate=128, dtype=torch.bfloat16
+    )
     eight = quantization.Int8Tensor.from_hp(base.down_proj.data, quantization.PerRow())
     base.down_proj = torch.nn.Parameter(eight, requires_grad=False)
     with pytest.raises(UnsupportedExperts, match="Int8Tensor"):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
 
 from peft_moe_lora import load_quantized, quantize_experts
+from peft_moe_lora.experts.stored import stored_weight
 from peft_moe_lora.ops.quantized import QuantizedWeight
-from peft_moe_lora.stored import stored_weight
 
 
 @pytest.fixture
@@ -32,7 +32,9 @@ def saved(tmp_path):
 def test_it_is_the_model_quantized_after_loading(saved, family, experts):
     path = saved(family)
     loaded = load_quantized(path, experts, double_quant=False)
-    after = quantize_experts(AutoModelForCausalLM.from_pretrained(path), experts, double_quant=False)
+    after = quantize_experts(
+        AutoModelForCausalLM.from_pretrained(path), experts, double_quant=False
+    )
     tensors = loaded.state_dict()
     assert tensors.keys() == after.state_dict().keys()
     for name, tensor in after.state_dict().items():
@@ -41,7 +43,7 @@ def test_it_is_the_model_quantized_after_loading(saved, family, experts):
 
 
 def test_the_dense_model_is_never_there(saved, monkeypatch):
-    from peft_moe_lora import quantized_loading
+    from peft_moe_lora.quant import loading as quantized_loading
 
     path = saved(num_hidden_layers=4)
     most, quantize = [], quantized_loading.quantize
@@ -57,7 +59,9 @@ def test_the_dense_model_is_never_there(saved, monkeypatch):
     before = stacks()
 
     def watched(stack, *args, **kwargs):
-        most.append(sum(n for pointer, n in stacks().items() if pointer not in before) / stack.numel())
+        most.append(
+            sum(n for pointer, n in stacks().items() if pointer not in before) / stack.numel()
+        )
         return quantize(stack, *args, **kwargs)
 
     monkeypatch.setattr(quantized_loading, "quantize", watched)
@@ -68,16 +72,24 @@ def test_the_dense_model_is_never_there(saved, monkeypatch):
 
 def test_it_trains_with_linear_layers_in_four_bits(saved):
     pytest.importorskip("bitsandbytes", reason="the extra [bitsandbytes] is not installed")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     model = load_quantized(saved(), quantization_config=config, dtype=torch.float32)
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-    assert isinstance(stored_weight(model.model.layers[0].mlp.experts, "down_proj"), QuantizedWeight)
+    assert isinstance(
+        stored_weight(model.model.layers[0].mlp.experts, "down_proj"), QuantizedWeight
+    )
     # out of training bitsandbytes packs a layer anew, which fails where its rows are shorter than a block
     model = moe_lora(model, target_modules=["experts", "q_proj", "v_proj"]).train()
     ids = token_ids()
     model(input_ids=ids, labels=ids).loss.backward()
     for part in ("experts.lora_A", "q_proj.lora_B"):
-        assert any(part in n and p.grad.abs().max() > 0 for n, p in model.named_parameters() if p.grad is not None)
+        assert any(
+            part in n and p.grad.abs().max() > 0
+            for n, p in model.named_parameters()
+            if p.grad is not None
+        )
 
 
 def test_the_trainer_takes_it_and_the_adapter_is_saved(saved, tmp_path):
@@ -86,7 +98,9 @@ def test_the_trainer_takes_it_and_the_adapter_is_saved(saved, tmp_path):
 
     model = moe_lora(load_quantized(saved()))
     data = [{"input_ids": row, "labels": row} for row in token_ids(batch=8)]
-    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True, save_steps=2)
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True, save_steps=2
+    )
     Trainer(model, arguments, train_dataset=data).train()
     expected = outputs(model.eval()).detach()
     model.save_pretrained(tmp_path / "adapter")
@@ -110,8 +124,12 @@ def gpt_oss(tmp_path):
     for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
         count, K, N = tensors.pop(name).shape
         shape = (count, N, K // 32)
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator).to(torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(122, 125, shape, generator=generator).to(torch.uint8)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator).to(
+            torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(122, 125, shape, generator=generator).to(
+            torch.uint8
+        )
     save_file(tensors, file, {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -122,11 +140,16 @@ def gpt_oss(tmp_path):
 def dequantized(path):
     """transformers' own; 5.17 dequantizes to bf16 whatever dtype is asked for."""
     config = Mxfp4Config(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float32).float()
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, dtype=torch.float32
+    ).float()
 
 
 def test_gpt_oss_is_kept_in_its_packed_blocks(gpt_oss):
-    packed, dense = load_quantized(gpt_oss, "mxfp4", dtype=torch.float32).eval(), dequantized(gpt_oss).eval()
+    packed, dense = (
+        load_quantized(gpt_oss, "mxfp4", dtype=torch.float32).eval(),
+        dequantized(gpt_oss).eval(),
+    )
     experts, plain = packed.model.layers[1].mlp.experts, dense.model.layers[1].mlp.experts
     for name in ("gate_up_proj", "down_proj"):
         weight = stored_weight(experts, name)
@@ -144,7 +167,10 @@ def test_adapters_on_packed_and_on_dequantized_gpt_oss_agree(gpt_oss):
         fill_adapter(model)
         ids = token_ids()
         model(input_ids=ids, labels=ids).loss.backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"out": outputs(model)})
+        found.append(
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            | {"out": outputs(model)}
+        )
     assert found[0].keys() == found[1].keys()
     for name, expected in found[1].items():
         assert expected.abs().max() > 0
@@ -163,7 +189,9 @@ def test_refusals_name_what_came_and_the_remedy(saved, gpt_oss):
         load_quantized(gpt_oss, "nf4")
     with pytest.raises(ValueError, match="the checkpoint is not quantized"):
         load_quantized(saved(), "mxfp4")
-    (shard,) = [p for p in saved("olmoe").glob("*.safetensors") if "down_proj" in str(load_file(p).keys())][:1]
+    (shard,) = [
+        p for p in saved("olmoe").glob("*.safetensors") if "down_proj" in str(load_file(p).keys())
+    ][:1]
     tensors = {n: t for n, t in load_file(shard).items() if "down_proj" not in n}
     save_file(tensors, shard, {"format": "pt"})
     with pytest.raises(ValueError, match="did not give 1 of 4 stacks"):

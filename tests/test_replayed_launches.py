@@ -8,10 +8,9 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from peft_moe_lora import fused, unfused
-from peft_moe_lora.functional import Projection, experts
+from peft_moe_lora.functional import Projection, experts, steps, whole
 from peft_moe_lora.ops import Activation, kernels
-from peft_moe_lora.ops.kernels import graphs, launch, replay
+from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
 
 E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741  # the intermediate size is I in every formula
 
@@ -30,7 +29,9 @@ class Compiled:
     def __init__(self, name, launches):
         self.name, self.launches = name, launches
 
-    def run(self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+    def run(
+        self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments
+    ):
         self.launches.append((self.name, (gx, gy, gz), arguments))
 
 
@@ -48,9 +49,13 @@ def relative(arguments, inputs):
             argument = argument.base.data_ptr()
         if isinstance(argument, int) and argument >= 2**32:
             of = [
-                (i, argument - t.data_ptr()) for i, t in enumerate(inputs) if 0 <= argument - t.data_ptr() < t.nbytes
+                (i, argument - t.data_ptr())
+                for i, t in enumerate(inputs)
+                if 0 <= argument - t.data_ptr() < t.nbytes
             ]
-            argument = ("input", *of[0]) if of else ("buffer", order.setdefault(argument, len(order)))
+            argument = (
+                ("input", *of[0]) if of else ("buffer", order.setdefault(argument, len(order)))
+            )
         found.append((argument, fields))
     return found
 
@@ -78,7 +83,7 @@ def launches(monkeypatch):
         monkeypatch.setattr(module, "driver", Driver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", {})
-    for module in (fused, unfused):
+    for module in (whole, steps):
         monkeypatch.setattr(module, "ops_for", lambda backend, device: kernels)
     return found
 
@@ -94,16 +99,28 @@ def step(launches, transposed=False):
         )
 
     def projection(N, K):
-        lora = torch.zeros(RANK * E, K, requires_grad=True), torch.zeros(N, RANK * E, requires_grad=True)
+        lora = (
+            torch.zeros(RANK * E, K, requires_grad=True),
+            torch.zeros(N, RANK * E, requires_grad=True),
+        )
         return Projection(weight(N, K), None, *lora)
 
     launches.clear()
     x = torch.zeros(T, H, dtype=torch.bfloat16, requires_grad=True)
-    dout, weights = torch.zeros(T, H, dtype=torch.bfloat16), torch.zeros(T, TOP_K, requires_grad=True)
+    dout, weights = (
+        torch.zeros(T, H, dtype=torch.bfloat16),
+        torch.zeros(T, TOP_K, requires_grad=True),
+    )
     index = torch.zeros(T, TOP_K, dtype=torch.int64)
     up, down = projection(2 * I, H), projection(H, I)
     # all of them live through the step: no buffer comes where one of them will lie
-    inputs = [x, weights, index, dout, *(t for p in (up, down) for t in (p.weight, p.lora_A, p.lora_B))]
+    inputs = [
+        x,
+        weights,
+        index,
+        dout,
+        *(t for p in (up, down) for t in (p.weight, p.lora_A, p.lora_B)),
+    ]
     experts(x, index, weights, up, down, Activation()).backward(dout)
     return [(name, grid, relative(arguments, inputs)) for name, grid, arguments in launches]
 
@@ -198,12 +215,16 @@ def test_operators_make_the_table_of_tiles_once_each(launches):
     routing = kernels.route(torch.zeros(T, TOP_K, dtype=torch.int64), E)
     index = [t.contiguous() for t in routing.tensors()[:4]]
     bf16 = torch.bfloat16
-    up, down, x = torch.zeros(E, 2 * I, H, dtype=bf16), torch.zeros(E, H, I, dtype=bf16), torch.zeros(T, H, dtype=bf16)
+    up, down, x = (
+        torch.zeros(E, 2 * I, H, dtype=bf16),
+        torch.zeros(E, H, I, dtype=bf16),
+        torch.zeros(T, H, dtype=bf16),
+    )
     (up_A, up_B), (down_A, down_B) = (
         (torch.zeros(RANK * E, K), torch.zeros(N, RANK * E)) for N, K in ((2 * I, H), (H, I))
     )
     rows = {width: torch.zeros(T * TOP_K, width, dtype=bf16) for width in (2 * I, RANK)}
-    plan = fused._Plan(Activation(), "triton", False, 1.0, 1.0, 0.0, 0.0, None, None)
+    plan = whole._Plan(Activation(), "triton", False, 1.0, 1.0, 0.0, 0.0, None, None)
 
     def tables(operator, *arguments):
         launches.clear()
@@ -211,10 +232,23 @@ def test_operators_make_the_table_of_tiles_once_each(launches):
         operator(*arguments)
         return [*launches.at_launch, *(name for name, *_ in launches)].count("_tiles_kernel")
 
-    fused_arguments = x, x, torch.zeros(T, TOP_K), up_A, up_B, down_A, down_B, up, None, down, None, None
+    fused_arguments = (
+        x,
+        x,
+        torch.zeros(T, TOP_K),
+        up_A,
+        up_B,
+        down_A,
+        down_B,
+        up,
+        None,
+        down,
+        None,
+        None,
+    )
     kept = rows[2 * I], rows[RANK], rows[RANK], index, TOP_K, True, True, True
-    assert tables(fused._experts_backward_op, *fused_arguments, *kept, *plan.scalars()) == 1
+    assert tables(whole._experts_backward_op, *fused_arguments, *kept, *plan.scalars()) == 1
     routed = *index, None, TOP_K, 0, 1.0, 0.0, True, "triton", None
-    assert tables(unfused._linear_op, x, up_A, up_B, up, None, None, *routed) == 1
+    assert tables(steps._linear_op, x, up_A, up_B, up, None, None, *routed) == 1
     backward = rows[2 * I], x, up_A, up_B, up, None, rows[RANK], True, True
-    assert tables(unfused._linear_backward_op, *backward, *routed) == 1
+    assert tables(steps._linear_backward_op, *backward, *routed) == 1

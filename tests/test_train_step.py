@@ -27,7 +27,18 @@ def routes(script):
 
 def test_report_has_every_field(script, tmp_path, capsys):
     path = tmp_path / "steps.json"
-    arguments = ["--tiny", "--batches", "2x12", "1x12", "--rounds", "1", "--routes", *ROUTES, "--json", str(path)]
+    arguments = [
+        "--tiny",
+        "--batches",
+        "2x12",
+        "1x12",
+        "--rounds",
+        "1",
+        "--routes",
+        *ROUTES,
+        "--json",
+        str(path),
+    ]
     assert script.main(arguments) == 0
     report = json.loads(path.read_text())
     assert report.keys() == {"machine", "date", "what", "command", "losses", "rows"}
@@ -73,7 +84,9 @@ def test_every_route_goes_backward_through_every_layer(script, routes):
 
 def test_adapters_have_the_same_tensors_under_the_same_names(routes):
     _, _, found = routes
-    shapes = {name: {key: p.shape for key, p in route.trained.items()} for name, route in found.items()}
+    shapes = {
+        name: {key: p.shape for key, p in route.trained.items()} for name, route in found.items()
+    }
     assert shapes["base"] == {}
     # layers, A and B of two projections and of four linear layers
     assert len(shapes["peft"]) == 2 * (4 + 8)
@@ -89,7 +102,10 @@ def test_the_peak_holds_adapter_and_optimizer_state(script, routes):
     assert route.static_bytes() == 3 * adapter + 4 * len(route.trained)
     assert found["base"].static_bytes() == 0
     # and the gradients
-    assert script.peak_bytes(route, script.batch_of(args, 1, 8), args.device) >= route.static_bytes() + adapter
+    assert (
+        script.peak_bytes(route, script.batch_of(args, 1, 8), args.device)
+        >= route.static_bytes() + adapter
+    )
 
 
 def leave_pefts_order_out(script, monkeypatch):
@@ -97,13 +113,17 @@ def leave_pefts_order_out(script, monkeypatch):
 
 
 def leave_the_adapter_out(script, monkeypatch):
-    monkeypatch.setattr(script, "fill_adapter", lambda route, *_: [p.data.zero_() for p in route.trained.values()])
+    monkeypatch.setattr(
+        script, "fill_adapter", lambda route, *_: [p.data.zero_() for p in route.trained.values()]
+    )
 
 
 def double_one_gradient(script, monkeypatch):
     def doubled(base, args):
         route = script.moe_lora_route(base, args)
-        next(p for n, p in route.trained.items() if "experts.lora_A" in n).register_hook(lambda g: 2 * g)
+        next(p for n, p in route.trained.items() if "experts.lora_A" in n).register_hook(
+            lambda g: 2 * g
+        )
         return route
 
     monkeypatch.setitem(script.ROUTES, "moe_lora", doubled)
@@ -114,7 +134,9 @@ def swap_two_experts(script, monkeypatch):
         route = script.moe_lora_route(base, args)
         layer = route.model.base_model.model.model.layers[1].mlp.experts
         # 0 <-> 1
-        layer.register_forward_pre_hook(lambda m, a: (a[0], torch.where(a[1] < 2, 1 - a[1], a[1]), a[2]))
+        layer.register_forward_pre_hook(
+            lambda m, a: (a[0], torch.where(a[1] < 2, 1 - a[1], a[1]), a[2])
+        )
         return route
 
     monkeypatch.setitem(script.ROUTES, "moe_lora", swapped)
@@ -134,7 +156,9 @@ def test_routes_that_disagree_get_no_number(script, monkeypatch, tmp_path, capsy
     assert not (tmp_path / "steps.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--batches", "2048"], ["--rounds", "0"], ["--batches", "1x1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--batches", "2048"], ["--rounds", "0"], ["--batches", "1x1"]], ids=" ".join
+)
 def test_bad_arguments_are_refused(script, arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.parse_arguments(arguments)

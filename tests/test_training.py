@@ -103,7 +103,9 @@ def shows_its_draws(probability):
     with torch.no_grad():
         experts.up_proj.zero_()
         experts.down_proj.copy_(torch.eye(H).expand_as(experts.down_proj))
-    model = wrap(experts, lora_dropout=probability, r=H, lora_alpha=H, target_projections=["gate_up"]).train()
+    model = wrap(
+        experts, lora_dropout=probability, r=H, lora_alpha=H, target_projections=["gate_up"]
+    ).train()
     with torch.no_grad():
         lora_A, lora_B = experts_adapter(model)["gate_up"]
         lora_A.copy_(torch.eye(H).repeat(E, 1))
@@ -114,7 +116,9 @@ def shows_its_draws(probability):
 @pytest.mark.parametrize("probability", [0.25, 0.5])
 def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
     T = 400
-    left = shows_its_draws(probability)(torch.ones(T, H), torch.arange(T)[:, None] % E, torch.ones(T, 1)).detach()
+    left = shows_its_draws(probability)(
+        torch.ones(T, H), torch.arange(T)[:, None] % E, torch.ones(T, 1)
+    ).detach()
     dropped = left.abs() < 1e-6
     # what stays is scaled up, so that the expectation stays
     assert_close(left[~dropped], torch.full_like(left[~dropped], 1 / (1 - probability)), 1e-6)
@@ -133,7 +137,10 @@ def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
 def test_rows_of_one_token_are_dropped_apart():
     """Per row, not per token: a token's slots go to different experts, each with a draw of its own."""
     # the second slot counts ten times: a sum tells both draws
-    index, weights = torch.tensor([[0, 3]]).repeat(200, 1), torch.tensor([[1.0, 10.0]]).repeat(200, 1)
+    index, weights = (
+        torch.tensor([[0, 3]]).repeat(200, 1),
+        torch.tensor([[1.0, 10.0]]).repeat(200, 1),
+    )
     out = shows_its_draws(0.5)(torch.ones(200, H), index, weights)
     second = (out > 19).float()
     first = (out - 20 * second > 1).float()
@@ -143,7 +150,9 @@ def test_rows_of_one_token_are_dropped_apart():
 def test_two_steps_draw_twice():
     model = shows_its_draws(0.5)
     rows = torch.ones(200, H), torch.zeros(200, 1, dtype=torch.long), torch.ones(200, 1)
-    assert ((model(*rows) == 0) == (model(*rows) == 0)).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert ((model(*rows) == 0) == (model(*rows) == 0)).float().mean().item() == pytest.approx(
+        0.5, abs=0.03
+    )
 
 
 def test_mean_over_seeds_is_the_output_without_dropout():
@@ -273,7 +282,13 @@ def arguments(directory, **changes):
     ("why", "changes"),
     [
         ("the plain run", {}),
-        ("checkpointing", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        (
+            "checkpointing",
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            },
+        ),
         ("accumulation", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
         ("mixed precision", {"bf16": True}),
     ],
@@ -281,7 +296,9 @@ def arguments(directory, **changes):
 def test_the_trainer_lowers_the_loss(why, changes, tmp_path):
     base = tiny_model()
     frozen = copy.deepcopy(base.state_dict())
-    model = moe_lora(base, randomize=False, lora_dropout=0.05, target_modules=["experts", "q_proj", "v_proj"])
+    model = moe_lora(
+        base, randomize=False, lora_dropout=0.05, target_modules=["experts", "q_proj", "v_proj"]
+    )
     trainer = Trainer(model=model, args=arguments(tmp_path, **changes), train_dataset=Rhyme())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -303,7 +320,9 @@ def test_the_trainer_saves_and_resumes_the_adapter(tmp_path):
     straight.train()
     names = {p.name for p in (tmp_path / "checkpoint-6").iterdir()}
     assert "adapter_model.safetensors" in names
-    assert not any(name.endswith(".safetensors") and name != "adapter_model.safetensors" for name in names)
+    assert not any(
+        name.endswith(".safetensors") and name != "adapter_model.safetensors" for name in names
+    )
     resumed = Trainer(model=fresh(), args=arguments(tmp_path, **settings), train_dataset=Rhyme())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for name, parameter in adapter_parameters(resumed.model).items():

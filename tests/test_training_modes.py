@@ -26,7 +26,7 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 
-from peft_moe_lora import fused, unfused
+from peft_moe_lora.functional import steps, whole
 
 # gated; interleaved, transposed and biased; fp32 routing weights and a shared expert
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -100,7 +100,7 @@ def test_the_twin_is_the_model(device):
 def routings(monkeypatch):
     """Every routing that the experts layers make, in order."""
     made = []
-    ops_for = fused.ops_for
+    ops_for = whole.ops_for
 
     class Recording:
         def __init__(self, ops):
@@ -118,7 +118,7 @@ def routings(monkeypatch):
             made.append([t.clone() for t in routing.tensors()[:4]])
             return routing
 
-    for module in (fused, unfused):
+    for module in (whole, steps):
         monkeypatch.setattr(module, "ops_for", lambda *args: Recording(ops_for(*args)))
     return made
 
@@ -144,7 +144,9 @@ def test_recomputed_routing_is_the_saved_routing(device, family, use_reentrant, 
     routings.clear()
     with torch.no_grad():
         logits(model, ids_on(device))
-    assert not torch.equal(routings[-1][2], forward[-1][2]), "dropout changed no routing: the test proves nothing"
+    assert not torch.equal(routings[-1][2], forward[-1][2]), (
+        "dropout changed no routing: the test proves nothing"
+    )
 
 
 @families
@@ -175,7 +177,10 @@ def test_checkpointing_repeats_dropout(device, family, use_reentrant):
         loss.backward()
         return loss.detach(), gradients(model)
 
-    (kept, kept_grads), (eval_loss, _) = run(), (language_loss(model.eval(), ids_on(device)), model.train())
+    (kept, kept_grads), (eval_loss, _) = (
+        run(),
+        (language_loss(model.eval(), ids_on(device)), model.train()),
+    )
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     loss, grads = run()
     assert_close(loss, kept, SAME)
@@ -204,7 +209,9 @@ def assert_as_exact_as_the_twin(actual, twins, exact, atol):
     """No more than twice the rounding of the same computation in plain PyTorch."""
     for name, right in exact.items():
         error, plain = relative(actual[name], right), relative(twins[name], right)
-        assert error <= 2 * plain + atol, f"{name}: {error:.2e} against {plain:.2e} in plain PyTorch"
+        assert error <= 2 * plain + atol, (
+            f"{name}: {error:.2e} against {plain:.2e} in plain PyTorch"
+        )
 
 
 LOW = [torch.bfloat16, torch.float16]
@@ -231,7 +238,9 @@ def test_autocast_rounds_no_more_than_plain_pytorch(device, low, base, routings)
     low_routing = [r[1] for r in routings]
     routings.clear()
     logits(adapted(device, target_modules=EVERYWHERE), ids)
-    assert all(torch.equal(a, b[1]) for a, b in zip(low_routing, routings, strict=True)), "a token changed experts"
+    assert all(torch.equal(a, b[1]) for a, b in zip(low_routing, routings, strict=True)), (
+        "a token changed experts"
+    )
     twins = {"loss": twin_loss.detach(), **twin.gradients(twin_loss)}
     assert_as_exact_as_the_twin({"loss": loss.detach(), **found}, twins, exact, ATOL[low])
 
@@ -291,7 +300,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(device, family):
     batches, twin = [ids_on(device, seed=s) for s in (1, 2, 3)], DenseTwin(model)
     for ids in batches:
         (language_loss(model, ids) / 3).backward()
-    assert_gradients(gradients(model), twin.gradients(language_loss(twin, torch.cat(batches))), 5 * FP32)
+    assert_gradients(
+        gradients(model), twin.gradients(language_loss(twin, torch.cat(batches))), 5 * FP32
+    )
 
 
 def test_eval_and_train_switch_dropout_and_nothing_else(device):
@@ -347,7 +358,9 @@ def test_compiling_breaks_no_more_graphs_than_without_the_adapter(device, family
 
 def test_compiling_breaks_no_more_graphs_with_attention_adapted_too(device):
     base, ids = tiny_model().to(device), ids_on(device)
-    attention = get_peft_model(copy.deepcopy(base), LoraConfig(r=R, target_modules=["q_proj", "o_proj"]))
+    attention = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=R, target_modules=["q_proj", "o_proj"])
+    )
     without, _ = count_breaks(attention, ids)
     backend = "triton" if device == "cuda" else "torch"
     model = moe_lora(base, backend=backend, target_modules=["experts", "q_proj", "o_proj"])
@@ -402,7 +415,10 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_toke
 
 @families
 def test_generation_is_the_merged_models_with_and_without_cache(device, family):
-    model, ids = adapted(device, family, target_modules=["experts", "o_proj"]), ids_on(device, length=6)
+    model, ids = (
+        adapted(device, family, target_modules=["experts", "o_proj"]),
+        ids_on(device, length=6),
+    )
     merged = copy.deepcopy(model).merge_and_unload()
     with model.disable_adapter():
         plain = model.generate(input_ids=ids, use_cache=False, **GREEDY)
@@ -416,7 +432,9 @@ def left_padded(device):
     """Three sequences of 4, 7 and 11 tokens, one by one and left-padded to one batch with its mask."""
     rows = [ids_on(device, batch=1, length=n, seed=n) for n in (4, 7, 11)]
     ids = torch.cat([torch.nn.functional.pad(row, (11 - row.shape[1], 0)) for row in rows])
-    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (11 - row.shape[1], 0)) for row in rows])
+    mask = torch.cat(
+        [torch.nn.functional.pad(torch.ones_like(row), (11 - row.shape[1], 0)) for row in rows]
+    )
     return rows, ids, mask
 
 
@@ -433,7 +451,9 @@ def test_left_padding_changes_no_logit_and_no_gradient(device, family):
     language_loss(model, ids, attention_mask=mask, labels=labels).backward()
     # a mean over the predicted tokens: n - 1 of each sequence
     tokens = [row.shape[1] - 1 for row in rows]
-    right = sum(n * language_loss(twin, row) for n, row in zip(tokens, rows, strict=True)) / sum(tokens)
+    right = sum(n * language_loss(twin, row) for n, row in zip(tokens, rows, strict=True)) / sum(
+        tokens
+    )
     assert_gradients(gradients(model), twin.gradients(right), 5 * FP32)
 
 
@@ -445,7 +465,9 @@ def test_left_padded_prompts_generate_what_each_generates_alone(device, family, 
     together = model.generate(input_ids=ids, attention_mask=mask, use_cache=use_cache, **GREEDY)
     merged = model.merge_and_unload()
     for i, row in enumerate(rows):
-        assert torch.equal(together[i, 11:], merged.generate(input_ids=row, **GREEDY)[0, row.shape[1] :])
+        assert torch.equal(
+            together[i, 11:], merged.generate(input_ids=row, **GREEDY)[0, row.shape[1] :]
+        )
 
 
 # ---- accelerate ----------------------------------------------------------------------------------------------------
@@ -516,7 +538,9 @@ def test_a_whole_model_offloaded_after_wrapping_runs(device, family):
 
 def spread(model, places):
     """A device map: the first layer to places[0], the second to places[1], the rest to places[0]."""
-    top = {f"model.{name}": places[0] for name, _ in model.model.named_children() if name != "layers"}
+    top = {
+        f"model.{name}": places[0] for name, _ in model.model.named_children() if name != "layers"
+    }
     layers = {f"model.layers.{i}": places[min(i, 1)] for i in range(len(model.model.layers))}
     return {**top, **layers, "lm_head": places[0]}
 
@@ -555,7 +579,9 @@ def test_a_checkpoint_loaded_with_a_device_map_runs_and_trains(device, family, t
     twin, ids = DenseTwin(adapted(device, family)), ids_on(device)
     here = 0 if device == "cuda" else "cpu"
     loaded = type(base).from_pretrained(
-        tmp_path / "model", device_map=spread(base, [here, "disk"]), offload_folder=tmp_path / "disk"
+        tmp_path / "model",
+        device_map=spread(base, [here, "disk"]),
+        offload_folder=tmp_path / "disk",
     )
     assert offloaded(loaded) == 1
     model = moe_lora(loaded, backend="triton" if device == "cuda" else "torch")

@@ -31,7 +31,9 @@ from peft_moe_lora import MoELoraConfig
 ROOT = Path(__file__).parents[1]
 TARGETS = ["experts", "q_proj", "v_proj"]
 NAMES = SFTConfig.__dataclass_fields__
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+)
 # trl reads its own deprecated arguments
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -104,18 +106,25 @@ def say(role, content):
 
 SFT_ROWS = {
     "text": [{"text": f"abc {i % 3} abc {i % 3}"} for i in range(24)],
-    "messages": [{"messages": say("user", f"{i % 3}?") + say("assistant", f"abc {i % 3}")} for i in range(24)],
+    "messages": [
+        {"messages": say("user", f"{i % 3}?") + say("assistant", f"abc {i % 3}")} for i in range(24)
+    ],
     "prompt and completion": [
-        {"prompt": say("user", f"{i % 3}?"), "completion": say("assistant", f"abc {i % 3}")} for i in range(24)
+        {"prompt": say("user", f"{i % 3}?"), "completion": say("assistant", f"abc {i % 3}")}
+        for i in range(24)
     ],
 }
 
 
 @pytest.mark.parametrize("kind", SFT_ROWS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_sft_trainer_trains_the_adapter_and_nothing_else(device, kind, checkpointing, tokenizer, tmp_path):
+def test_sft_trainer_trains_the_adapter_and_nothing_else(
+    device, kind, checkpointing, tokenizer, tmp_path
+):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SFT_ROWS[kind]))
-    rows = load_dataset("json", data_files=str(tmp_path / "data.jsonl"), split="train", cache_dir=tmp_path / "cache")
+    rows = load_dataset(
+        "json", data_files=str(tmp_path / "data.jsonl"), split="train", cache_dir=tmp_path / "cache"
+    )
     base = base_model(device)
     frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     trainer = SFTTrainer(
@@ -129,7 +138,9 @@ def test_sft_trainer_trains_the_adapter_and_nothing_else(device, kind, checkpoin
     trainer.train()
     assert losses(trainer)[-1] < 0.85 * losses(trainer)[0], losses(trainer)
     trained = adapter_parameters(trainer.model)
-    assert len(trained) == 2 * (4 + 4)  # layers, A and B of two projections and of two linear layers
+    assert len(trained) == 2 * (
+        4 + 4
+    )  # layers, A and B of two projections and of two linear layers
     assert all((p != 0).any() for p in trained.values())
     trainer.save_model()
     loaded = PeftModel.from_pretrained(base_model(device), tmp_path / "out")
@@ -166,7 +177,12 @@ def pretrained(device, folder, **changes):
 
 def dpo_trainer(model, tokenizer, device, folder, **kwargs):
     # the loss alone, without the router's own
-    rewards = {"learning_rate": 5e-3, "max_steps": 8, "router_aux_loss_coef": 0.0, **kwargs.pop("args", {})}
+    rewards = {
+        "learning_rate": 5e-3,
+        "max_steps": 8,
+        "router_aux_loss_coef": 0.0,
+        **kwargs.pop("args", {}),
+    }
     return DPOTrainer(
         model=model,
         args=arguments(DPOConfig, device, folder, **rewards),
@@ -184,7 +200,9 @@ def references(model):
     return {name: (named[name], named[name.replace(".default", ".ref")]) for name in mine}
 
 
-def test_trl_copies_every_tensor_to_its_reference_and_trains_only_the_other(device, tokenizer, tmp_path):
+def test_trl_copies_every_tensor_to_its_reference_and_trains_only_the_other(
+    device, tokenizer, tmp_path
+):
     model = pretrained(device, tmp_path / "adapter")
     with model.disable_adapter():
         plain = logits(model.eval(), device)
@@ -196,7 +214,9 @@ def test_trl_copies_every_tensor_to_its_reference_and_trains_only_the_other(devi
         assert torch.equal(mine, reference), name
         assert mine.data_ptr() != reference.data_ptr()
         assert (mine.requires_grad, reference.requires_grad) == (True, False)
-    copies = {name: reference.detach().clone() for name, (_, reference) in references(model).items()}
+    copies = {
+        name: reference.detach().clone() for name, (_, reference) in references(model).items()
+    }
     trainer.train()
     # policy and reference are one model at first: -log sigmoid(0)
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
@@ -243,7 +263,9 @@ def example(*arguments, ok=True):
     """Run the example as its users do, from a shell."""
     command = [sys.executable, str(ROOT / "examples" / "trl_sft.py"), *map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 
@@ -257,14 +279,28 @@ def test_the_example_runs_on_a_tiny_model_and_on_ones_own(tmp_path):
     assert results["reward margin"]["before"] == pytest.approx(0, abs=1e-6)
     assert results["reward margin"]["after"] > 0.01
     assert "warn" not in (done.stdout + done.stderr).lower()
-    sft, dpo = (load_file(tmp_path / "tiny" / stage / "adapter_model.safetensors") for stage in ("sft", "dpo"))
+    sft, dpo = (
+        load_file(tmp_path / "tiny" / stage / "adapter_model.safetensors")
+        for stage in ("sft", "dpo")
+    )
     assert sft.keys() == dpo.keys()
     assert all(not torch.equal(sft[key], dpo[key]) for key in sft)
 
     # one's own model with a template of its own, and texts; without preferences there is no second stage
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"The square of {i} is {i * i}."}) + "\n" for i in range(60)))
-    own = ["--model", tmp_path / "tiny" / "base", "--data", data, "--steps", 8, "--learning-rate", 5e-3]
+    data.write_text(
+        "".join(json.dumps({"text": f"The square of {i} is {i * i}."}) + "\n" for i in range(60))
+    )
+    own = [
+        "--model",
+        tmp_path / "tiny" / "base",
+        "--data",
+        data,
+        "--steps",
+        8,
+        "--learning-rate",
+        5e-3,
+    ]
     example("--output", tmp_path / "own", *own, "--length", 64)
     results = json.loads((tmp_path / "own" / "results.json").read_text())
     assert results.keys() == {"held-out loss"}

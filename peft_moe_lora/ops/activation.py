@@ -56,7 +56,11 @@ class Activation:
         if self.limit is not None:
             dgate = dgate.masked_fill(raw_gate > self.limit, 0.0)
             dup = dup.masked_fill(raw_up.abs() > self.limit, 0.0)
-        dpre = torch.stack((dgate, dup), -1).flatten(-2) if self.interleaved else torch.cat((dgate, dup), -1)
+        dpre = (
+            torch.stack((dgate, dup), -1).flatten(-2)
+            if self.interleaved
+            else torch.cat((dgate, dup), -1)
+        )
         return dpre.to(pre.dtype)
 
     def _split(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +85,9 @@ class Activation:
         if self.kind == "relu2":
             return 2 * torch.relu(x)
         if self.kind == "gelu":
-            return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+            return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(
+                -0.5 * x * x
+            ) / math.sqrt(2 * math.pi)
         c = math.sqrt(2 / math.pi)
         tanh = torch.tanh(c * (x + 0.044715 * x**3))
         return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * 0.044715 * x * x)

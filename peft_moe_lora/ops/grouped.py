@@ -28,7 +28,9 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tens
     return out
 
 
-def grouped_addmm_(out, x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
+def grouped_addmm_(
+    out, x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor
+) -> torch.Tensor:
     """out[m] += x[m] @ weight[e], in place; shapes as in `grouped_mm`."""
     if x.is_cuda and _grouped_mm_runs(x, weight):
         return out.add_(F.grouped_mm(x, weight, offs=expert_offsets[1:]))
@@ -37,7 +39,9 @@ def grouped_addmm_(out, x: torch.Tensor, weight: torch.Tensor, expert_offsets: t
     return out
 
 
-def grouped_outer(left: torch.Tensor, right: torch.Tensor, expert_offsets: torch.Tensor, out) -> torch.Tensor:
+def grouped_outer(
+    left: torch.Tensor, right: torch.Tensor, expert_offsets: torch.Tensor, out
+) -> torch.Tensor:
     """out[e] = left[rows of e]^T @ right[rows of e].
 
     Args:
@@ -61,7 +65,13 @@ def _grouped_mm_runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
     # its result has rows of N elements, which must fit the 16 bytes too
     even = all(n % 8 == 0 for n in weight.shape[1:])
-    return x.dtype == torch.bfloat16 and aligned and even and 1 in weight.stride()[1:] and hasattr(F, "grouped_mm")
+    return (
+        x.dtype == torch.bfloat16
+        and aligned
+        and even
+        and 1 in weight.stride()[1:]
+        and hasattr(F, "grouped_mm")
+    )
 
 
 def _segments(expert_offsets: torch.Tensor):

@@ -16,7 +16,24 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 # 1 sign, 2 exponent and 1 mantissa bit, in the order of their bits, over the largest
-FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
+FP4 = (
+    0.0,
+    0.0625,
+    8.0,
+    12.0,
+    4.0,
+    6.0,
+    2.0,
+    3.0,
+    -0.0,
+    -0.0625,
+    -8.0,
+    -12.0,
+    -4.0,
+    -6.0,
+    -2.0,
+    -3.0,
+)
 # e2m1, OCP Microscaling Formats 1.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -47,7 +64,9 @@ def _dynamic_code() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-def quantize(stack: torch.Tensor, format: str, *, blocksize: int = 64, double_quant: bool = True) -> QuantizedWeight:
+def quantize(
+    stack: torch.Tensor, format: str, *, blocksize: int = 64, double_quant: bool = True
+) -> QuantizedWeight:
     """A stack of experts in another format.
 
     Args:
@@ -64,10 +83,18 @@ def quantize(stack: torch.Tensor, format: str, *, blocksize: int = 64, double_qu
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize!r}.")
     stack = stack.detach().contiguous()
-    quantized = _quantize_8bit(stack) if format == "int8" else _quantize_4bit(stack, format, blocksize, double_quant)
-    scales = quantized.scales if quantized.scales.dtype == torch.float32 else quantized.nested_scales
+    quantized = (
+        _quantize_8bit(stack)
+        if format == "int8"
+        else _quantize_4bit(stack, format, blocksize, double_quant)
+    )
+    scales = (
+        quantized.scales if quantized.scales.dtype == torch.float32 else quantized.nested_scales
+    )
     if not torch.isfinite(scales).all():
-        raise ValueError(f"the weights hold NaN or infinity, which {format} cannot store; load them again.")
+        raise ValueError(
+            f"the weights hold NaN or infinity, which {format} cannot store; load them again."
+        )
     return quantized
 
 
@@ -94,7 +121,9 @@ def _quantize_4bit(stack, format, blocksize, double_quant) -> Codes4bit:
     scales = torch.empty(-(-flat.numel() // blocksize), device=stack.device)
     for start in range(0, flat.numel(), SLICE):
         values = flat[start : start + SLICE].float()
-        scaled, scales[start // blocksize : -(-(start + values.numel()) // blocksize)] = _scaled(values, blocksize)
+        scaled, scales[start // blocksize : -(-(start + values.numel()) // blocksize)] = _scaled(
+            values, blocksize
+        )
         q = _nearest(torch.nn.functional.pad(scaled, (0, scaled.numel() % 2)), code).view(-1, 2)
         packed[start // 2 : start // 2 + q.shape[0]] = (q[:, 0] << 4) | q[:, 1]
     nested = {}
@@ -127,7 +156,9 @@ def _scaled(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.T
 def _nearest(scaled: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """uint8 index of the nearest value of the code; of two as near, the lower value."""
     ascending, order = torch.sort(code, stable=True)
-    return order.to(torch.uint8)[torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2, out_int32=True)]
+    return order.to(torch.uint8)[
+        torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2, out_int32=True)
+    ]
 
 
 def _quantize_8bit(stack: torch.Tensor) -> Codes8bit:
@@ -137,7 +168,9 @@ def _quantize_8bit(stack: torch.Tensor) -> Codes8bit:
     for e in range(E):
         scales[e] = stack[e].abs().amax(1, keepdim=True)
         # a row of zeros stays one
-        codes[e] = torch.round(stack[e] * (127.0 / scales[e]).masked_fill(scales[e] == 0, 0)).to(torch.int8)
+        codes[e] = torch.round(stack[e] * (127.0 / scales[e]).masked_fill(scales[e] == 0, 0)).to(
+            torch.int8
+        )
     return Codes8bit(
         format="int8", stored_shape=(E, R, C), dtype=stack.dtype, codes=codes, scales=scales, tile=(1, C),
         unit=INT8_UNIT,

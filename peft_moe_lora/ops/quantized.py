@@ -55,7 +55,9 @@ class QuantizedWeight:
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors in field order: what autograd and devices know of."""
-        return [value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)]
+        return [
+            value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
+        ]
 
     def facts(self) -> tuple:
         """Everything that is not a tensor, hashable: with the tensors' dtypes and shapes, the kind of this weight."""
@@ -159,7 +161,10 @@ class Codes4bit(QuantizedWeight):
         """fp32 scales of blocks."""
         stored = self.scales[blocks]
         if self.nested_code is not None:
-            return self.nested_code[stored.int()] * self.nested_scales[blocks // self.nested_blocksize] + self.offset
+            return (
+                self.nested_code[stored.int()] * self.nested_scales[blocks // self.nested_blocksize]
+                + self.offset
+            )
         if stored.dtype == torch.uint8:
             # the exponent in an fp32's place; 2**-127 has no exponent there
             return (stored.int() << 23).clamp(min=1 << 22).view(torch.float32)

@@ -44,12 +44,20 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     ids = top_k_index.reshape(-1)
     ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
     sorted_ids, order = torch.sort(ids, stable=True)
-    expert_offsets = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=ids.device), out_int32=True)
+    expert_offsets = torch.searchsorted(
+        sorted_ids, torch.arange(num_experts + 1, device=ids.device), out_int32=True
+    )
     rows = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     slot_row = torch.empty_like(rows)
     slot_row[order] = torch.where(sorted_ids < num_experts, rows, -1)
     row_slot = order.to(torch.int32)
-    return Routing(expert_offsets, row_slot // max(top_k_index.shape[1], 1), row_slot, slot_row, top_k_index.shape[1])
+    return Routing(
+        expert_offsets,
+        row_slot // max(top_k_index.shape[1], 1),
+        row_slot,
+        slot_row,
+        top_k_index.shape[1],
+    )
 
 
 def with_tiles(routing: Routing) -> Routing:
@@ -57,7 +65,9 @@ def with_tiles(routing: Routing) -> Routing:
     return routing
 
 
-def dequantize(weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor) -> torch.Tensor:
+def dequantize(
+    weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
+) -> torch.Tensor:
     """out[j] = W[first + j], in the order in which it is stored, if that expert has rows; else out[j] stays.
 
     Args:
@@ -176,7 +186,9 @@ def combine(
     Returns: [T, N]; a sentinel slot adds nothing.
     """
     # a sentinel's row may hold anything, so it is masked, never multiplied by zero
-    rows = _wide(y[routing.slot_row.clamp(min=0).long()]).masked_fill((routing.slot_row < 0)[:, None], 0.0)
+    rows = _wide(y[routing.slot_row.clamp(min=0).long()]).masked_fill(
+        (routing.slot_row < 0)[:, None], 0.0
+    )
     rows = rows.view(routing.num_tokens, routing.top_k, y.shape[1])
     if top_k_weights is not None:
         rows = rows * top_k_weights.to(rows.dtype)[:, :, None]
@@ -217,7 +229,10 @@ def expert_outer(
         out: [E, P, Q] fp32 (fp64 for fp64), any strides; every element is written, zeros for an expert without rows.
         row_weights: [T, top_k] float; None for ones.
     """
-    left, right = _rows(left, routing, gather_left), _dropped(_rows(right, routing, gather_right), routing, dropout)
+    left, right = (
+        _rows(left, routing, gather_left),
+        _dropped(_rows(right, routing, gather_right), routing, dropout),
+    )
     if row_weights is not None:
         left = left * row_weights.reshape(-1)[routing.row_slot.long()].to(left.dtype)[:, None]
     return grouped_outer(left, right, routing.expert_offsets, out)
@@ -276,7 +291,9 @@ def expert_act_backward_outer(
         dropout: masks act in dA.
     Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32.
     """
-    dpre, act, dw = expert_act_backward(draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias)
+    dpre, act, dw = expert_act_backward(
+        draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias
+    )
     expert_outer(right, act, routing, dA, row_weights=top_k_weights, dropout=dropout)
     return dpre, expert_shrink_outer(dpre, lora_B.transpose(1, 2), xa, routing, scaling, dB), dw
 
@@ -300,7 +317,11 @@ def _mix(h: torch.Tensor) -> torch.Tensor:
 
 
 def _dropped(x: torch.Tensor, routing: Routing, dropout: Dropout | None) -> torch.Tensor:
-    return x if dropout is None else (x * dropout_mask(dropout, routing.row_slot, x.shape[1])).to(x.dtype)
+    return (
+        x
+        if dropout is None
+        else (x * dropout_mask(dropout, routing.row_slot, x.shape[1])).to(x.dtype)
+    )
 
 
 def _rows(x: torch.Tensor, routing: Routing, gather: bool) -> torch.Tensor:

@@ -46,7 +46,10 @@ def save_pefts(base, folder, seed=5, **config):
         for name, p in model.named_parameters():
             if ".lora_" in name:
                 p.copy_(
-                    torch.randn(p.shape, generator=generator) * 0.4 * p.shape[1] ** -0.5 * (3 if "_B" in name else 1)
+                    torch.randn(p.shape, generator=generator)
+                    * 0.4
+                    * p.shape[1] ** -0.5
+                    * (3 if "_B" in name else 1)
                 )
     model.save_pretrained(folder)
     return model
@@ -109,9 +112,13 @@ def update_vllm_2d(folder, base, interleaved, leaves=("gate_proj", "up_proj", "d
                 assert A.shape[0] == B.shape[1] == config["r"]
                 parts[leaf].append(scaling * B @ A)
         gate, up, down = (torch.stack(parts[leaf]) for leaf in leaves)
-        gate_up = torch.stack((gate, up), 2).flatten(1, 2) if interleaved else torch.cat((gate, up), 1)
+        gate_up = (
+            torch.stack((gate, up), 2).flatten(1, 2) if interleaved else torch.cat((gate, up), 1)
+        )
         found[path] = {"gate_up": gate_up, "down": down}
-    assert not [name for name in state if ".experts." in name], "a server would not know what these are"
+    assert not [name for name in state if ".experts." in name], (
+        "a server would not know what these are"
+    )
     return found
 
 
@@ -154,5 +161,7 @@ def swap_experts(state, pattern, first=0, second=1):
         match = re.search(pattern, name)
         e = int(match[1]) if match else -1
         other = {first: second, second: first}.get(e, e)
-        swapped[name if e < 0 else name[: match.start(1)] + str(other) + name[match.end(1) :]] = tensor
+        swapped[name if e < 0 else name[: match.start(1)] + str(other) + name[match.end(1) :]] = (
+            tensor
+        )
     return swapped

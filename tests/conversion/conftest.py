@@ -20,7 +20,11 @@ def made(tmp_path_factory):
             base = save_base(family, folder / "base")
             model = save_ours(base, folder / "ours")
             cache[family] = SimpleNamespace(
-                family=family, base=base, config=folder / "base", ours=folder / "ours", logits=outputs(model).detach()
+                family=family,
+                base=base,
+                config=folder / "base",
+                ours=folder / "ours",
+                logits=outputs(model).detach(),
             )
         return cache[family]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters import PREFIX, config_of, rewrite, save_base, save_ours, tensors
 
-from peft_moe_lora.conversion import (
+from peft_moe_lora.convert.convert import (
     FORMATS,
     AdapterError,
     RefusedError,
@@ -19,7 +19,13 @@ from peft_moe_lora.conversion import (
     open_adapter,
     verify_adapter,
 )
-from peft_moe_lora.tensor_file import Block, ExistsError, TensorFile, new_folder, write_tensors
+from peft_moe_lora.files.tensor_file import (
+    Block,
+    ExistsError,
+    TensorFile,
+    new_folder,
+    write_tensors,
+)
 
 
 @pytest.fixture(params=["moe_lora", "peft", "per_expert", "sglang_3d"])
@@ -64,12 +70,18 @@ def test_nan(written, qwen, tmp_path):
 
 
 def test_wrong_dtype(written, qwen, tmp_path):
-    rewrite(tmp_path / "in", lambda s: {n: t.to(torch.int8) if n == first_of(s) else t for n, t in s.items()})
+    rewrite(
+        tmp_path / "in",
+        lambda s: {n: t.to(torch.int8) if n == first_of(s) else t for n, t in s.items()},
+    )
     refused(qwen, tmp_path, "int8")
 
 
 def test_two_dtypes_in_one_module(written, qwen, tmp_path):
-    rewrite(tmp_path / "in", lambda s: {n: t.bfloat16() if n == first_of(s) else t for n, t in s.items()})
+    rewrite(
+        tmp_path / "in",
+        lambda s: {n: t.bfloat16() if n == first_of(s) else t for n, t in s.items()},
+    )
     refused(qwen, tmp_path, "mixes torch.bfloat16 and torch.float32")
 
 
@@ -79,14 +91,21 @@ def test_a_tensor_without_its_other_half(written, qwen, tmp_path):
 
 
 def test_an_unknown_tensor(written, qwen, tmp_path):
-    rewrite(tmp_path / "in", lambda s: s | {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude": torch.ones(3)})
+    rewrite(
+        tmp_path / "in",
+        lambda s: s | {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude": torch.ones(3)},
+    )
     refused(qwen, tmp_path, "lora_magnitude")
 
 
 def test_a_rank_that_is_not_the_tensors(written, qwen, tmp_path):
     for r in (3, 2, 64):
         rewrite(tmp_path / "in", r=r)
-        refused(qwen, tmp_path, r"do not belong together|another model|adapter_config.json|metadata says|is for 10")
+        refused(
+            qwen,
+            tmp_path,
+            r"do not belong together|another model|adapter_config.json|metadata says|is for 10",
+        )
 
 
 @pytest.mark.parametrize("r", [0, -1, 1.5, "4", True, None])
@@ -103,7 +122,12 @@ def test_an_alpha_that_is_none(qwen, tmp_path, alpha):
 
 
 def test_for_another_model(written, qwen, tmp_path):
-    for change in ({"num_experts": 7}, {"moe_intermediate_size": 48}, {"num_hidden_layers": 1}, {"hidden_size": 64}):
+    for change in (
+        {"num_experts": 7},
+        {"moe_intermediate_size": 48},
+        {"num_hidden_layers": 1},
+        {"hidden_size": 64},
+    ):
         config = copy.deepcopy(qwen.base.config)
         for name, value in change.items():
             setattr(config, name, value)
@@ -115,21 +139,33 @@ def test_for_another_model(written, qwen, tmp_path):
 def test_a_dense_base_has_no_experts(qwen, tmp_path):
     shutil.copytree(qwen.ours, tmp_path / "in")
     with pytest.raises(RefusedError, match="no routed experts"):
-        convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", base_config={"model_type": "llama"})
+        convert_adapter(
+            tmp_path / "in", tmp_path / "out", to="peft", base_config={"model_type": "llama"}
+        )
     with pytest.raises(AdapterError, match="config"):
-        convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", base_config=tmp_path / "nowhere")
+        convert_adapter(
+            tmp_path / "in", tmp_path / "out", to="peft", base_config=tmp_path / "nowhere"
+        )
 
 
 def test_missing_and_further_experts(qwen, tmp_path):
     convert_adapter(qwen.ours, tmp_path / "in", to="per_expert", base_config=qwen.config)
     whole = tensors(tmp_path / "in")
-    rewrite(tmp_path / "in", lambda s: {n: t for n, t in s.items() if ".experts.3.up_proj" not in n})
+    rewrite(
+        tmp_path / "in", lambda s: {n: t for n, t in s.items() if ".experts.3.up_proj" not in n}
+    )
     refused(qwen, tmp_path, "misses up_proj of expert 3")
     rewrite(tmp_path / "in", lambda s: {n: t for n, t in whole.items() if "gate_proj" not in n})
     refused(qwen, tmp_path, "one of gate_proj and up_proj")
-    rewrite(tmp_path / "in", lambda s: whole | {n.replace("experts.4", "experts.5"): t for n, t in whole.items()})
+    rewrite(
+        tmp_path / "in",
+        lambda s: whole | {n.replace("experts.4", "experts.5"): t for n, t in whole.items()},
+    )
     refused(qwen, tmp_path, r"has experts \[5\]")
-    rewrite(tmp_path / "in", lambda s: {n: t[:1] if "experts.2.up_proj.lora_A" in n else t for n, t in whole.items()})
+    rewrite(
+        tmp_path / "in",
+        lambda s: {n: t[:1] if "experts.2.up_proj.lora_A" in n else t for n, t in whole.items()},
+    )
     refused(qwen, tmp_path, "up_proj of expert 2")
 
 
@@ -141,7 +177,9 @@ def test_a_projection_missing_in_one_layer_is_filled_or_found(qwen, tmp_path):
     with safe_open(tmp_path / "in" / "adapter_model.safetensors", "pt") as f:
         metadata = f.metadata()
     rewrite(
-        tmp_path / "in", lambda s: {n: t for n, t in s.items() if "layers.1" not in n or "down" not in n}, metadata
+        tmp_path / "in",
+        lambda s: {n: t for n, t in s.items() if "layers.1" not in n or "down" not in n},
+        metadata,
     )
     refused(qwen, tmp_path, "metadata says")
 
@@ -160,7 +198,11 @@ def test_the_same_tensor_under_two_names(qwen, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"rank_pattern": [1]}, "rank_pattern")],
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+    ],
 )
 def test_configurations_that_are_no_lora_of_ours(qwen, tmp_path, change, match):
     shutil.copytree(qwen.ours, tmp_path / "in")
@@ -190,7 +232,9 @@ def test_nothing_is_overwritten_unless_told(qwen, tmp_path):
     with pytest.raises(ExistsError, match="--force"):
         convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", base_config=qwen.config)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
-    convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", base_config=qwen.config, force=True)
+    convert_adapter(
+        tmp_path / "in", tmp_path / "out", to="peft", base_config=qwen.config, force=True
+    )
     assert inspect_adapter(tmp_path / "out").format == "peft"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
@@ -224,7 +268,10 @@ def test_what_was_there_comes_back_if_the_new_cannot_take_its_place(tmp_path, mo
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail_on_new)
-    with pytest.raises(OSError, match="no space"), new_folder(tmp_path / "out", force=True) as folder:
+    with (
+        pytest.raises(OSError, match="no space"),
+        new_folder(tmp_path / "out", force=True) as folder,
+    ):
         (folder / "new.txt").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "old.txt").read_text() == "old"
@@ -315,4 +362,6 @@ def test_reading_costs_no_memory(qwen):
 def test_a_base_of_another_family(made, qwen, tmp_path):
     save_base("mixtral", tmp_path / "base")
     with pytest.raises(AdapterError):
-        convert_adapter(made("deepseek_v3").ours, tmp_path / "out", to="peft", base_config=tmp_path / "base")
+        convert_adapter(
+            made("deepseek_v3").ours, tmp_path / "out", to="peft", base_config=tmp_path / "base"
+        )

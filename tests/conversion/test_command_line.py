@@ -12,8 +12,8 @@ from adapters import config_of, rewrite, save_ours, tensors
 from helpers import E, assert_close, outputs
 from peft import PeftModel
 
-from peft_moe_lora.card import card_section, write_card
-from peft_moe_lora.conversion import convert_adapter
+from peft_moe_lora.convert.convert import convert_adapter
+from peft_moe_lora.files.card import card_section, write_card
 
 pytest.importorskip("typer")
 
@@ -36,7 +36,15 @@ def test_env_can_be_pasted():
     found = answer("env")
     assert found["torch"] == torch.__version__ or found["torch"] in torch.__version__
     assert found["backend"] in ("torch", "triton")
-    assert {"peft_moe_lora", "python", "transformers", "peft", "triton", "gpu", "cuda"} <= found.keys()
+    assert {
+        "peft_moe_lora",
+        "python",
+        "transformers",
+        "peft",
+        "triton",
+        "gpu",
+        "cuda",
+    } <= found.keys()
     text = run("env").stdout
     assert "transformers" in text
     assert found["python"] in text
@@ -56,7 +64,15 @@ def test_convert_verify_and_back(qwen, tmp_path):
     assert (done["from"], done["to"], done["experts"]) == ("moe_lora", "per_expert", 2 * E)
     assert any("--max-lora-rank 8" in note for note in done["notes"])
     assert (
-        run("convert", tmp_path / "p", tmp_path / "back", "--to", "moe_lora", "--base-config", qwen.config).exit_code
+        run(
+            "convert",
+            tmp_path / "p",
+            tmp_path / "back",
+            "--to",
+            "moe_lora",
+            "--base-config",
+            qwen.config,
+        ).exit_code
         == 0
     )
     assert all(torch.equal(t, tensors(qwen.ours)[n]) for n, t in tensors(tmp_path / "back").items())
@@ -100,7 +116,9 @@ def test_exit_codes(qwen, tmp_path):
     assert not list(tmp_path.iterdir())
     assert run("convert", qwen.ours, tmp_path / "x", "--to", "peft", *config).exit_code == 0
     assert "--force" in fails(5, "convert", qwen.ours, tmp_path / "x", "--to", "peft", *config)
-    assert run("convert", qwen.ours, tmp_path / "x", "--to", "peft", "--force", *config).exit_code == 0
+    assert (
+        run("convert", qwen.ours, tmp_path / "x", "--to", "peft", "--force", *config).exit_code == 0
+    )
     rewrite(tmp_path / "x", lora_alpha=9)
     assert "differs" in fails(1, "verify", qwen.ours, qwen.config, tmp_path / "x")
     assert run("verify", qwen.ours, qwen.config, tmp_path / "x", "--tolerance", "1").exit_code == 0
@@ -112,17 +130,29 @@ def test_exit_codes(qwen, tmp_path):
 def test_unsloth_names_the_option(qwen, tmp_path):
     convert_adapter(qwen.ours, tmp_path / "u", to="peft", base_config=qwen.config)
     rewrite(tmp_path / "u", base_model_name_or_path="unsloth/Qwen3-30B-A3B")
-    done = run("convert", tmp_path / "u", tmp_path / "o", "--to", "moe_lora", "--base-config", qwen.config)
+    done = run(
+        "convert", tmp_path / "u", tmp_path / "o", "--to", "moe_lora", "--base-config", qwen.config
+    )
     assert done.exit_code == 4
     assert "--b-layout" in done.stderr
-    again = ("convert", tmp_path / "u", tmp_path / "o", "--to", "moe_lora", "--base-config", qwen.config)
+    again = (
+        "convert",
+        tmp_path / "u",
+        tmp_path / "o",
+        "--to",
+        "moe_lora",
+        "--base-config",
+        qwen.config,
+    )
     assert run(*again, "--b-layout", "rank_major").exit_code == 0
 
 
 def test_it_is_a_module_too_and_says_what_is_missing():
     """`python -m peft_moe_lora.cli` is the console script; without typer it says how to get it."""
     code = "import sys; sys.modules['typer'] = None; import peft_moe_lora.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1
     assert "pip install 'peft-moe-lora[cli]'" in done.stderr
 
@@ -132,8 +162,20 @@ def test_it_is_a_module_too_and_says_what_is_missing():
 
 def test_a_saved_adapter_has_a_card(qwen):
     card = (qwen.ours / "README.md").read_text()
-    said = ("import peft_moe_lora", "expert-major", "rank: 4", "lora_alpha 8", "`experts`", "vllm serve")
-    said += ("--max-lora-rank 8", "sglang.launch_server", "peft-moe-lora convert", "library_name: peft")
+    said = (
+        "import peft_moe_lora",
+        "expert-major",
+        "rank: 4",
+        "lora_alpha 8",
+        "`experts`",
+        "vllm serve",
+    )
+    said += (
+        "--max-lora-rank 8",
+        "sglang.launch_server",
+        "peft-moe-lora convert",
+        "library_name: peft",
+    )
     assert [words for words in said if words not in card] == []
 
 
@@ -176,10 +218,14 @@ def test_a_converted_adapter_has_a_card_of_its_format(qwen, to, tmp_path):
 
 def test_commands_on_a_card_are_ours(qwen, tmp_path):
     """The convert command of the card, run as it stands, with the names filled in."""
-    text = card_section("moe_lora", {**config_of(qwen.ours), "base_model_name_or_path": str(qwen.config)})
+    text = card_section(
+        "moe_lora", {**config_of(qwen.ours), "base_model_name_or_path": str(qwen.config)}
+    )
     (line,) = (line for line in text.splitlines() if line.startswith("peft-moe-lora convert"))
     shutil.copytree(qwen.ours, tmp_path / "ADAPTER")
-    words = [str(tmp_path / word) if word.startswith("ADAPTER") else word for word in line.split()[1:]]
+    words = [
+        str(tmp_path / word) if word.startswith("ADAPTER") else word for word in line.split()[1:]
+    ]
     assert run(*words).exit_code == 0
     model = PeftModel.from_pretrained(copy.deepcopy(qwen.base), tmp_path / "ADAPTER-serving").eval()
     assert_close(outputs(model), qwen.logits, 1e-5, "logits")

@@ -25,12 +25,27 @@ from adapters import (
     update_vllm_2d,
     update_vllm_3d,
 )
-from helpers import E, R, assert_close, assert_share_of_order_one, expert_major, experts_paths, outputs, tiny_model
+from helpers import (
+    E,
+    R,
+    assert_close,
+    assert_share_of_order_one,
+    expert_major,
+    experts_paths,
+    outputs,
+    tiny_model,
+)
 from peft import LoraModel, PeftModel
 from safetensors.torch import save_file
 
-from peft_moe_lora.base_model import HUB_NAMES
-from peft_moe_lora.conversion import AdapterError, RefusedError, convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.convert.base import HUB_NAMES
+from peft_moe_lora.convert.convert import (
+    AdapterError,
+    RefusedError,
+    convert_adapter,
+    inspect_adapter,
+    verify_adapter,
+)
 
 # fp32: what the promise of equal logits says; measured differences are below 1e-6
 TOLERANCE = 1e-5
@@ -64,7 +79,11 @@ def test_the_readers_find_our_update(case, to, tmp_path):
         return
     convert_adapter(case.ours, tmp_path / to, to=to, base_config=case.config)
     if to == "per_expert":
-        leaves = ("w1", "w3", "w2") if case.family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        leaves = (
+            ("w1", "w3", "w2")
+            if case.family == "mixtral"
+            else ("gate_proj", "up_proj", "down_proj")
+        )
         found = update_vllm_2d(tmp_path / to, case.base, case.family in INTERLEAVED, leaves)
     else:
         found = (update_sglang if to == "sglang_3d" else update_vllm_3d)(tmp_path / to, case.base)
@@ -111,7 +130,9 @@ def test_we_load_pefts(case, tmp_path):
     assert_share_of_order_one(outputs(theirs), outputs(case.base), low=0.05)
     for base_config in (case.config, None):
         name = f"ours-{base_config is None}"
-        convert_adapter(tmp_path / "theirs", tmp_path / name, to="moe_lora", base_config=base_config)
+        convert_adapter(
+            tmp_path / "theirs", tmp_path / name, to="moe_lora", base_config=base_config
+        )
         ours = load(case, tmp_path / name)
         assert_close(outputs(ours), outputs(theirs), TOLERANCE, "logits")
     merged = copy.deepcopy(ours).merge_and_unload().state_dict()
@@ -132,7 +153,9 @@ def test_pefts_to_ours_to_peft(case, tmp_path):
     assert_close(outputs(again), outputs(theirs), TOLERANCE, "logits")
 
 
-@pytest.mark.parametrize(("parameter", "projection"), [("gate_up_proj", "gate_up"), ("down_proj", "down")])
+@pytest.mark.parametrize(
+    ("parameter", "projection"), [("gate_up_proj", "gate_up"), ("down_proj", "down")]
+)
 def test_one_target_of_pefts_has_the_outer_key(qwen, tmp_path, parameter, projection):
     theirs = save_pefts(qwen.base, tmp_path / "theirs", target_parameters=[f"experts.{parameter}"])
     assert not [name for name in tensors(tmp_path / "theirs") if "base_layer" in name]
@@ -168,7 +191,9 @@ def test_one_projection_is_served_with_the_other_at_zero(qwen, tmp_path, to):
 # ---- gate and up with A's of their own ------------------------------------------------------------------------------
 
 
-def per_expert_adapter(case, folder, leaves=("gate_proj", "up_proj", "down_proj"), r=4, alpha=12, shared=False):
+def per_expert_adapter(
+    case, folder, leaves=("gate_proj", "up_proj", "down_proj"), r=4, alpha=12, shared=False
+):
     """A per-expert adapter as a program without us writes it, and its update, expert by expert."""
     generator = torch.Generator().manual_seed(6)
     state, update = {}, {}
@@ -184,7 +209,10 @@ def per_expert_adapter(case, folder, leaves=("gate_proj", "up_proj", "down_proj"
                 if shared and i == 1:
                     A = state[f"{PREFIX}{hub}.{e}.{leaves[0]}.lora_A.weight"].clone()
                 B = torch.randn(N, r, generator=generator) * 0.3
-                state[f"{PREFIX}{hub}.{e}.{leaf}.lora_A.weight"], state[f"{PREFIX}{hub}.{e}.{leaf}.lora_B.weight"] = (
+                (
+                    state[f"{PREFIX}{hub}.{e}.{leaf}.lora_A.weight"],
+                    state[f"{PREFIX}{hub}.{e}.{leaf}.lora_B.weight"],
+                ) = (
                     A,
                     B,
                 )
@@ -193,7 +221,13 @@ def per_expert_adapter(case, folder, leaves=("gate_proj", "up_proj", "down_proj"
         update[path] = {"gate_up": torch.cat((gate, up), 1), "down": down}
     folder.mkdir(parents=True)
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": list(leaves), "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": list(leaves),
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return update
 
@@ -205,7 +239,9 @@ def test_a_per_expert_adapter_of_others(made, family, shared, tmp_path):
     case = made(family)
     leaves = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     right = per_expert_adapter(case, tmp_path / "theirs", leaves, shared=shared)
-    done = convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=case.config)
+    done = convert_adapter(
+        tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=case.config
+    )
     assert any("twice the rank" in note for note in done.notes) is not shared
     assert any("padded with zeros" in note for note in done.notes) is not shared
     assert config_of(tmp_path / "ours")["r"] == (4 if shared else 8)
@@ -214,7 +250,12 @@ def test_a_per_expert_adapter_of_others(made, family, shared, tmp_path):
         for projection, update in updates.items():
             assert_close(found[path][projection], update, TOLERANCE, f"{path}, {projection}")
     # PEFT puts them together in its own way: the same model
-    assert_close(outputs(load(case, tmp_path / "ours")), outputs(load(case, tmp_path / "theirs")), TOLERANCE, "logits")
+    assert_close(
+        outputs(load(case, tmp_path / "ours")),
+        outputs(load(case, tmp_path / "theirs")),
+        TOLERANCE,
+        "logits",
+    )
 
 
 # ---- PEFT before 0.19.1 ---------------------------------------------------------------------------------------------
@@ -238,7 +279,10 @@ def test_peft_0_18_swapped_in_and_out(qwen, tmp_path, with_base):
     theirs = save_pefts(qwen.base, tmp_path / "theirs")
     rewrite(tmp_path / "theirs", swap_in_and_out, peft_version="0.18.1")
     done = convert_adapter(
-        tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=qwen.config if with_base else None
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        to="moe_lora",
+        base_config=qwen.config if with_base else None,
     )
     assert done.source == "peft_legacy"
     assert "swapped" in " ".join(done.notes)
@@ -266,7 +310,9 @@ def test_swapped_where_the_shapes_coincide(tmp_path):
     right = outputs(theirs)
 
     def converted(name):
-        convert_adapter(tmp_path / "theirs", tmp_path / name, to="moe_lora", base_config=tmp_path / "base")
+        convert_adapter(
+            tmp_path / "theirs", tmp_path / name, to="moe_lora", base_config=tmp_path / "base"
+        )
         return outputs(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name).eval())
 
     assert_close(converted("new"), right, TOLERANCE, "logits")
@@ -311,7 +357,10 @@ def test_verify_catches_a_mix_up_of_orders_and_of_experts(case, tmp_path):
     rewrite(tmp_path / "peft", lambda state: reorder_B(state, count))
     rewrite(tmp_path / "per_expert", lambda state: swap_experts(state, r"experts\.(\d+)\."))
     for wrong in ("peft", "per_expert"):
-        errors = [verify_adapter(case.ours, case.config, tmp_path / wrong, seed=seed).max_error for seed in range(2)]
+        errors = [
+            verify_adapter(case.ours, case.config, tmp_path / wrong, seed=seed).max_error
+            for seed in range(2)
+        ]
         assert max(errors) > 0.3, wrong
 
 
@@ -322,9 +371,14 @@ def test_the_readers_catch_the_same_mistakes(qwen, tmp_path):
     rewrite(tmp_path / "v", reorder_B)
     convert_adapter(qwen.ours, tmp_path / "p", to="per_expert", base_config=qwen.config)
     rewrite(tmp_path / "p", lambda state: swap_experts(state, r"experts\.(\d+)\."))
-    for found in (update_vllm_3d(tmp_path / "v", qwen.base), update_vllm_2d(tmp_path / "p", qwen.base, False)):
+    for found in (
+        update_vllm_3d(tmp_path / "v", qwen.base),
+        update_vllm_2d(tmp_path / "p", qwen.base, False),
+    ):
         path = next(iter(right))
-        assert (found[path]["down"] - right[path]["down"]).abs().max() > 0.3 * right[path]["down"].abs().max()
+        assert (found[path]["down"] - right[path]["down"]).abs().max() > 0.3 * right[path][
+            "down"
+        ].abs().max()
 
 
 # ---- scalings, ranks, what travels along ----------------------------------------------------------------------------
@@ -376,7 +430,9 @@ def test_attention_router_and_saved_modules_travel(qwen, tmp_path):
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_router_of_pefts_travels(qwen, tmp_path, with_base):
     targets = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
-    theirs = save_pefts(qwen.base, tmp_path / "theirs", target_parameters=targets, rank_pattern={"gate.weight": 2})
+    theirs = save_pefts(
+        qwen.base, tmp_path / "theirs", target_parameters=targets, rank_pattern={"gate.weight": 2}
+    )
     base_config = qwen.config if with_base else None
     assert [n for n in tensors(tmp_path / "theirs") if "mlp.gate.lora_A" in n]
     for to in ("moe_lora", "peft", "vllm_3d", *(["per_expert"] if with_base else [])):
@@ -394,8 +450,12 @@ def test_a_router_of_ours_travels_and_comes_back(qwen, tmp_path, with_base):
     for to in ("moe_lora", "peft", "vllm_3d", *(["per_expert"] if with_base else [])):
         convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=base_config)
         assert_close(outputs(load(qwen, tmp_path / to)), outputs(ours), TOLERANCE, to)
-        convert_adapter(tmp_path / to, tmp_path / "back", to="moe_lora", base_config=base_config, force=True)
-        assert_close(outputs(load(qwen, tmp_path / "back")), outputs(ours), TOLERANCE, f"{to} and back")
+        convert_adapter(
+            tmp_path / to, tmp_path / "back", to="moe_lora", base_config=base_config, force=True
+        )
+        assert_close(
+            outputs(load(qwen, tmp_path / "back")), outputs(ours), TOLERANCE, f"{to} and back"
+        )
     assert "gate.weight" in config_of(tmp_path / "peft")["target_parameters"]
     assert config_of(tmp_path / "peft")["rank_pattern"] == {"gate.weight": 2}
     if with_base:
@@ -411,7 +471,9 @@ def test_a_router_that_is_a_linear_layer_with_a_forward_of_its_own_travels(tmp_p
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / to).eval()
         assert_close(outputs(loaded), outputs(model), TOLERANCE, to)
     assert "router.weight" in config_of(tmp_path / "peft")["target_parameters"]
-    convert_adapter(tmp_path / "peft", tmp_path / "back", to="moe_lora", base_config=tmp_path / "base")
+    convert_adapter(
+        tmp_path / "peft", tmp_path / "back", to="moe_lora", base_config=tmp_path / "base"
+    )
     assert tensors(tmp_path / "back").keys() == tensors(tmp_path / "ours").keys()
 
 
@@ -423,7 +485,9 @@ def test_routers_saved_whole_travel_with_what_ends_on_their_name(tmp_path):
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter.mul_(1.5)
-    saved = {name.split(".")[-2] for name in tensors(tmp_path / "ours") if name.endswith("gate.weight")}
+    saved = {
+        name.split(".")[-2] for name in tensors(tmp_path / "ours") if name.endswith("gate.weight")
+    }
     assert saved == {"gate", "shared_expert_gate"}
     model.save_pretrained(tmp_path / "ours")
     for to in ("peft", "moe_lora"):
@@ -436,7 +500,9 @@ def test_what_some_reader_would_refuse_is_said(qwen, made, tmp_path):
     save_ours(qwen.base, tmp_path / "q", target_modules=["experts", "q_proj"])
     with pytest.raises(RefusedError, match="q_proj without v_proj"):
         convert_adapter(tmp_path / "q", tmp_path / "out", to="sglang_3d", base_config=qwen.config)
-    done = convert_adapter(tmp_path / "q", tmp_path / "out", to="per_expert", base_config=qwen.config)
+    done = convert_adapter(
+        tmp_path / "q", tmp_path / "out", to="per_expert", base_config=qwen.config
+    )
     assert any("q_proj without v_proj" in note for note in done.notes)
     save_ours(qwen.base, tmp_path / "r", r=600, randomize=False)
     with pytest.raises(RefusedError, match="ranks up to 512"):
@@ -454,7 +520,9 @@ def test_what_some_reader_would_refuse_is_said(qwen, made, tmp_path):
 def test_adapted_layers_are_named_where_not_all_are(qwen, tmp_path):
     model = save_ours(qwen.base, tmp_path / "ours", layers_to_transform=[1])
     for base_config in (qwen.config, None):
-        convert_adapter(tmp_path / "ours", tmp_path / "peft", to="peft", base_config=base_config, force=True)
+        convert_adapter(
+            tmp_path / "ours", tmp_path / "peft", to="peft", base_config=base_config, force=True
+        )
         targets = config_of(tmp_path / "peft")["target_parameters"]
         assert targets == [f"model.layers.1.mlp.experts.{n}" for n in ("down_proj", "gate_up_proj")]
         assert_close(outputs(load(qwen, tmp_path / "peft")), outputs(model), TOLERANCE, "logits")
@@ -462,7 +530,10 @@ def test_adapted_layers_are_named_where_not_all_are(qwen, tmp_path):
 
 def test_bf16_stays_bf16(qwen, tmp_path):
     save_ours(qwen.base, tmp_path / "ours", target_modules=["experts", "q_proj"])
-    rewrite(tmp_path / "ours", lambda state: {n: t.bfloat16() if "experts" in n else t for n, t in state.items()})
+    rewrite(
+        tmp_path / "ours",
+        lambda state: {n: t.bfloat16() if "experts" in n else t for n, t in state.items()},
+    )
     convert_adapter(tmp_path / "ours", tmp_path / "p", to="per_expert", base_config=qwen.config)
     dtypes = {("experts" in n): t.dtype for n, t in tensors(tmp_path / "p").items()}
     assert dtypes == {True: torch.bfloat16, False: torch.float32}
@@ -473,7 +544,10 @@ def test_names_of_a_text_model_and_of_one_within_a_larger(qwen, tmp_path):
     """model.layers meets model.language_model.layers: the base says which it is."""
 
     def inner(state):
-        return {n.replace("model.model.layers", "model.model.language_model.layers"): t for n, t in state.items()}
+        return {
+            n.replace("model.model.layers", "model.model.language_model.layers"): t
+            for n, t in state.items()
+        }
 
     convert_adapter(qwen.ours, tmp_path / "p", to="per_expert", base_config=qwen.config)
     rewrite(tmp_path / "p", inner)
@@ -506,14 +580,23 @@ def test_no_family_with_names_of_its_own_is_forgotten():
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     for model_type in CONFIG_MAPPING:
-        sources = [p for c in get_checkpoint_conversion_mapping(model_type) or () for p in c.source_patterns]
+        sources = [
+            p
+            for c in get_checkpoint_conversion_mapping(model_type) or ()
+            for p in c.source_patterns
+        ]
         if any("experts.*.w1" in s.replace("\\", "") for s in sources):
             assert model_type in HUB_NAMES
 
 
 def test_inspect_says_what_an_adapter_is(qwen):
     found = inspect_adapter(qwen.ours, qwen.config)
-    assert (found.format, found.modules, found.num_experts, found.ranks) == ("moe_lora", 2, (E,), {R: 4})
+    assert (found.format, found.modules, found.num_experts, found.ranks) == (
+        "moe_lora",
+        2,
+        (E,),
+        {R: 4},
+    )
     assert found.projections == ("gate_up", "down")
     assert found.scalings == {2.0: 4}
     assert all(answer.startswith("ok") for answer in found.readers.values())

@@ -9,7 +9,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_moe_lora.conversion import FORMATS, RefusedError, convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.convert.convert import (
+    FORMATS,
+    RefusedError,
+    convert_adapter,
+    inspect_adapter,
+    verify_adapter,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = sorted(p.parent for p in GOLDEN.glob("*/*/adapter_config.json"))
@@ -63,7 +69,9 @@ def test_ours_loads_in_peft(adapter):
         return
     base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(adapter.parent / "base"))
     model = PeftModel.from_pretrained(base, adapter)
-    (path,) = {n.removeprefix(PREFIX).partition(".lora_")[0] for n in tensors(adapter) if "experts" in n}
+    (path,) = {
+        n.removeprefix(PREFIX).partition(".lora_")[0] for n in tensors(adapter) if "experts" in n
+    }
     for projection, (A, B) in experts_adapter(model, path).items():
         saved = tensors(adapter)
         assert (A == saved[f"{PREFIX}{path}.lora_A.{projection}"]).all()

@@ -7,16 +7,24 @@ import shutil
 import pytest
 import torch
 from adapters import save_base, save_ours, save_pefts
-from helpers import assert_close, assert_unchanged, experts_paths, outputs, snapshot, tiny_families, tiny_model
+from helpers import (
+    assert_close,
+    assert_unchanged,
+    experts_paths,
+    outputs,
+    snapshot,
+    tiny_families,
+    tiny_model,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_moe_lora import load_peft_adapter
-from peft_moe_lora.conversion import AdapterError, RefusedError, convert_adapter
-from peft_moe_lora.layer import MoELoraLayer
-from peft_moe_lora.merging import merge_adapter
-from peft_moe_lora.tensor_file import ExistsError
+from peft_moe_lora.convert.convert import AdapterError, RefusedError, convert_adapter
+from peft_moe_lora.convert.merge import merge_adapter
+from peft_moe_lora.files.tensor_file import ExistsError
+from peft_moe_lora.tuner.layer import MoELoraLayer
 
 TOLERANCE = 1e-5
 
@@ -54,9 +62,14 @@ def test_stacked_checkpoints_either_way_round(tmp_path, transposed, intermediate
     base = tiny_model(moe_intermediate_size=intermediate)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(tmp_path / "base")
-    stacks = {n for n in base.state_dict() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    stacks = {
+        n for n in base.state_dict() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    }
     state = {n: t.mT if transposed and n in stacks else t for n, t in base.state_dict().items()}
-    save_file({n: t.contiguous().clone() for n, t in state.items()}, tmp_path / "base" / "model.safetensors")
+    save_file(
+        {n: t.contiguous().clone() for n, t in state.items()},
+        tmp_path / "base" / "model.safetensors",
+    )
     model = save_ours(base, tmp_path / "ours").merge_and_unload()
     merge_adapter(tmp_path / "ours", tmp_path / "base", tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -120,7 +133,9 @@ def refused(qwen, tmp_path, match, error=AdapterError):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", 3])
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", 3]
+)
 def test_an_index_cannot_reach_outside(qwen, sharded, tmp_path, file):
     shutil.copy(next(sharded.glob("*.safetensors")), tmp_path / "secret.safetensors")
     path = sharded / "model.safetensors.index.json"
@@ -136,7 +151,10 @@ def test_indexes_that_lie(qwen, sharded, tmp_path):
     whole = json.dumps(index)
     first = next(iter(index["weight_map"]))
     for wrong, match in (
-        ({"weight_map": {**index["weight_map"], "more.weight": index["weight_map"][first]}}, "differ on more.weight"),
+        (
+            {"weight_map": {**index["weight_map"], "more.weight": index["weight_map"][first]}},
+            "differ on more.weight",
+        ),
         ({"weight_map": {**index["weight_map"], first: "nowhere.safetensors"}}, "missing"),
         ({}, "weight_map"),
     ):
@@ -156,9 +174,13 @@ def test_a_base_whose_experts_are_not_there(qwen, tmp_path):
     state = load_file(file)
     save_file({n: t for n, t in state.items() if "experts.3.up_proj" not in n}, file)
     refused(qwen, tmp_path, "stored in a way that is not known", RefusedError)
-    save_file({n: t[:-1].clone() if "experts.3.up_proj" in n else t for n, t in state.items()}, file)
+    save_file(
+        {n: t[:-1].clone() if "experts.3.up_proj" in n else t for n, t in state.items()}, file
+    )
     refused(qwen, tmp_path, r"experts\.3\.up_proj")
-    save_file({n: t.to(torch.int8) if "experts.3.up_proj" in n else t for n, t in state.items()}, file)
+    save_file(
+        {n: t.to(torch.int8) if "experts.3.up_proj" in n else t for n, t in state.items()}, file
+    )
     refused(qwen, tmp_path, "unquantized")
     file.unlink()
     refused(qwen, tmp_path, "holds neither")
@@ -187,7 +209,9 @@ def test_load_peft_adapter(case, tmp_path):
 
 def test_a_loaded_peft_adapter_trains_on_and_is_saved_as_ours(qwen, tmp_path):
     save_pefts(qwen.base, tmp_path / "theirs")
-    ours = load_peft_adapter(copy.deepcopy(qwen.base), tmp_path / "theirs", "theirs", is_trainable=True)
+    ours = load_peft_adapter(
+        copy.deepcopy(qwen.base), tmp_path / "theirs", "theirs", is_trainable=True
+    )
     assert all("lora_" in n for n, p in ours.named_parameters() if p.requires_grad)
     outputs(ours).square().mean().backward()
     assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)

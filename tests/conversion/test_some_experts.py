@@ -23,7 +23,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from peft_moe_lora import merge_adapter
-from peft_moe_lora.conversion import AdapterError, convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.convert.convert import (
+    AdapterError,
+    convert_adapter,
+    inspect_adapter,
+    verify_adapter,
+)
 
 TOLERANCE = 1e-5
 CHOSEN = {"model.layers.0.mlp.experts": [1, 3], "model.layers.1.mlp.experts": [0]}
@@ -35,7 +40,9 @@ def case(request, tmp_path_factory):
     base = save_base(request.param, folder / "base")
     base.save_pretrained(folder / "base")
     model = save_ours(base, folder / "ours", expert_indices=CHOSEN)
-    return SimpleNamespace(family=request.param, base=base, config=folder / "base", ours=folder / "ours", model=model)
+    return SimpleNamespace(
+        family=request.param, base=base, config=folder / "base", ours=folder / "ours", model=model
+    )
 
 
 def updates(case):
@@ -79,7 +86,9 @@ def _back(folder, to, case):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_ours_into_ours_keeps_the_choice(case, known, tmp_path):
-    convert_adapter(case.ours, tmp_path / "again", to="moe_lora", base_config=case.config if known else None)
+    convert_adapter(
+        case.ours, tmp_path / "again", to="moe_lora", base_config=case.config if known else None
+    )
     before, after = tensors(case.ours), tensors(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -133,13 +142,21 @@ def test_inspection_counts_the_chosen(case):
 
 
 def test_two_choices_are_told_apart(case, tmp_path):
-    save_ours(case.base, tmp_path / "other", expert_indices=CHOSEN | {"model.layers.1.mlp.experts": [2]})
+    save_ours(
+        case.base, tmp_path / "other", expert_indices=CHOSEN | {"model.layers.1.mlp.experts": [2]}
+    )
     assert not verify_adapter(case.ours, case.config, tmp_path / "other").ok
 
 
 @pytest.mark.parametrize(
     "indices",
-    [{"experts": [1]}, {"experts": [1, 2]}, {"experts": "all"}, None, {"layers.0.mlp.experts": [1, 3]}],
+    [
+        {"experts": [1]},
+        {"experts": [1, 2]},
+        {"experts": "all"},
+        None,
+        {"layers.0.mlp.experts": [1, 3]},
+    ],
     ids=str,
 )
 def test_files_that_do_not_belong_together_are_refused(case, indices, tmp_path):

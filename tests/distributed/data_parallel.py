@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers import adapter_parameters, moe_lora, tiny_families, tiny_model, token_ids
 
-from peft_moe_lora.expert_statistics import RoutingWatch
-from peft_moe_lora.layer import MoELoraLayer
-from peft_moe_lora.training_callback import sum_over_processes
+from peft_moe_lora.stats.callback import sum_over_processes
+from peft_moe_lora.stats.load import RoutingWatch
+from peft_moe_lora.tuner.layer import MoELoraLayer
 
 # many experts for few tokens: on each rank most get no rows
 NUM_EXPERTS, LENGTH, STEPS, LEARNING_RATE = 16, 5, 3, 0.1
@@ -41,7 +41,11 @@ def build(device, family="qwen3_moe", use_reentrant=None, micro_batches=1, **con
     """The model of a scenario, the same in every process."""
     experts = "num_experts" if family == "qwen3_moe" else "num_local_experts"
     backend = "triton" if device.type == "cuda" else "torch"
-    model = moe_lora(tiny_model(family, **{experts: NUM_EXPERTS}), backend=backend, **config).to(device).train()
+    model = (
+        moe_lora(tiny_model(family, **{experts: NUM_EXPERTS}), backend=backend, **config)
+        .to(device)
+        .train()
+    )
     if use_reentrant is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -72,10 +76,16 @@ def train(model, parameters, device, ranks, micro_batches=1, **_):
         parts = batches(step, ranks, micro_batches)
         for i, ids in enumerate(parts):
             last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+            with (
+                contextlib.nullcontext()
+                if last or not hasattr(model, "no_sync")
+                else model.no_sync()
+            ):
                 (loss_of(model, ids.to(device)) / len(parts)).backward()
         if first is None:
-            first = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+            first = {
+                name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()
+            }
         optimizer.step()
     return first
 
@@ -86,7 +96,9 @@ def count_rows(model, counts):
     def count(name):
         def hook(module, args, kwargs):
             index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-            counts[name] = counts.get(name, 0) + index.flatten().cpu().bincount(minlength=NUM_EXPERTS)
+            counts[name] = counts.get(name, 0) + index.flatten().cpu().bincount(
+                minlength=NUM_EXPERTS
+            )
 
         return hook
 
@@ -99,7 +111,9 @@ def main(rank, world_size, folder, backend):
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
     results = {}
     for name, scenario in SCENARIOS.items():
         model, counts = build(device, **scenario), {}

@@ -11,18 +11,29 @@ from data_parallel import SCENARIOS, batches, build, loss_of, train
 from helpers import FP32, DenseTwin, adapter_parameters, assert_close
 
 RANKS = [0, 1]
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one process per CUDA device, two of them")
+two_devices = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="one process per CUDA device, two of them"
+)
 
 
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_devices])])
+@pytest.fixture(
+    scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_devices])]
+)
 def ranks(request, tmp_path_factory):
     """{"device": where they ran, rank: what data_parallel.py saved there}."""
     folder = tmp_path_factory.mktemp(request.param)
     root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(Path(__file__).with_name("data_parallel.py"))]
     processes = [
-        subprocess.Popen([*command, str(rank), "2", str(folder), request.param], env=env, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), "2", str(folder), request.param], env=env, stderr=subprocess.PIPE
+        )
         for rank in RANKS
     ]
     try:
@@ -60,7 +71,9 @@ def test_gradients_are_those_of_one_process_with_both_batches(name, ranks):
     model = build(ranks["device"], **{**SCENARIOS[name], "use_reentrant": None})
     twin = DenseTwin(model)
     parts = batches(0, RANKS, SCENARIOS[name].get("micro_batches", 1))
-    expected = twin.gradients(sum(loss_of(twin, ids.to(ranks["device"])) for ids in parts) / len(parts))
+    expected = twin.gradients(
+        sum(loss_of(twin, ids.to(ranks["device"])) for ids in parts) / len(parts)
+    )
     for key, gradient in ranks[0][name]["gradients"].items():
         assert expected[key].abs().max() > 0
         assert_close(gradient, expected[key], 5 * FP32, key)
@@ -86,7 +99,9 @@ def test_expert_loads_are_those_of_all_ranks(ranks):
             assert torch.equal(load, first + second)
     # as many tokens under checkpointing: what it runs again is not counted
     for name in ("non-reentrant checkpointing", "reentrant checkpointing"):
-        for load, plain in zip(ranks[0][name]["load"].values(), ranks[0]["plain"]["load"].values(), strict=True):
+        for load, plain in zip(
+            ranks[0][name]["load"].values(), ranks[0]["plain"]["load"].values(), strict=True
+        ):
             assert load.sum() == plain.sum()
 
 

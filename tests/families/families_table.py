@@ -17,12 +17,19 @@ if __name__ == "__main__":
 from helpers import MODELS, build_experts, build_step3p7, interface_families
 from off_interface import BUILD
 
-from peft_moe_lora.layout import NOT_YET, read_layout
+from peft_moe_lora.experts.layout import NOT_YET, read_layout
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- made by tests/families/families_table.py from transformers {} -->\n", "<!-- end -->\n"
+BEGIN, END = (
+    "<!-- made by tests/families/families_table.py from transformers {} -->\n",
+    "<!-- end -->\n",
+)
 
-WHOLE, BETWEEN, ONE = "fused whole", "fused products, the model's own code between", "one fused product per module"
+WHOLE, BETWEEN, ONE = (
+    "fused whole",
+    "fused products, the model's own code between",
+    "one fused product per module",
+)
 LINEAR, NOT = "are linear layers: PEFT's own LoRA, by their names", "not yet"
 OUTCOMES = (WHOLE, BETWEEN, ONE, LINEAR, NOT)
 
@@ -47,7 +54,9 @@ def undecorated() -> dict[str, tuple[str, str]]:
     found = {}
     on_the_interface = {name for _, name in interface_families()}
     for path in sorted(MODELS.glob("*/modeling_*.py")):
-        for name, base in re.findall(r"^class (\w*Experts)\(nn\.(\w+)\)", path.read_text("utf-8"), re.MULTILINE):
+        for name, base in re.findall(
+            r"^class (\w*Experts)\(nn\.(\w+)\)", path.read_text("utf-8"), re.MULTILINE
+        ):
             # shared experts are chosen by no router
             if name not in on_the_interface and "Shared" not in name:
                 found[name] = path.parent.name, base
@@ -81,7 +90,11 @@ def families() -> dict[str, tuple[str, str]]:
 def table(found: dict[str, tuple[str, str]]) -> str:
     lines = ["| experts | of |", "| --- | --- |"]
     for what in OUTCOMES:
-        named = [name + (f" ({why})" if why else "") for name, (told, why) in sorted(found.items()) if told == what]
+        named = [
+            name + (f" ({why})" if why else "")
+            for name, (told, why) in sorted(found.items())
+            if told == what
+        ]
         lines.append(f"| {what} | {', '.join(named)} |")
     return BEGIN.format(transformers.__version__) + "\n".join(lines) + "\n" + END
 

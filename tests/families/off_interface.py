@@ -38,7 +38,11 @@ def llama4():
 
 def longcat_flash():
     config = settings(
-        expert_ffn_hidden_size=I, hidden_size=H, n_routed_experts=E, zero_expert_num=IDENTITY, hidden_act="silu"
+        expert_ffn_hidden_size=I,
+        hidden_size=H,
+        n_routed_experts=E,
+        zero_expert_num=IDENTITY,
+        hidden_act="silu",
     )
     return fill(modeling_module("longcat_flash").LongcatFlashExperts(config))
 
@@ -48,7 +52,9 @@ def jetmoe():
 
 
 def dbrx():
-    config = settings(hidden_size=H, ffn_hidden_size=I, moe_num_experts=E, ffn_act_fn={"name": "silu"})
+    config = settings(
+        hidden_size=H, ffn_hidden_size=I, moe_num_experts=E, ffn_act_fn={"name": "silu"}
+    )
     return fill_stacked(modeling_module("dbrx").DbrxExperts(config))
 
 
@@ -116,9 +122,13 @@ def with_deltas(family, plain, deltas):
         elif family == "longcat_flash":
             weight = parameters[f"{projection}_proj"]
             num_experts = delta.shape[0]
-            changed[f"{projection}_proj"] = torch.cat([weight[:num_experts] + delta, weight[num_experts:]])
+            changed[f"{projection}_proj"] = torch.cat(
+                [weight[:num_experts] + delta, weight[num_experts:]]
+            )
         elif "weight" in parameters:
-            changed["weight"] = parameters["weight"] + (delta.transpose(1, 2) if family == "aria" else delta)
+            changed["weight"] = parameters["weight"] + (
+                delta.transpose(1, 2) if family == "aria" else delta
+            )
         elif family == "dbrx" and projection == "gate_up":
             gate, up = delta.chunk(2, dim=1)
             changed["mlp.w1"] = parameters["mlp.w1"] + gate.flatten(0, 1)

@@ -65,7 +65,9 @@ def curves(family, size, device="cpu", dtype=torch.float32, **config):
     model = moe_lora(copy.deepcopy(base), randomize=False, target_modules=None, **config).train()
     paths = paths_of(base) if family in CONFIGS else experts_paths(base)
     pairs = {
-        path: {p: tuple(t.detach().clone().requires_grad_() for t in pair) for p, pair in found.items()}
+        path: {
+            p: tuple(t.detach().clone().requires_grad_() for t in pair) for p, pair in found.items()
+        }
         for path in paths
         if (found := experts_adapter(model, path))
     }
@@ -76,9 +78,13 @@ def curves(family, size, device="cpu", dtype=torch.float32, **config):
         changed = {}
         for path, adapters in pairs.items():
             experts = base.get_submodule(path)
-            num_experts = next(iter(adapters.values()))[0].shape[0] // model.peft_config["default"].r
+            num_experts = (
+                next(iter(adapters.values()))[0].shape[0] // model.peft_config["default"].r
+            )
             deltas = {p: d.to(dtype) for p, d in deltas_of(adapters, num_experts, SCALING).items()}
-            changed |= {f"{path}.{name}": w for name, w in with_deltas(family, experts, deltas).items()}
+            changed |= {
+                f"{path}.{name}": w for name, w in with_deltas(family, experts, deltas).items()
+            }
         return functional_call(base, changed, kwargs={"input_ids": ids, "use_cache": False})
 
     leaves = [t for adapters in pairs.values() for pair in adapters.values() for t in pair]
@@ -91,9 +97,13 @@ def curves(family, size, device="cpu", dtype=torch.float32, **config):
 
 
 def check(ours, right, tolerance):
-    assert right[-5:].mean() < 0.85 * right[:5].mean(), "the adapter learns nothing: equal curves would say nothing"
+    assert right[-5:].mean() < 0.85 * right[:5].mean(), (
+        "the adapter learns nothing: equal curves would say nothing"
+    )
     error = (ours - right).abs() / right
-    assert error.max() <= tolerance, f"the loss curves are {error.max():.1e} apart, at step {error.argmax()}"
+    assert error.max() <= tolerance, (
+        f"the loss curves are {error.max():.1e} apart, at step {error.argmax()}"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +112,9 @@ def test_losses_are_those_of_base_plus_delta(family):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_on_the_kernels_are_those_of_base_plus_delta(family, dtype, tolerance):
     # 1,024 tokens a step: in bf16 some of them change experts, and the mean has to hide a few

@@ -64,7 +64,10 @@ def reference(plain, model, rows):
     """Output and gradients (x, weights, A, B, ...) of the oracle in float64, for the adapter that `model` carries."""
     plain = in_double(plain)
     hidden_states, top_k_index, top_k_weights = rows
-    x, weights = hidden_states.detach().double().requires_grad_(), top_k_weights.detach().double().requires_grad_()
+    x, weights = (
+        hidden_states.detach().double().requires_grad_(),
+        top_k_weights.detach().double().requires_grad_(),
+    )
     adapters = {
         projection: tuple(p.detach().double().requires_grad_() for p in pair)
         for projection, pair in experts_adapter(model).items()
@@ -80,14 +83,20 @@ def reference(plain, model, rows):
 
 def ours(model, rows):
     """Output and gradients of the wrapped module, in the order of `reference`."""
-    x, top_k_index, weights = rows[0].detach().requires_grad_(), rows[1], rows[2].detach().requires_grad_()
+    x, top_k_index, weights = (
+        rows[0].detach().requires_grad_(),
+        rows[1],
+        rows[2].detach().requires_grad_(),
+    )
     inputs = [x, weights, *(p for pair in experts_adapter(model).values() for p in pair)]
     return grads_of(lambda: model(x, top_k_index, weights), inputs)
 
 
 def check_against_oracle(plain, model, rows):
     expected, expected_grads = reference(plain, model, rows)
-    assert_share_of_order_one(expected, oracle(in_double(plain), rows[0].double(), rows[1], rows[2].double()))
+    assert_share_of_order_one(
+        expected, oracle(in_double(plain), rows[0].double(), rows[1], rows[2].double())
+    )
     out, grads = ours(model, rows)
     assert_close(out, expected, FP32, "output")
     names = ["d hidden_states", "d top_k_weights"]
@@ -115,13 +124,17 @@ def test_no_class_is_left_out():
 def test_the_sources_say_what_the_classes_are():
     """The second walk: whatever a modeling module defines with the dispatching forward is in the list."""
     families = {family for family, _ in interface_families()}
-    assert families <= {module.name for module in pkgutil.iter_modules(transformers.models.__path__)}
+    assert families <= {
+        module.name for module in pkgutil.iter_modules(transformers.models.__path__)
+    }
     for family in families:
         module = modeling_module(family)
         defined = {
             name
             for name, value in vars(module).items()
-            if isinstance(value, type) and value.__module__ == module.__name__ and is_on_the_interface(value)
+            if isinstance(value, type)
+            and value.__module__ == module.__name__
+            and is_on_the_interface(value)
         }
         assert defined == {name for other, name in interface_families() if other == family}
 
@@ -130,7 +143,9 @@ def test_the_sources_say_what_the_classes_are():
 def test_the_oracle_is_the_plain_module(case):
     """Without an adapter the oracle computes what the class itself computes: it may judge the rest."""
     plain, rows = build(case), random_rows()
-    assert_close(plain(*rows), oracle(in_double(plain), rows[0].double(), rows[1], rows[2].double()))
+    assert_close(
+        plain(*rows), oracle(in_double(plain), rows[0].double(), rows[1], rows[2].double())
+    )
 
 
 # ---- forward and backward ------------------------------------------------------------------------------------------
@@ -248,7 +263,12 @@ def test_merge_is_base_plus_delta_and_unmerge_takes_it_back(case, safe_merge):
     assert_close(model(*rows), expected)
     model.base_model.unmerge_adapter()
     for projection in adapters:
-        assert_close(base_weight(base, projection), base_weight(plain, projection), 1e-6, f"unmerged {projection}")
+        assert_close(
+            base_weight(base, projection),
+            base_weight(plain, projection),
+            1e-6,
+            f"unmerged {projection}",
+        )
     assert_close(model(*rows), unmerged)
 
 
@@ -260,7 +280,10 @@ def test_merge_and_unload_gives_the_class_back(case):
     merged = model.merge_and_unload()
     assert type(merged.experts) is type(plain)
     assert merged.experts.state_dict().keys() == plain.state_dict().keys()
-    assert getattr(merged.experts, "config", None).__class__ is getattr(plain, "config", None).__class__
+    assert (
+        getattr(merged.experts, "config", None).__class__
+        is getattr(plain, "config", None).__class__
+    )
     assert_close(merged(*rows), expected)
 
 
@@ -286,7 +309,11 @@ def test_frozen_weights_get_no_gradient(case):
 # ---- sizes that break kernels --------------------------------------------------------------------------------------
 
 SHAPES = {
-    "odd sizes, that no vector load or grouped_mm stride divides": {"hidden": 21, "intermediate": 19, "r": 3},
+    "odd sizes, that no vector load or grouped_mm stride divides": {
+        "hidden": 21,
+        "intermediate": 19,
+        "r": 3,
+    },
     "rank one": {"r": 1},
     "a rank above the width": {"r": 40},
     "one expert": {"num_experts": 1, "top_k": 1},
@@ -301,7 +328,15 @@ SHAPES = {
 @pytest.mark.parametrize("why", SHAPES)
 @every_kind
 def test_any_size_is_right(case, why):
-    sizes = {"hidden": H, "intermediate": I, "num_experts": E, "top_k": TOP_K, "T": 13, "r": R, **SHAPES[why]}
+    sizes = {
+        "hidden": H,
+        "intermediate": I,
+        "num_experts": E,
+        "top_k": TOP_K,
+        "T": 13,
+        "r": R,
+        **SHAPES[why],
+    }
     plain = build(case, **{k: sizes[k] for k in ("hidden", "intermediate", "num_experts")})
     model = wrap(copy.deepcopy(plain), r=sizes["r"], lora_alpha=SCALING * sizes["r"])
     # r products are summed: the adapter's share stays of order one at every rank
@@ -349,20 +384,26 @@ def test_strides_of_the_inputs_do_not_matter(case):
 def test_the_oracle_tells_wrong_adapters_apart(case):
     """Each of these is a mistake that somebody has shipped; the oracle's output moves by far more than FP32 allows."""
     plain, rows = in_double(build(case)), random_rows(dtype=torch.float64)
-    adapters = {p: tuple(t.detach().double() for t in pair) for p, pair in experts_adapter(wrap(build(case))).items()}
+    adapters = {
+        p: tuple(t.detach().double() for t in pair)
+        for p, pair in experts_adapter(wrap(build(case))).items()
+    }
     deltas = dense_deltas(adapters, E, SCALING)
     right = oracle(plain, *rows, deltas)
 
     swapped = {p: delta[[1, 0, *range(2, E)]] for p, delta in deltas.items()}
     rank_major_read = {
-        p: (a, b.reshape(b.shape[0], R, E).transpose(1, 2).reshape(b.shape)) for p, (a, b) in adapters.items()
+        p: (a, b.reshape(b.shape[0], R, E).transpose(1, 2).reshape(b.shape))
+        for p, (a, b) in adapters.items()
     }
     last_row_skipped = right.clone()
     last_row_skipped[-1] = 0
     mistakes = {
         "no adapter": oracle(plain, *rows),
         "experts swapped": oracle(plain, *rows, swapped),
-        "rank-major for expert-major": oracle(plain, *rows, dense_deltas(rank_major_read, E, SCALING)),
+        "rank-major for expert-major": oracle(
+            plain, *rows, dense_deltas(rank_major_read, E, SCALING)
+        ),
         "scaling left out": oracle(plain, *rows, dense_deltas(adapters, E, 1.0)),
         "last row skipped": last_row_skipped,
     }

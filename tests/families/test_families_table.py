@@ -37,14 +37,22 @@ def test_a_table_is_read_as_it_was_written():
     assert read(table(families())) == families()
 
 
-@pytest.mark.parametrize("family", [name for name, (told, _) in families().items() if told == LINEAR])
+@pytest.mark.parametrize(
+    "family", [name for name, (told, _) in families().items() if told == LINEAR]
+)
 def test_experts_that_are_linear_layers_get_pefts_own_lora(family):
     assert family in ("nllb_moe", "switch_transformers")
     config = SwitchTransformersConfig(d_model=8, d_ff=16, num_experts=3)
-    config.moe_token_dropout, config.activation_dropout, config.activation_function = 0.0, 0.0, "relu"
+    config.moe_token_dropout, config.activation_dropout, config.activation_function = (
+        0.0,
+        0.0,
+        "relu",
+    )
     arguments = (config, 16) if family == "nllb_moe" else (config,)
     (name,) = (name for name, (other, _) in undecorated().items() if other == family)
     model = Holder(getattr(modeling_module(family), name)(*arguments))
     names = ["fc1", "fc2"] if family == "nllb_moe" else ["wi", "wo"]
     model = get_peft_model(model, MoELoraConfig(r=2, target_modules=names))
-    assert sum(isinstance(module, LoraLayer) for module in model.modules()) == 2 * config.num_experts
+    assert (
+        sum(isinstance(module, LoraLayer) for module in model.modules()) == 2 * config.num_experts
+    )

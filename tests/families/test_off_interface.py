@@ -49,9 +49,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from peft_moe_lora import MoELoraConfig, convert_adapter, merge_adapter
-from peft_moe_lora.conversion import RefusedError
-from peft_moe_lora.formats import FORMATS
-from peft_moe_lora.layer import MoELoraLayer
+from peft_moe_lora.convert.convert import RefusedError
+from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.tuner.layer import MoELoraLayer
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -66,10 +66,13 @@ def reference(family, plain, model, floats, call):
     plain = in_double(plain).requires_grad_(False)
     floats = [t.detach().double().requires_grad_() for t in floats]
     adapters = {
-        p: tuple(t.detach().double().requires_grad_() for t in pair) for p, pair in experts_adapter(model).items()
+        p: tuple(t.detach().double().requires_grad_() for t in pair)
+        for p, pair in experts_adapter(model).items()
     }
     inputs = [*floats, *(t for pair in adapters.values() for t in pair)]
-    return grads_of(lambda: call(Explicit(family, plain, deltas_of(adapters, E, SCALING)), *floats), inputs)
+    return grads_of(
+        lambda: call(Explicit(family, plain, deltas_of(adapters, E, SCALING)), *floats), inputs
+    )
 
 
 def ours(model, floats, call, through=lambda model, *args: model(*args)):
@@ -143,7 +146,9 @@ def test_adapter_shapes_are_the_documented_ones(family):
 def test_new_adapter_changes_nothing(family):
     plain = BUILD[family]()
     floats, call = leaves(family)
-    assert_close(call(wrap(copy.deepcopy(plain), randomize=False), *floats), call(plain, *floats), 1e-6)
+    assert_close(
+        call(wrap(copy.deepcopy(plain), randomize=False), *floats), call(plain, *floats), 1e-6
+    )
 
 
 @every_family
@@ -198,12 +203,20 @@ def test_two_active_adapters_add_up(family):
     fill_adapter(model, "other", seed=7)
     model.base_model.set_adapter(["default", "other"])
     first, second = experts_adapter(model), experts_adapter(model, adapter_name="other")
-    double = [{p: tuple(t.detach().double() for t in pair) for p, pair in a.items()} for a in (first, second)]
-    both = {p: d + deltas_of(double[1], E, 1.0)[p] for p, d in deltas_of(double[0], E, SCALING).items()}
+    double = [
+        {p: tuple(t.detach().double() for t in pair) for p, pair in a.items()}
+        for a in (first, second)
+    ]
+    both = {
+        p: d + deltas_of(double[1], E, 1.0)[p] for p, d in deltas_of(double[0], E, SCALING).items()
+    }
     expected = call(Explicit(family, in_double(plain), both), *(t.double() for t in floats))
     assert_close(call(model, *floats), expected)
     model.set_adapter("other")
-    alone = call(Explicit(family, in_double(plain), deltas_of(double[1], E, 1.0)), *(t.double() for t in floats))
+    alone = call(
+        Explicit(family, in_double(plain), deltas_of(double[1], E, 1.0)),
+        *(t.double() for t in floats),
+    )
     assert_close(call(model, *floats), alone)
 
 
@@ -216,7 +229,9 @@ def test_some_experts_alone_may_have_an_adapter(family):
     for projection, (lora_A, lora_B) in experts_adapter(model).items():
         assert lora_A.shape[0] == lora_B.shape[1] == 2 * R
         held = dense_delta(lora_A.detach().double(), lora_B.detach().double(), 2, SCALING)
-        deltas[projection] = held.new_zeros(E, *held.shape[1:]).index_copy(0, torch.tensor([1, 3]), held)
+        deltas[projection] = held.new_zeros(E, *held.shape[1:]).index_copy(
+            0, torch.tensor([1, 3]), held
+        )
     expected = call(Explicit(family, in_double(plain), deltas), *(t.double() for t in floats))
     assert_close(call(model, *floats), expected)
     model.base_model.merge_adapter()
@@ -330,7 +345,8 @@ def test_the_oracle_tells_wrong_adapters_apart(family):
     deltas = deltas_of(adapters, E, SCALING)
     right = call(Explicit(family, plain, deltas), *floats)
     rank_major_read = {
-        p: (a, b.reshape(b.shape[0], R, E).transpose(1, 2).reshape(b.shape)) for p, (a, b) in adapters.items()
+        p: (a, b.reshape(b.shape[0], R, E).transpose(1, 2).reshape(b.shape))
+        for p, (a, b) in adapters.items()
     }
     mistakes = {
         "no adapter": {p: torch.zeros_like(d) for p, d in deltas.items()},
@@ -403,7 +419,9 @@ def test_llama4_rows_that_are_not_finite_are_not_taken_for_zeros():
 def test_longcat_identity_experts_pass_the_row_and_others_are_skipped():
     model = wrap(BUILD["longcat_flash"]())
     x = torch.randn(4, H)
-    index = torch.tensor([[E, E + 1], [E, E + IDENTITY], [E + IDENTITY, E + IDENTITY + 5], [E + 1, -1]])
+    index = torch.tensor(
+        [[E, E + 1], [E, E + IDENTITY], [E + IDENTITY, E + IDENTITY + 5], [E + 1, -1]]
+    )
     weights = torch.rand(4, 2)
     out = model(x, index, weights)
     known = (index >= E) & (index < E + IDENTITY)
@@ -442,10 +460,13 @@ def explicit_parameters(family, base, model):
     """Parameter name of the whole base model -> base + delta, in float64, for the adapter `model` carries."""
     changed = {}
     for path in paths_of(base):
-        adapters = {p: tuple(t.double() for t in pair) for p, pair in experts_adapter(model, path).items()}
+        adapters = {
+            p: tuple(t.double() for t in pair) for p, pair in experts_adapter(model, path).items()
+        }
         module = base.get_submodule(path)
         changed |= {
-            f"{path}.{name}": t for name, t in with_deltas(family, module, deltas_of(adapters, E, SCALING)).items()
+            f"{path}.{name}": t
+            for name, t in with_deltas(family, module, deltas_of(adapters, E, SCALING)).items()
         }
     return changed
 
@@ -462,7 +483,9 @@ def test_a_whole_model_is_base_plus_delta(family, tmp_path):
     model = moe_lora(copy.deepcopy(base), target_modules=None)
     plain = in_double(base)
     right = logits(
-        functional_call(plain, explicit_parameters(family, plain, model), kwargs={"input_ids": token_ids()})
+        functional_call(
+            plain, explicit_parameters(family, plain, model), kwargs={"input_ids": token_ids()}
+        )
     )
     assert_share_of_order_one(right, without, low=0.2)
     assert_close(outputs(model), right, 1e-4)
@@ -502,7 +525,11 @@ def test_ranks_by_name(family):
     path = paths_of(base)[-1]
     config = MoELoraConfig(r=R, rank_pattern={path: 2 * R}, target_modules=None)
     model = get_peft_model(base, config)
-    ranks = {key: module.r["default"] for key, module in model.named_modules() if isinstance(module, MoELoraLayer)}
+    ranks = {
+        key: module.r["default"]
+        for key, module in model.named_modules()
+        if isinstance(module, MoELoraLayer)
+    }
     assert ranks.pop(f"base_model.model.{path}") == 2 * R
     assert set(ranks.values()) <= {R}
 
@@ -532,7 +559,9 @@ def test_other_formats_are_refused_with_the_reason(family, to, tmp_path):
 @every_family
 def test_our_own_format_goes_round(family, saved, tmp_path):
     _, model = saved
-    convert_adapter(tmp_path / "adapter", tmp_path / "again", to="moe_lora", base_config=tmp_path / "base")
+    convert_adapter(
+        tmp_path / "adapter", tmp_path / "again", to="moe_lora", base_config=tmp_path / "base"
+    )
     loaded = PeftModel.from_pretrained(off_interface_model(family), tmp_path / "again")
     assert torch.equal(outputs(loaded), outputs(model))
 
@@ -566,9 +595,15 @@ def test_kernels_are_as_exact_as_plain_pytorch(family, dtype):
     model.base_model.model.experts.backend = "torch"
     twin_out, twin_grads = ours(model, floats, call)
     right_out, right_grads = reference(family, plain, model, floats, call)
-    for actual, twin, right in zip([out, *grads], [twin_out, *twin_grads], [right_out, *right_grads], strict=True):
-        error, allowed = (((t.double() - right).norm() / right.norm()).item() for t in (actual, twin))
-        assert error <= 2 * allowed + ATOL[dtype], f"{error:.2e} against {allowed:.2e} in plain PyTorch"
+    for actual, twin, right in zip(
+        [out, *grads], [twin_out, *twin_grads], [right_out, *right_grads], strict=True
+    ):
+        error, allowed = (
+            ((t.double() - right).norm() / right.norm()).item() for t in (actual, twin)
+        )
+        assert error <= 2 * allowed + ATOL[dtype], (
+            f"{error:.2e} against {allowed:.2e} in plain PyTorch"
+        )
 
 
 # jetmoe's router reads the sizes on the host, adapter or not

@@ -21,8 +21,8 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig
 
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.layout import is_experts
-from peft_moe_lora.router import MoELoraRouter, UnsupportedRouter
+from peft_moe_lora.experts.layout import is_experts
+from peft_moe_lora.tuner.router import MoELoraRouter, UnsupportedRouter
 
 T, WIDTH, EXPERTS, TOP = 9, 16, 6, 2
 SCALING = 2.0
@@ -34,8 +34,12 @@ def router_classes():
     found = []
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         text = path.read_text(encoding="utf-8")
-        for match in re.finditer(r"^class (\w*Router)\((nn\.\w+)\):.*?(?=^class |^def |^@|\Z)", text, re.M | re.S):
-            bare = re.search(r"self\.weight = nn\.Parameter\(torch\.\w+\([^,()]+, [^()]+\)\)", match[0])
+        for match in re.finditer(
+            r"^class (\w*Router)\((nn\.\w+)\):.*?(?=^class |^def |^@|\Z)", text, re.M | re.S
+        ):
+            bare = re.search(
+                r"self\.weight = nn\.Parameter\(torch\.\w+\([^,()]+, [^()]+\)\)", match[0]
+            )
             if (bare and match[2] == "nn.Module") or match[2] == "nn.Linear":
                 found.append((path.parent.name, match[1]))
     return found
@@ -61,7 +65,11 @@ def router_config(family, cls):
             if all(hasattr(config, name) for name in read):
                 for name in read & small.keys():
                     setattr(
-                        config, name, [small[name]] * 2 if isinstance(getattr(config, name), list) else small[name]
+                        config,
+                        name,
+                        [small[name]] * 2
+                        if isinstance(getattr(config, name), list)
+                        else small[name],
                     )
                 return config
     raise AssertionError(f"no config class of {family} has all of {sorted(read)}")
@@ -83,12 +91,21 @@ def build(family, name):
     extra = {}
     parameters = list(inspect.signature(cls.__init__).parameters)[1:]
     if parameters != ["config"]:
-        sizes = {"num_experts": EXPERTS, "hidden_dim": WIDTH, "hidden_size": WIDTH, "top_k": TOP, "layer_idx": 0}
+        sizes = {
+            "num_experts": EXPERTS,
+            "hidden_dim": WIDTH,
+            "hidden_size": WIDTH,
+            "top_k": TOP,
+            "layer_idx": 0,
+        }
         extra = {p: sizes[p] for p in parameters[1:] if p in sizes}
     torch.manual_seed(0)
     router = cls(router_config(family, cls), **extra)
     with torch.no_grad():
-        for tensor in (*router.parameters(), *(b for b in router.buffers() if b.is_floating_point())):
+        for tensor in (
+            *router.parameters(),
+            *(b for b in router.buffers() if b.is_floating_point()),
+        ):
             tensor.copy_(torch.randn(tensor.shape) * (WIDTH**-0.5 if tensor.dim() > 1 else 0.1))
         for buffer in (b for b in router.buffers() if not b.is_floating_point()):
             buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) % EXPERTS)
@@ -101,7 +118,11 @@ def inputs(router, dtype=torch.float32):
     bias = torch.linspace(-0.1, 0.1, EXPERTS)
     extra = {"e_score_correction_bias": bias, "expert_bias": bias, "input_ids": torch.arange(T)}
     asked = inspect.signature(type(router).forward).parameters
-    x = torch.randn(1, T, WIDTH) if "seq" in inspect.getsource(type(router).forward) else torch.randn(T, WIDTH)
+    x = (
+        torch.randn(1, T, WIDTH)
+        if "seq" in inspect.getsource(type(router).forward)
+        else torch.randn(T, WIDTH)
+    )
     return x.to(dtype).requires_grad_(), {name: extra[name] for name in asked if name in extra}
 
 
@@ -159,7 +180,9 @@ class TestEveryRouter:
                 assert_close(got[finite], wanted[finite], FP32, f"output {i}")
             else:
                 assert torch.equal(got, wanted)
-        for what, got, wanted in zip("xAB", grads(actual, (x, A, B)), grads(right, (x, A, B)), strict=True):
+        for what, got, wanted in zip(
+            "xAB", grads(actual, (x, A, B)), grads(right, (x, A, B)), strict=True
+        ):
             assert wanted.abs().max() > 0
             assert_close(got, wanted, FP32, f"gradient of {what}")
 
@@ -167,7 +190,9 @@ class TestEveryRouter:
         router = build(family, name)
         x, extra = inputs(router, torch.bfloat16)
         # its model keeps this one's weight in fp32
-        router = router if (family, name) == ("inkling2", "Inkling2TopKRouter") else router.bfloat16()
+        router = (
+            router if (family, name) == ("inkling2", "Inkling2TopKRouter") else router.bfloat16()
+        )
         model = adapted(copy.deepcopy(router))
         A, B = factors(model)
         assert A.dtype == B.dtype == torch.float32
@@ -227,21 +252,31 @@ def two_products(x, weight):
     return F.linear(x, weight) + F.linear(x.flip(0), weight)
 
 
-@pytest.mark.parametrize("product", [linear, fp32_linear, linear_by_keyword, matrix_product, operator])
+@pytest.mark.parametrize(
+    "product", [linear, fp32_linear, linear_by_keyword, matrix_product, operator]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_second_product_is_in_the_dtype_of_the_first(product, dtype):
     model = adapted(Handwritten(product, dtype))
-    (A, B), router, x = factors(model), model.base_model.model.gate.base_layer, torch.randn(T, WIDTH).to(dtype)
+    (A, B), router, x = (
+        factors(model),
+        model.base_model.model.gate.base_layer,
+        torch.randn(T, WIDTH).to(dtype),
+    )
     first = product(x, router.weight)
     second = F.linear(F.linear(x.to(first.dtype), A.to(first.dtype)), B.to(first.dtype)) * SCALING
     assert second.dtype == first.dtype
     assert torch.equal(model(x)[0], first + second)
 
 
-@pytest.mark.parametrize(("product", "times"), [(no_product, 0), (normalized, 0), (two_products, 2)])
+@pytest.mark.parametrize(
+    ("product", "times"), [(no_product, 0), (normalized, 0), (two_products, 2)]
+)
 def test_a_router_without_one_product_is_an_error(product, times):
     model = adapted(Handwritten(product))
-    with pytest.raises(UnsupportedRouter, match=f"Handwritten.forward multiplies by its weight {times} times"):
+    with pytest.raises(
+        UnsupportedRouter, match=f"Handwritten.forward multiplies by its weight {times} times"
+    ):
         model(torch.randn(T, WIDTH))
     with model.disable_adapter():
         model(torch.randn(T, WIDTH))
@@ -256,7 +291,9 @@ def test_other_products_are_left_alone():
             self.noise = nn.Parameter(torch.randn(EXPERTS, WIDTH))
 
         def forward(self, hidden_states):
-            return F.linear(hidden_states, self.weight) + F.softplus(F.linear(hidden_states, self.noise))
+            return F.linear(hidden_states, self.weight) + F.softplus(
+                F.linear(hidden_states, self.noise)
+            )
 
     model, x = adapted(Noisy()), torch.randn(T, WIDTH)
     (A, B), router = factors(model), model.base_model.model.gate.base_layer
@@ -271,13 +308,16 @@ def test_a_linear_layer_that_is_only_read_is_an_error():
     for buffer in router.buffers():
         nn.init.zeros_(buffer)
     with pytest.raises(
-        ValueError, match=r"LongcatFlashTopkRouter reads the weight of its classifier.*modules_to_save"
+        ValueError,
+        match=r"LongcatFlashTopkRouter reads the weight of its classifier.*modules_to_save",
     ):
         get_peft_model(Block(copy.deepcopy(router)), MoELoraConfig(target_modules=["classifier"]))
     config = MoELoraConfig(target_modules=["experts"], modules_to_save=["classifier"])
     model = get_peft_model(Block(router), config)
     model(torch.randn(T, WIDTH))[0].square().mean().backward()
-    assert model.base_model.model.gate.classifier.modules_to_save.default.weight.grad.abs().max() > 0
+    assert (
+        model.base_model.model.gate.classifier.modules_to_save.default.weight.grad.abs().max() > 0
+    )
 
 
 def test_shared_experts_in_stacks_are_no_routed_ones():
@@ -307,7 +347,9 @@ def merged_weight(model, *adapter_names):
 
 def test_a_new_adapter_changes_nothing_and_starts_as_pefts_linear_does():
     router, x = Handwritten(linear), torch.randn(T, WIDTH)
-    model = get_peft_model(Block(copy.deepcopy(router)), MoELoraConfig(r=R, target_modules=["gate"]))
+    model = get_peft_model(
+        Block(copy.deepcopy(router)), MoELoraConfig(r=R, target_modules=["gate"])
+    )
     assert all(torch.equal(a, b) for a, b in zip(model(x), router(x), strict=True))
     A, B = factors(model)
     assert (A.shape, B.shape) == ((R, WIDTH), (EXPERTS, R))
@@ -325,7 +367,8 @@ def test_merging_and_unmerging(model):
     for safe in (False, True):
         model.merge_adapter(safe_merge=safe)
         assert_close(
-            layer.base_layer.weight, before + SCALING * layer.lora_B.default.weight @ layer.lora_A.default.weight
+            layer.base_layer.weight,
+            before + SCALING * layer.lora_B.default.weight @ layer.lora_A.default.weight,
         )
         assert_close(model(x)[0], expected[0])
         model.unmerge_adapter()
@@ -402,7 +445,9 @@ def test_it_compiles_without_a_graph_break(product):
     actual = compiled(x)
     for got, wanted in zip(actual, expected, strict=True):
         assert_close(got, wanted)
-    for got, wanted in zip(grads(actual, factors(model)), grads(expected, factors(model)), strict=True):
+    for got, wanted in zip(
+        grads(actual, factors(model)), grads(expected, factors(model)), strict=True
+    ):
         assert_close(got, wanted)
 
 

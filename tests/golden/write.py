@@ -31,7 +31,12 @@ LINEAR = {"hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 2, "n
 FAMILIES = {
     "qwen3_moe": {**LINEAR, "moe_intermediate_size": I, "num_experts": E},
     "mixtral": {**LINEAR, "intermediate_size": I, "num_local_experts": E},
-    "gpt_oss": {**LINEAR, "intermediate_size": I, "num_local_experts": E, "layer_types": ["full_attention"]},
+    "gpt_oss": {
+        **LINEAR,
+        "intermediate_size": I,
+        "num_local_experts": E,
+        "layer_types": ["full_attention"],
+    },
 }
 
 
@@ -41,15 +46,25 @@ def write(family):
     base = tiny_model(family, **FAMILIES[family])
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(folder / "base")
-    save_ours(base, folder / "moe_lora", r=R, lora_alpha=ALPHA, target_modules=["experts", "q_proj", "v_proj"])
+    save_ours(
+        base,
+        folder / "moe_lora",
+        r=R,
+        lora_alpha=ALPHA,
+        target_modules=["experts", "q_proj", "v_proj"],
+    )
     ours = load_file(folder / "moe_lora" / "adapter_model.safetensors")
     linears = {name: t for name, t in ours.items() if "self_attn" in name}
     (path,) = experts_paths(base)
 
     # A[e] [r, K] and B[e] [N, r], taken out by the definition of our layout
-    A = {p: [ours[f"{PREFIX}{path}.lora_A.{p}"][e * R : (e + 1) * R] for e in range(E)] for p in ("gate_up", "down")}
+    A = {
+        p: [ours[f"{PREFIX}{path}.lora_A.{p}"][e * R : (e + 1) * R] for e in range(E)]
+        for p in ("gate_up", "down")
+    }
     B = {
-        p: [ours[f"{PREFIX}{path}.lora_B.{p}"][:, e * R : (e + 1) * R] for e in range(E)] for p in ("gate_up", "down")
+        p: [ours[f"{PREFIX}{path}.lora_B.{p}"][:, e * R : (e + 1) * R] for e in range(E)]
+        for p in ("gate_up", "down")
     }
 
     peft = write_pefts(base, folder, path, A, B, linears)
@@ -66,11 +81,17 @@ def write(family):
     marked = {"lora_B_layout": "expert_major", "auto_mapping": {"unsloth_fixed": True}}
     save(folder / "unsloth", expert_major, {**config, **targets, **marked})
     save(
-        folder / "per_expert", {**per_expert(family, path, A, B), **linears}, {**config, **per_expert_targets(family)}
+        folder / "per_expert",
+        {**per_expert(family, path, A, B), **linears},
+        {**config, **per_expert_targets(family)},
     )
-    if family != "gpt_oss":  # transposed stacks were never swapped; SGLang's order of alternating rows is not known
+    if (
+        family != "gpt_oss"
+    ):  # transposed stacks were never swapped; SGLang's order of alternating rows is not known
         save(
-            folder / "peft_legacy", {**legacy(path, A, B), **linears}, {**config, **targets, "peft_version": "0.18.1"}
+            folder / "peft_legacy",
+            {**legacy(path, A, B), **linears},
+            {**config, **targets, "peft_version": "0.18.1"},
         )
         stacked = {f"{PREFIX}{path}.{p}_proj.lora_{side}.weight": torch.stack(pairs[p])
                    for side, pairs in (("A", A), ("B", B)) for p in pairs}  # fmt: skip
@@ -114,7 +135,9 @@ def wrappers(model, path):
 
 
 def per_expert(family, path, A, B):
-    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = (
+        ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    )
     hub = path.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else path
     state = {}
     for e in range(E):
@@ -122,7 +145,10 @@ def per_expert(family, path, A, B):
         halves = (both[0::2], both[1::2]) if family == "gpt_oss" else (both[:I], both[I:])
         for leaf, a, b in ((gate, A["gate_up"][e], halves[0]), (up, A["gate_up"][e], halves[1]),
                            (down, A["down"][e], B["down"][e])):  # fmt: skip
-            state[f"{PREFIX}{hub}.{e}.{leaf}.lora_A.weight"], state[f"{PREFIX}{hub}.{e}.{leaf}.lora_B.weight"] = a, b
+            (
+                state[f"{PREFIX}{hub}.{e}.{leaf}.lora_A.weight"],
+                state[f"{PREFIX}{hub}.{e}.{leaf}.lora_B.weight"],
+            ) = a, b
     return state
 
 

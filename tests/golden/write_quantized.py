@@ -33,7 +33,11 @@ def main() -> None:
         if format == "int8":
             codes, scales, _ = bnb.int8_vectorwise_quant(stack.view(-1, shape[-1]))
             dense = bnb.int8_vectorwise_dequant(codes, scales).to(dtype)
-            found = {"codes": codes.view(shape), "scales": scales.view(*shape[:2], 1), "dense": dense.view(shape)}
+            found = {
+                "codes": codes.view(shape),
+                "scales": scales.view(*shape[:2], 1),
+                "dense": dense.view(shape),
+            }
             cases[name] = {"format": format, "tile": (1, shape[-1]), "unit": 7.874015718698502e-3}
         else:
             packed, state = bnb.quantize_4bit(

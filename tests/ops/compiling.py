@@ -46,7 +46,9 @@ def compiling_for(arch: int):
 
     driver.set_active(_NoDriver(arch))
     JITFunction.run = compile_only
-    modules = [m for name, m in sys.modules.items() if name.startswith("peft_moe_lora.ops.kernels.")]
+    modules = [
+        m for name, m in sys.modules.items() if name.startswith("peft_moe_lora.ops.kernels.")
+    ]
     patched = [(m, m.device_facts) for m in modules if hasattr(m, "device_facts")]
     for module, _ in patched:
         module.device_facts = lambda device: (arch, 132)
@@ -64,7 +66,9 @@ def resources(kernel) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "kernel": kernel.metadata.name,
@@ -86,7 +90,9 @@ def _instructions(kernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tool, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def _serialized(kernel) -> bool:
@@ -120,20 +126,31 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
         A, B = empty(E * r, k, dtype=torch.float32), empty(n, r * E, dtype=torch.float32)
         return A.view(E, r, k), B.view(n, E, r).permute(1, 0, 2)
 
-    x, weights, up, down = empty(T, H), empty(T, top_k, dtype=torch.float32), matrix(N, H), matrix(H, I)
+    x, weights, up, down = (
+        empty(T, H),
+        empty(T, top_k, dtype=torch.float32),
+        matrix(N, H),
+        matrix(H, I),
+    )
     (up_A, up_B), (down_A, down_B) = lora(N, H), lora(H, I)
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
     xa = kernels.expert_shrink(x, up_A, routing, 1.0, gather=True)
-    pre, act = kernels.expert_linear_act(x, up, routing, activation, xa=xa, lora_B=up_B, gather=True)
+    pre, act = kernels.expert_linear_act(
+        x, up, routing, activation, xa=xa, lora_B=up_B, gather=True
+    )
     y = kernels.expert_linear(act, down, routing, xa=xa, lora_B=down_B)
     kernels.combine(y, routing, weights)
-    draw = kernels.expert_linear(x, down.transpose(1, 2), routing, xa=xa, lora_B=down_A.transpose(1, 2), gather=True)
+    draw = kernels.expert_linear(
+        x, down.transpose(1, 2), routing, xa=xa, lora_B=down_A.transpose(1, 2), gather=True
+    )
     kernels.expert_act_backward(draw, pre, routing, activation, weights)
     fp32 = torch.float32
     out = empty(N, E, r, dtype=fp32).permute(1, 0, 2)
     yb = kernels.expert_shrink_outer(pre, up_B.transpose(1, 2), xa, routing, 1.0, out)
     dA = empty(E, r, I, dtype=fp32)
-    kernels.expert_act_backward_outer(draw, pre, routing, activation, weights, xa, xa, up_B, 1.0, dA, out)
+    kernels.expert_act_backward_outer(
+        draw, pre, routing, activation, weights, xa, xa, up_B, 1.0, dA, out
+    )
     out = empty(H, E, r, dtype=fp32).permute(1, 0, 2)
     options = {"row_weights": weights, "gather": True}
     kernels.expert_shrink_outer(x, down_B.transpose(1, 2), xa, routing, 1.0, out, **options)
@@ -157,7 +174,18 @@ def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):
 FORMS = (False, False), (True, False), (True, True)
 
 
-def launch_gathered(dtype, r, kinds=("silu",), limit=None, forms=FORMS, T=2048, E=8, top_k=2, K=1024, I=392):  # noqa: E741
+def launch_gathered(
+    dtype,
+    r,
+    kinds=("silu",),
+    limit=None,
+    forms=FORMS,
+    T=2048,
+    E=8,
+    top_k=2,
+    K=1024,
+    I=392,  # noqa: E741
+):
     """Products of gathered rows, without an activation and with each of these, on meta tensors.
 
     Args:
@@ -167,7 +195,9 @@ def launch_gathered(dtype, r, kinds=("silu",), limit=None, forms=FORMS, T=2048, 
 
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
     x, xa = empty(T, K, dtype=dtype), empty(T * top_k, r, dtype=dtype) if r else None
-    activations = [Activation(kind, gated, inter, limit=limit) for kind in kinds for gated, inter in forms]
+    activations = [
+        Activation(kind, gated, inter, limit=limit) for kind in kinds for gated, inter in forms
+    ]
     for activation in (None, *activations):
         N = 2 * I if activation is None or activation.gated else I
         lora_B = empty(N, r * E, dtype=torch.float32).view(N, E, r).permute(1, 0, 2) if r else None
@@ -192,8 +222,16 @@ def codes_4bit(E, R, C, dtype):
     from peft_moe_lora.ops.quantized import Codes4bit
 
     n, fp32 = E * R * C, torch.float32
-    four = {"stored_shape": (E, R, C), "dtype": dtype, "packed": empty(n // 2), "code": empty(16, dtype=fp32)}
-    nested = {"nested_code": empty(256, dtype=fp32), "nested_scales": empty(n // 64 // 256 + 1, dtype=fp32)}
+    four = {
+        "stored_shape": (E, R, C),
+        "dtype": dtype,
+        "packed": empty(n // 2),
+        "code": empty(16, dtype=fp32),
+    }
+    nested = {
+        "nested_code": empty(256, dtype=fp32),
+        "nested_scales": empty(n // 64 // 256 + 1, dtype=fp32),
+    }
     nested |= {"offset": empty((), dtype=fp32)}
     return [
         Codes4bit(format="nf4", blocksize=64, scales=empty(n // 64 + 1), **four, **nested),
@@ -229,15 +267,22 @@ def launch_decoding(dtype, E=8, R=1536, C=2048, uneven=False):
 def launch_products_of_codes(T, dtype, E=8, top_k=2, H=2048, I=768, r=16):  # noqa: E741
     """Products that decode their weight, in both orders of its bytes, with and without an adapter, on meta tensors."""
     from peft_moe_lora.ops import Activation, kernels
-    from peft_moe_lora.ops.kernels import codes_4bit as product
+    from peft_moe_lora.ops.kernels.codes import codes_4bit as product
 
     # every size of tiles that the table has a row for
     product.MAX_BLOCK_M = 32
 
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
-    x, xa, pre, act = (empty(n, width, dtype=dtype) for n, width in ((T, H), (T * 2, r), (T * 2, 2 * I), (T * 2, I)))
-    up_B, down_B = (empty(n, r * E, dtype=torch.float32).view(n, E, r).permute(1, 0, 2) for n in (2 * I, H))
-    for up, turned in zip(codes_4bit(E, 2 * I, H, dtype), codes_4bit(E, H, 2 * I, dtype), strict=True):
+    x, xa, pre, act = (
+        empty(n, width, dtype=dtype)
+        for n, width in ((T, H), (T * 2, r), (T * 2, 2 * I), (T * 2, I))
+    )
+    up_B, down_B = (
+        empty(n, r * E, dtype=torch.float32).view(n, E, r).permute(1, 0, 2) for n in (2 * I, H)
+    )
+    for up, turned in zip(
+        codes_4bit(E, 2 * I, H, dtype), codes_4bit(E, H, 2 * I, dtype), strict=True
+    ):
         lora = {"xa": xa, "lora_B": up_B, "gather": True}
         kernels.expert_linear_act(x, up, routing, Activation(), **lora)
         kernels.expert_linear_act(x, turned.transpose(1, 2), routing, Activation(), **lora)

@@ -29,7 +29,9 @@ def _poisoned_memory(monkeypatch):
 
     def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else min(2**30, torch.iinfo(out.dtype).max))
+        return out.fill_(
+            float("nan") if out.is_floating_point() else min(2**30, torch.iinfo(out.dtype).max)
+        )
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -46,7 +48,7 @@ def _a_key_decides_what_is_launched(monkeypatch):
     every time, and so it is asked here whether the answer is the one that the key had before."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
-    from peft_moe_lora.ops.kernels import launch
+    from peft_moe_lora.ops.kernels.launching import launch
 
     plain = launch.launch
 
@@ -68,7 +70,7 @@ _ANSWERS = {}
 @pytest.fixture
 def ran():
     """Says whether a compiled kernel was launched under this name since the test began."""
-    from peft_moe_lora.ops.kernels import launch
+    from peft_moe_lora.ops.kernels.launching import launch
 
     launch.forget()
     return lambda name: any(key[0] == name for key, _ in launch._plans)

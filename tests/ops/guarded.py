@@ -16,14 +16,21 @@ import torch
 from test_kernels import SHAPES, Problem, layer, layer_arguments
 
 from peft_moe_lora.ops import Activation, kernels
-from peft_moe_lora.ops.kernels import codes_4bit
+from peft_moe_lora.ops.kernels.codes import codes_4bit
 from peft_moe_lora.ops.quantize import quantize
 
 PAGE = mmap.PAGESIZE
 empty = torch.empty
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 CLAMPED = Activation(interleaved=True, limit=7.0, alpha=1.702, up_shift=1.0)
 
@@ -36,7 +43,12 @@ def guarded_empty(*size, dtype=None, device=None):
         return empty(size, dtype=dtype)
     pages = -(-nbytes // PAGE)
     base = libc.mmap(
-        None, (pages + 2) * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANON, -1, 0
+        None,
+        (pages + 2) * PAGE,
+        mmap.PROT_READ | mmap.PROT_WRITE,
+        mmap.MAP_PRIVATE | mmap.MAP_ANON,
+        -1,
+        0,
     )
     for page in (base, base + (pages + 1) * PAGE):
         assert libc.mprotect(page, PAGE, 0) == 0
@@ -64,7 +76,16 @@ def quantized(stack, transposed, **setting):
 
 def run_layer(problem, activation, up, down):
     x, index, weights, _, _, *others, activation = layer_arguments(problem, activation)
-    layer(kernels, guarded(x), guarded(index), guarded(weights), up, down, *map(guarded, others), activation)
+    layer(
+        kernels,
+        guarded(x),
+        guarded(index),
+        guarded(weights),
+        up,
+        down,
+        *map(guarded, others),
+        activation,
+    )
 
 
 def run_layers():

@@ -46,26 +46,46 @@ def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside): 
     routing, N = kernels.route(p.index, shape.E), shape.I * (1 + activation.gated)
     operands = p.rows(shape.I), p.rows(N), routing, p.weights, p.rows(shape.r), p.xa
     _, lora_B = p.lora(N, shape.H)
-    options = {"dout": p.x, "bias": p.down_bias, "dropout": Dropout(0.4, torch.tensor([77], device=DEVICE))}
-    check(kernels, p.valid, shape.r, shape.I, activation, operands, lora_B, dtype, **(options if beside else {}))
+    options = {
+        "dout": p.x,
+        "bias": p.down_bias,
+        "dropout": Dropout(0.4, torch.tensor([77], device=DEVICE)),
+    }
+    check(
+        kernels,
+        p.valid,
+        shape.r,
+        shape.I,
+        activation,
+        operands,
+        lora_B,
+        dtype,
+        **(options if beside else {}),
+    )
 
 
 @dtypes
 @pytest.mark.parametrize("biased", [False, True])
 def test_panels_add_up(kernels, dtype, biased):  # noqa: F811
     """The second kernel of the one reading, which runs anywhere: five halves of panels, the sixth is nobody's."""
-    one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.act_backward_outer_90")
+    one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.act_backward_outer")
     p = Problem(SHAPES[1], dtype)
     routing, bias, dout = kernels.route(p.index, p.shape.E), p.down_bias, p.x
     partial_yb, partial_dw = random(3, p.M, 6), random(6, p.M)
     for partial in (partial_yb, partial_dw):
         partial[:, p.valid :] = float("nan")
     partial_dw[5] = float("nan")
-    yb, dw = torch.empty(p.M, 6, dtype=dtype, device=DEVICE), torch.empty(p.weights.shape, device=DEVICE)
+    yb, dw = (
+        torch.empty(p.M, 6, dtype=dtype, device=DEVICE),
+        torch.empty(p.weights.shape, device=DEVICE),
+    )
     given = (dout, bias) if biased else (None, None)
     one_reading._sum_panels(partial_yb, partial_dw, routing, 0.7, *given, 320, yb, dw)
     assert_within(
-        yb[: p.valid], (0.7 * partial_yb.sum(0)).to(dtype)[: p.valid], wide(partial_yb).sum(0)[: p.valid] * 0.7, dtype
+        yb[: p.valid],
+        (0.7 * partial_yb.sum(0)).to(dtype)[: p.valid],
+        wide(partial_yb).sum(0)[: p.valid] * 0.7,
+        dtype,
     )
     zeros = torch.zeros(p.M, 4, device=DEVICE)
     rest = {"dout": wide(dout), "bias": wide(bias)} if biased else {}
@@ -126,9 +146,18 @@ def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E7
 def test_what_the_one_reading_does_not_do_the_operations_do(kernels, ran, r, activation, dropout):  # noqa: F811
     E, M, I, N = 4, 512, 64, 64 * (1 + activation.gated)  # noqa: E741
     routing = kernels.route(torch.randint(E, (M, 1), device=DEVICE), E)
-    operands = random(M, I), random(M, N), routing, torch.rand(M, 1, device=DEVICE), random(M, r), random(M, r)
+    operands = (
+        random(M, I),
+        random(M, N),
+        routing,
+        torch.rand(M, 1, device=DEVICE),
+        random(M, r),
+        random(M, r),
+    )
     operands = tuple(t.bfloat16() if torch.is_tensor(t) else t for t in operands)
     lora_B = random(N, r * E, scale=r**-0.5).view(N, E, r).permute(1, 0, 2)
-    options = {} if dropout is None else {"dropout": Dropout(dropout, torch.tensor([77], device=DEVICE))}
+    options = (
+        {} if dropout is None else {"dropout": Dropout(dropout, torch.tensor([77], device=DEVICE))}
+    )
     check(kernels, M, r, I, activation, operands, lora_B, torch.bfloat16, **options)
     assert not ran("act_backward_outer")

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(mode):
-    return subprocess.run([sys.executable, HERE / "guarded.py", mode], capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        [sys.executable, HERE / "guarded.py", mode], capture_output=True, text=True, timeout=500
+    )
 
 
 @pytest.mark.parametrize("mode", ["end", "front"])

@@ -48,12 +48,19 @@ def fp8(shape, tile=(8, 16), exponents=False, dtype=torch.float32):
     n, R, C = shape
     codes = torch.arange(n * R * C, device=DEVICE) % 256
     # NaN is told apart on its own
-    codes = torch.where((codes & 0x7F) == 0x7F, 1, codes).to(torch.uint8).view(torch.float8_e4m3fn).view(shape)
+    codes = (
+        torch.where((codes & 0x7F) == 0x7F, 1, codes)
+        .to(torch.uint8)
+        .view(torch.float8_e4m3fn)
+        .view(shape)
+    )
     tiles = n, -(-R // tile[0]), -(-C // tile[1])
     scales = torch.rand(tiles, device=DEVICE) + 0.01
     if exponents:
         scales = torch.randint(100, 140, tiles, device=DEVICE).to(torch.uint8)
-    return Codes8bit(format="fp8", stored_shape=shape, dtype=dtype, codes=codes, scales=scales, tile=tile)
+    return Codes8bit(
+        format="fp8", stored_shape=shape, dtype=dtype, codes=codes, scales=scales, tile=tile
+    )
 
 
 def e4m3(byte):
@@ -78,11 +85,15 @@ weights = pytest.mark.parametrize("name", WEIGHTS)
 
 
 def offsets_of(rows):
-    return torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    return torch.tensor(
+        [0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE
+    )
 
 
 def decoded(ops, weight, first, count, rows):
-    out = torch.empty(count, *weight.stored_shape[1:], dtype=weight.dtype, device=DEVICE).fill_(float("nan"))
+    out = torch.empty(count, *weight.stored_shape[1:], dtype=weight.dtype, device=DEVICE).fill_(
+        float("nan")
+    )
     assert ops.dequantize(weight, offsets_of(rows), first, out) is out
     return out
 
@@ -93,10 +104,14 @@ def test_bits_are_the_twins(kernels, name, dtype):  # noqa: F811
     weight = replace(WEIGHTS[name](), dtype=dtype)
     rows = [3, 0, 1, 7, 0]
     for first, count in ((0, E), (1, 3)):
-        actual, expected = (decoded(ops, weight, first, count, rows) for ops in (kernels, reference))
+        actual, expected = (
+            decoded(ops, weight, first, count, rows) for ops in (kernels, reference)
+        )
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         for j in range(count):
-            assert actual[j].isnan().all() == (rows[first + j] == 0), "experts without rows are left as they were"
+            assert actual[j].isnan().all() == (rows[first + j] == 0), (
+                "experts without rows are left as they were"
+            )
         assert torch.equal(actual[2], weight.dense()[first + 2])
 
 
@@ -104,7 +119,9 @@ def test_bits_are_the_twins(kernels, name, dtype):  # noqa: F811
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_blocksize(kernels, blocksize, nested):  # noqa: F811
     for shape in ((3, 64, 96), (3, 31, 34)):
-        weight = quantize(stack(shape, torch.float16), "nf4", blocksize=blocksize, double_quant=nested)
+        weight = quantize(
+            stack(shape, torch.float16), "nf4", blocksize=blocksize, double_quant=nested
+        )
         actual = decoded(kernels, weight, 0, 3, [1, 1, 1])
         assert torch.equal(actual, weight.dense())
         assert torch.equal(actual, decoded(reference, weight, 0, 3, [1, 1, 1]))
@@ -113,16 +130,22 @@ def test_every_blocksize(kernels, blocksize, nested):  # noqa: F811
 def test_eight_bit_floats_are_what_they_are_defined_as(kernels):  # noqa: F811
     weight = fp8((1, 2, 128), tile=(2, 128))
     weight = replace(weight, scales=torch.ones_like(weight.scales))
-    expected = torch.tensor([e4m3(b) for b in weight.codes.view(torch.uint8).flatten().tolist()], device=DEVICE)
+    expected = torch.tensor(
+        [e4m3(b) for b in weight.codes.view(torch.uint8).flatten().tolist()], device=DEVICE
+    )
     for ops in (kernels, reference):
         assert torch.equal(decoded(ops, weight, 0, 1, [1]).flatten(), expected)
-    nan = replace(weight, codes=torch.full_like(weight.codes.view(torch.uint8), 0x7F).view(torch.float8_e4m3fn))
+    nan = replace(
+        weight,
+        codes=torch.full_like(weight.codes.view(torch.uint8), 0x7F).view(torch.float8_e4m3fn),
+    )
     assert decoded(kernels, nan, 0, 1, [1]).isnan().all()
 
 
 def test_the_least_exponent_is_no_zero(kernels):  # noqa: F811
     weight = replace(
-        mxfp4(EVEN), scales=torch.zeros(EVEN[0] * EVEN[1] * EVEN[2] // 32, dtype=torch.uint8, device=DEVICE)
+        mxfp4(EVEN),
+        scales=torch.zeros(EVEN[0] * EVEN[1] * EVEN[2] // 32, dtype=torch.uint8, device=DEVICE),
     )
     weight = replace(weight, packed=torch.full_like(weight.packed, 0x77))
     assert torch.equal(weight.dense(), torch.full(EVEN, 6 * 2.0**-127, device=DEVICE))
@@ -169,25 +192,50 @@ def check(kernels, name, problem, weight, *args, at=1, **kwargs):  # noqa: F811
 
 PARTS = [(shape, "nf4", 2) for shape in (SHAPES[0], SHAPES[1], *SHAPES[3:6], *SHAPES[8:])]
 # one expert at a time, and all at once; rows of 8 bits; NaN in the scratch of experts without rows
-PARTS += [(SHAPES[1], "int8", 1), (SHAPES[7], "fp8", 3), (SHAPES[0], "nf4", 99), (SHAPES[3], "fp8", 99)]
+PARTS += [
+    (SHAPES[1], "int8", 1),
+    (SHAPES[7], "fp8", 3),
+    (SHAPES[0], "nf4", 99),
+    (SHAPES[3], "fp8", 99),
+]
 
 
-@pytest.mark.parametrize(("shape", "format", "experts_of_a_part"), PARTS, ids=lambda v: v if type(v) is str else None)
+@pytest.mark.parametrize(
+    ("shape", "format", "experts_of_a_part"), PARTS, ids=lambda v: v if type(v) is str else None
+)
 def test_products_in_parts_are_whole(kernels, monkeypatch, shape, format, experts_of_a_part):  # noqa: F811
     dtype = DTYPES[-1]
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
     bytes_of_one = 2 * shape.I * shape.H * dtype.itemsize
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.SCRATCH_BYTES", experts_of_a_part * bytes_of_one)
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", 0)
+    monkeypatch.setattr(
+        "peft_moe_lora.ops.kernels.parts.SCRATCH_BYTES", experts_of_a_part * bytes_of_one
+    )
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", 0)
     up, down = quantized_as(format, problem.up), quantized_as(format, problem.down)
     lora = {"xa": problem.xa, "lora_B": problem.up_B, "bias": problem.up_bias, "gather": True}
     check(kernels, "expert_linear_act", problem, up, problem.x, routing, Activation(), **lora)
     lora = {"xa": problem.xa, "lora_B": problem.up_A.transpose(1, 2)}
-    check(kernels, "expert_linear", problem, transposed(up), problem.rows(2 * shape.I), routing, **lora)
+    check(
+        kernels,
+        "expert_linear",
+        problem,
+        transposed(up),
+        problem.rows(2 * shape.I),
+        routing,
+        **lora,
+    )
     lora = {"xa": problem.xa, "lora_B": problem.down_A.transpose(1, 2), "gather": True}
     check(kernels, "expert_linear", problem, transposed(down), problem.x, routing, **lora)
-    check(kernels, "expert_linear", problem, down, problem.rows(shape.I), routing, bias=problem.down_bias)
+    check(
+        kernels,
+        "expert_linear",
+        problem,
+        down,
+        problem.rows(shape.I),
+        routing,
+        bias=problem.down_bias,
+    )
 
 
 def test_parts_number_their_experts_from_zero_and_cover_every_row_once(kernels):  # noqa: F811
@@ -204,7 +252,9 @@ def test_parts_number_their_experts_from_zero_and_cover_every_row_once(kernels):
                 number = lines[-2][1]
                 end = routing.expert_offsets[min((i + 1) * count, shape.E)].item()
                 assert lines[-2:] == [[-1, number], [-1, 0]]
-                assert all(e == -1 and row == end for e, row in lines[number:-2]), "a tile ends where the next begins"
+                assert all(e == -1 and row == end for e, row in lines[number:-2]), (
+                    "a tile ends where the next begins"
+                )
                 found += [(e + i * count, row) for e, row in lines[:number]]
             assert found == whole
 
@@ -234,9 +284,18 @@ FEW_ROWS = {
         Shape(4, 2, 2, 192, 64, 6, ""),
         lambda dense: quantize(dense, "fp4", blocksize=32, double_quant=False),
     ),
-    "blocks of many rows, tiles of 32": (Shape(70, 2, 1, 64, 64, 4, ""), lambda dense: nf4(dense, blocksize=4096)),
-    "a block and a half in a row": (Shape(4, 2, 1, 64, 192, 4, ""), lambda dense: nf4(dense, blocksize=128)),
-    "stored the other way": (Shape(12, 3, 2, 128, 64, 16, ""), lambda dense: transposed_storage(nf4(dense))),
+    "blocks of many rows, tiles of 32": (
+        Shape(70, 2, 1, 64, 64, 4, ""),
+        lambda dense: nf4(dense, blocksize=4096),
+    ),
+    "a block and a half in a row": (
+        Shape(4, 2, 1, 64, 192, 4, ""),
+        lambda dense: nf4(dense, blocksize=128),
+    ),
+    "stored the other way": (
+        Shape(12, 3, 2, 128, 64, 16, ""),
+        lambda dense: transposed_storage(nf4(dense)),
+    ),
     "mxfp4": (Shape(12, 3, 2, 64, 64, 16, ""), as_mxfp4),
     "more experts than rows": (Shape(3, 12, 2, 64, 64, 3, ""), nf4),
 }
@@ -251,14 +310,16 @@ def no_scratch(monkeypatch):
 
     monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.dequantize", refuse)
     # every size of tiles that the table has a row for
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes_4bit.MAX_BLOCK_M", 32)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", 32)
 
 
 DECODING_DTYPES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
 
 
 # one dtype under the interpreter, which is slow: they differ in a cast
-@pytest.mark.parametrize("dtype", DECODING_DTYPES if CUDA else [torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype", DECODING_DTYPES if CUDA else [torch.float16], ids=lambda d: str(d)[6:]
+)
 @pytest.mark.parametrize("case", FEW_ROWS)
 def test_products_of_few_rows_decode_their_codes(kernels, no_scratch, case, dtype):  # noqa: F811
     check_products_of_few_rows(kernels, case, dtype)
@@ -277,7 +338,11 @@ def check_products_of_few_rows(kernels, case, dtype):  # noqa: F811
     routing = kernels.route(problem.index, shape.E)
     up, down = quantized(problem.up), quantized(problem.down)
     lora = {"xa": problem.xa, "lora_B": problem.up_B, "bias": problem.up_bias, "gather": True}
-    for activation in (Activation(), Activation(interleaved=True, limit=0.8), Activation("relu2", gated=False)):
+    for activation in (
+        Activation(),
+        Activation(interleaved=True, limit=0.8),
+        Activation("relu2", gated=False),
+    ):
         check(kernels, "expert_linear_act", problem, up, problem.x, routing, activation, **lora)
     check(kernels, "expert_linear", problem, up, problem.x, routing, **lora)
     lora = {"xa": problem.xa, "lora_B": problem.down_B, "bias": problem.down_bias}
@@ -285,8 +350,20 @@ def check_products_of_few_rows(kernels, case, dtype):  # noqa: F811
     dropout = Dropout(0.4, torch.tensor([2**31 + 77], device=DEVICE))
     for options in ({}, {"dropout": dropout}):
         lora = {"xa": problem.xa, "lora_B": problem.up_A.transpose(1, 2)} | options
-        check(kernels, "expert_linear", problem, transposed(up), problem.rows(2 * shape.I), routing, **lora)
-        lora = {"xa": problem.xa, "lora_B": problem.down_A.transpose(1, 2), "gather": True} | options
+        check(
+            kernels,
+            "expert_linear",
+            problem,
+            transposed(up),
+            problem.rows(2 * shape.I),
+            routing,
+            **lora,
+        )
+        lora = {
+            "xa": problem.xa,
+            "lora_B": problem.down_A.transpose(1, 2),
+            "gather": True,
+        } | options
         check(kernels, "expert_linear", problem, transposed(down), problem.x, routing, **lora)
 
 
@@ -305,14 +382,18 @@ def test_products_decode_the_bits_of_the_twin(kernels, no_scratch, blocksize, ne
 
 
 def test_which_weights_their_products_decode(kernels):  # noqa: F811
-    from peft_moe_lora.ops.kernels.codes_4bit import MAX_BLOCK_M, decodes_in_kernel
+    from peft_moe_lora.ops.kernels.codes.codes_4bit import MAX_BLOCK_M, decodes_in_kernel
 
     half = torch.float16
     weight = quantize(stack((2, 16, 64), half), "nf4")
     assert decodes_in_kernel(weight, 16)
     assert decodes_in_kernel(weight, MAX_BLOCK_M)
-    assert not decodes_in_kernel(weight, 2 * MAX_BLOCK_M), "many rows would decode a tile many times"
-    assert not decodes_in_kernel(quantize(stack((2, 16, 96), half), "nf4"), 16), "spans would cross rows"
+    assert not decodes_in_kernel(weight, 2 * MAX_BLOCK_M), (
+        "many rows would decode a tile many times"
+    )
+    assert not decodes_in_kernel(quantize(stack((2, 16, 96), half), "nf4"), 16), (
+        "spans would cross rows"
+    )
     assert not decodes_in_kernel(quantize(stack((2, 16, 64), half), "int8"), 16)
     assert not decodes_in_kernel(weight.dense(), 16)
 
@@ -323,7 +404,9 @@ def test_the_scratch_is_bounded_and_one_for_all_parts(kernels, monkeypatch):  # 
     weight = quantize(stack((7, 16, 32)), "nf4")
     monkeypatch.setattr(parts, "SCRATCH_BYTES", 3 * 16 * 32 * 4 + 1)
     routing = kernels.route(torch.randint(0, 7, (40, 2), device=DEVICE), 7)
-    found = [(part, dense.shape[0], dense.data_ptr()) for part, dense, _ in parts.parts(weight, routing)]
+    found = [
+        (part, dense.shape[0], dense.data_ptr()) for part, dense, _ in parts.parts(weight, routing)
+    ]
     assert [count for _, count, _ in found] == [3, 3, 1]
     assert len({pointer for *_, pointer in found}) == 1
     monkeypatch.setattr(parts, "SCRATCH_BYTES", 1)
@@ -354,10 +437,14 @@ def test_bits_that_bitsandbytes_wrote(kernels):  # noqa: F811
         else:
             weight = Codes4bit(**found, **facts)
         out = torch.empty_like(expected)
-        assert torch.equal(reference.dequantize(weight, offsets_of([1] * len(out)), 0, out), expected), name
+        assert torch.equal(
+            reference.dequantize(weight, offsets_of([1] * len(out)), 0, out), expected
+        ), name
         if expected.dtype in DTYPES:
             out = torch.empty_like(expected)
-            assert torch.equal(kernels.dequantize(weight, offsets_of([1] * len(out)), 0, out), expected), name
+            assert torch.equal(
+                kernels.dequantize(weight, offsets_of([1] * len(out)), 0, out), expected
+            ), name
 
 
 LAYERS = [("nf4", SHAPES[1]), ("int8", SHAPES[1]), ("nf4", FEW_ROWS["one token, empty experts"][0])]
@@ -378,9 +465,13 @@ def test_a_layer_and_its_gradients(kernels, monkeypatch, format, shape):  # noqa
         x, weights, up_A, up_B, down_A, down_B = leaves
         up = Projection(quantize(problem.up, format), problem.up_bias, up_A, up_B, 0.5)
         down = Projection(quantize(problem.down, format), problem.down_bias, down_A, down_B, 0.5)
-        out = experts(x, problem.index, weights, up, down, Activation(), backend=backend, recompute=True)
+        out = experts(
+            x, problem.index, weights, up, down, Activation(), backend=backend, recompute=True
+        )
         assert out.shape == (shape.T, shape.H)
         direction = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
         found[backend] = [out.detach(), *torch.autograd.grad(out, leaves, direction)]
     for actual, expected in zip(found["triton"], found["torch"], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+        )

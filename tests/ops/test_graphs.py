@@ -5,7 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from peft_moe_lora.ops.kernels import graphs
+from peft_moe_lora.ops.kernels.launching import graphs
 
 
 class Graph:
@@ -22,7 +22,11 @@ class Graph:
 def capturing(monkeypatch):
     """[whether somebody else captures]; no CUDA needed."""
     state = [False]
-    driver = type("", (), {"active": type("", (), {"get_current_stream": staticmethod(lambda index: "stream")})})
+    driver = type(
+        "",
+        (),
+        {"active": type("", (), {"get_current_stream": staticmethod(lambda index: "stream")})},
+    )
     monkeypatch.setattr(graphs, "driver", driver)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state[0])
 

@@ -6,16 +6,16 @@ import sys
 import pytest
 from test_kernels import kernels  # noqa: F401
 
-NAMES = ["linear_roles", "shrink_outer_90", "act_backward_outer_90"]
+NAMES = ["linear_roles", "shrink_outer", "act_backward_outer"]
 
 
 @pytest.fixture
 def choice(kernels, monkeypatch):  # noqa: F811
     """The module that chooses, its imports undone."""
-    from peft_moe_lora.ops.kernels import in_gluon as choice
+    from peft_moe_lora.ops.kernels.sm90 import in_gluon as choice
 
     for name in (*NAMES, "rings"):
-        monkeypatch.delitem(sys.modules, f"peft_moe_lora.ops.kernels.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"peft_moe_lora.ops.kernels.sm90.{name}", raising=False)
     choice.in_gluon.cache_clear()
     yield choice
     choice.in_gluon.cache_clear()

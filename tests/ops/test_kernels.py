@@ -101,7 +101,10 @@ class Problem:
         self.x = random(T, shape.H, dtype=dtype)
         self.weights = torch.rand(T, top_k).to(DEVICE)
         self.up, self.down = self.matrix(2 * shape.I, shape.H), self.matrix(shape.H, shape.I)
-        self.up_bias, self.down_bias = random(E, 2 * shape.I, dtype=dtype), random(E, shape.H, dtype=dtype)
+        self.up_bias, self.down_bias = (
+            random(E, 2 * shape.I, dtype=dtype),
+            random(E, shape.H, dtype=dtype),
+        )
         self.up_A, self.up_B = self.lora(2 * shape.I, shape.H)
         self.down_A, self.down_B = self.lora(shape.H, shape.I)
         self.xa = self.rows(r)
@@ -135,12 +138,17 @@ def outputs(ops, name, *args, **kwargs):
 def check(kernels, name, problem, *args, **kwargs):
     """Hold kernel `name` against its twin by the rule, over the rows somebody routed."""
     twin = outputs(reference, name, *args, **kwargs)
-    exact = outputs(reference, name, *(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
+    exact = outputs(
+        reference, name, *(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()}
+    )
     # last: a kernel may write its result over an argument
     actual = outputs(kernels, name, *args, **kwargs)
     for a, t, e in zip(actual, twin, exact, strict=True):
         assert a.shape == t.shape
-        if name not in ("combine", "expert_act_backward", "combine_backward") or a.shape[0] == problem.M:
+        if (
+            name not in ("combine", "expert_act_backward", "combine_backward")
+            or a.shape[0] == problem.M
+        ):
             a, t, e = (v[: problem.valid] for v in (a, t, e))
         assert_within(a, t, e, problem.dtype)
     return actual
@@ -152,7 +160,11 @@ def assert_within(actual, twin, exact, dtype):
     error, allowed = (actual.double() - exact).abs(), (twin.double() - exact).abs()
     for measure in (torch.linalg.vector_norm, torch.amax if exact.numel() else torch.sum):
         scale = measure(exact.abs())
-        assert measure(error) <= 2 * measure(allowed) + ATOL[dtype] * scale, (measure(error), measure(allowed), scale)
+        assert measure(error) <= 2 * measure(allowed) + ATOL[dtype] * scale, (
+            measure(error),
+            measure(allowed),
+            scale,
+        )
 
 
 def test_the_two_backends_offer_the_same_operations(kernels):
@@ -169,7 +181,9 @@ def test_route_is_the_stable_sort(kernels, shape, skew):
     routing, twin = kernels.route(problem.index, shape.E), problem.routing
     for name in ("expert_offsets", "row_token", "row_slot", "slot_row", "top_k"):
         actual, expected = getattr(routing, name), getattr(twin, name)
-        assert torch.equal(actual, expected) if torch.is_tensor(actual) else actual == expected, name
+        assert torch.equal(actual, expected) if torch.is_tensor(actual) else actual == expected, (
+            name
+        )
 
 
 @shapes
@@ -211,7 +225,15 @@ def test_shrink(kernels, shape, dtype):
     routing = kernels.route(problem.index, shape.E)
     check(kernels, "expert_shrink", problem, problem.x, problem.up_A, routing, 0.5, gather=True)
     transposed_B = problem.up_B.transpose(1, 2)
-    check(kernels, "expert_shrink", problem, problem.rows(2 * shape.I), transposed_B, problem.routing, 2.0)
+    check(
+        kernels,
+        "expert_shrink",
+        problem,
+        problem.rows(2 * shape.I),
+        transposed_B,
+        problem.routing,
+        2.0,
+    )
 
 
 @shapes
@@ -221,7 +243,14 @@ def test_linear(kernels, shape, dtype):
     routing = kernels.route(problem.index, shape.E)
     lora = {"xa": problem.xa, "lora_B": problem.down_B}
     check(
-        kernels, "expert_linear", problem, problem.rows(shape.I), problem.down, routing, bias=problem.down_bias, **lora
+        kernels,
+        "expert_linear",
+        problem,
+        problem.rows(shape.I),
+        problem.down,
+        routing,
+        bias=problem.down_bias,
+        **lora,
     )
     check(kernels, "expert_linear", problem, problem.x, problem.up, problem.routing, gather=True)
     lora = {"xa": problem.xa, "lora_B": problem.up_A.transpose(1, 2)}
@@ -236,7 +265,17 @@ def test_linear_act(kernels, shape, dtype, activation):
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
     lora = {"xa": problem.xa, "lora_B": problem.up_B, "bias": problem.up_bias}
-    check(kernels, "expert_linear_act", problem, problem.x, problem.up, routing, activation, gather=True, **lora)
+    check(
+        kernels,
+        "expert_linear_act",
+        problem,
+        problem.x,
+        problem.up,
+        routing,
+        activation,
+        gather=True,
+        **lora,
+    )
 
 
 @small_shapes
@@ -247,7 +286,9 @@ def test_act_backward(kernels, shape, dtype, activation):
     routing = kernels.route(problem.index, shape.E)
     draw, pre = problem.rows(shape.I), problem.rows(2 * shape.I if activation.gated else shape.I)
     args = draw, pre, routing, activation, problem.weights
-    _, _, dw = check(kernels, "expert_act_backward", problem, *args, dout=problem.x, bias=problem.down_bias)
+    _, _, dw = check(
+        kernels, "expert_act_backward", problem, *args, dout=problem.x, bias=problem.down_bias
+    )
     assert dw.flatten()[routing.slot_row < 0].eq(0).all()
     check(kernels, "expert_act_backward", problem, problem.rows(shape.I), *args[1:])
 
@@ -261,7 +302,17 @@ def test_transposed_base_weights(kernels, shape, dtype):
     up = problem.up.transpose(1, 2).contiguous().transpose(1, 2)
     lora = {"xa": problem.xa, "lora_B": problem.up_B}
     for activation in (Activation(), Activation(interleaved=True)):
-        check(kernels, "expert_linear_act", problem, problem.x, up, routing, activation, gather=True, **lora)
+        check(
+            kernels,
+            "expert_linear_act",
+            problem,
+            problem.x,
+            up,
+            routing,
+            activation,
+            gather=True,
+            **lora,
+        )
 
 
 @shapes
@@ -284,7 +335,8 @@ def test_a_sentinel_of_weight_nan_adds_nothing(kernels):
 
 
 @pytest.fixture(
-    params=[(1024, 1024), (1, 1024), (1024, 1)], ids=["short chunks", "long chunks", "one program of sums"]
+    params=[(1024, 1024), (1, 1024), (1024, 1)],
+    ids=["short chunks", "long chunks", "one program of sums"],
 )
 def chunks(request, monkeypatch):
     """Chunks of one block of rows, as small shapes have in the interpreter, or of many; sums of all experts by one."""
@@ -317,7 +369,11 @@ def test_outer(kernels, shape, dtype):
             twin = reference.expert_outer(left, right, routing, torch.zeros_like(out), **options)
             wide_options = {k: wide(v) for k, v in options.items()}
             exact = reference.expert_outer(
-                left.double(), right.double(), routing, torch.zeros_like(out).double(), **wide_options
+                left.double(),
+                right.double(),
+                routing,
+                torch.zeros_like(out).double(),
+                **wide_options,
             )
             assert_within(actual, twin, exact, dtype)
 
@@ -325,14 +381,19 @@ def test_outer(kernels, shape, dtype):
 @dtypes
 @pytest.mark.usefixtures("chunks")
 def test_outer_of_an_expert_with_most_of_the_rows(kernels, dtype):
-    problem = Problem(Shape(3000 if CUDA else 150, 3, 2, 40, 24, 6, "chunks past those that are added at once"), dtype)
+    problem = Problem(
+        Shape(3000 if CUDA else 150, 3, 2, 40, 24, 6, "chunks past those that are added at once"),
+        dtype,
+    )
     index = torch.where(torch.rand(problem.index.shape) < 0.9, 1, 2).to(DEVICE)
     routing = kernels.route(index, 3)
     xa, x = random(problem.M, 6, dtype=dtype), random(index.shape[0], 40, dtype=dtype)
     outs = [torch.zeros(40, 3, 6, device=DEVICE).permute(1, 0, 2) for _ in range(2)]
     actual = kernels.expert_outer(x, xa, routing, outs[0].fill_(float("nan")), gather_left=True)
     twin = reference.expert_outer(x, xa, routing, outs[1], gather_left=True)
-    exact = reference.expert_outer(x.double(), xa.double(), routing, outs[1].double(), gather_left=True)
+    exact = reference.expert_outer(
+        x.double(), xa.double(), routing, outs[1].double(), gather_left=True
+    )
     assert_within(actual, twin, exact, dtype)
 
 
@@ -341,39 +402,85 @@ def test_outer_of_an_expert_with_most_of_the_rows(kernels, dtype):
 @pytest.mark.usefixtures("chunks")
 def test_dropout_masks_are_those_of_the_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
-    routing, dropout = kernels.route(problem.index, shape.E), Dropout(0.4, torch.tensor([2**31 + 77], device=DEVICE))
-    check(kernels, "expert_shrink", problem, problem.x, problem.up_A, routing, 1.0, gather=True, dropout=dropout)
+    routing, dropout = (
+        kernels.route(problem.index, shape.E),
+        Dropout(0.4, torch.tensor([2**31 + 77], device=DEVICE)),
+    )
+    check(
+        kernels,
+        "expert_shrink",
+        problem,
+        problem.x,
+        problem.up_A,
+        routing,
+        1.0,
+        gather=True,
+        dropout=dropout,
+    )
     lora = {"xa": problem.xa, "lora_B": problem.up_A.transpose(1, 2), "dropout": dropout}
     args = problem.rows(2 * shape.I), problem.up.transpose(1, 2), routing
     check(kernels, "expert_linear", problem, *args, **lora)
     lora = {"xa": problem.xa, "lora_B": problem.down_A.transpose(1, 2), "dropout": dropout}
-    check(kernels, "expert_linear", problem, problem.x, problem.down.transpose(1, 2), routing, gather=True, **lora)
+    check(
+        kernels,
+        "expert_linear",
+        problem,
+        problem.x,
+        problem.down.transpose(1, 2),
+        routing,
+        gather=True,
+        **lora,
+    )
     options = {"gather_right": True, "dropout": dropout}
     out = torch.empty(shape.E, shape.r, shape.H, device=DEVICE)
     actual = kernels.expert_outer(problem.xa, problem.x, routing, out, **options)
     twin = reference.expert_outer(problem.xa, problem.x, routing, torch.zeros_like(out), **options)
-    exact = reference.expert_outer(problem.xa.double(), problem.x.double(), routing, out.double(), **options)
+    exact = reference.expert_outer(
+        problem.xa.double(), problem.x.double(), routing, out.double(), **options
+    )
     assert_within(actual, twin, exact, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- the whole
 
 
-def layer(ops, x, index, weights, up, down, up_A, up_B, down_A, down_B, up_bias, down_bias, dout, activation):
+def layer(
+    ops,
+    x,
+    index,
+    weights,
+    up,
+    down,
+    up_A,
+    up_B,
+    down_A,
+    down_B,
+    up_bias,
+    down_bias,
+    dout,
+    activation,
+):
     """Forward and backward of one experts layer, composed of the operations. Returns out, dx and every gradient."""
     routing = ops.route(index, up.shape[0])
     xa = ops.expert_shrink(x, up_A, routing, 0.5, gather=True)
-    pre, act = ops.expert_linear_act(x, up, routing, activation, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
+    pre, act = ops.expert_linear_act(
+        x, up, routing, activation, bias=up_bias, xa=xa, lora_B=up_B, gather=True
+    )
     ha = ops.expert_shrink(act, down_A, routing, 0.5)
     y = ops.expert_linear(act, down, routing, bias=down_bias, xa=ha, lora_B=down_B)
     out = ops.combine(y, routing, weights)
 
     yb2 = ops.expert_shrink(dout, down_B.transpose(1, 2), routing, 0.5, gather=True)
-    draw = ops.expert_linear(dout, down.transpose(1, 2), routing, xa=yb2, lora_B=down_A.transpose(1, 2), gather=True)
-    dpre, act, dweights = ops.expert_act_backward(draw, pre, routing, activation, weights, dout=dout, bias=down_bias)
+    draw = ops.expert_linear(
+        dout, down.transpose(1, 2), routing, xa=yb2, lora_B=down_A.transpose(1, 2), gather=True
+    )
+    dpre, act, dweights = ops.expert_act_backward(
+        draw, pre, routing, activation, weights, dout=dout, bias=down_bias
+    )
     yb1 = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, 0.5)
     dx = ops.combine(
-        ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb1, lora_B=up_A.transpose(1, 2)), routing
+        ops.expert_linear(dpre, up.transpose(1, 2), routing, xa=yb1, lora_B=up_A.transpose(1, 2)),
+        routing,
     )
     wide = torch.promote_types(x.dtype, torch.float32)
     grads = [t.new_empty(t.shape, dtype=wide) for t in (up_A, up_B, down_A, down_B)]
@@ -435,13 +542,27 @@ def test_inputs_of_any_strides(kernels, dtype):
     p, activation = problem, Activation()
     loras = {"xa": strided(p.xa), "lora_B": strided(p.up_B), "bias": strided(p.up_bias)}
     check(kernels, "expert_shrink", p, strided(p.x), strided(p.up_A), routing, 1.0, gather=True)
-    check(kernels, "expert_linear_act", p, strided(p.x), strided(p.up), routing, activation, gather=True, **loras)
+    check(
+        kernels,
+        "expert_linear_act",
+        p,
+        strided(p.x),
+        strided(p.up),
+        routing,
+        activation,
+        gather=True,
+        **loras,
+    )
     check(kernels, "expert_linear", p, strided(p.rows(p.shape.I)), strided(p.down), routing)
     pre, weights = strided(p.rows(2 * p.shape.I)), strided(p.weights)
     for activation in (Activation(), Activation(interleaved=True)):
-        check(kernels, "expert_act_backward", p, p.rows(p.shape.I), pre, routing, activation, weights)
+        check(
+            kernels, "expert_act_backward", p, p.rows(p.shape.I), pre, routing, activation, weights
+        )
     check(kernels, "combine", p, strided(p.rows(8)), routing, weights)
-    check(kernels, "combine_backward", p, strided(p.x), strided(p.rows(p.shape.H)), routing, weights)
+    check(
+        kernels, "combine_backward", p, strided(p.x), strided(p.rows(p.shape.H)), routing, weights
+    )
 
 
 @pytest.mark.gpu

@@ -30,8 +30,17 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
         (0, 2, 128, 768, 0, False, False),
     ],
 )
-def test_the_table_knows_where_roles_pay(kernels, arch, itemsize, block_m, K, size, ordered, gathered):  # noqa: F811
-    from peft_moe_lora.ops.kernels import tile
+def test_the_table_knows_where_roles_pay(
+    kernels,  # noqa: F811
+    arch,
+    itemsize,
+    block_m,
+    K,
+    size,
+    ordered,
+    gathered,
+):
+    from peft_moe_lora.ops.kernels.tiles import tile
 
     for op, chosen in (("linear_roles", ordered), ("linear_roles_gathered", gathered)):
         assert (tile._blocks(op, arch, itemsize, block_m, K, True, size) is not None) == chosen
@@ -67,7 +76,9 @@ class Product:
     def __init__(self, kernels, rows, N, K, r, bias, transposed, dtype):  # noqa: F811
         E = len(rows)
         # so many sentinels that tiles have 128 rows even where nobody is routed
-        ids = torch.cat([torch.full((n,), e) for e, n in enumerate([*rows, 37 + 200 * E * (not sum(rows))])])
+        ids = torch.cat(
+            [torch.full((n,), e) for e, n in enumerate([*rows, 37 + 200 * E * (not sum(rows))])]
+        )
         self.routing = kernels.route(ids[torch.randperm(len(ids))][:, None].cuda(), E)
         assert self.routing.block_m == 128
         self.valid, self.M, self.N, self.dtype = sum(rows), len(ids), N, dtype
@@ -117,8 +128,8 @@ def product(kernels):  # noqa: F811
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_bits_of_linear_ordered(product, rows, size, transposed, dtype):
-    from peft_moe_lora.ops.kernels.by_roles import by_roles
     from peft_moe_lora.ops.kernels.linear_ordered import linear_ordered
+    from peft_moe_lora.ops.kernels.sm90.by_roles import by_roles
 
     p = product(rows, size, transposed, dtype)
     y, expected = p.by(by_roles), p.by(linear_ordered)
@@ -132,7 +143,7 @@ def test_the_bits_of_linear_ordered(product, rows, size, transposed, dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_what_the_twin_says(kernels, product, size, transposed, dtype):  # noqa: F811
-    from peft_moe_lora.ops.kernels import launch
+    from peft_moe_lora.ops.kernels.launching import launch
 
     p = product("tails", size, transposed, dtype)
     launch.forget()
@@ -150,7 +161,9 @@ def test_every_product_finds_the_queue_at_its_beginning(kernels, product, rows):
     for _ in range(5):
         # another number of output tiles from the same table
         kernels.expert_linear(p.x, narrow, p.routing)
-        assert torch.equal(kernels.expert_linear(*p.operands, **p.rest)[: p.valid], first[: p.valid])
+        assert torch.equal(
+            kernels.expert_linear(*p.operands, **p.rest)[: p.valid], first[: p.valid]
+        )
     assert p.routing.tiles[-1].tolist() == [-1, 0]
 
 
@@ -166,14 +179,16 @@ def test_a_captured_product_follows_its_rows(kernels, product):  # noqa: F811
         p.x[: p.valid].normal_()
         captured.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(captured[: p.valid], kernels.expert_linear(*p.operands, **p.rest)[: p.valid])
+        assert torch.equal(
+            captured[: p.valid], kernels.expert_linear(*p.operands, **p.rest)[: p.valid]
+        )
     assert p.routing.tiles[-1].tolist() == [-1, 0]
 
 
 @pytest.mark.gpu
 @hopper
 def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):  # noqa: F811
-    from peft_moe_lora.ops.kernels import launch, replay
+    from peft_moe_lora.ops.kernels.launching import launch, replay
 
     # poisoned buffers are written to, which a recording takes for work that it cannot replay
     monkeypatch.undo()
@@ -196,8 +211,8 @@ def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):  #
 @pytest.mark.gpu
 @hopper
 def test_tables_of_some_experts_have_queues_of_their_own(kernels, product):  # noqa: F811
-    from peft_moe_lora.ops.kernels.by_roles import by_roles
     from peft_moe_lora.ops.kernels.routing import part_tables
+    from peft_moe_lora.ops.kernels.sm90.by_roles import by_roles
 
     p = product("tails", "the largest rank, K short of a step")
     whole, y = p.by(by_roles), torch.full((p.M, p.N), float("nan"), device="cuda", dtype=p.dtype)
@@ -244,19 +259,33 @@ def test_gathered_rows(kernels, gathered, ran, rows, size, transposed, dtype):  
 @hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", GATHERED)
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation("relu2", interleaved=True)], ids=str)
+@pytest.mark.parametrize(
+    "activation", [*ACTIVATIONS, Activation("relu2", interleaved=True)], ids=str
+)
 def test_an_activation_of_gathered_rows(kernels, gathered, ran, activation, size, dtype):  # noqa: F811
     # gate and up halves of a transposed weight are no box
     for transposed in (False, True) if activation.interleaved or not activation.gated else (False,):
         p = gathered("tails", size, transposed, dtype)
-        check(kernels, "expert_linear_act", p, p.tokens, p.weight, p.routing, activation, gather=True, **p.rest)
+        check(
+            kernels,
+            "expert_linear_act",
+            p,
+            p.tokens,
+            p.weight,
+            p.routing,
+            activation,
+            gather=True,
+            **p.rest,
+        )
         assert ran("linear_roles")
 
 
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("activation", [None, Activation(), Activation("silu", interleaved=True)], ids=str)
+@pytest.mark.parametrize(
+    "activation", [None, Activation(), Activation("silu", interleaved=True)], ids=str
+)
 def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, rows, activation):  # noqa: F811
     from peft_moe_lora.ops.kernels import linear, linear_act
 
@@ -266,7 +295,9 @@ def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, r
         if activation is None:
             y = kernels.expert_linear(p.tokens, p.weight, p.routing, gather=True, **p.rest)
             return (y[: p.valid],)
-        out = kernels.expert_linear_act(p.tokens, p.weight, p.routing, activation, gather=True, **p.rest)
+        out = kernels.expert_linear_act(
+            p.tokens, p.weight, p.routing, activation, gather=True, **p.rest
+        )
         return [t[: p.valid] for t in out]
 
     ours = product()
@@ -277,12 +308,24 @@ def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, r
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("why", ["a step of K is cut", "rows begin off sixteen bytes", "halves end off sixteen bytes"])
+@pytest.mark.parametrize(
+    "why", ["a step of K is cut", "rows begin off sixteen bytes", "halves end off sixteen bytes"]
+)
 def test_gathered_rows_that_roles_do_not_take(kernels, ran, why):  # noqa: F811
     N, K = (552 if why.startswith("halves") else 512), (264 if why.startswith("a step") else 256)
     p = Product(kernels, ROWS["tails"], N, K, 16, True, False, torch.bfloat16)
     tokens = p.tokens
     if why.startswith("rows"):
         tokens = torch.cat([tokens.flatten()[:1], tokens.flatten()])[1:].view_as(tokens)
-    check(kernels, "expert_linear_act", p, tokens, p.weight, p.routing, Activation(), gather=True, **p.rest)
+    check(
+        kernels,
+        "expert_linear_act",
+        p,
+        tokens,
+        p.weight,
+        p.routing,
+        Activation(),
+        gather=True,
+        **p.rest,
+    )
     assert not ran("linear_roles")

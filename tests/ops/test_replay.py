@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from peft_moe_lora.ops.kernels import graphs, launch, replay
-from peft_moe_lora.ops.kernels.replay import replayed
+from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
+from peft_moe_lora.ops.kernels.launching.replay import replayed
 
 
 class Add:
@@ -16,9 +16,27 @@ class Add:
     function = packed_metadata = None
     runs = 0
 
-    def run(self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, a, b, out, size, n):
+    def run(
+        self,
+        gx,
+        gy,
+        gz,
+        stream,
+        function,
+        metadata,
+        launch_metadata,
+        enter,
+        leave,
+        a,
+        b,
+        out,
+        size,
+        n,
+    ):
         self.runs += 1
-        a, b, out = (None if p is None else (ctypes.c_float * size).from_address(p) for p in (a, b, out))
+        a, b, out = (
+            None if p is None else (ctypes.c_float * size).from_address(p) for p in (a, b, out)
+        )
         for i in range(size):
             out[i] = a[i] + (0.0 if b is None else b[i]) + n
 
@@ -99,7 +117,12 @@ def test_another_kind_is_composed_anew(add):
         torch.promote_types(x.dtype, torch.float32)  # what gradients' dtypes are found with
         return (add(x, None, n),)
 
-    kinds = [(torch.ones(16), 1.0), (torch.ones(16), 2.0), (torch.ones(32), 1.0), (torch.ones(4, 32)[:, 4:20], 1.0)]
+    kinds = [
+        (torch.ones(16), 1.0),
+        (torch.ones(16), 2.0),
+        (torch.ones(32), 1.0),
+        (torch.ones(4, 32)[:, 4:20], 1.0),
+    ]
     for x, n in kinds * 4:
         (out,) = replayed(compose, x, n)
         assert out.shape == x.shape
@@ -129,7 +152,12 @@ def test_arguments_off_sixteen_bytes_are_composed(add):
         lambda add, x, y: (add(x, y)[8:],),
         lambda add, x, y: (add(x, OUTSIDE),),
     ],
-    ids=["another operator", "an argument as result", "part of a tensor as result", "a tensor from outside"],
+    ids=[
+        "another operator",
+        "an argument as result",
+        "part of a tensor as result",
+        "a tensor from outside",
+    ],
 )
 def test_what_cannot_be_replayed_is_always_composed(add, compose):
     calls = []
@@ -199,10 +227,37 @@ def test_descriptors_come_again_in_their_class_at_another_address(kernel):
     seen = []
 
     class Described(Add):
-        def run(self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, left, none, right, *rest):
+        def run(
+            self,
+            gx,
+            gy,
+            gz,
+            stream,
+            function,
+            metadata,
+            launch_metadata,
+            enter,
+            leave,
+            left,
+            none,
+            right,
+            *rest,
+        ):
             seen.append((type(left), left.block_shape, none, type(right), right.block_shape))
             addresses = left.base.data_ptr(), right.base.data_ptr()
-            super().run(gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *addresses, *rest)
+            super().run(
+                gx,
+                gy,
+                gz,
+                stream,
+                function,
+                metadata,
+                launch_metadata,
+                enter,
+                leave,
+                *addresses,
+                *rest,
+            )
 
     described = Described()
     launch._plans[("described",), -1] = described, described.run, (1.0,)

@@ -21,7 +21,9 @@ def check(kernels, valid, x, lora_A, right, routing, out, dtype, **options):  # 
     for ops, widen in ((kernels, lambda t: t), (reference, lambda t: t), (reference, wide)):
         outer = out if ops is kernels else torch.full_like(widen(out), float("nan"))
         operands = *map(widen, (x, lora_A, right)), routing, 0.7, outer
-        xa = ops.expert_shrink_outer(*operands, **{key: widen(value) for key, value in options.items()})
+        xa = ops.expert_shrink_outer(
+            *operands, **{key: widen(value) for key, value in options.items()}
+        )
         results.append((xa[:valid], outer))
     for actual, twin, exact in zip(*results, strict=True):
         assert_within(actual, twin, exact, dtype)
@@ -42,7 +44,30 @@ def test_both_are_what_the_twins_say(kernels, shape, dtype, of_B):  # noqa: F811
 
 
 # rows of the first experts: none, one, a chunk cut, full, and one more, of tiles of 64 and of 128 rows; many chunks
-ROWS = [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 319, 320, 321, 384, 385, 640, 641, 9000]
+ROWS = [
+    0,
+    1,
+    63,
+    64,
+    65,
+    127,
+    128,
+    129,
+    191,
+    192,
+    193,
+    255,
+    256,
+    257,
+    319,
+    320,
+    321,
+    384,
+    385,
+    640,
+    641,
+    9000,
+]
 
 
 class Pair:
@@ -57,7 +82,10 @@ class Pair:
         nobody = self.routing.row_token[self.valid :].long() if gather else slice(self.valid, None)
         self.x[nobody], self.right[self.valid :] = float("nan"), float("nan")
         self.lora_A = random(K, r * 96, scale=K**-0.5).view(K, 96, r).permute(1, 2, 0)
-        self.options = {"gather": gather, "row_weights": torch.rand(M, 1, device=DEVICE) if weighted else None}
+        self.options = {
+            "gather": gather,
+            "row_weights": torch.rand(M, 1, device=DEVICE) if weighted else None,
+        }
 
     @property
     def operands(self):
@@ -101,6 +129,8 @@ def test_rows_that_are_read_twice(kernels, ran, monkeypatch, why):  # noqa: F811
     if why.startswith("rows"):
         p.x = torch.cat([p.x.flatten()[:1], p.x.flatten()])[1:].view_as(p.x)
     if why.startswith("few"):
-        monkeypatch.setattr("peft_moe_lora.ops.kernels.shrink_outer.device_facts", lambda device: (90, 10**4))
+        monkeypatch.setattr(
+            "peft_moe_lora.ops.kernels.shrink_outer.device_facts", lambda device: (90, 10**4)
+        )
     check(kernels, p.valid, *p.operands, out_of(96, K, r, True), torch.bfloat16, **p.options)
     assert not ran("shrink_outer")

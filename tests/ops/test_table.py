@@ -84,7 +84,11 @@ def test_products_by_roles_compile_without_spills_and_overlap(dtype, r, K):
 
 @pytest.mark.parametrize(
     ("dtype", "r", "kind", "limit"),
-    [("bfloat16", 16, "silu", 7.0), ("float16", 64, "gelu", None), ("bfloat16", 256, "relu2", None)],
+    [
+        ("bfloat16", 16, "silu", 7.0),
+        ("float16", 64, "gelu", None),
+        ("bfloat16", 256, "relu2", None),
+    ],
 )
 def test_gathered_products_by_roles_compile_without_spills_and_overlap(dtype, r, kind, limit):
     case = {"launch": "gathered", "dtype": dtype, "r": r, "kinds": [kind], "limit": limit}
@@ -92,14 +96,19 @@ def test_gathered_products_by_roles_compile_without_spills_and_overlap(dtype, r,
 
 
 @pytest.mark.parametrize(
-    ("launch", "K", "name"), [("ordered", 8200, "_linear_ordered_kernel"), ("gathered", 8256, "_linear_kernel")]
+    ("launch", "K", "name"),
+    [("ordered", 8200, "_linear_ordered_kernel"), ("gathered", 8256, "_linear_kernel")],
 )
 def test_a_long_k_is_not_for_roles(launch, K, name):
     case = {"launch": launch, "dtype": "bfloat16", "r": 16, "K": K}
     # gathered ones as halves alone: interleaved, and ungated with a bias, linear_act still spills at such a K
-    kernels = compiled_for(90, [case | ({"forms": [(True, False)]} if launch == "gathered" else {"N": 1536})])
+    kernels = compiled_for(
+        90, [case | ({"forms": [(True, False)]} if launch == "gathered" else {"N": 1536})]
+    )
     products = [k for k in kernels if "_linear_" in k["kernel"]]
-    assert {k["kernel"] for k in products} == {name} | ({"_linear_act_kernel"} if launch == "gathered" else set())
+    assert {k["kernel"] for k in products} == {name} | (
+        {"_linear_act_kernel"} if launch == "gathered" else set()
+    )
     for kernel in products:
         assert kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[90], f"too much shared memory: {kernel}"
@@ -108,12 +117,16 @@ def test_a_long_k_is_not_for_roles(launch, K, name):
 def assert_fits_twice(kernel):
     assert kernel["local"] == 0, f"spills: {kernel}"
     assert 2 * (kernel["shared"] + 1024) <= SHARED[90] + 1024, f"too much shared memory: {kernel}"
-    assert 2 * kernel["num_warps"] * 32 * kernel["registers"] <= 65536, f"too many registers: {kernel}"
+    assert 2 * kernel["num_warps"] * 32 * kernel["registers"] <= 65536, (
+        f"too many registers: {kernel}"
+    )
 
 
 @pytest.mark.parametrize("T", [8192, 2048])
 @pytest.mark.parametrize(("dtype", "r"), [("bfloat16", 16), ("float16", 5)])
-def test_the_one_reading_of_two_operations_compiles_without_spills_twice_a_multiprocessor(T, dtype, r):
+def test_the_one_reading_of_two_operations_compiles_without_spills_twice_a_multiprocessor(
+    T, dtype, r
+):
     layer = {"T": T, "E": 128, "top_k": 8, "H": 1024, "I": 512, "r": r, "dtype": dtype}
     kernels = [k for k in compiled_for(90, [layer]) if k["kernel"] == "_shrink_outer_kernel"]
     # of dpre, at an odd rank beside the activation once more, and gathered of dout
@@ -129,20 +142,22 @@ def test_the_one_reading_around_an_activation_compiles_without_spills_twice_a_mu
 ):
     layer = {"T": 8192, "E": 128, "top_k": 8, "H": 1024, "I": width, "r": r, "dtype": dtype}
     layer["interleaved"] = interleaved
-    (kernel,) = [k for k in compiled_for(90, [layer]) if k["kernel"] == "_act_backward_outer_kernel"]
+    (kernel,) = [
+        k for k in compiled_for(90, [layer]) if k["kernel"] == "_act_backward_outer_kernel"
+    ]
     assert_fits_twice(kernel)
 
 
 def test_compute_capability_12_takes_no_row_of_9_or_10():
-    from peft_moe_lora.ops.kernels import config
+    from peft_moe_lora.ops.kernels.launching import table
 
-    config.lookup.cache_clear()
-    for op in {row.op for row in config.TABLE}:
+    table.lookup.cache_clear()
+    for op in {row.op for row in table.TABLE}:
         for block_m in (16, 32, 64, 128):
-            blocks = config.lookup(op, 120, 2, block_m)
-            sources = [row.arch for row in config.TABLE if row.blocks is blocks]
+            blocks = table.lookup(op, 120, 2, block_m)
+            sources = [row.arch for row in table.TABLE if row.blocks is blocks]
             assert blocks is None or sources[0] in (80, 120)
-    assert config.lookup("linear_ordered", 120, 2, 128) is None
+    assert table.lookup("linear_ordered", 120, 2, 128) is None
 
 
 @pytest.mark.parametrize("r", [0, 64])
@@ -155,7 +170,11 @@ def test_ordered_products_fit_on_blackwell(r):
         assert kernel["shared"] <= SHARED[100], f"too much shared memory: {kernel}"
 
 
-DECODING = {80: {"dtype": "float32"}, 90: {"dtype": "bfloat16", "uneven": True}, 100: {"dtype": "bfloat16"}}
+DECODING = {
+    80: {"dtype": "float32"},
+    90: {"dtype": "bfloat16", "uneven": True},
+    100: {"dtype": "bfloat16"},
+}
 
 
 @pytest.mark.parametrize("arch", DECODING)

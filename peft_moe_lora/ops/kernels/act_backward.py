@@ -5,7 +5,7 @@ whole rows, apart from the product that gives draw: in that product's epilogue t
 behind (700 us in one kernel, 510 in two). And it stays elementwise here: with the shrink of dpre in it, which would
 save that one 55 us, it took 253 us instead of 146 (M=65536, H=2048, I=768; NVIDIA H200, 2026-11-21). Interleaved, with
 the clamp, 153 us for 150 (M=32768, I=2880: 306 for 302, their bytes 265; 2026-11-24).
-`act_backward_outer_90` has another way.
+`sm90.act_backward_outer` has another way.
 """
 
 import torch
@@ -14,10 +14,10 @@ import triton.language as tl
 
 from ..activation import Activation
 from ..routing import Routing
-from .activation import activate_backward, activate_plain_backward, activation_constants
-from .config import ceil_div, device_facts, find, power_of_2
-from .launch import facts, launch
-from .tile import strides_or_zeros
+from .launching.launch import facts, launch
+from .launching.table import ceil_div, device_facts, find, power_of_2
+from .tiles.activation import activate_backward, activate_plain_backward, activation_constants
+from .tiles.tile import strides_or_zeros
 
 
 @triton.jit
@@ -77,7 +77,9 @@ def _act_backward_kernel(
             )
             dgate, dup = dgate.to(dpre_ptr.dtype.element_ty), dup.to(dpre_ptr.dtype.element_ty)
             if INTERLEAVED:
-                tl.store(dpre_ptr + rows * N + pair_cols, tl.interleave(dgate, dup), mask=mask_pairs)
+                tl.store(
+                    dpre_ptr + rows * N + pair_cols, tl.interleave(dgate, dup), mask=mask_pairs
+                )
             else:
                 tl.store(dpre_ptr + rows * N + cols, dgate, mask=mask)
                 tl.store(dpre_ptr + rows * N + I + cols, dup, mask=mask)
@@ -131,7 +133,9 @@ def expert_act_backward(
 
     def rest():
         strides = *pre.stride(), *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
-        return (E, I, H, *strides), activation_constants(activation) | {"E_PADDED": power_of_2(E)} | blocks
+        return (E, I, H, *strides), activation_constants(activation) | {
+            "E_PADDED": power_of_2(E)
+        } | blocks
 
     key = "act_backward", facts(pre, dout, bias), top_k_weights.dtype, E, I, H, activation
     tensors = (

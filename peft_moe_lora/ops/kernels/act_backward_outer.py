@@ -5,10 +5,10 @@ import torch
 from ..activation import Activation
 from ..routing import Dropout, Routing
 from .act_backward import expert_act_backward
-from .config import device_facts, lookup
-from .in_gluon import in_gluon
+from .launching.table import device_facts, lookup
 from .outer import expert_outer
 from .shrink_outer import expert_shrink_outer
+from .sm90.in_gluon import in_gluon
 
 
 def expert_act_backward_outer(
@@ -42,12 +42,27 @@ def expert_act_backward_outer(
     """
     arch, _ = device_facts(pre.device)
     blocks, out = lookup("act_backward_outer", arch, pre.element_size(), routing.block_m), None
-    if blocks and dropout is None and (kernel := in_gluon("act_backward_outer_90")):
+    if blocks and dropout is None and (kernel := in_gluon("act_backward_outer")):
         out = kernel(
-            blocks, draw, pre, routing, activation, top_k_weights, right, xa, lora_B, scaling, dA, dB, dout, bias
+            blocks,
+            draw,
+            pre,
+            routing,
+            activation,
+            top_k_weights,
+            right,
+            xa,
+            lora_B,
+            scaling,
+            dA,
+            dB,
+            dout,
+            bias,
         )
     if out is None:
-        dpre, act, dw = expert_act_backward(draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias)
+        dpre, act, dw = expert_act_backward(
+            draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias
+        )
         expert_outer(right, act, routing, dA, row_weights=top_k_weights, dropout=dropout)
         out = dpre, expert_shrink_outer(dpre, lora_B.transpose(1, 2), xa, routing, scaling, dB), dw
     return out

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import ceil_div, power_of_2
-from .launch import facts, launch
+from .launching.launch import facts, launch
+from .launching.table import ceil_div, power_of_2
 
 # of a tile, whatever the rank
 ELEMENTS = 4096
@@ -22,7 +22,9 @@ def _cast_kernel(
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     offs_r = tl.arange(0, R).to(tl.int64)[None, :]
     mask = (offs_n < N) & (offs_r < r)
-    lora_B = tl.load(lora_B_ptr + e * stride_be + offs_n * stride_bn + offs_r * stride_br, mask=mask)
+    lora_B = tl.load(
+        lora_B_ptr + e * stride_be + offs_n * stride_bn + offs_r * stride_br, mask=mask
+    )
     out_ptrs = out_ptr + e * stride_oe + offs_n * stride_on + offs_r * stride_or
     tl.store(out_ptrs, lora_B.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from ..routing import Routing
-from .config import ceil_div, device_facts, find, power_of_2
-from .launch import facts, launch
+from .launching.launch import facts, launch
+from .launching.table import ceil_div, device_facts, find, power_of_2
 
 # slots whose loads are in flight together
 UNROLLED = 8
@@ -33,7 +33,11 @@ def _combine_kernel(
             y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_y, other=0.0)
             y = y.to(tl.float32)
             if top_k_weights_ptr is not None:
-                w = tl.load(top_k_weights_ptr + t * stride_wt + (j0 + u) * stride_wk, mask=row >= 0, other=0.0)
+                w = tl.load(
+                    top_k_weights_ptr + t * stride_wt + (j0 + u) * stride_wk,
+                    mask=row >= 0,
+                    other=0.0,
+                )
                 y *= w.to(tl.float32)
             acc += y
     tl.store(out_ptr + t * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)
@@ -54,8 +58,12 @@ def _combine_backward_kernel(
         for n in range(0, N, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
-            dout = tl.load(dout_ptr + t * stride_dt + offs_n * stride_dn, mask=mask_n, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_n, other=0.0).to(tl.float32)
+            dout = tl.load(
+                dout_ptr + t * stride_dt + offs_n * stride_dn, mask=mask_n, other=0.0
+            ).to(tl.float32)
+            y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_n, other=0.0).to(
+                tl.float32
+            )
             tl.store(dy_ptr + row * N + offs_n, (w * dout).to(dy_ptr.dtype.element_ty), mask=mask_n)
             dw += y * dout
     tl.store(dw_ptr + slot, tl.sum(dw, axis=0))

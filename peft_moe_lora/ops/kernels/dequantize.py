@@ -3,11 +3,13 @@
 import torch
 
 from ..quantized import Codes4bit, QuantizedWeight
-from .dequantize_4bit import dequantize_4bit
-from .dequantize_8bit import dequantize_8bit
+from .codes.dequantize_4bit import dequantize_4bit
+from .codes.dequantize_8bit import dequantize_8bit
 
 
-def dequantize(weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor) -> torch.Tensor:
+def dequantize(
+    weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
+) -> torch.Tensor:
     """Decode experts first up to first + count, those that have rows; the others' places stay as they are.
 
     Args:

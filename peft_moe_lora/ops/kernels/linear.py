@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from ..routing import Dropout, Routing
-from .by_roles import by_roles
-from .codes_4bit import weight_operands
-from .config import dot_precision, padded_rank
-from .launch import facts, launch
+from .codes.codes_4bit import weight_operands
+from .launching.launch import facts, launch
+from .launching.table import dot_precision, padded_rank
 from .linear_ordered import linear_ordered
 from .parts import of_experts, parts
 from .routing import with_tiles
-from .tile import (
+from .sm90.by_roles import by_roles
+from .tiles.tile import (
     launch_facts,
     position,
     row_descriptor,
@@ -74,7 +74,9 @@ def _linear_kernel(
     LARGE_RANK: tl.constexpr = R > 16
     for t in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=LARGE_RANK):
         # the next tile's line is on its way while this tile is computed
-        next_tile, next_n = position(tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP)
+        next_tile, next_n = position(
+            tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP
+        )
         next_e, next_first_row, next_end = table_line(tiles_ptr, next_tile)
         if TAIL and end - first_row <= BLOCK_M // 2:
             # half a tile's rows in half its time
@@ -151,12 +153,38 @@ def _linear(x, weight, routing, bias, xa, lora_B, gather, dropout, y) -> None:
             *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
             *strides_or_zeros(bias, 2), N,
         )  # fmt: skip
-        constants = {"GATHER": gather, "P": p, "R": padded_rank(r), "PRECISION": precision, **blocks, **codes}
+        constants = {
+            "GATHER": gather,
+            "P": p,
+            "R": padded_rank(r),
+            "PRECISION": precision,
+            **blocks,
+            **codes,
+        }
         return (N, K, r, *strides), constants
 
     key = (
         "linear", facts(x, weight, bias, xa, lora_B), N, K, r, gather, p, precision, routing.block_m,
         x_desc is None, weight_desc is None, *codes.values(),
     )  # fmt: skip
-    tensors = x, *weight_tensors, bias, xa, lora_B, y, seed, routing.row_token, routing.row_slot, routing.tiles
-    launch(key, _linear_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (x_desc, weight_desc))
+    tensors = (
+        x,
+        *weight_tensors,
+        bias,
+        xa,
+        lora_B,
+        y,
+        seed,
+        routing.row_token,
+        routing.row_slot,
+        routing.tiles,
+    )
+    launch(
+        key,
+        _linear_kernel,
+        (programs, 1, 1),
+        tensors,
+        rest,
+        (routing.tiles.shape[0],),
+        (x_desc, weight_desc),
+    )

@@ -9,14 +9,23 @@ import triton.language as tl
 
 from ..activation import Activation
 from ..routing import Routing
-from .activation import activate, activate_plain, activation_constants
-from .by_roles import by_roles
-from .codes_4bit import weight_operands
-from .config import dot_precision, padded_rank
-from .launch import facts, launch
+from .codes.codes_4bit import weight_operands
+from .launching.launch import facts, launch
+from .launching.table import dot_precision, padded_rank
 from .parts import of_experts, parts
 from .routing import with_tiles
-from .tile import halves, launch_facts, position, strides_or_zeros, table_line, table_size, tile_columns, tile_product
+from .sm90.by_roles import by_roles
+from .tiles.activation import activate, activate_plain, activation_constants
+from .tiles.tile import (
+    halves,
+    launch_facts,
+    position,
+    strides_or_zeros,
+    table_line,
+    table_size,
+    tile_columns,
+    tile_product,
+)
 
 
 @triton.jit
@@ -53,11 +62,15 @@ def _linear_act_tile(
     mask_i = mask_m & (offs_i < I)[None, :]
     act_ptrs = act_ptr + rows_out * I + offs_i[None, :]
     if not GATED:
-        tl.store(pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :])
+        tl.store(
+            pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :]
+        )
         tl.store(act_ptrs, activate_plain(acc, KIND, ALPHA).to(dtype), mask=mask_i)
     else:
         if INTERLEAVED:
-            tl.store(pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :])
+            tl.store(
+                pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :]
+            )
             gate, up = tl.split(acc.reshape(BLOCK_M, BLOCK_I, 2))
         else:
             gate, up = halves(acc, BLOCK_M, BLOCK_I)
@@ -93,7 +106,9 @@ def _linear_act_kernel(
     LARGE_RANK: tl.constexpr = R > 16 and not INTERLEAVED
     for t in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=LARGE_RANK):
         # the next tile's line is on its way while this tile is computed
-        next_tile, next_n = position(tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP)
+        next_tile, next_n = position(
+            tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP
+        )
         next_e, next_first_row, next_end = table_line(tiles_ptr, next_tile)
         if TAIL and end - first_row <= BLOCK_M // 2:
             _linear_act_tile(
@@ -142,7 +157,9 @@ def expert_linear_act(
     if M > 0:
         for experts, held, part in parts(weight, routing):
             low_rank = xa, of_experts(lora_B, experts)
-            _linear_act(x, held, part, activation, of_experts(bias, experts), *low_rank, gather, pre, act)
+            _linear_act(
+                x, held, part, activation, of_experts(bias, experts), *low_rank, gather, pre, act
+            )
     return pre, act
 
 
@@ -170,4 +187,12 @@ def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, a
         weight_desc is None, *codes.values(),
     )  # fmt: skip
     tensors = x, *weight_tensors, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles
-    launch(key, _linear_act_kernel, (programs, 1, 1), tensors, rest, (routing.tiles.shape[0],), (weight_desc,))
+    launch(
+        key,
+        _linear_act_kernel,
+        (programs, 1, 1),
+        tensors,
+        rest,
+        (routing.tiles.shape[0],),
+        (weight_desc,),
+    )

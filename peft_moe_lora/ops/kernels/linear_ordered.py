@@ -12,9 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..routing import Routing
 from .cast import cast_as_weight
-from .config import ceil_div
-from .launch import facts, launch
-from .tile import (
+from .launching.launch import facts, launch
+from .launching.table import ceil_div
+from .tiles.tile import (
     linear_blocks,
     position,
     row_descriptor,
@@ -63,7 +63,9 @@ def _linear_ordered_kernel(
         # rows past the expert's last are another's, or nobody's, and are not stored
         offs_m = first_row + tl.arange(0, BLOCK_M)
         y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + cols[None, :]
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & mask_n[None, :])
+        tl.store(
+            y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & mask_n[None, :]
+        )
 
 
 def linear_ordered(
@@ -92,7 +94,17 @@ def linear_ordered(
     if descriptors is None:
         return False
     constants = {"R_STEPS": ceil_div(r, blocks["BLOCK_K"]), **blocks}
-    key = "linear_ordered", facts(bias), N, K, x.dtype, constants["R_STEPS"], k_unit, routing.block_m, blocks["GROUP"]
+    key = (
+        "linear_ordered",
+        facts(bias),
+        N,
+        K,
+        x.dtype,
+        constants["R_STEPS"],
+        k_unit,
+        routing.block_m,
+        blocks["GROUP"],
+    )
     launch(
         key, _linear_ordered_kernel, (programs, 1, 1), (y, bias, routing.tiles),
         lambda: ((N, K, *strides_or_zeros(bias, 2)), constants), (routing.tiles.shape[0],), descriptors,
@@ -113,7 +125,10 @@ def operand_descriptors(
     """
     rank = xa is not None and xa.shape[1] > 0
     columns = k_unit, halves, block_n, block_k, make
-    found = [None if x is None else row_descriptor(x, rows, block_k, make), weight_descriptor(weight, *columns)]
+    found = [
+        None if x is None else row_descriptor(x, rows, block_k, make),
+        weight_descriptor(weight, *columns),
+    ]
     if (found[0] is None and x is not None) or found[1] is None:
         return None
     if not rank:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from ..routing import Dropout, Routing
-from .config import ceil_div, device_facts, dot_precision, find, power_of_2
-from .dropout import dropout_mask
-from .launch import facts, launch
+from .launching.launch import facts, launch
+from .launching.table import ceil_div, device_facts, dot_precision, find, power_of_2
+from .tiles.dropout import dropout_mask
 
 # that a program holds in registers: of products, and of each of several chunks
 SUMS, SUMMED = 128 * 64, 128 * 16
@@ -79,7 +79,10 @@ def _outer_kernel(
     if GATHER_SMALL or GATHER_WIDE:
         tokens = _of_rows(row_token_ptr, rows, end)
     if row_weights_ptr is not None or P > 0:
-        slots, next_slots = _of_rows(row_slot_ptr, rows, end), _of_rows(row_slot_ptr, rows + BLOCK_M, end)
+        slots, next_slots = (
+            _of_rows(row_slot_ptr, rows, end),
+            _of_rows(row_slot_ptr, rows + BLOCK_M, end),
+        )
     if row_weights_ptr is not None:
         w = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
     acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
@@ -96,11 +99,17 @@ def _outer_kernel(
         small = tl.load(small_ptrs, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [M, small]
         wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_w[None, :], other=0.0)  # [M, wide]
         if row_weights_ptr is not None:
-            small = (small.to(tl.float32) * w.to(tl.float32)[:, None]).to(small_ptr.dtype.element_ty)
+            small = (small.to(tl.float32) * w.to(tl.float32)[:, None]).to(
+                small_ptr.dtype.element_ty
+            )
             w = next_w
         if P > 0:
-            wide = (wide.to(tl.float32) * dropout_mask(seed_ptr, slots, offs_w, P)).to(wide_ptr.dtype.element_ty)
-        acc = tl.dot(wide.trans(), small, acc, input_precision=PRECISION)  # [wide, M] @ [M, small] -> [wide, small]
+            wide = (wide.to(tl.float32) * dropout_mask(seed_ptr, slots, offs_w, P)).to(
+                wide_ptr.dtype.element_ty
+            )
+        acc = tl.dot(
+            wide.trans(), small, acc, input_precision=PRECISION
+        )  # [wide, M] @ [M, small] -> [wide, small]
         if GATHER_SMALL or GATHER_WIDE:
             tokens = next_tokens
         if row_weights_ptr is not None or P > 0:
@@ -111,9 +120,15 @@ def _outer_kernel(
     if one_chunk:
         # int64: an expert index times a stride passes 2**31
         out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
-        tl.store(out_ptrs + offs_w.to(tl.int64)[:, None] * stride_ow, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptrs + offs_w.to(tl.int64)[:, None] * stride_ow,
+            acc.to(out_ptr.dtype.element_ty),
+            mask=mask,
+        )
     else:
-        partial_ptrs = partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
+        partial_ptrs = (
+            partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
+        )
         tl.store(partial_ptrs, acc, mask=mask)
 
 
@@ -149,7 +164,11 @@ def _sum_chunks_kernel(
     offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     mask_s = (offs_s < SMALL)[None, :]
     partial_ptrs = partial_ptr + offs_s[None, :] * stride_ps + offs_w[:, None] * stride_pw
-    out_ptrs = out_ptr + offs_s.to(tl.int64)[None, :] * stride_os + offs_w.to(tl.int64)[:, None] * stride_ow
+    out_ptrs = (
+        out_ptr
+        + offs_s.to(tl.int64)[None, :] * stride_os
+        + offs_w.to(tl.int64)[:, None] * stride_ow
+    )
     for e in range(first, tl.minimum(first + EXPERTS, E)):
         rows = tl.load(expert_offsets_ptr + e + 1) - tl.load(expert_offsets_ptr + e)
         if rows > CHUNK:
@@ -158,7 +177,9 @@ def _sum_chunks_kernel(
             acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
             parts = _parts(partial_ptrs, e, second, 0, chunks, offs_w, WIDE, mask_s, stride_pc)
             for c in range(0, chunks, TOGETHER):
-                ahead = _parts(partial_ptrs, e, second, c + TOGETHER, chunks, offs_w, WIDE, mask_s, stride_pc)
+                ahead = _parts(
+                    partial_ptrs, e, second, c + TOGETHER, chunks, offs_w, WIDE, mask_s, stride_pc
+                )
                 for u in tl.static_range(TOGETHER):
                     acc += parts[u]
                 parts = ahead
@@ -193,7 +214,13 @@ def expert_outer(
         return out.zero_()
     # the mask is computed on the wide side
     if dropout is not None or P <= Q:
-        small, wide, gather_small, gather_wide, strides = left, right, gather_left, gather_right, out.stride()
+        small, wide, gather_small, gather_wide, strides = (
+            left,
+            right,
+            gather_left,
+            gather_right,
+            out.stride(),
+        )
     else:
         small, wide, gather_small, gather_wide = right, left, gather_right, gather_left
         strides = out.stride(0), out.stride(2), out.stride(1)
@@ -215,8 +242,21 @@ def expert_outer(
     weights = None if row_weights is None else row_weights.contiguous()
 
     def rest():
-        constants = {"GATHER_SMALL": gather_small, "GATHER_WIDE": gather_wide, "P": p, "PRECISION": precision}
-        return (E, SMALL, WIDE, num_s, *small.stride(), *wide.stride(), *strides), constants | shared | blocks
+        constants = {
+            "GATHER_SMALL": gather_small,
+            "GATHER_WIDE": gather_wide,
+            "P": p,
+            "PRECISION": precision,
+        }
+        return (
+            E,
+            SMALL,
+            WIDE,
+            num_s,
+            *small.stride(),
+            *wide.stride(),
+            *strides,
+        ), constants | shared | blocks
 
     key = (
         "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"], facts(small, wide, weights),
@@ -271,4 +311,10 @@ def sum_chunks(
     key = "sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk, experts
     tensors = routing.expert_offsets, partial, out
     fixed = E, SMALL, WIDE, num_s, *partial.stride(), *strides
-    launch(key, _sum_chunks_kernel, (tiles, ceil_div(E, experts), 1), tensors, lambda: (fixed, constants))
+    launch(
+        key,
+        _sum_chunks_kernel,
+        (tiles, ceil_div(E, experts), 1),
+        tensors,
+        lambda: (fixed, constants),
+    )

@@ -12,9 +12,9 @@ import torch
 
 from ..quantized import QuantizedWeight
 from ..routing import Routing
-from .codes_4bit import decodes_in_kernel
-from .config import ceil_div
+from .codes.codes_4bit import decodes_in_kernel
 from .dequantize import dequantize
+from .launching.table import ceil_div
 from .routing import part_tables
 
 # of decoded experts at once, or one expert where it alone is larger: the bound of what decoding adds to the peak

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ..routing import Routing
-from .config import block_m_for, ceil_div, device_facts, power_of_2
-from .launch import launch
+from .launching.launch import launch
+from .launching.table import block_m_for, ceil_div, device_facts, power_of_2
 
 BLOCK = 128
 TILES_BLOCK = 32
@@ -34,11 +34,21 @@ def _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k):
 
 @triton.jit(do_not_specialize=["S"])
 def _count_kernel(
-    top_k_index_ptr, counts_ptr, S, E, top_k, stride_t, stride_k, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
+    top_k_index_ptr,
+    counts_ptr,
+    S,
+    E,
+    top_k,
+    stride_t,
+    stride_k,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """Grid [blocks]."""
     pid = tl.program_id(0)
-    ids = _load_ids(top_k_index_ptr, pid * BLOCK + tl.arange(0, BLOCK), S, E, top_k, stride_t, stride_k)
+    ids = _load_ids(
+        top_k_index_ptr, pid * BLOCK + tl.arange(0, BLOCK), S, E, top_k, stride_t, stride_k
+    )
     for e0 in range(0, E + 1, BLOCK_E):
         experts = e0 + tl.arange(0, BLOCK_E)
         counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
@@ -61,7 +71,9 @@ def _scan_kernel(counts_ptr, totals_ptr, blocks, E, BLOCK_B: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _write_tiles(totals, base, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr):
+def _write_tiles(
+    totals, base, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr
+):
     """Lines first_tile up to first_tile + TILES_BLOCK of the table: totals [E] rows of each expert, from row base."""
     tiles_end = tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, axis=0)
     rows_end = tl.cumsum(totals, axis=0)
@@ -96,7 +108,11 @@ def _place_kernel(
         experts = tl.arange(0, E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
         starts_ptr = counts_ptr + pid * (E + 1)
-        starts = tl.load(starts_ptr + experts, mask=experts < E, other=0) + tl.cumsum(totals, axis=0) - totals
+        starts = (
+            tl.load(starts_ptr + experts, mask=experts < E, other=0)
+            + tl.cumsum(totals, axis=0)
+            - totals
+        )
         tl.store(starts_ptr + experts, starts, mask=experts < E)
         tl.debug_barrier()
         row = tl.load(starts_ptr + ids, mask=mask, other=0)
@@ -117,7 +133,9 @@ def _place_kernel(
             tl.store(expert_offsets_ptr, 0)
             tl.store(expert_offsets_ptr + 1 + experts, tl.cumsum(totals, axis=0), mask=experts < E)
         else:
-            _write_tiles(totals, 0, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
+            _write_tiles(
+                totals, 0, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK
+            )
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -129,7 +147,9 @@ def _tiles_kernel(
     experts = tl.arange(0, E_PADDED)
     start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    _write_tiles(end - start, 0, tiles_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
+    _write_tiles(
+        end - start, 0, tiles_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK
+    )
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -145,7 +165,9 @@ def _part_tables_kernel(
     end = tl.load(expert_offsets_ptr + first + j + 1, mask=mask, other=0)
     base = tl.load(expert_offsets_ptr + first)
     table_ptr = tiles_ptr + tl.program_id(1).to(tl.int64) * 2 * lines
-    _write_tiles(end - start, base, table_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK)
+    _write_tiles(
+        end - start, base, table_ptr, tl.program_id(0) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK
+    )
 
 
 def _lines(M: int, E: int, block_m: int) -> int:
@@ -206,7 +228,14 @@ def with_tiles(routing: Routing) -> Routing:
     tiles = torch.empty(lines, 2, dtype=torch.int32, device=offsets.device)
     constants = {"E_PADDED": power_of_2(E), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
     grid = ceil_div(lines, TILES_BLOCK), 1, 1
-    launch(("tiles", E, block_m), _tiles_kernel, grid, (offsets, tiles), lambda: ((E,), constants), (lines,))
+    launch(
+        ("tiles", E, block_m),
+        _tiles_kernel,
+        grid,
+        (offsets, tiles),
+        lambda: ((E,), constants),
+        (lines,),
+    )
     return replace(routing, tiles=tiles, block_m=block_m)
 
 
@@ -223,7 +252,12 @@ def part_tables(routing: Routing, count: int) -> list[Routing]:
     lines = ceil_div(_lines(M, count, block_m), 2) * 2
     number = ceil_div(E, count)
     tables = torch.empty(number, lines, 2, dtype=torch.int32, device=offsets.device)
-    constants = {"COUNT": count, "COUNT_PADDED": power_of_2(count), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
+    constants = {
+        "COUNT": count,
+        "COUNT_PADDED": power_of_2(count),
+        "BLOCK_M": block_m,
+        "TILES_BLOCK": TILES_BLOCK,
+    }
     grid = ceil_div(lines, TILES_BLOCK), number, 1
     key = "part_tables", E, count, block_m
     launch(key, _part_tables_kernel, grid, (offsets, tables), lambda: ((E,), constants), (lines,))

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 
 from ..routing import Dropout, Routing
-from .config import device_facts, dot_precision, find, padded_rank
-from .dropout import dropout_mask
-from .launch import facts, launch
+from .launching.launch import facts, launch
+from .launching.table import device_facts, dot_precision, find, padded_rank
 from .routing import with_tiles
-from .tile import table_line
+from .tiles.dropout import dropout_mask
+from .tiles.tile import table_line
 
 # up to this K a program's loop is short, and many in flight beat a deep pipeline
 SHORT_K = 2048
@@ -50,8 +50,12 @@ def _shrink_kernel(
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             lora_A = tl.load(lora_A_ptrs, mask=mask_k[:, None] & (offs_r < r)[None, :], other=0.0)
         if P > 0:
-            x = (x.to(tl.float32) * dropout_mask(seed_ptr, slots, k + offs_k, P)).to(x_ptr.dtype.element_ty)
-        acc = tl.dot(x, lora_A.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION)  # [M, K] @ [K, R] -> [M, R]
+            x = (x.to(tl.float32) * dropout_mask(seed_ptr, slots, k + offs_k, P)).to(
+                x_ptr.dtype.element_ty
+            )
+        acc = tl.dot(
+            x, lora_A.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION
+        )  # [M, K] @ [K, R] -> [M, R]
         x_ptrs += BLOCK_K * stride_xk
         lora_A_ptrs += BLOCK_K * stride_ak
     xa_ptrs = xa_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :]

@@ -3,15 +3,18 @@
 import torch
 
 from ..routing import Routing
-from .config import device_facts, lookup
-from .in_gluon import in_gluon
+from .launching.table import device_facts, lookup
 from .outer import expert_outer
 from .shrink import expert_shrink
+from .sm90.in_gluon import in_gluon
 
 
 def chunks_of(routing: Routing, blocks: dict) -> int:
     """About how many chunks there are, whatever the routing."""
-    return max(min(routing.num_experts, routing.num_rows), routing.num_rows // (blocks["ROWS"] + blocks["TAIL"]))
+    return max(
+        min(routing.num_experts, routing.num_rows),
+        routing.num_rows // (blocks["ROWS"] + blocks["TAIL"]),
+    )
 
 
 def expert_shrink_outer(
@@ -40,7 +43,11 @@ def expert_shrink_outer(
     arch, multiprocessors = device_facts(x.device)
     blocks, xa = lookup("shrink_outer", arch, x.element_size(), routing.block_m), None
     # with fewer programs, of a chunk each, than two for three multiprocessors the two operations take less
-    if blocks and 3 * chunks_of(routing, blocks) >= 2 * multiprocessors and (kernel := in_gluon("shrink_outer_90")):
+    if (
+        blocks
+        and 3 * chunks_of(routing, blocks) >= 2 * multiprocessors
+        and (kernel := in_gluon("shrink_outer"))
+    ):
         xa = kernel(blocks, x, lora_A, right, routing, scaling, out, row_weights, gather)
     if xa is None:
         expert_outer(x, right, routing, out, row_weights=row_weights, gather_left=gather)

@@ -1,0 +1,4 @@
+"""Files of adapters and tensors: read, checked, written, described.
+
+Imports no other room.
+"""

@@ -1,0 +1,171 @@
+"""out[t] = sum over slots of top_k_weights * down(act(gate_up(x[t]))), each projection W + scaling * B A per expert.
+
+The one door to `ops`: `backends` chooses the twins behind it, `fused` and `unfused` write the gradients out. The base
+weights are frozen: none of these functions forms a gradient for them, and none materialises W + scaling * B A.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from ..ops import Activation, QuantizedWeight
+from .backends import BACKENDS, select_backend
+from .projection import Projection, gathered, per_expert, spread, whole_gradients
+from .steps import expert_linear, route, unfused_experts
+from .whole import fused_experts
+
+__all__ = [
+    "BACKENDS",
+    "Projection",
+    "experts",
+    "gathered",
+    "per_expert",
+    "rows_linear",
+    "select_backend",
+    "spread",
+    "whole_gradients",
+]
+
+
+def experts(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: Projection,
+    down: Projection,
+    activation: Activation | Callable[[torch.Tensor], torch.Tensor],
+    *,
+    post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> torch.Tensor:
+    """A whole experts layer, forward and backward.
+
+    Args:
+        hidden_states: [T, H] float; computed in the dtype of the weights.
+        top_k_index: [T, top_k] integer; an id outside 0..E-1 is skipped.
+        top_k_weights: [T, top_k] float; receives its gradient.
+        up: the gate_up projection, [E, N, H] with N = 2I where gated.
+        down: the down projection, [E, H, I].
+        activation: an `Activation` runs inside the kernels; any other callable [M, N] -> [M, I] runs between them.
+        post_norm: applied to the down rows [M, H] before the routing weights.
+        backend: out of BACKENDS.
+        recompute: keep nothing [M, N] wide for backward; costs the gate_up product once more. Fused path only.
+    Returns: [T, H], dtype of hidden_states.
+    Raises:
+        ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
+    """
+    _check(hidden_states, top_k_index, top_k_weights, up, down)
+    quantized = isinstance(up.weight, QuantizedWeight) or isinstance(down.weight, QuantizedWeight)
+    run = _run_uncompiled if quantized and torch.compiler.is_compiling() else _run
+    return run(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        up,
+        down,
+        activation,
+        post_norm,
+        backend,
+        recompute,
+    )
+
+
+def _run(
+    hidden_states, top_k_index, top_k_weights, up, down, activation, post_norm, backend, recompute
+):
+    x = hidden_states.to(up.weight.dtype)
+    seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
+    with _on_device_of(x), _without_autocast(x.device.type):
+        if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
+            out = fused_experts(
+                x, top_k_index, top_k_weights, up, down, activation, seed, backend, recompute
+            )
+        else:
+            out = unfused_experts(
+                x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend
+            )
+    return out.to(hidden_states.dtype)
+
+
+# an operator's arguments are tensors, and codes with their scales are more than one
+_run_uncompiled = torch.compiler.disable(_run)
+
+
+def rows_linear(
+    x: torch.Tensor, expert_size, projection: Projection, *, backend: str = "auto"
+) -> torch.Tensor:
+    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] x[m]: one projection of rows that stand in expert order.
+
+    Args:
+        x: [M, K] float; computed in the dtype of the weights.
+        expert_size: E integers, the rows of each expert, adding up to M; a list or a tensor.
+        projection: [E, N, K].
+        backend: out of BACKENDS.
+    Returns: [M, N], dtype of x.
+    Raises:
+        ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
+    """
+    E, _, K = projection.weight.shape
+    sizes = torch.as_tensor(expert_size, device=x.device)
+    if x.ndim != 2 or x.shape[1] != K or sizes.shape != (E,):
+        raise ValueError(
+            f"rows_linear needs x [M, {K}] and {E} expert sizes; got {tuple(x.shape)} and {tuple(sizes.shape)}."
+        )
+    _check_frozen(projection)
+    seed = _draw_seeds(x.device) if projection.dropout_p else None
+    with _on_device_of(x), _without_autocast(x.device.type):
+        expert = torch.repeat_interleave(
+            torch.arange(E, device=x.device), sizes, output_size=x.shape[0]
+        )
+        y = expert_linear(x, projection, route(expert[:, None], E, backend), seed, 0, backend)
+    return y.to(x.dtype)
+
+
+def _check(hidden_states, top_k_index, top_k_weights, up: Projection, down: Projection) -> None:
+    E, _, H = up.weight.shape
+    if hidden_states.ndim != 2 or hidden_states.shape[1] != H or down.weight.shape[:2] != (E, H):
+        raise ValueError(
+            f"experts needs hidden_states [T, H], gate_up [E, N, H] and down [E, H, I]; got "
+            f"{[tuple(t.shape) for t in (hidden_states, up.weight, down.weight)]}."
+        )
+    if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:
+        raise ValueError(
+            f"experts needs top_k_index and top_k_weights [T, top_k] with T = {hidden_states.shape[0]}; got "
+            f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}."
+        )
+    _check_frozen(up, down)
+
+
+def _check_frozen(*projections: Projection) -> None:
+    frozen = [t for p in projections for t in (p.weight, p.up_weight, p.bias)]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
+        raise ValueError(
+            "the experts' base weights are frozen and get no gradient here, but one has requires_grad=True; "
+            "call requires_grad_(False) on it, or train it without an adapter on these experts."
+        )
+
+
+def _on_device_of(x: torch.Tensor):
+    """Kernels start on the current device, which need not be the one this layer of a spread-out model lies on."""
+    # compiled code sets the device itself
+    if (
+        torch.compiler.is_compiling()
+        or not x.is_cuda
+        or x.get_device() == torch.cuda.current_device()
+    ):
+        return nullcontext()
+    return torch.cuda.device_of(x)
+
+
+def _without_autocast(device_type: str):
+    """The operations fix their own dtypes: autocast would round inside them."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
+def _draw_seeds(device: torch.device) -> torch.Tensor:
+    """[2, 2] int64, a seed a row, from the default generator: recomputation under checkpointing repeats the masks."""
+    # rows of sixteen bytes, on which kernels want their tensors to begin
+    return torch.randint(2**31 - 1, (2, 2), device=device)

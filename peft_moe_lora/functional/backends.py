@@ -1,0 +1,69 @@
+"""Which of the twins in `ops` runs: the Triton kernels or plain PyTorch, by wish and device."""
+
+import importlib.util
+import logging
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from ..ops import reference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def select_backend(backend: str, device: torch.device) -> str:
+    """Of "triton" and "torch" the one for a wish out of BACKENDS on a device; what "auto" picked is logged once.
+
+    Raises:
+        RuntimeError: if "triton" was asked for where it cannot run.
+    """
+    if backend == "torch":
+        return "torch"
+    obstacle = _triton_obstacle(device.type, device.index)
+    if backend == "triton":
+        if obstacle:
+            raise RuntimeError(
+                f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "torch".'
+            )
+        return "triton"
+    chosen = "triton" if device.type == "cuda" and not obstacle else "torch"
+    _log_auto(chosen, device.type, obstacle)
+    return chosen
+
+
+def ops_for(backend: str, device: torch.device) -> ModuleType:
+    """The module of operations for a wish out of BACKENDS on a device."""
+    if select_backend(backend, device) == "torch":
+        return reference
+    from ..ops import kernels
+
+    return kernels
+
+
+@cache
+def _triton_obstacle(device_type: str, index: int | None) -> str:
+    """Why the kernels cannot run on this device; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type == "cuda":
+        capability = torch.cuda.get_device_capability(index)
+        return (
+            ""
+            if capability >= (8, 0)
+            else f"it needs compute capability 8.0 or newer, got {capability}"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return f"it needs a CUDA device, got {device_type!r}"
+
+
+@cache
+def _log_auto(chosen: str, device_type: str, obstacle: str) -> None:
+    if device_type == "cuda" and obstacle:
+        logger.warning('backend="auto" falls back to "torch" on cuda: %s.', obstacle)
+    else:
+        logger.info('backend="auto" picked "%s" on %s.', chosen, device_type)

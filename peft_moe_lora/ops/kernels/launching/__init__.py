@@ -1,0 +1,4 @@
+"""How a kernel is chosen, launched, recorded and replayed.
+
+May import ops.
+"""

@@ -1,0 +1,4 @@
+"""The pieces that kernels are made of.
+
+May import codes, launching and ops.
+"""

@@ -1,0 +1,238 @@
+"""acc[m, n] = mask * (B[e] xa[m]) + bias[e] + W[e] x[row]: one tile of one expert, shared by the three linear kernels.
+
+Legend, of one tile:
+    e: expert             rows [BLOCK_M]: rows of xa and of the output, clamped to the expert's last
+    x_rows [BLOCK_M]: rows of x, tokens where it is gathered    cols [BLOCK_N]: columns of weight, bias and lora_B
+    HALVES: 2 where a tile holds the same BLOCK_N / 2 columns of a gate half and of an up half, else 1
+    n0: first column within a half              width: columns of a half
+    weight_desc: 4-D descriptor [E, HALVES, width, K] where K_UNIT, else 3-D [E, K, N]; None to load by pointers
+    codes: what `codes_4bit` says, where weight_ptr points to packed bytes; its first is None where W is dense
+With a mask the low-rank term stands first: the accumulator it leaves is masked, and the K loop goes on with it.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..codes.codes_4bit import add_product_4bit
+from ..launching.table import device_facts, lookup
+from .dropout import dropout_mask
+
+# bytes of an expert's weight past which it is no small one, of which many stay in L2 at once, and past which it is a
+# large one, that does not stay there while its rows pass: then tiles of many rows go together
+EXPERT_BYTES = 12 * 2**20, 32 * 2**20
+# past this K half tiles do not pay: programs that end early fall out of step, and rows leave L2 before their sharers
+# come (K=7168: 6.5 ms without, 7.1 with; K=2048 to 4096: 1 to 7 % less with; NVIDIA H200, 2026-11-21)
+TAIL_MAX_K = 5120
+
+
+@triton.jit
+def position(t, num_tiles, num_n, GROUP: tl.constexpr):
+    """(row tile, column tile) of output tile t: GROUP row tiles share each weight tile before the next one is read."""
+    first = t // (GROUP * num_n) * GROUP
+    size = tl.maximum(tl.minimum(num_tiles - first, GROUP), 1)
+    within = t % (GROUP * num_n)
+    return first + within % size, within // size
+
+
+@triton.jit
+def table_size(tiles_ptr, lines):
+    """Number of row tiles in a table of so many lines."""
+    return tl.load(tiles_ptr + 2 * lines - 3)
+
+
+@triton.jit
+def table_line(tiles_ptr, tile):
+    """(expert, first row, end) of a row tile."""
+    line = tiles_ptr + 2 * tile
+    return tl.load(line), tl.load(line + 1), tl.load(line + 3)
+
+
+@triton.jit
+def tile_columns(n0, width, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
+    """Columns [BLOCK_N] of a tile, and which of them exist."""
+    j = tl.arange(0, BLOCK_N)
+    if HALVES == 1:
+        return n0 + j, n0 + j < width
+    in_half = n0 + j % (BLOCK_N // HALVES)
+    return j // (BLOCK_N // HALVES) * width + in_half, in_half < width
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The left and the right half [ROWS, WIDTH] of a tile's columns."""
+    return tl.split(tile.reshape(ROWS, 2, WIDTH).permute(0, 2, 1))
+
+
+@triton.jit
+def _low_rank_factors(
+    xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Ranks r0 up to r0 + BLOCK_R of xa [M, R] and of B [R, N], undefined past r; which ranks exist."""
+    offs_r = r0 + tl.arange(0, BLOCK_R)
+    xa_ptrs = xa_ptr + rows.to(tl.int64)[:, None] * stride_xam + offs_r[None, :] * stride_xar
+    # int64: a column times r * E passes 2**31
+    lora_B_ptrs = lora_B_ptr + e * stride_be + cols.to(tl.int64)[None, :] * stride_bn
+    lora_B_ptrs += offs_r.to(tl.int64)[:, None] * stride_br
+    xa = tl.load(xa_ptrs, mask=offs_r[None, :] < r)
+    lora_B = tl.load(lora_B_ptrs, mask=(offs_r[:, None] < r) & mask_n[None, :])
+    return xa, lora_B, offs_r < r
+
+
+@triton.jit
+def _add_low_rank(acc, xa, lora_B, mask_r, PRECISION: tl.constexpr):
+    """acc + B xa.  [M, R] @ [R, N] -> [M, N]"""
+    xa = tl.where(mask_r[None, :], xa, 0.0)
+    lora_B = tl.where(mask_r[:, None], lora_B.to(xa.dtype), 0.0)
+    return tl.dot(xa, lora_B, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_product(
+    x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr, row_slot_ptr,
+    e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+    stride_biase, stride_biasn,
+    P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] fp32 of the formula above."""
+    expert = e
+    # int64: an expert index times a stride passes 2**31
+    e = e.to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # small factors are loaded ahead of the K loop, which hides their latency, and multiplied after it
+    LATE: tl.constexpr = xa_ptr is not None and P == 0 and R == 16
+    BLOCK_R: tl.constexpr = min(R, 32)
+    if LATE:
+        xa, lora_B, mask_r = _low_rank_factors(
+            xa_ptr, lora_B_ptr, e, rows, cols, mask_n, 0, r, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
+            BLOCK_R,
+        )  # fmt: skip
+    elif xa_ptr is not None:
+        # not unrolled: the compiler would load all ranks at once, and spill
+        for r0 in tl.range(0, R, BLOCK_R, num_stages=2):
+            xa, lora_B, mask_r = _low_rank_factors(
+                xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn,
+                stride_br, BLOCK_R,
+            )  # fmt: skip
+            acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
+        if P > 0:
+            acc *= dropout_mask(seed_ptr, tl.load(row_slot_ptr + rows), cols, P)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + e * stride_biase + cols * stride_biasn, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    if codes[0] is not None:
+        acc = add_product_4bit(
+            acc, x_ptrs, weight_ptr, codes, e, cols, mask_n, K, stride_xk, stride_we, stride_wn, stride_wk, PRECISION,
+            BLOCK_N, BLOCK_K, K_UNIT, FORMAT,
+        )  # fmt: skip
+    else:
+        weight_ptrs = weight_ptr + e * stride_we + cols.to(tl.int64)[None, :] * stride_wn
+        weight_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
+        for k in range(0, K, BLOCK_K):
+            if x_desc is not None:
+                x = x_desc.load([first_row, k])
+            elif EVEN_K:
+                x = tl.load(x_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+            if weight_desc is None:
+                weight = tl.load(
+                    weight_ptrs, mask=(offs_k[:, None] < K - k) & mask_n[None, :], other=0.0
+                )
+            elif K_UNIT:
+                weight = weight_desc.load([expert, 0, n0, k]).reshape(BLOCK_N, BLOCK_K).trans()
+            else:
+                weight = weight_desc.load([expert, k, n0]).reshape(BLOCK_K, BLOCK_N)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # [M, K] @ [K, N] -> [M, N]
+            x_ptrs += BLOCK_K * stride_xk
+            weight_ptrs += BLOCK_K * stride_wk
+    if LATE:
+        acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
+    return acc
+
+
+def make_descriptor(t: torch.Tensor, shape, strides, box, make):
+    """make(t, shape, strides, box), or None where the copy engine does not take these strides or this address."""
+    size = t.element_size()
+    if strides[-1] != 1 or t.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
+        return None
+    return make(t, shape, strides, box)
+
+
+def weight_descriptor(
+    weight: torch.Tensor,
+    k_unit: bool,
+    halves: int,
+    block_n: int,
+    block_k: int,
+    make=TensorDescriptor,
+):
+    """A descriptor of weight [E, N, K] that loads one tile, or None where its strides, alignment or halves forbid.
+
+    Args:
+        k_unit: whether a tile comes as [block_n, block_k], which asks for a K stride of 1, or as [block_k, block_n].
+        make: gives the descriptor of (tensor, shape, strides, box) that the kernel's language takes.
+    """
+    (E, N, K), (stride_e, stride_n, stride_k) = weight.shape, weight.stride()
+    if k_unit:
+        strides = [stride_e, N // halves * stride_n, stride_n, stride_k]
+        box = [1, halves, block_n // halves, block_k]
+        return make_descriptor(weight, [E, halves, N // halves, K], strides, box, make)
+    if halves == 1:
+        return make_descriptor(
+            weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n], make
+        )
+    return None
+
+
+def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescriptor):
+    """A descriptor of rows x [M, K] that loads one tile, or None where strides or alignment forbid."""
+    return make_descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], make)
+
+
+@cache
+def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, size: int):
+    """(programs a multiprocessor, whether by descriptor, constexprs), or None: no row for this K or these experts."""
+    row = lookup(op, arch, itemsize, block_m)
+    if row is None or K > row.get("MAX_K", K) or row["GROUP"][size] is None:
+        return None
+    blocks = {name: value for name, value in row.items() if name != "MAX_K"}
+    per_sm, by_descriptor = blocks.pop("PER_SM"), blocks.pop("DESCRIPTOR")
+    blocks |= {"BLOCK_M": block_m, "GROUP": blocks["GROUP"][size], "K_UNIT": k_unit}
+    if "TAIL" in blocks:
+        blocks |= {"TAIL": blocks["TAIL"] and K <= TAIL_MAX_K, "EVEN_K": K % blocks["BLOCK_K"] == 0}
+    return per_sm, by_descriptor, blocks
+
+
+def linear_blocks(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int):
+    """(programs, whether by descriptor, constexprs) of a linear kernel over this x and weight, or None: no row."""
+    arch, sms = device_facts(x.device)
+    stride_e, _, stride_k = weight.stride()
+    size = sum(stride_e * weight.dtype.itemsize > bytes_ for bytes_ in EXPERT_BYTES)
+    found = _blocks(op, arch, x.element_size(), block_m, weight.shape[2], stride_k == 1, size)
+    return found and (sms * found[0], *found[1:])
+
+
+def launch_facts(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int, halves: int = 1):
+    """(programs, constexprs, weight descriptor) of a linear kernel over this x and weight."""
+    programs, by_descriptor, blocks = linear_blocks(op, x, weight, block_m)
+    descriptor = None
+    if by_descriptor:
+        descriptor = weight_descriptor(
+            weight, blocks["K_UNIT"], halves, blocks["BLOCK_N"], blocks["BLOCK_K"]
+        )
+    return programs, blocks, descriptor
+
+
+def strides_or_zeros(t: torch.Tensor | None, ndim: int) -> tuple[int, ...]:
+    """The strides of an argument that may be absent."""
+    return (0,) * ndim if t is None else t.stride()
