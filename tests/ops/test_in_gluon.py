@@ -14,7 +14,7 @@ def choice(kernels, monkeypatch):  # noqa: F811
     """The module that chooses, its imports undone."""
     from peft_moe_lora.ops.kernels.sm90 import in_gluon as choice
 
-    for name in (*NAMES, "rings"):
+    for name in (*NAMES, "pieces", "rings"):
         monkeypatch.delitem(sys.modules, f"peft_moe_lora.ops.kernels.sm90.{name}", raising=False)
     choice.in_gluon.cache_clear()
     yield choice

@@ -341,7 +341,7 @@ def test_a_sentinel_of_weight_nan_adds_nothing(kernels):
 def chunks(request, monkeypatch):
     """Chunks of one block of rows, as small shapes have in the interpreter, or of many; sums of all experts by one."""
     for name, value in zip(("PROGRAMS", "SUM_PROGRAMS"), request.param, strict=True):
-        monkeypatch.setattr(f"peft_moe_lora.ops.kernels.outer.{name}", value)
+        monkeypatch.setattr(f"peft_moe_lora.ops.kernels.tiles.chunks.{name}", value)
 
 
 @shapes

@@ -12,10 +12,10 @@ from .linear_ordered import linear_ordered
 from .parts import of_experts, parts
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
+from .tiles.descriptors import row_descriptor
 from .tiles.tile import (
     launch_facts,
     position,
-    row_descriptor,
     strides_or_zeros,
     table_line,
     table_size,

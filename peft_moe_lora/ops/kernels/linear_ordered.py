@@ -8,21 +8,18 @@ less time than a term that stands apart, casts of B included (NVIDIA H200, 2026-
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..routing import Routing
-from .cast import cast_as_weight
 from .launching.launch import facts, launch
 from .launching.table import ceil_div
+from .tiles.descriptors import operand_descriptors
 from .tiles.tile import (
     linear_blocks,
     position,
-    row_descriptor,
     strides_or_zeros,
     table_line,
     table_size,
     tile_columns,
-    weight_descriptor,
 )
 
 
@@ -110,29 +107,3 @@ def linear_ordered(
         lambda: ((N, K, *strides_or_zeros(bias, 2)), constants), (routing.tiles.shape[0],), descriptors,
     )  # fmt: skip
     return True
-
-
-def operand_descriptors(
-    x, weight, xa, lora_B, k_unit, halves, rows, block_n, block_k, make=TensorDescriptor
-) -> tuple | None:
-    """Descriptors of x, weight, xa and B, or None: one cannot be made. None in place of what there is not.
-
-    Args:
-        x: None where rows are gathered.
-        halves: of the columns of a tile, as for `weight_descriptor`.
-        rows: of a box of x and xa.
-        make: as for `weight_descriptor`.
-    """
-    rank = xa is not None and xa.shape[1] > 0
-    columns = k_unit, halves, block_n, block_k, make
-    found = [
-        None if x is None else row_descriptor(x, rows, block_k, make),
-        weight_descriptor(weight, *columns),
-    ]
-    if (found[0] is None and x is not None) or found[1] is None:
-        return None
-    if not rank:
-        return *found, None, None
-    xa_desc = row_descriptor(xa, rows, block_k, make)
-    factor = xa_desc and weight_descriptor(cast_as_weight(lora_B, xa.dtype, k_unit), *columns)
-    return factor and (*found, xa_desc, factor)

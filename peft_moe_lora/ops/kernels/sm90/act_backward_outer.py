@@ -36,13 +36,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...activation import Activation
 from ...routing import Routing
-from ..act_backward import bias_times_dout
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
-from ..outer import chunk_rows, sum_chunks
 from ..tiles.activation import activate_backward, activation_constants
+from ..tiles.bias import bias_times_dout
+from ..tiles.chunks import chunk_rows, sum_chunks
 from ..tiles.tile import strides_or_zeros
-from .shrink_outer import NARROW, RANKS, WIDE, _barrier, _chunk_of, _load_rows
+from .pieces import NARROW, RANKS, WIDE, barrier, chunk_of, load_rows
 
 # triton 3.6: _reinterpret; drop when the floor is 3.9
 REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -92,14 +92,14 @@ def _load_quarter(
     mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS)) < left)[:, None] & exists
     pre_ptrs += h * HALF * stride_prem + c * COLS * (1 + INTERLEAVED)
     draw_ptrs += h * HALF * I + c * COLS
-    _load_rows(staged[0].index(s), pre_ptrs, mask)
-    _load_rows(staged[1].index(s), pre_ptrs + (COLS if INTERLEAVED else I), mask)
+    load_rows(staged[0].index(s), pre_ptrs, mask)
+    load_rows(staged[1].index(s), pre_ptrs + (COLS if INTERLEAVED else I), mask)
     if INTERLEAVED:
         mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_PAIRS)) < left)[:, None] & exists
-        _load_rows(staged[2].index(s).slice(0, PAIRS, 1), draw_ptrs, mask)
-        _load_rows(staged[2].index(s).slice(PAIRS, PAIRS, 1), draw_ptrs + PAIRS, mask)
+        load_rows(staged[2].index(s).slice(0, PAIRS, 1), draw_ptrs, mask)
+        load_rows(staged[2].index(s).slice(PAIRS, PAIRS, 1), draw_ptrs + PAIRS, mask)
     else:
-        _load_rows(staged[2].index(s), draw_ptrs, mask)
+        load_rows(staged[2].index(s), draw_ptrs, mask)
     async_copy.commit_group()
 
 
@@ -210,7 +210,7 @@ def _act_backward_outer_kernel(
     """Grid [max_chunks * PANELS]: an expert of one chunk or no row goes straight to dA and dB."""
     dtype: gl.constexpr = pre_ptr.dtype.element_ty
     chunk, panel = gl.program_id(0) // PANELS, gl.program_id(0) % PANELS
-    e, index = _chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED, BY_ROW)
+    e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED, BY_ROW)
     if e >= E:
         return
     start, end = gl.load(expert_offsets_ptr + e), gl.load(expert_offsets_ptr + e + 1)
@@ -337,7 +337,7 @@ def _act_backward_outer_kernel(
         right.index(0).store(weighted.to(dtype))
         # the products are to see what threads wrote
         fence_async_shared()
-        _barrier()
+        barrier()
         ws_flat.store(next_w.to(gl.float32))
         side00, side01 = halves0.index(at), halves0.index(at + 1)
         side10, side11 = halves1.index(at), halves1.index(at + 1)
@@ -357,7 +357,7 @@ def _act_backward_outer_kernel(
         s5 = warpgroup_mma(act_halves.index(at + 1).permute([1, 0]), y, s5, is_async=True)
         yb, s0, s1, s2, s3, s4, s5 = warpgroup_mma_wait(0, deps=[yb, s0, s1, s2, s3, s4, s5])
         # and have read what the next step replaces
-        _barrier()
+        barrier()
         gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < r)[None, :])
         left -= ROWS
         draw_ptrs += ROWS * I

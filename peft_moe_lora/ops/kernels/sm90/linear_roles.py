@@ -50,19 +50,11 @@ from ...activation import Activation
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, padded_rank
-from ..linear_ordered import operand_descriptors
 from ..tiles.activation import activate, activate_plain, activation_constants
-from ..tiles.tile import halves, make_descriptor, position, strides_or_zeros, table_line, table_size
+from ..tiles.descriptors import make_descriptor, operand_descriptors
+from ..tiles.tile import halves, position, strides_or_zeros, table_line, table_size
+from .pieces import WIDE, load_box, load_rows, store_box
 from .rings import barriers, hear, message_ring, place, tell, wait_empty, wait_full
-
-# triton 3.6: other names; drop when the floor is 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-_load_rows = (
-    async_copy.async_load
-    if hasattr(async_copy, "async_load")
-    else async_copy.async_copy_global_to_shared
-)
 
 # a tile and a step of its K loop: the form of the kernel, not a setting
 HALF_M, BOX_M, BLOCK_N, BLOCK_K = (
@@ -75,8 +67,6 @@ HALF_M, BOX_M, BLOCK_N, BLOCK_K = (
 BOXES = gl.constexpr(5)
 # bytes of a step's columns, and of a box of rows
 COLUMN_BYTES, BOX_BYTES = gl.constexpr(256 * 64 * 2), gl.constexpr(32 * 64 * 2)
-# as products and the copy engine take a box
-SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 # threads that copy or store rows, 16 bytes each
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 # a pass without an activation
@@ -111,11 +101,11 @@ def _load_columns(desc, columns, there, s, e, n, k, HALVES: gl.constexpr, K_UNIT
     """Start the copy of a step's columns; beyond N, K and r come zeros."""
     if K_UNIT:
         WIDTH: gl.constexpr = BLOCK_N // HALVES
-        _load(
+        load_box(
             desc, [e, 0, n * WIDTH, k], there, columns.index(s).reshape([1, HALVES, WIDTH, BLOCK_K])
         )
     else:
-        _load(desc, [e, k, n * BLOCK_N], there, columns.index(s).reshape([1, BLOCK_K, BLOCK_N]))
+        load_box(desc, [e, k, n * BLOCK_N], there, columns.index(s).reshape([1, BLOCK_K, BLOCK_N]))
 
 
 @gluon.jit
@@ -134,8 +124,8 @@ def _load_boxes(
             mbarrier.expect(there, COLUMN_BYTES + (j + 1) * BOX_BYTES, pred=boxes == j + 1)
         for j in gl.static_range(BOXES - 1):
             box = rows[0].index(2 * s + j // 2).slice(j % 2 * BOX_M, BOX_M, 0)
-            _load(rows_desc, [first_row + j * BOX_M, i * BLOCK_K], there, box, pred=j < boxes)
-        _load(
+            load_box(rows_desc, [first_row + j * BOX_M, i * BLOCK_K], there, box, pred=j < boxes)
+        load_box(
             rows_desc,
             [first_row + 2 * HALF_M, i * BLOCK_K],
             there,
@@ -179,11 +169,11 @@ def _load_gathered(
         there = full.index(s)
         mbarrier.expect(there, COLUMN_BYTES)
         _load_columns(weight_desc, columns, there, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
-        _load_rows(rows[0].index(2 * s), upper)
+        load_rows(rows[0].index(2 * s), upper)
         if first_row + HALF_M < end:
-            _load_rows(rows[0].index(2 * s + 1), lower)
+            load_rows(rows[0].index(2 * s + 1), lower)
         if first_row + 2 * HALF_M < end:
-            _load_rows(rows[1].index(s), tail)
+            load_rows(rows[1].index(s), tail)
         # each thread's copies arrive when they are done
         async_copy.mbarrier_arrive(there, increment_count=False)
         upper += BLOCK_K
@@ -330,7 +320,7 @@ def _store_chunk(chunk, output, box, first_row, end, half, col, width, stride_m)
         box.store(chunk.to(ptr.dtype.element_ty))
         if first_row + HALF_M <= end:
             fence_async_shared()
-            _store(desc, [half, first_row, col], box.reshape([1, HALF_M, 64]))
+            store_box(desc, [half, first_row, col], box.reshape([1, HALF_M, 64]))
         else:
             _store_rows(box.load(BY_ROWS), ptr, first_row, end, half, col, width, stride_m)
 
@@ -525,14 +515,14 @@ def _linear_roles_kernel(
     # not with an ungated activation or an erf of alternating columns, which need their registers
     TAILS: gl.constexpr = KIND is None or (GATED and not (INTERLEAVED and KIND == "gelu"))
     dtype: gl.constexpr = y_ptr.dtype.element_ty
-    row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], SWIZZLED)
-    row_tails = gl.allocate_shared_memory(dtype, [STAGES, BOX_M, BLOCK_K], SWIZZLED)
+    row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], WIDE)
+    row_tails = gl.allocate_shared_memory(dtype, [STAGES, BOX_M, BLOCK_K], WIDE)
     columns = gl.allocate_shared_memory(
-        dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], SWIZZLED
+        dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], WIDE
     )
     # what each consumer stores by
-    box0 = gl.allocate_shared_memory(dtype, [HALF_M, 64], SWIZZLED)
-    box1 = gl.allocate_shared_memory(dtype, [HALF_M, 64], SWIZZLED)
+    box0 = gl.allocate_shared_memory(dtype, [HALF_M, 64], WIDE)
+    box1 = gl.allocate_shared_memory(dtype, [HALF_M, 64], WIDE)
     # who fills a stage: the copy engine, and where rows are gathered each of 128 threads
     full, empty = barriers(STAGES, 129 if GATHER else 1, 2)
     stages, messages = ((row_halves, row_tails), columns, full, empty), message_ring(2)

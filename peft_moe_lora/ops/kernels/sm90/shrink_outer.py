@@ -35,49 +35,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import power_of_2
-from ..outer import sum_chunks
+from ..tiles.chunks import sum_chunks
+from .pieces import NARROW, RANKS, WIDE, barrier, chunk_of, load_rows
 
-# triton 3.6: other names; drop when the floor is 3.9
-_load_rows = (
-    async_copy.async_load
-    if hasattr(async_copy, "async_load")
-    else async_copy.async_copy_global_to_shared
-)
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-# columns of a step, and ranks: more would leave no registers
-BLOCK_K, RANKS = gl.constexpr(64), gl.constexpr(16)
-# as products take their operands
-WIDE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
+# columns of a step
+BLOCK_K = gl.constexpr(64)
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 # threads that copy rows, and that load ranks of A and of right, 16 bytes each
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 BY_FOUR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
 BY_EXPERT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _chunk_of(
-    chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr, BY_EXPERTS: gl.constexpr
-):  # fmt: skip
-    """As in `outer`: (expert, E for none; which of its chunks) of a chunk."""
-    e, index = chunk, 0
-    if chunk >= E:
-        experts = gl.arange(0, E_PADDED, BY_EXPERTS)
-        start = gl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
-        end = gl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-        further_end = gl.associative_scan(gl.maximum(end - start - 1, 0) // CHUNK, 0, _add)
-        passed = further_end <= chunk - E
-        e = gl.minimum(gl.sum(passed.to(gl.int32), 0), E)
-        index = chunk - E - gl.max(gl.where(passed, further_end, 0), 0) + 1
-    return e, index
 
 
 @gluon.jit
@@ -129,7 +97,7 @@ def _shrink_outer_kernel(
     """Grid [max_chunks]: an expert of one chunk or no row goes straight to out."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     chunk = gl.program_id(0)
-    e, index = _chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)
+    e, index = chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)
     if e >= E:
         return
     first_row, end = gl.load(expert_offsets_ptr + e), gl.load(expert_offsets_ptr + e + 1)
@@ -151,8 +119,8 @@ def _shrink_outer_kernel(
         x_ptr, row_token_ptr, tail_row, end, stride_xm, GATHER, TAIL
     )
     for i in gl.static_range(STAGES - 1):
-        _load_rows(rows.index(i), x_ptrs, mask_x & (i * BLOCK_K < K))
-        _load_rows(tails.index(i), tail_ptrs, mask_tail & (i * BLOCK_K < K))
+        load_rows(rows.index(i), x_ptrs, mask_x & (i * BLOCK_K < K))
+        load_rows(tails.index(i), tail_ptrs, mask_tail & (i * BLOCK_K < K))
         async_copy.commit_group()
         x_ptrs += BLOCK_K
         tail_ptrs += BLOCK_K
@@ -177,9 +145,9 @@ def _shrink_outer_kernel(
         async_copy.wait_group(STAGES - 2)
         # products are to see what threads wrote, and have read what the next loads replace
         fence_async_shared()
-        _barrier()
-        _load_rows(rows.index(ahead % STAGES), x_ptrs, mask_x & (ahead < steps))
-        _load_rows(tails.index(ahead % STAGES), tail_ptrs, mask_tail & (ahead < steps))
+        barrier()
+        load_rows(rows.index(ahead % STAGES), x_ptrs, mask_x & (ahead < steps))
+        load_rows(tails.index(ahead % STAGES), tail_ptrs, mask_tail & (ahead < steps))
         async_copy.commit_group()
         x_ptrs += BLOCK_K
         tail_ptrs += BLOCK_K

@@ -15,10 +15,10 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..codes.codes_4bit import add_product_4bit
 from ..launching.table import device_facts, lookup
+from .descriptors import weight_descriptor
 from .dropout import dropout_mask
 
 # bytes of an expert's weight past which it is no small one, of which many stay in L2 at once, and past which it is a
@@ -158,45 +158,6 @@ def tile_product(
     if LATE:
         acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
     return acc
-
-
-def make_descriptor(t: torch.Tensor, shape, strides, box, make):
-    """make(t, shape, strides, box), or None where the copy engine does not take these strides or this address."""
-    size = t.element_size()
-    if strides[-1] != 1 or t.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
-        return None
-    return make(t, shape, strides, box)
-
-
-def weight_descriptor(
-    weight: torch.Tensor,
-    k_unit: bool,
-    halves: int,
-    block_n: int,
-    block_k: int,
-    make=TensorDescriptor,
-):
-    """A descriptor of weight [E, N, K] that loads one tile, or None where its strides, alignment or halves forbid.
-
-    Args:
-        k_unit: whether a tile comes as [block_n, block_k], which asks for a K stride of 1, or as [block_k, block_n].
-        make: gives the descriptor of (tensor, shape, strides, box) that the kernel's language takes.
-    """
-    (E, N, K), (stride_e, stride_n, stride_k) = weight.shape, weight.stride()
-    if k_unit:
-        strides = [stride_e, N // halves * stride_n, stride_n, stride_k]
-        box = [1, halves, block_n // halves, block_k]
-        return make_descriptor(weight, [E, halves, N // halves, K], strides, box, make)
-    if halves == 1:
-        return make_descriptor(
-            weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n], make
-        )
-    return None
-
-
-def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescriptor):
-    """A descriptor of rows x [M, K] that loads one tile, or None where strides or alignment forbid."""
-    return make_descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], make)
 
 
 @cache

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching.launch import facts, launch
-from .launching.table import ceil_div, power_of_2
+from ..launching.launch import facts, launch
+from ..launching.table import ceil_div, power_of_2
 
 # of a tile, whatever the rank
 ELEMENTS = 4096

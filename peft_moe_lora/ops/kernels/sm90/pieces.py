@@ -1,0 +1,53 @@
+"""Pieces that several Gluon kernels share: names, shared-memory layouts, the expert of a chunk.
+
+Gluon renamed some functions. Here each has one name, whatever the version of Triton.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# triton 3.6: other names; drop when the floor is 3.9
+if hasattr(async_copy, "async_load"):
+    load_rows = async_copy.async_load
+else:
+    load_rows = async_copy.async_copy_global_to_shared
+if hasattr(tma, "async_load"):
+    load_box = tma.async_load
+    store_box = tma.async_store
+else:
+    load_box = tma.async_copy_global_to_shared
+    store_box = tma.async_copy_shared_to_global
+if hasattr(gl, "barrier"):
+    barrier = gl.barrier
+else:
+    barrier = gl.thread_barrier
+
+# the largest rank of the kernels that hold sums over rows in registers
+RANKS = gl.constexpr(16)
+# shared-memory layouts of a product's operands: tiles of 64 columns or more, and of RANKS columns
+WIDE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def chunk_of(
+    chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr, BY_EXPERTS: gl.constexpr
+):  # fmt: skip
+    """(expert, E for none; which of its chunks) of a chunk: `tiles.chunks.chunk_of` in Gluon."""
+    e, index = chunk, 0
+    if chunk >= E:
+        experts = gl.arange(0, E_PADDED, BY_EXPERTS)
+        start = gl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
+        end = gl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
+        further_end = gl.associative_scan(gl.maximum(end - start - 1, 0) // CHUNK, 0, _add)
+        passed = further_end <= chunk - E
+        e = gl.minimum(gl.sum(passed.to(gl.int32), 0), E)
+        index = chunk - E - gl.max(gl.where(passed, further_end, 0), 0) + 1
+    return e, index
