@@ -1,4 +1,4 @@
-"""examples/benchmark.py on a CPU: every field, and no number for a route that is wrong."""
+"""examples/benchmarks/layer.py on a CPU: every field, and no number for a route that is wrong."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PATH = Path(__file__).parent.parent / "examples" / "benchmark.py"
+PATH = Path(__file__).parent.parent / "examples" / "benchmarks" / "layer.py"
 # E, H, I, top_k all differ
 TINY = [
     "--device",
@@ -28,9 +28,9 @@ TINY = [
 @pytest.fixture
 def benchmark(monkeypatch):
     """The script as a module, with ceilings that take no time to measure."""
-    spec = importlib.util.spec_from_file_location("benchmark", PATH)
+    spec = importlib.util.spec_from_file_location("layer", PATH)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark", module)
+    monkeypatch.setitem(sys.modules, "layer", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(
         module, "measure_ceilings", lambda timer, probe: module.Ceilings(1e11, 1e10)

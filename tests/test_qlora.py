@@ -41,7 +41,7 @@ def test_the_example_learns_on_quantized_experts(tmp_path):
 
 def test_the_benchmark_of_a_layer_checks_what_it_times(tmp_path):
     run(
-        "benchmark_quantized.py",
+        "benchmarks/quantized.py",
         "--formats",
         "nf4",
         "int8",
@@ -59,7 +59,7 @@ def test_the_benchmark_of_a_layer_checks_what_it_times(tmp_path):
 
 
 def test_the_benchmark_of_few_rows_times_every_way(tmp_path):
-    run("benchmark_quantized.py", "--tokens", 1, 4, "--repeat", 1, "--json", tmp_path / "o")
+    run("benchmarks/quantized.py", "--tokens", 1, 4, "--repeat", 1, "--json", tmp_path / "o")
     found = json.loads((tmp_path / "o").read_text())
     assert [row["tokens"] for row in found] == [1, 4]
     for row in found:
@@ -69,7 +69,7 @@ def test_the_benchmark_of_few_rows_times_every_way(tmp_path):
 
 def test_the_benchmark_of_a_model_trains_it(tmp_path):
     run(
-        "benchmark_quantized.py",
+        "benchmarks/quantized.py",
         "--model",
         "--steps",
         8,

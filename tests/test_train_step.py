@@ -1,4 +1,4 @@
-"""examples/train_step.py on a CPU: every field, one set of base weights, and no number where routes disagree."""
+"""benchmarks/train_step.py on a CPU: every field, shared base weights, no number where routes disagree."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "benchmarks"
 ROUTES = ["base", "peft", "moe_lora", "moe_lora-recompute"]
 
 

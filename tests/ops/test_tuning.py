@@ -1,4 +1,4 @@
-"""What `examples/tune_kernels.py --write` does to the table."""
+"""What `examples/benchmarks/tune_kernels.py --write` does to the table."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ import pytest
 from peft_moe_lora.ops.kernels.launching import launch
 from peft_moe_lora.ops.kernels.launching import table as rows
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
 def load(path, name):

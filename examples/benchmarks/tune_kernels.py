@@ -1,7 +1,7 @@
 """Time the operations and their whole forward and backward on one GPU, with the table's rows or with others.
 
-    python examples/tune_kernels.py --shapes qwen3-30b olmoe
-    python examples/tune_kernels.py --op shrink --calls "shrink x" --vary '{"BLOCK_M": [64, 128]}' --write
+    python examples/benchmarks/tune_kernels.py --shapes qwen3-30b olmoe
+    python examples/benchmarks/tune_kernels.py --op shrink --calls "shrink x" --vary '{"BLOCK_M": [64, 128]}' --write
 
 Without --op every operation is checked against its twin and timed. With it, the settings of one are varied; --write
 puts the best into the table of `peft_moe_lora/ops/kernels/launching/table.py`, with the machine and the date.

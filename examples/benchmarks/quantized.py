@@ -1,10 +1,10 @@
 """Time LoRA on quantized experts beside LoRA on the dense weights they stand for, and train a 30B model in 24 GB.
 
-    python examples/benchmark_quantized.py                        one layer: step, peak, decoding; small on a CPU
-    python examples/benchmark_quantized.py --scratch 32 128 1024  the same for several bounds of the scratch, in MiB
-    python examples/benchmark_quantized.py --tokens 1 64 512      few rows: codes decoded by their product, or before
-    python examples/benchmark_quantized.py --model                48 layers of Qwen3-30B-A3B, random NF4 experts
-    python examples/benchmark_quantized.py --model --loss-chunk 512 --rank 16
+    python examples/benchmarks/quantized.py                        one layer: step, peak, decoding; small on a CPU
+    python examples/benchmarks/quantized.py --scratch 32 128 1024  the same for several bounds of the scratch, in MiB
+    python examples/benchmarks/quantized.py --tokens 1 64 512      few rows: codes decoded by their product, or before
+    python examples/benchmarks/quantized.py --model                48 layers of Qwen3-30B-A3B, random NF4 experts
+    python examples/benchmarks/quantized.py --model --loss-chunk 512 --rank 16
 
 The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and quantized by turns in
 one run; outputs and gradients are compared with a reference in higher precision first. The model: built layer by
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmark import (
+from layer import (
     BOUNDS,
     DTYPES,
     MIB,
@@ -71,7 +71,7 @@ TINY = QWEN3_30B | {
 # ---- one layer -----------------------------------------------------------------------------------------------------
 
 
-def layer(case: Case, formats: list[str], repeat: int) -> list[dict]:
+def time_layer(case: Case, formats: list[str], repeat: int) -> list[dict]:
     """A row for the dense layer and for each format: ms of a step, MiB of its peak, both over the dense one's.
 
     Raises:
@@ -151,7 +151,8 @@ DECODING = {"in the product": 128, "into a scratch": 0}
 @contextmanager
 def decoding(max_block_m: int):
     """Within it, products over tiles of at most so many rows decode their codes."""
-    from peft_moe_lora.ops.kernels.codes import codes_4bit, replay
+    from peft_moe_lora.ops.kernels.codes import codes_4bit
+    from peft_moe_lora.ops.kernels.launching import replay
 
     kept, codes_4bit.MAX_BLOCK_M = codes_4bit.MAX_BLOCK_M, max_block_m
     # what was recorded goes the other way
@@ -401,7 +402,7 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
                 from peft_moe_lora.ops.kernels import parts
 
                 parts.SCRATCH_BYTES = scratch * MIB
-            for row in layer(case, arguments.formats, arguments.repeat):
+            for row in time_layer(case, arguments.formats, arguments.repeat):
                 found.append({"scratch": scratch} | row)
                 print(
                     f"{row['case']:<28} {row['route']:<10} scratch {scratch or 'set'} MiB: step {row['step']:.2f} ms "

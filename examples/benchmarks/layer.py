@@ -1,8 +1,8 @@
 """Time one experts layer with LoRA, forward and backward, beside its peers and the roofline of the machine.
 
-    python examples/benchmark.py                                      the goals' shapes on a GPU, small ones on a CPU
-    python examples/benchmark.py --json speed.json --plot speed.png   keep the numbers, draw them
-    python examples/benchmark.py --shapes qwen3-30b 64,4096,1024,6 --tokens 2048 8192 --rank 16 64 --skew
+    python examples/benchmarks/layer.py                                the goals on a GPU, small shapes on a CPU
+    python examples/benchmarks/layer.py --json speed.json --plot speed.png keep the numbers, draw them
+    python examples/benchmarks/layer.py --shapes qwen3-30b 64,4096,1024,6 --tokens 2048 8192 --rank 16 64 --skew
 
 Routes, all in one run on one machine, on the same inputs, frozen base weights and fp32 adapters:
     moe_lora              `get_peft_model(model, MoELoraConfig(...))` on transformers' experts, wrapper and all

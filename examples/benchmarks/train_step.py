@@ -1,7 +1,7 @@
 """Time whole training steps of a slice of Qwen3-30B-A3B: without an adapter, with PEFT's own, with peft_moe_lora.
 
-    python examples/train_step.py            8 layers at real widths with random weights, on a GPU of 48 GiB or more
-    python examples/train_step.py --tiny     the same steps of a tiny model on a CPU, in seconds
+    python examples/benchmarks/train_step.py         8 layers at real widths, on a GPU of 48 GiB or more
+    python examples/benchmarks/train_step.py --tiny  the same steps of a tiny model on a CPU, in seconds
 
 A step is forward, backward and AdamW on the adapters (LoRA of rank 16 on experts, q, k, v and o; fp32 on a bf16 base;
 sdpa, experts_implementation="grouped_mm"). Every route runs on the same weights in memory, and the embeddings' output
@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from benchmark import MIB, CheckFailed, allocations, describe_machine, synchronize
+from layer import MIB, CheckFailed, allocations, describe_machine, synchronize
 from peft_moe_lora import MoELoraConfig
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
