@@ -300,14 +300,8 @@ def write_row(path, row, blocks, source):
     words = [*map(repr, (*wanted, source, blocks["num_warps"], blocks["num_stages"]))]
     words += [f"{name}={value!r}" for name, value in rest.items()]
     call_text = f"    _row({', '.join(words)}),".replace("'", '"')
-    if len(call_text) > 119:
-        call_text = (
-            "    _row(\n"
-            + "".join(f"        {word},\n" for word in words).replace("'", '"')
-            + "    ),"
-        )
     lines = text.splitlines()
-    lines[call.lineno - 1 : call.end_lineno] = call_text.splitlines()
+    lines[call.lineno - 1 : call.end_lineno] = [call_text]
     path.write_text("\n".join(lines) + "\n")
 
 

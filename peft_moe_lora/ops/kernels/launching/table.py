@@ -1,28 +1,32 @@
-"""Which block sizes a kernel runs with: rows of a table, chosen by rule, never searched at run time.
+"""Which block sizes a kernel runs with: rows of a table, chosen by rule and never searched at run time.
 
-A row holds for its operation, architecture and newer ones, element size, and tiles of at least `block_m` rows; a
-kernel in one architecture's own instructions, named in `EXACT`, for that architecture alone. Compute capability 12.x
-has the shared memory of 8.6 and 8.9, 99 KiB a block, and neither 9.0's nor 10.0's products: of older rows it takes
-those of 8.x.
+A row serves its operation on its architecture and on newer ones, for its element size, in tiles of
+at least its `block_m` rows. Of the rows that serve, the newest architecture wins, then the largest
+`block_m`. Kernels that use one architecture's own instructions (`EXACT`) run on that one alone.
+
+Compute capability 12.x has as little shared memory as 8.6 and 8.9, 99 KiB a block, and has neither
+the products of 9.0 nor those of 10.0: it takes its own rows and those of 8.x.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        op: the operation's name without "expert_"; one that ends in "_gathered" goes before the plain one for
-            gathered rows, one that ends in "_short" for a short K.
+        op: the operation's name without "expert_". A name that ends in "_gathered" is used for
+            gathered rows, one that ends in "_short" for a short K; without such a row, the plain
+            name's row serves.
         arch: compute capability times ten, 0 for the interpreter.
         itemsize: bytes of one element of x.
         block_m: rows of a tile, as `block_m_for` chose them.
-        blocks: the kernel's constexprs and num_warps, num_stages.
+        blocks: the kernel's constexprs, and num_warps and num_stages.
         source: machine and date of the measurement.
     """
 
@@ -30,80 +34,50 @@ class Row:
     arch: int
     itemsize: int
     block_m: int
-    blocks: dict
+    blocks: dict[str, Any]
     source: str
 
 
-def _row(op, arch, itemsize, block_m, source, num_warps, num_stages, **blocks):
-    return Row(
-        op,
-        arch,
-        itemsize,
-        block_m,
-        {**blocks, "num_warps": num_warps, "num_stages": num_stages},
-        source,
-    )
+def _row(
+    op: str,
+    arch: int,
+    itemsize: int,
+    block_m: int,
+    source: str,
+    num_warps: int,
+    num_stages: int,
+    **blocks: Any,
+) -> Row:
+    blocks |= {"num_warps": num_warps, "num_stages": num_stages}
+    return Row(op, arch, itemsize, block_m, blocks, source)
 
 
 _SAFE = "chosen to compile without spills, not timed"
-_H200, _H200_22, _H200_24 = (f"NVIDIA H200, 2026-11-{day}" for day in (21, 22, 24))
 _TINY = "small, so that tiny shapes have edges"
-# GROUP: row tiles that share a weight tile, of small, middling and large experts; None: no row for these
-_BY_2_16, _BY_2_8 = (2, 2, 16), (2, 2, 8)
+_H200 = "NVIDIA H200, 2026-11-21"
+_H200_22 = "NVIDIA H200, 2026-11-22"
+_H200_24 = "NVIDIA H200, 2026-11-24"
+# GROUP: how many row tiles share a weight tile before the next weight tile is read, for experts of
+# small, middle and large weights (`tiles.tile.EXPERT_BYTES`); None: the row is not for these
+_BY_2_16 = (2, 2, 16)
+_BY_2_8 = (2, 2, 8)
+# DESCRIPTOR: load the weight by tensor descriptor; PER_SM: programs on each multiprocessor;
+# TAIL: multiply only half a tile where an expert's last tile has no more rows
 _POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": _BY_2_16}
+_SMALL_PROGRAMS = _POINTERS | {"PER_SM": 4}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
-_ROLES = {**_TMA, "STAGES": 4, "maxnreg": 168}
-# wgmma is sm_90's alone
+_TMA_TWICE = _TMA | {"PER_SM": 2}
+_ROLES = _TMA | {"STAGES": 4, "maxnreg": 168}
+# they multiply by wgmma, which only 9.0 has
 EXACT = frozenset({"linear_roles", "linear_roles_gathered", "shrink_outer", "act_backward_outer"})
+# fmt: off
 TABLE = (
-    # the interpreter
-    _row(
-        "linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=_BY_2_16
-    ),
-    _row(
-        "linear_act",
-        0,
-        2,
-        16,
-        _TINY,
-        1,
-        1,
-        BLOCK_N=32,
-        BLOCK_K=32,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear",
-        0,
-        2,
-        32,
-        _TINY,
-        1,
-        1,
-        BLOCK_N=32,
-        BLOCK_K=16,
-        DESCRIPTOR=False,
-        PER_SM=1,
-        TAIL=True,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear_act",
-        0,
-        2,
-        32,
-        _TINY,
-        1,
-        1,
-        BLOCK_N=32,
-        BLOCK_K=16,
-        DESCRIPTOR=False,
-        PER_SM=1,
-        TAIL=True,
-        GROUP=_BY_2_16,
-    ),
+    # op, arch, itemsize, block_m, source, num_warps, num_stages, constexprs
+    # Triton's interpreter
+    _row("linear", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_act", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=32, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True, GROUP=_BY_2_16),
+    _row("linear_act", 0, 2, 32, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=16, DESCRIPTOR=False, PER_SM=1, TAIL=True, GROUP=_BY_2_16),
     _row("linear_4bit", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=64, **_POINTERS),
     _row("linear_4bit", 0, 2, 32, _TINY, 1, 1, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear_act_4bit", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=128, **_POINTERS),
@@ -113,8 +87,8 @@ TABLE = (
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
     _row("combine", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16),
     _row("dequantize", 0, 2, 16, _TINY, 1, 1, BLOCK=512),
-    # 2-byte elements, from sm_80 on: pointer loads. maxnreg: unasked, the compiler of triton 3.6 takes fewer registers
-    # and spills, so that one more program fits
+    # 2-byte elements, from 8.0 on: loads by pointers. Where maxnreg is given, the compiler of Triton
+    # 3.6 would otherwise use fewer registers, to fit one more program, and spill
     _row("act_backward", 80, 2, 16, _SAFE, 4, 1, BLOCK_M=8, BLOCK_I=256),
     _row("combine", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=1024),
     _row("dequantize", 80, 2, 16, _SAFE, 4, 1, BLOCK=4096),
@@ -123,203 +97,36 @@ TABLE = (
     _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
     _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
     _row("linear_act", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
-    # many small programs: each loads but one tile ahead
-    _row(
-        "linear_4bit", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=64, **_POINTERS | {"PER_SM": 4}
-    ),
-    _row(
-        "linear_act_4bit",
-        80,
-        2,
-        16,
-        _SAFE,
-        4,
-        1,
-        BLOCK_N=64,
-        BLOCK_K=64,
-        **_POINTERS | {"PER_SM": 4},
-    ),
-    _row(
-        "linear_4bit",
-        80,
-        2,
-        32,
-        _SAFE,
-        4,
-        1,
-        BLOCK_N=64,
-        BLOCK_K=32,
-        **_POINTERS | {"PER_SM": 4},
-        maxnreg=128,
-    ),
-    _row(
-        "linear_act_4bit",
-        80,
-        2,
-        32,
-        _SAFE,
-        4,
-        1,
-        BLOCK_N=64,
-        BLOCK_K=32,
-        **_POINTERS | {"PER_SM": 4},
-    ),
+    # many small programs, each of which loads only one tile ahead
+    _row("linear_4bit", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=64, **_SMALL_PROGRAMS),
+    _row("linear_act_4bit", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=64, **_SMALL_PROGRAMS),
+    _row("linear_4bit", 80, 2, 32, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=32, **_SMALL_PROGRAMS, maxnreg=128),
+    _row("linear_act_4bit", 80, 2, 32, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=32, **_SMALL_PROGRAMS),
     _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 80, 2, 16, _SAFE, 8, 3, BLOCK_M=32, BLOCK_WIDE=128, maxnreg=128),
     _row("act_backward", 80, 4, 16, _SAFE, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 80, 4, 16, _SAFE, 4, 1, BLOCK_N=512),
-    # 4-byte elements: IEEE products run on the FMA units, so small tiles
+    # 4-byte elements: IEEE fp32 products run on the FMA units, so tiles are small
     _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
-    # 2-byte elements, from sm_90 on: the weight comes by tensor descriptor
-    _row(
-        "linear",
-        90,
-        2,
-        16,
-        _SAFE,
-        4,
-        4,
-        BLOCK_N=128,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear_act",
-        90,
-        2,
-        16,
-        _SAFE,
-        4,
-        4,
-        BLOCK_N=128,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear",
-        90,
-        2,
-        64,
-        _H200,
-        4,
-        4,
-        BLOCK_N=128,
-        BLOCK_K=64,
-        **_TMA | {"PER_SM": 2},
-        TAIL=False,
-        GROUP=(8, 8, 16),
-    ),
-    _row(
-        "linear_act",
-        90,
-        2,
-        64,
-        _H200,
-        4,
-        4,
-        BLOCK_N=128,
-        BLOCK_K=64,
-        **_TMA | {"PER_SM": 2},
-        TAIL=True,
-        GROUP=(4, 4, 16),
-    ),
-    _row(
-        "linear",
-        90,
-        2,
-        128,
-        _H200,
-        8,
-        4,
-        BLOCK_N=256,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_8,
-    ),
-    _row(
-        "linear_gathered",
-        90,
-        2,
-        64,
-        _H200,
-        4,
-        4,
-        BLOCK_N=256,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear_gathered",
-        90,
-        2,
-        128,
-        _H200,
-        8,
-        4,
-        BLOCK_N=256,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=True,
-        GROUP=_BY_2_8,
-    ),
-    _row(
-        "linear_act",
-        90,
-        2,
-        128,
-        _H200,
-        8,
-        4,
-        BLOCK_N=256,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=True,
-        GROUP=_BY_2_8,
-    ),
-    _row(
-        "linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=_BY_2_16
-    ),
-    # maxnreg: of three groups of four warps; the warps that load leave all but so many to the eight that multiply
-    _row(
-        "linear_roles",
-        90,
-        2,
-        128,
-        _H200,
-        4,
-        1,
-        MAX_K=8192,
-        **_ROLES,
-        PRODUCER=40,
-        CONSUMER=232,
-        GROUP=(1, 12, 16),
-    ),
-    _row(
-        "linear_roles_gathered",
-        90,
-        2,
-        128,
-        _H200,
-        4,
-        1,
-        MAX_K=8192,
-        **_ROLES,
-        PRODUCER=56,
-        CONSUMER=224,
-        GROUP=(1, 8, None),
-    ),
+    # 2-byte elements, from 9.0 on: the weight is loaded by tensor descriptor
+    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA_TWICE, TAIL=False, GROUP=(8, 8, 16)),
+    _row("linear_act", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA_TWICE, TAIL=True, GROUP=(4, 4, 16)),
+    _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_8),
+    _row("linear_gathered", 90, 2, 64, _H200, 4, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=_BY_2_8),
+    _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=_BY_2_8),
+    _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=_BY_2_16),
+    # 12 warps start with maxnreg registers a thread; then a warp that loads keeps PRODUCER of them,
+    # and one of the eight that multiply has CONSUMER
+    _row("linear_roles", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=40, CONSUMER=232, GROUP=(1, 12, 16)),
+    _row("linear_roles_gathered", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=56, CONSUMER=224, GROUP=(1, 8, None)),
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
     _row("shrink_short", 90, 2, 16, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
@@ -329,88 +136,75 @@ TABLE = (
     _row("shrink_outer", 90, 2, 128, _H200_24, 4, 1, ROWS=256, TAIL=64, STAGES=2),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
-    # 2-byte elements, from sm_100 on: its tensor cores' sums pass through registers once they are done
-    _row(
-        "linear",
-        100,
-        2,
-        128,
-        _SAFE,
-        8,
-        3,
-        BLOCK_N=128,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear_gathered",
-        100,
-        2,
-        128,
-        _SAFE,
-        8,
-        3,
-        BLOCK_N=128,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear_act",
-        100,
-        2,
-        128,
-        _SAFE,
-        8,
-        3,
-        BLOCK_N=128,
-        BLOCK_K=64,
-        **_TMA,
-        TAIL=False,
-        GROUP=_BY_2_16,
-    ),
-    _row(
-        "linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=_BY_2_16
-    ),
-    # where rows of sm_80 would spill
+    # 2-byte elements, from 10.0 on: sums of its tensor cores pass through registers only at the end
+    _row("linear", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_gathered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_act", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=_BY_2_16),
+    # where the rows of 8.0 would spill
     _row("dequantize", 100, 2, 16, _SAFE, 4, 1, BLOCK=2048),
     _row("linear", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
     _row("linear_act", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
 )
+# fmt: on
 
 
 def block_m_for(num_rows: int, num_experts: int, arch: int) -> int:
     """Rows of a tile: about half of what one expert gets when the routing is even, from 16 to 128."""
     rows = num_rows / num_experts
     if arch == 0:
-        return 16 if rows < 16 else 32
-    return 128 if rows >= 192 else 64 if rows >= 48 else 32 if rows >= 24 else 16
+        return 32 if rows >= 16 else 16
+    if rows >= 192:
+        return 128
+    if rows >= 48:
+        return 64
+    if rows >= 24:
+        return 32
+    return 16
+
+
+def _serves(row: Row, op: str, arch: int, itemsize: int, block_m: int) -> bool:
+    """Whether `op` may run by this row."""
+    if row.op != op or row.itemsize != itemsize or row.block_m > block_m:
+        return False
+    # the interpreter has rows of its own
+    if arch == 0 or row.arch == 0 or op in EXACT:
+        return row.arch == arch
+    if arch >= 120 and 90 <= row.arch < 120:
+        return False
+    return row.arch <= arch
 
 
 @cache
-def lookup(op: str, arch: int, itemsize: int, block_m: int) -> dict | None:
-    """The constexprs of `op`: the row of the newest architecture, then of the largest block_m, that fit; or None."""
+def lookup(op: str, arch: int, itemsize: int, block_m: int) -> dict[str, Any] | None:
+    """The blocks of the row that `op` runs by, or None where the table has none.
+
+    Args: as the attributes of `Row`; the interpreter takes the same rows for every itemsize.
+    """
     if arch == 0:
         itemsize = 2
-    rows = [row for row in TABLE if row.op == op and row.itemsize == itemsize and row.arch <= arch]
-    rows = [row for row in rows if arch < 120 or not 90 <= row.arch < 120]
-    # the interpreter's rows are its own
-    rows = [row for row in rows if (row.arch == 0) == (arch == 0) and row.block_m <= block_m]
-    rows = [row for row in rows if row.arch == arch or op not in EXACT]
-    if not rows and op.endswith(("_gathered", "_short")):
-        return lookup(op.rpartition("_")[0], arch, itemsize, block_m)
-    return max(rows, key=lambda row: (row.arch, row.block_m)).blocks if rows else None
+    rows = [row for row in TABLE if _serves(row, op, arch, itemsize, block_m)]
+    if rows:
+        return max(rows, key=lambda row: (row.arch, row.block_m)).blocks
+    if op.endswith(("_gathered", "_short")):
+        plain = op.rpartition("_")[0]
+        return lookup(plain, arch, itemsize, block_m)
+    return None
 
 
-def find(op: str, arch: int, itemsize: int, block_m: int) -> dict:
-    """`lookup`, where there has to be a row."""
+def find(op: str, arch: int, itemsize: int, block_m: int) -> dict[str, Any]:
+    """`lookup` of an operation that has no other kernel to run by.
+
+    Raises:
+        ValueError: if the table has no row for it.
+    """
     blocks = lookup(op, arch, itemsize, block_m)
     if blocks is None:
+        capability = f"{arch // 10}.{arch % 10}"
         raise ValueError(
-            f"no configuration of {op} for compute capability {arch / 10} and {itemsize}-byte elements."
+            f"{op} needs a row of the table for compute capability {capability} and "
+            f"{itemsize}-byte elements, and there is none: use bf16, fp16 or fp32 on a GPU of "
+            'compute capability 8.0 or newer, or backend="torch".'
         )
     return blocks
 
@@ -425,12 +219,16 @@ def device_facts(device: torch.device) -> tuple[int, int]:
     """(compute capability times ten, multiprocessors); (0, 3) in the interpreter."""
     if device.type != "cuda":
         return 0, 3
-    return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is None:
+        return _cuda_facts(torch.cuda.current_device())
+    return _cuda_facts(device.index)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """The `input_precision` of products: IEEE for fp32 unless torch allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
 
 
 def padded_rank(r: int) -> int:
