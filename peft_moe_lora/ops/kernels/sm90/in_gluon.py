@@ -1,21 +1,63 @@
-"""Kernels in Gluon, Triton's language of layouts and barriers, where this Triton's is the one they are written in."""
+"""The launchers of the kernels in Gluon, where the installed Triton has the Gluon they are written in.
+
+Gluon is Triton's lower-level language: a kernel names its layouts, its shared memory and its
+barriers. It is experimental, and names of it change between versions of Triton.
+"""
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
 logger = logging.getLogger(__name__)
 
+# {module: names of it that the kernels use}; of "a|b" one is enough, `pieces` takes either
+NEEDED = {
+    "triton.experimental.gluon": "jit",
+    "triton.experimental.gluon.language": """
+        BlockedLayout NVMMADistributedLayout NVMMASharedLayout SliceLayout SwizzledSharedLayout
+        allocate_shared_memory arange associative_scan atomic_add barrier|thread_barrier cdiv
+        constexpr convert_layout float32 full inline_asm_elementwise int16 int32 int64 join load max
+        maximum minimum num_programs pointer_type program_id shared_memory_descriptor static_assert
+        static_range store sum warp_specialize where zeros""",
+    "triton.experimental.gluon.language.nvidia.ampere.async_copy": """
+        async_load|async_copy_global_to_shared commit_group mbarrier_arrive wait_group""",
+    "triton.experimental.gluon.language.nvidia.hopper": """
+        fence_async_shared mbarrier tma warpgroup_mma warpgroup_mma_wait""",
+    "triton.experimental.gluon.language.nvidia.hopper.mbarrier": """
+        MBarrierLayout arrive expect init wait""",
+    "triton.experimental.gluon.language.nvidia.hopper.tma": """
+        async_load|async_copy_global_to_shared async_store|async_copy_shared_to_global store_wait""",
+    "triton.experimental.gluon.nvidia.hopper": "TensorDescriptor",
+}
+
+
+def missing() -> str | None:
+    """What the kernels need of Gluon and the installed Triton lacks, in words; None where it has all."""
+    for module, names in NEEDED.items():
+        try:
+            found = import_module(module)
+        except ImportError as error:
+            return str(error)
+        for name in names.split():
+            if not any(hasattr(found, spelling) for spelling in name.split("|")):
+                return f"{module} has no {name}"
+    return None
+
 
 @cache
-def in_gluon(name: str):
-    """The launcher `name` of the module of that name, or None: Gluon is an experiment of Triton's still."""
-    try:
-        return getattr(import_module(f".{name}", __package__), name)
-    except (ImportError, AttributeError) as error:
+def in_gluon(name: str) -> Callable | None:
+    """The launcher `name` of the module of that name, or None where Triton lacks what it needs.
+
+    Any error in importing that module is a mistake in it, and is raised.
+    """
+    lacking = missing()
+    if lacking is not None:
         logger.warning(
-            "a layer takes up to 15 %% longer, without %s for compute capability 9.0: %s.",
+            "a layer takes up to 15 %% longer on compute capability 9.0 without %s, which needs "
+            "Gluon as Triton 3.6 to 3.9 have it: %s.",
             name,
-            error,
+            lacking,
         )
         return None
+    return getattr(import_module(f".{name}", __package__), name)
