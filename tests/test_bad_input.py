@@ -28,7 +28,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.experts.layout import NOT_YET
+from peft_moe_lora.experts.families import NOT_YET
 
 FILE = "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.1.mlp.experts.lora_B.down"

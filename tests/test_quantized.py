@@ -26,8 +26,8 @@ from helpers import (
 from torch.nn.utils import parametrize
 
 from peft_moe_lora import dequantize_experts, quantize_experts
-from peft_moe_lora.experts.layout import UnsupportedExperts, read_layout
-from peft_moe_lora.experts.stored import stored_weight
+from peft_moe_lora.experts.layout import read_layout
+from peft_moe_lora.experts.stored import UnsupportedExperts, stored_weight
 from peft_moe_lora.ops.quantize import BLOCKSIZES, quantize, quantize_like
 from peft_moe_lora.ops.quantized import QuantizedWeight
 

@@ -26,8 +26,8 @@ from transformers.integrations.finegrained_fp8 import (
 from transformers.integrations.moe import use_experts_implementation
 
 from peft_moe_lora import dequantize_experts, quantize_experts
-from peft_moe_lora.experts.layout import UnsupportedExperts, read_layout
-from peft_moe_lora.experts.stored import stored_weight
+from peft_moe_lora.experts.layout import read_layout
+from peft_moe_lora.experts.stored import UnsupportedExperts, stored_weight
 
 BLOCKS = [(16, 8), (16, 20), None]
 

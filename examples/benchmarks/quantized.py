@@ -46,7 +46,7 @@ from layer import (
     synchronize,
 )
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.experts.stored import store
+from peft_moe_lora.experts.decoding import store
 from peft_moe_lora.ops import reference
 from peft_moe_lora.ops.quantize import quantize
 

@@ -16,14 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from ..experts.layout import (
-    ExpertsLayout,
-    UnsupportedExperts,
-    is_experts,
-    is_router,
-    linear_features,
-    read_layout,
-)
+from ..experts.layout import ExpertsLayout, is_experts, read_layout
+from ..experts.routers import is_router, linear_features
+from ..experts.stored import UnsupportedExperts
 from ..files.tensor_file import AdapterError, RefusedError
 
 

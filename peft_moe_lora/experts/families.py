@@ -1,29 +1,76 @@
-"""Experts off transformers' interface, by class name: where their weights lie and what they are called with.
+"""The tables of model families: every class of the models that the package treats in a way of its own.
 
-A class on the interface needs no row here, nor does one that keeps `gate_up_proj` and `down_proj` and is called as
-experts(hidden_states, top_k_index, top_k_weights). A row says the rest in the terms of an adapted layer:
-`compute(module, hidden_states, top_k_index, top_k_weights)`, the whole experts, or `compute_rows(module, rows,
-expert_size)`, one projection of rows in expert order; both as `MoELoraLayer` has them.
+A family that follows transformers' experts interface needs no row: its layout is read from its modules.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .layout import ExpertsLayout
+
+# Names of the parameters that hold one matrix for each expert; `layout` and the loader of quantized
+# models look for them. An experts module has `gate_up_proj` if it is gated, else `up_proj`.
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+# A row is the class of an experts module that cannot be adapted yet, and the reason, which `layout`
+# puts in its error.
+# fmt: off
+NOT_YET = {
+    "Mxfp4GptOssExperts": 'its weights are packed in the order of a kernel of its own; load_quantized with experts="mxfp4" keeps them as published',  # noqa: E501
+}
+# fmt: on
+
+# A row is the class of a router that reads the weight of a linear layer without calling the layer,
+# and that layer's name. The tuner refuses to put a LoRA there, because it would have no effect.
+READ_NOT_CALLED = {
+    "LongcatFlashTopkRouter": "classifier",
+}
+
+
+class AdaptedLayer(Protocol):
+    """What a family's `call` needs of the adapted layer around its module.
+
+    `compute` runs all of an experts module, `compute_rows` a module that is a single projection.
+    """
+
+    @property
+    def layout(self) -> "ExpertsLayout": ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    def compute(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor: ...
+
+    def compute_rows(
+        self, module: nn.Module, rows: torch.Tensor, expert_size: torch.Tensor
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Family:
-    """An experts class with weights or a call of its own.
+    """A class of experts modules with weights or a call of its own.
 
     Attributes:
-        arguments: names of what its forward takes: another signature under the same name is another class.
-        weights: projection -> names of the parameters that, one below another, are its N rows; 2-D ones stack
-            [E * n, K] what others store as [E, n, K].
-        transposed: projections whose parameters are stored [E, K, N].
-        call: (layer, module, *arguments) -> what the module's own forward returns, with the layer's adapters.
+        arguments: names of the arguments of its forward. A class of the same name whose forward
+            takes others is not this one.
+        weights: projection -> names of its parameters. Their rows, one parameter after the other,
+            are the N rows of the projection. A 2-D parameter is the [E, n, K] stack as [E * n, K].
+        call: (layer, module, *arguments) -> what the module's own forward returns, computed with
+            the layer's adapters.
+        transposed: the projections whose parameters are stored as [E, K, N].
         act_fn: name of the activation between the projections.
-        exports: why no other program's format holds its adapters; None where formats do.
+        exports: why adapters on it cannot be written in another program's format; None if they can.
     """
 
     arguments: tuple[str, ...]
@@ -34,11 +81,17 @@ class Family:
     exports: str | None = None
 
 
-def _llama4(layer, module, hidden_states):
-    """Every token meets every expert, [E * T, H] in expert order, the routing weight already on it.
+def _llama4(layer: AdaptedLayer, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Every expert computes every token; the routing weight is part of the input.
 
-    The router gives a token nobody chose the weight 0, and out of a row of zeros come zeros, forward and backward, as
-    long as act(0) = 0: such rows are skipped.
+    The router gives weight 0 to a token that did not select the expert. Its row is all zeros, and
+    if act(0) = 0, its output and its gradient are zero too: such rows are skipped.
+
+    Args:
+        layer: the adapted layer.
+        module: the experts module.
+        hidden_states: [E * T, H] rows in expert order, already times their routing weight.
+    Returns: [E * T, H].
     """
     E = layer.layout.num_experts
     rows = hidden_states.reshape(-1, layer.in_features)
@@ -47,42 +100,62 @@ def _llama4(layer, module, hidden_states):
     if layer.layout.activation is not None:
         largest = torch.linalg.vector_norm(rows.detach(), torch.inf, dim=-1)
         expert = torch.where(largest != 0, expert, E)
-    return layer.compute(module, rows, expert[:, None], rows.new_ones(rows.shape[0], 1))
+    ones = rows.new_ones(rows.shape[0], 1)
+    return layer.compute(module, rows, expert[:, None], ones)
 
 
-def _longcat_flash(layer, module, hidden_states, top_k_index, top_k_weights):
-    """Experts from E on are the identity: out[t] += x[t] * what the token's slots give them."""
-    identity = (top_k_index >= layer.layout.num_experts) & (top_k_index < module.total_experts)
-    passed = (top_k_weights * identity).sum(-1, keepdim=True) * hidden_states
-    return layer.compute(module, hidden_states, top_k_index, top_k_weights) + passed.to(
-        hidden_states.dtype
-    )
+def _longcat_flash(
+    layer: AdaptedLayer,
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The experts from E on are the identity: they add x[t] times their routing weights to out[t]."""
+    is_identity = top_k_index >= layer.layout.num_experts
+    # ids beyond all experts are sentinels, which nothing computes
+    is_identity &= top_k_index < cast(int, module.total_experts)
+    weight = (top_k_weights * is_identity).sum(-1, keepdim=True)
+    computed = layer.compute(module, hidden_states, top_k_index, top_k_weights)
+    return computed + (weight * hidden_states).to(hidden_states.dtype)
 
 
-def _rows(layer, module, rows, expert_size):
-    """A module that is one projection of rows in expert order."""
+def _rows(
+    layer: AdaptedLayer, module: nn.Module, rows: torch.Tensor, expert_size: torch.Tensor
+) -> torch.Tensor:
+    """The module is a single projection of [M, K] rows in expert order; expert e has expert_size[e]."""
     return layer.compute_rows(module, rows, expert_size)
 
 
-def _dbrx(layer, module, hidden_states, top_k_index, top_k_weights):
-    """[batch, sequence, H] in and out."""
+def _dbrx(
+    layer: AdaptedLayer,
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The module takes and returns [batch, sequence, H]."""
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     return layer.compute(module, rows, top_k_index, top_k_weights).view_as(hidden_states)
 
 
-ONE_EACH = "its modules hold one projection each, which other formats do not know"
+# the reason for families whose modules are one projection; also given for an adapter without a base
+ONE_EACH = "each of its modules is a single projection, which other formats cannot describe"
 
+# A row is the class of an experts module with weights or a call of its own. `layout` reads where its
+# weights are, the adapted layer runs its `call`, and conversions refuse what `exports` gives a reason for.
 FAMILIES = {
     "Llama4TextExperts": Family(
         arguments=("hidden_states",),
         weights={"gate_up": ("gate_up_proj",), "down": ("down_proj",)},
-        transposed=("gate_up", "down"),
         call=_llama4,
-        exports="PEFT takes its [E, K, N] weights for [E, N, K], and no server is known to read another form",
+        transposed=("gate_up", "down"),
+        exports="PEFT reads its [E, K, N] weights as [E, N, K], "
+        "and no server is known to read another form",
     ),
     "LongcatFlashExperts": Family(
         arguments=("hidden_states", "top_k_index", "top_k_weights"),
-        # gate_up_proj has rows for the identity experts too, which nothing reads
+        # gate_up_proj also has rows for the identity experts, which nothing reads
         weights={"gate_up": ("gate_up_proj",), "down": ("down_proj",)},
         call=_longcat_flash,
         exports="other formats count its identity experts, which have no adapter",
@@ -97,16 +170,16 @@ FAMILIES = {
     "AriaGroupedExpertsGemm": Family(
         arguments=("input", "tokens_per_expert"),
         weights={"linear": ("weight",)},
-        transposed=("linear",),
         call=_rows,
+        transposed=("linear",),
         exports=ONE_EACH,
     ),
     "DbrxExperts": Family(
         arguments=("hidden_states", "top_k_index", "top_k_weights"),
         weights={"gate_up": ("mlp.w1", "mlp.v1"), "down": ("mlp.w2",)},
-        transposed=("down",),
         call=_dbrx,
+        transposed=("down",),
         act_fn="mlp.activation_fn",
-        exports="its experts lie in 2-D weights, which other formats do not know",
+        exports="its experts are stored as 2-D weights, which other formats cannot describe",
     ),
 }

@@ -1,282 +1,251 @@
-"""What a projection of an experts module is stored as: a dense tensor, or codes and scales, read from the module.
+"""What a projection of an experts module is stored as, read from the module.
 
-Nothing here is decoded: a quantized projection is described, and its experts are decoded where they are computed.
+It is a dense tensor, or codes and scales. Nothing is decoded here: a quantized projection is
+described, and its experts are decoded where they are computed.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..ops.quantize import FORMATS, code_of, quantize_like
+from ..ops.quantize import code_of
 from ..ops.quantized import Codes4bit, Codes8bit, QuantizedWeight
+from .decoding import Decoding, parametrizations
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FP8 = torch.float8_e4m3fn
+# values that share a scale in MXFP4
+_MX_BLOCK = 32
+
+Weight = torch.Tensor | QuantizedWeight
 
 
 class UnsupportedExperts(ValueError):
-    """A module that holds routed experts, but not in a form an adapter can ride on."""
-
-
-class Decoding(nn.Module):
-    """The parametrization that stands before a quantized projection: whoever reads it gets the dense stack.
-
-    Adapted layers never read it so; they decode the experts they need from `weight`.
-
-    Args:
-        weight: what is stored. Its first tensor is the module's parameter, the others are buffers here, so that they
-            move and are saved with the module.
-    """
-
-    def __init__(self, weight: QuantizedWeight):
-        super().__init__()
-        _, *others = weight.tensors()
-        self.count = len(others)
-        for i, tensor in enumerate(others):
-            self.register_buffer(f"part{i}", tensor)
-        self.facts = weight.with_tensors([torch.empty(0)] * (self.count + 1))
-
-    def _apply(self, fn, recurse: bool = True):
-        """Scales move, and stay what they are: a cast of the module changes the dtype that is decoded into."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            cast = self._buffers[name].dtype
-            if cast != tensor.dtype:
-                self._buffers[name] = tensor.to(self._buffers[name].device)
-                self.facts = replace(self.facts, dtype=cast)
-        return self
-
-    def weight(self, codes: torch.Tensor) -> QuantizedWeight:
-        """What is stored, with the module's parameter `codes`."""
-        return self.facts.with_tensors(
-            [codes, *(getattr(self, f"part{i}") for i in range(self.count))]
-        )
-
-    @torch.no_grad()
-    def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """The dense stack in the parameter's own order, decoded anew."""
-        return self.weight(codes).dense()
-
-
-def store(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    """Put a quantized weight in the place of a dense parameter, or of a quantized one of the same format."""
-    codes = weight.tensors()[0]
-    if parametrize.is_parametrized(module, name):
-        listed = module.parametrizations[name]
-        if isinstance(listed[0], Decoding):
-            listed[0] = Decoding(weight).train(module.training)
-        else:
-            _into_bitsandbytes(listed[0].quant_state, weight)
-        listed.original.data = codes.view(listed.original.shape)
-        return
-    module.register_parameter(name, nn.Parameter(codes, requires_grad=False))
-    parametrize.register_parametrization(module, name, Decoding(weight), unsafe=True)
-
-
-def unstore(module: nn.Module, name: str, dense: torch.Tensor) -> None:
-    """Put a dense parameter in the place of a quantized one that is parametrized."""
-    cls = type(module)
-    # copies of a module share the class torch made for it, and torch takes the name from the class
-    module.__class__ = type(
-        cls.__name__, cls.__bases__, {k: v for k, v in vars(cls).items() if k != "__dict__"}
-    )
-    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
-
-
-def decoders(module: nn.Module) -> list[nn.Module]:
-    """The modules that hold what a module's quantized projections are stored as."""
-    return list(module.parametrizations.modules()) if parametrize.is_parametrized(module) else []
+    """A module holds routed experts, but not in a form that adapters support."""
 
 
 def is_stacked(module: nn.Module, name: str) -> bool:
-    """Whether the module has a projection of that name with an expert in each row, dense or quantized."""
+    """Whether the module has a projection of that name with one matrix for each expert.
+
+    Args:
+        module: any module.
+        name: of the projection's parameter, dense or quantized.
+    """
     if parametrize.is_parametrized(module, name):
         return True
     weight = getattr(module, name, None)
     return isinstance(weight, torch.Tensor) and weight.ndim == 3
 
 
-def stored_weight(module: nn.Module, name: str) -> torch.Tensor | QuantizedWeight:
+def stored_weight(module: nn.Module, name: str) -> Weight:
     """A projection as it is stored: [E, R, C], dense or quantized.
 
     Args:
         module: an experts module.
         name: of the projection's parameter.
     Raises:
-        UnsupportedExperts: naming what is missing, if it is stored in a way that is not known.
+        UnsupportedExperts: naming what is missing, if it is stored in an unknown way.
     """
     if parametrize.is_parametrized(module, name):
         return _parametrized(module, name)
     weight = getattr(module, name)
-    # what torch.compile sees of plain weights ends here
+    # plain weights return here, so that torch.compile sees no more than this
     if type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype in FLOATS:
         return weight
     if hasattr(module, f"{name}_scale_inv") and weight.dtype not in FLOATS:
         return _block_scaled(module, name, weight)
     if type(weight).__module__.startswith("torchao."):
-        return _torchao(module, name, weight)
+        return _torchao(_where(module, name), weight)
     if weight.dtype not in FLOATS:
         raise UnsupportedExperts(
-            f"{type(module).__name__}.{name} is stored as {weight.dtype} without scales that are known; adapters need "
-            "fp32, bf16 or fp16 experts, or ones quantized as the README lists: load the model dequantized, then "
-            "quantize_experts(model)."
+            f"{_where(module, name)} is stored as {weight.dtype} without scales in a known place; "
+            "adapters need fp32, bf16 or fp16 experts, or one of the quantized formats in the "
+            "README: load the model dequantized, then quantize_experts(model)."
         )
     return weight
 
 
-def _parametrized(module: nn.Module, name: str) -> torch.Tensor | QuantizedWeight:
-    listed = module.parametrizations[name]
-    first = listed[0]
-    if len(listed) == 1 and isinstance(first, Decoding):
-        return first.weight(listed.original.detach())
-    # by name: bitsandbytes need not be installed
-    if len(listed) == 1 and type(first).__name__ == "Bnb4bitParametrization":
-        return _bitsandbytes(module, name, listed.original, first.quant_state)
+def _where(module: nn.Module, name: str) -> str:
+    """How errors name a projection."""
+    return f"{type(module).__name__}.{name}"
+
+
+# ---- bitsandbytes and `quantize_experts`: a parametrized projection --------------------------------
+
+
+def _parametrized(module: nn.Module, name: str) -> QuantizedWeight:
+    listed = parametrizations(module, name)
+    if len(listed) == 1:
+        codes = listed.original.detach()
+        only = listed[0]
+        if isinstance(only, Decoding):
+            return only.weight(codes)
+        # by name, because bitsandbytes need not be installed
+        if type(only).__name__ == "Bnb4bitParametrization":
+            return _bitsandbytes(_where(module, name), codes, cast(Any, only).quant_state)
     raise UnsupportedExperts(
-        f"{type(module).__name__}.{name} is parametrized by {[type(p).__name__ for p in listed]}, which is not known "
-        "here: remove the parametrization, or take the experts out of target_modules."
+        f"{_where(module, name)} is parametrized by {[type(p).__name__ for p in listed]}, which is "
+        "not supported: remove the parametrization, or take the experts out of target_modules."
     )
 
 
-def _bitsandbytes(module, name, packed: torch.Tensor, state) -> Codes4bit:
+# `state` is bitsandbytes' QuantState, which is not typed
+def _bitsandbytes(where: str, packed: torch.Tensor, state: Any) -> Codes4bit:
     if len(state.shape) != 3:
-        raise UnsupportedExperts(
-            f"{type(module).__name__}.{name} was quantized as {list(state.shape)}, not 3-D."
-        )
+        raise UnsupportedExperts(f"{where} was quantized as {list(state.shape)}, not 3-D.")
     if state.absmax.device != packed.device:
-        # bitsandbytes leaves them behind when a module moves
+        # bitsandbytes does not move the scales with the module
         state.to(packed.device)
-    nested = {}
-    if state.nested:
-        nested = {
-            "nested_code": state.state2.code,
-            "nested_scales": state.state2.absmax,
-            "nested_blocksize": state.state2.blocksize,
-            "offset": state.offset,
-        }
-    packed = packed.detach().view(torch.uint8).view(-1)
-    return Codes4bit(
-        format=state.quant_type, stored_shape=tuple(state.shape), dtype=state.dtype, packed=packed, code=state.code,
-        scales=state.absmax, blocksize=state.blocksize, **nested,
-    )  # fmt: skip
+    weight = Codes4bit(
+        format=state.quant_type,
+        stored_shape=tuple(state.shape),
+        dtype=state.dtype,
+        packed=packed.view(torch.uint8).view(-1),
+        code=state.code,
+        scales=state.absmax,
+        blocksize=state.blocksize,
+    )
+    if not state.nested:
+        return weight
+    return replace(
+        weight,
+        nested_code=state.state2.code,
+        nested_scales=state.state2.absmax,
+        nested_blocksize=state.state2.blocksize,
+        offset=state.offset,
+    )
 
 
-def _into_bitsandbytes(state, weight: Codes4bit) -> None:
-    state.absmax, state.offset = weight.scales, weight.offset
-    if state.nested:
-        state.state2.absmax, state.state2.code = weight.nested_scales, weight.nested_code
-
-
-def _compute_dtype(module: nn.Module) -> torch.dtype:
-    """What a module computes in whose weights do not say: its config's dtype, else bf16."""
-    dtype = getattr(getattr(module, "config", None), "dtype", None)
-    return dtype if dtype in FLOATS else torch.bfloat16
+# ---- transformers' FP8Experts: codes beside a parameter of scales ---------------------------------
 
 
 def _block_scaled(module: nn.Module, name: str, weight: torch.Tensor) -> QuantizedWeight:
-    """transformers' FP8Experts: e4m3 with a scale per tile, or e2m1 packed in int8 with a scale per 32 of a row."""
+    """Codes in `weight`, scales in the parameter `name`_scale_inv.
+
+    Either e4m3 with a scale for each tile, or e2m1 packed in int8 with a scale for each 32 of a row.
+    """
+    where = _where(module, name)
     scales = getattr(module, f"{name}_scale_inv").detach()
-    where = f"{type(module).__name__}.{name}"
-    # the bits of a power of two are its exponent
-    scales = scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
+    if scales.dtype == torch.float8_e8m0fnu:
+        # powers of two, stored as their exponents
+        scales = scales.view(torch.uint8)
     if scales.dtype not in (torch.float32, torch.uint8):
         scales = scales.float()
-    E, R, C = weight.shape
-    common = {"dtype": _compute_dtype(module)}
+    dtype = _compute_dtype(module)
     if weight.dtype == torch.int8:
-        C = 2 * C
-        if scales.shape != (E, R, C // 32):
-            raise UnsupportedExperts(
-                f"{where}: 4-bit codes need scales [E, R, C / 32], got {list(scales.shape)}."
-            )
-        return Codes4bit(
-            format="mxfp4", stored_shape=(E, R, C), packed=weight.detach().view(torch.uint8).view(-1),
-            code=code_of("mxfp4", weight.device), scales=scales.reshape(-1), blocksize=32, low_first=True, **common,
-        )  # fmt: skip
+        return _packed_e2m1(where, weight.detach(), scales, dtype)
     if weight.dtype != _FP8:
         raise UnsupportedExperts(
-            f"{where} is stored as {weight.dtype}; 8-bit floats are read as {_FP8}."
+            f"{where} is stored as {weight.dtype}; of 8-bit floats only {_FP8} is supported."
         )
-    tile = _tile((R, C), tuple(scales.shape[1:]), getattr(module, "block_size", None))
+    block_size = getattr(module, "block_size", None)
+    tile = _tile(tuple(weight.shape[1:]), tuple(scales.shape[1:]), block_size)
     if tile is None:
         raise UnsupportedExperts(
-            f"{where} [{E}, {R}, {C}] has scales {list(scales.shape)}, which no block size of "
-            f"{getattr(module, 'block_size', None)} explains; load the model dequantized."
+            f"{where} {list(weight.shape)} has scales {list(scales.shape)}, which no block size of "
+            f"{block_size} explains; load the model dequantized."
         )
     return Codes8bit(
         format="fp8",
-        stored_shape=(E, R, C),
+        stored_shape=_three(weight.shape),
+        dtype=dtype,
         codes=weight.detach(),
         scales=scales.contiguous(),
         tile=tile,
-        **common,
     )
 
 
-def _tile(size: tuple[int, int], tiles: tuple[int, int], block_size) -> tuple[int, int] | None:
-    """(rows, columns) that share a scale; None where the counts do not come out."""
+def _packed_e2m1(
+    where: str, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> Codes4bit:
+    """Two codes in each int8 [E, R, C / 2]; scales [E, R, C / 32]."""
+    E, R, columns = packed.shape
+    C = 2 * columns
+    if scales.shape != (E, R, C // _MX_BLOCK):
+        raise UnsupportedExperts(
+            f"{where}: 4-bit codes need scales [E, R, C / {_MX_BLOCK}] = "
+            f"{[E, R, C // _MX_BLOCK]}, got {list(scales.shape)}."
+        )
+    return Codes4bit(
+        format="mxfp4",
+        stored_shape=(E, R, C),
+        dtype=dtype,
+        packed=packed.view(torch.uint8).view(-1),
+        code=code_of("mxfp4", packed.device),
+        scales=scales.reshape(-1),
+        blocksize=_MX_BLOCK,
+        low_first=True,
+    )
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype in which a module without float weights computes: that of its config, or bf16."""
+    dtype = getattr(getattr(module, "config", None), "dtype", None)
+    if dtype in FLOATS:
+        return dtype
+    return torch.bfloat16
+
+
+def _tile(
+    size: tuple[int, ...], counts: tuple[int, ...], block_size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """(rows, columns) that share a scale; None if `size` and `counts` do not match.
+
+    Args:
+        size: (R, C) of one expert.
+        counts: numbers of scales along R and along C.
+        block_size: what the module says, if it says something.
+    """
     found = []
-    for n, count, block in zip(size, tiles, block_size or (None, None), strict=True):
-        if block is not None and -(-n // block) == count:
+    for n, count, block in zip(size, counts, block_size or (None, None), strict=True):
+        if block is not None and math.ceil(n / block) == count:
             found.append(block)
         elif n % count == 0:
-            # a whole tensor's scale, or one for each half where gate and up were stacked
+            # one scale for the whole tensor, or one for gate and one for up
             found.append(n // count)
         else:
             return None
-    return tuple(found)
+    rows, columns = found
+    return rows, columns
 
 
-def _torchao(module: nn.Module, name: str, weight: torch.Tensor) -> Codes8bit:
-    where = f"{type(module).__name__}.{name}"
-    codes, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
-    if type(weight).__name__ != "Float8Tensor" or codes.dtype != _FP8 or scale is None:
+# ---- torchao's Float8Tensor ------------------------------------------------------------------------
+
+
+# `weight` is a tensor subclass of torchao, which need not be installed
+def _torchao(where: str, weight: Any) -> Codes8bit:
+    codes = getattr(weight, "qdata", None)
+    scales = getattr(weight, "scale", None)
+    known = type(weight).__name__ == "Float8Tensor" and getattr(codes, "dtype", None) == _FP8
+    if not known or codes is None or scales is None:
         raise UnsupportedExperts(
-            f"{where} is torchao's {type(weight).__name__}; of torchao's formats only Float8Tensor of {_FP8} is read: "
-            "load the model unquantized and quantize_experts(model)."
+            f"{where} is torchao's {type(weight).__name__}; of torchao's formats only Float8Tensor "
+            f"of {_FP8} is supported: load the model unquantized and quantize_experts(model)."
         )
-    size = tuple(codes.shape)
-    scale = scale.detach().float()
-    tile = _tile(size[1:], tuple(scale.shape[1:]), None) if scale.ndim == 3 else None
-    if tile is None or scale.shape[0] not in (1, size[0]):
+    size = _three(codes.shape)
+    scales = scales.detach().float()
+    tile = None
+    if scales.ndim == 3 and scales.shape[0] in (1, size[0]):
+        tile = _tile(size[1:], tuple(scales.shape[1:]), None)
+    if tile is None:
         raise UnsupportedExperts(
-            f"{where} {list(size)} has scales {list(scale.shape)}, which do not tile it."
+            f"{where} {list(size)} has scales {list(scales.shape)}, which do not divide it into "
+            "tiles; load the model unquantized and quantize_experts(model)."
         )
     return Codes8bit(
-        format="fp8", stored_shape=size, dtype=weight.dtype, codes=codes.detach(),
-        scales=scale.expand(size[0], -1, -1).contiguous(), tile=tile,
-    )  # fmt: skip
+        format="fp8",
+        stored_shape=size,
+        dtype=weight.dtype,
+        codes=codes.detach(),
+        scales=scales.expand(size[0], -1, -1).contiguous(),
+        tile=tile,
+    )
 
 
-def requantized(
-    weight: QuantizedWeight, delta: Callable[[int], torch.Tensor]
-) -> tuple[QuantizedWeight, float]:
-    """W + delta in the format of W.
-
-    Args:
-        weight: [E, N, K], quantized.
-        delta: expert -> [N, K] update, at least fp32.
-    Returns: the sum, quantized, and by how much that differs from the exact sum: norm over the updates' norm.
-    Raises:
-        ValueError: if the format is only read here, or a sum is not finite.
-    """
-    if weight.format not in FORMATS:
-        raise ValueError(
-            f"merging into {weight.format} experts is not supported, as nothing here writes that format; load the "
-            "base model unquantized, or merge into its unquantized checkpoint with merge_adapter."
-        )
-    dense, update, error = weight.dense(), 0.0, 0.0
-    for e in range(dense.shape[0]):
-        change = delta(e)
-        dense[e] += change
-        update += torch.linalg.vector_norm(change).item() ** 2
-    merged = quantize_like(weight, dense)
-    del dense
-    for e in range(weight.shape[0]):
-        error += torch.linalg.vector_norm(merged[e] - (weight[e] + delta(e))).item() ** 2
-    return merged, (error / update) ** 0.5 if update else 0.0
+def _three(shape: torch.Size) -> tuple[int, int, int]:
+    E, R, C = shape
+    return E, R, C

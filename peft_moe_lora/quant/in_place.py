@@ -4,8 +4,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..experts.decoding import Decoding, store, unstore
 from ..experts.layout import PROJECTIONS, is_experts, read_layout
-from ..experts.stored import Decoding, store, stored_weight, unstore
+from ..experts.stored import stored_weight
 from ..ops import QuantizedWeight
 from ..ops.quantize import quantize
 from ..tuner.layer import MoELoraLayer

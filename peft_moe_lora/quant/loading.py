@@ -11,9 +11,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..experts.decoding import store
 from ..experts.families import FAMILIES
 from ..experts.layout import is_experts
-from ..experts.stored import is_stacked, store, stored_weight
+from ..experts.stored import is_stacked, stored_weight
 from ..ops.quantize import BLOCKSIZES, FORMATS, code_of, quantize
 from ..ops.quantized import Codes4bit, QuantizedWeight
 

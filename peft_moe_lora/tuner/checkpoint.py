@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..experts.layout import ExpertsLayout, linear_features
+from ..experts.layout import ExpertsLayout
+from ..experts.routers import linear_features
 from ..files.adapter_file import AdapterFile, described, described_module
 from .config import MoELoraConfig
 from .layer import MoELoraLayer

@@ -9,14 +9,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..experts.layout import (
-    PROJECTIONS,
-    ExpertsLayout,
-    UnsupportedExperts,
-    own_activation,
-    read_layout,
-)
-from ..experts.stored import decoders, requantized, store
+from ..experts.activation import own_activation
+from ..experts.decoding import decoders, requantized, store
+from ..experts.layout import PROJECTIONS, ExpertsLayout, read_layout
+from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, experts, per_expert, rows_linear
 from ..ops import QuantizedWeight
 from .config import MoELoraConfig

@@ -12,7 +12,9 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..experts.layout import READ_NOT_CALLED, ExpertsLayout, is_experts, is_router, read_layout
+from ..experts.families import READ_NOT_CALLED
+from ..experts.layout import ExpertsLayout, is_experts, read_layout
+from ..experts.routers import is_router
 from . import checkpoint
 from .config import MoELoraConfig
 from .layer import MoELoraLayer

@@ -12,7 +12,7 @@ from peft.tuners import lora
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..experts.layout import linear_features
+from ..experts.routers import linear_features
 
 _PRODUCTS = frozenset(
     {

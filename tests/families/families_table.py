@@ -17,7 +17,8 @@ if __name__ == "__main__":
 from helpers import MODELS, build_experts, build_step3p7, interface_families
 from off_interface import BUILD
 
-from peft_moe_lora.experts.layout import NOT_YET, read_layout
+from peft_moe_lora.experts.families import NOT_YET
+from peft_moe_lora.experts.layout import read_layout
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = (

@@ -1,0 +1,160 @@
+"""Quantized projections of an experts module: put in the place of dense ones, replaced, merged into.
+
+In place of the dense parameter, a quantized projection is a parametrized one: the parameter holds the
+codes, and its parametrization, `Decoding`, holds the rest.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..ops.quantize import FORMATS, quantize_like
+from ..ops.quantized import Codes4bit, QuantizedWeight
+
+
+class Decoding(nn.Module):
+    """The parametrization of a quantized projection: code that reads the projection gets it dense.
+
+    Adapted layers do not read it this way. They decode only the experts they need from `weight`.
+
+    Args:
+        weight: what is stored. Its first tensor is the module's parameter. The others are buffers
+            here, so that they move and are saved with the module.
+    """
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        _, *others = weight.tensors()
+        self.count = len(others)
+        for i, tensor in enumerate(others):
+            self.register_buffer(f"part{i}", tensor)
+        # the same weight without its tensors
+        self.facts = weight.with_tensors([torch.empty(0)] * (self.count + 1))
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "Decoding":
+        """Move the scales, but never cast them: a cast of the module casts what is decoded."""
+        before = [self._part(i) for i in range(self.count)]
+        super()._apply(fn, recurse)
+        for i, tensor in enumerate(before):
+            moved = self._part(i)
+            if moved.dtype != tensor.dtype:
+                self.facts = replace(self.facts, dtype=moved.dtype)
+                self._buffers[f"part{i}"] = tensor.to(moved.device)
+        return self
+
+    def weight(self, codes: torch.Tensor) -> QuantizedWeight:
+        """What is stored, given the module's parameter `codes`."""
+        others = [self._part(i) for i in range(self.count)]
+        return self.facts.with_tensors([codes, *others])
+
+    @torch.no_grad()
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        """The dense stack in the order of the parameter, decoded at each call."""
+        return self.weight(codes).dense()
+
+    def _part(self, i: int) -> torch.Tensor:
+        return getattr(self, f"part{i}")
+
+
+def parametrizations(module: nn.Module, name: str) -> parametrize.ParametrizationList:
+    """The parametrizations of a projection that has some."""
+    lists = cast(nn.ModuleDict, module.parametrizations)
+    return cast(parametrize.ParametrizationList, lists[name])
+
+
+def decoders(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold what an experts module's quantized projections are stored as."""
+    if not parametrize.is_parametrized(module):
+        return []
+    return list(cast(nn.ModuleDict, module.parametrizations).modules())
+
+
+def store(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    """Store a quantized weight in the place of a dense parameter, or of one in the same format.
+
+    Args:
+        module: an experts module, changed in place.
+        name: of the projection's parameter.
+        weight: what to store.
+    """
+    codes, *_ = weight.tensors()
+    if not parametrize.is_parametrized(module, name):
+        module.register_parameter(name, nn.Parameter(codes, requires_grad=False))
+        parametrize.register_parametrization(module, name, Decoding(weight), unsafe=True)
+        return
+    listed = parametrizations(module, name)
+    if isinstance(listed[0], Decoding):
+        listed[0] = Decoding(weight).train(module.training)
+    else:
+        assert isinstance(weight, Codes4bit), "bitsandbytes' parametrization is of a 4-bit format"
+        _into_bitsandbytes(cast(Any, listed[0]).quant_state, weight)
+    listed.original.data = codes.view(listed.original.shape)
+
+
+def unstore(module: nn.Module, name: str, dense: torch.Tensor) -> None:
+    """Store a dense parameter in the place of a quantized one that is parametrized.
+
+    Args:
+        module: an experts module, changed in place.
+        name: of the projection's parameter.
+        dense: what to store.
+    """
+    cls = type(module)
+    # torch deletes the projection's property from the class, which copies of the module share: the
+    # module gets a class of its own first
+    contents = {key: value for key, value in vars(cls).items() if key != "__dict__"}
+    module.__class__ = type(cls.__name__, cls.__bases__, contents)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
+
+
+def requantized(
+    weight: QuantizedWeight, delta: Callable[[int], torch.Tensor]
+) -> tuple[QuantizedWeight, float]:
+    """W + delta in the format of W.
+
+    Args:
+        weight: [E, N, K], quantized.
+        delta: expert -> its [N, K] update, fp32 or fp64.
+    Returns: the quantized sum, and the error of quantizing it: the norm of the difference from the
+        exact sum over the norm of the updates, 0 if the updates are zero.
+    Raises:
+        ValueError: if weights of the format can only be read, or a sum is not finite.
+    """
+    if weight.format not in FORMATS:
+        raise ValueError(
+            f"merging into {weight.format} experts is not supported, because {weight.format} is only "
+            "read here, not written; load the base model unquantized, or merge into its unquantized "
+            "checkpoint with merge_adapter."
+        )
+    dense = weight.dense()
+    update = 0.0
+    for e in range(dense.shape[0]):
+        change = delta(e)
+        dense[e] += change
+        update += torch.linalg.vector_norm(change).item() ** 2
+    merged = quantize_like(weight, dense)
+    # two dense stacks must not be in memory at once
+    del dense
+    error = 0.0
+    for e in range(weight.shape[0]):
+        exact = weight[e] + delta(e)
+        error += torch.linalg.vector_norm(merged[e] - exact).item() ** 2
+    if not update:
+        return merged, 0.0
+    return merged, (error / update) ** 0.5
+
+
+# bitsandbytes' QuantState is not typed, and bitsandbytes need not be installed
+def _into_bitsandbytes(state: Any, weight: Codes4bit) -> None:
+    state.absmax = weight.scales
+    state.offset = weight.offset
+    if state.nested:
+        state.state2.absmax = weight.nested_scales
+        state.state2.code = weight.nested_code

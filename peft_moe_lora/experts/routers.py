@@ -1,0 +1,47 @@
+"""Which modules of a model are routers, read from the modules."""
+
+from typing import cast
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .layout import is_experts
+
+
+def is_router(module: nn.Module, parent: nn.Module | None = None) -> bool:
+    """Whether the module multiplies by a 2-D weight in a forward of its own, as routers do.
+
+    A router keeps its weight [E, H] in one of two ways. Either it is a parameter of a class that is
+    no linear layer. Or the module is a linear layer whose class overrides forward (phimoe, llama4);
+    such a layer counts as a router only if its parent also holds experts.
+
+    Args:
+        module: any module.
+        parent: the module that holds it, if there is one.
+    """
+    if isinstance(module, nn.Linear):
+        overrides_forward = type(module).forward is not nn.Linear.forward
+        return overrides_forward and parent is not None and _holds_experts(parent)
+    if isinstance(module, nn.Embedding | Conv1D) or hasattr(module, "in_features"):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return False
+    return weight.is_floating_point() and weight.ndim == 2
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in-features, out-features) of a linear layer, an embedding or a router; else None."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return cast(int, module.in_features), cast(int, module.out_features)
+    if is_router(module):
+        out_features, in_features = cast(nn.Parameter, module.weight).shape
+        return in_features, out_features
+    return None
+
+
+def _holds_experts(parent: nn.Module) -> bool:
+    # an adapted experts module stands in the place of its base layer
+    return any(is_experts(getattr(child, "base_layer", child)) for child in parent.children())
