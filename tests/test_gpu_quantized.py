@@ -73,7 +73,7 @@ def refuse_to_decode(*args):
 @pytest.mark.parametrize(("family", "name"), FAMILIES)
 def test_few_tokens_need_no_scratch(monkeypatch, family, name, dtype, tokens, setting):
     """Tiles of 16 and of 32 rows: their products decode the codes, forward and backward."""
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", 32)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.product_4bit.MAX_BLOCK_M", 32)
     from peft_moe_lora.ops.kernels import parts
 
     (model, layer), (dense, dense_layer) = quantized(family, name, dtype, setting, backend="triton")
@@ -184,7 +184,7 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
 @pytest.mark.parametrize("max_block_m", [0, 32], ids=["into a scratch", "in the product"])
 def test_more_than_two_to_the_31_values(monkeypatch, max_block_m):
 
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", max_block_m)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.product_4bit.MAX_BLOCK_M", max_block_m)
     from peft_moe_lora.ops.quantize import quantize
 
     count, N, K = 40, 8192, 8192

@@ -144,23 +144,23 @@ def decoding_speed(problem: Problem, codes: dict, timer: Timer, repeat: int) -> 
 
 # ---- where codes are decoded ---------------------------------------------------------------------------------------
 
-# `MAX_BLOCK_M` of `ops.kernels.codes_4bit`: products decode for themselves at every number of rows timed, or at none
+# `MAX_BLOCK_M` of `ops.kernels.codes.product_4bit`: products decode at every number of rows, or at none
 DECODING = {"in the product": 128, "into a scratch": 0}
 
 
 @contextmanager
 def decoding(max_block_m: int):
     """Within it, products over tiles of at most so many rows decode their codes."""
-    from peft_moe_lora.ops.kernels.codes import codes_4bit
+    from peft_moe_lora.ops.kernels.codes import product_4bit
     from peft_moe_lora.ops.kernels.launching import replay
 
-    kept, codes_4bit.MAX_BLOCK_M = codes_4bit.MAX_BLOCK_M, max_block_m
+    kept, product_4bit.MAX_BLOCK_M = product_4bit.MAX_BLOCK_M, max_block_m
     # what was recorded goes the other way
     replay.forget()
     try:
         yield
     finally:
-        codes_4bit.MAX_BLOCK_M = kept
+        product_4bit.MAX_BLOCK_M = kept
         replay.forget()
 
 

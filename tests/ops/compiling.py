@@ -267,7 +267,7 @@ def launch_decoding(dtype, E=8, R=1536, C=2048, uneven=False):
 def launch_products_of_codes(T, dtype, E=8, top_k=2, H=2048, I=768, r=16):  # noqa: E741
     """Products that decode their weight, in both orders of its bytes, with and without an adapter, on meta tensors."""
     from peft_moe_lora.ops import Activation, kernels
-    from peft_moe_lora.ops.kernels.codes import codes_4bit as product
+    from peft_moe_lora.ops.kernels.codes import product_4bit as product
 
     # every size of tiles that the table has a row for
     product.MAX_BLOCK_M = 32

@@ -16,7 +16,7 @@ import torch
 from test_kernels import SHAPES, Problem, layer, layer_arguments
 
 from peft_moe_lora.ops import Activation, kernels
-from peft_moe_lora.ops.kernels.codes import codes_4bit
+from peft_moe_lora.ops.kernels.codes import product_4bit
 from peft_moe_lora.ops.quantize import quantize
 
 PAGE = mmap.PAGESIZE
@@ -111,7 +111,7 @@ def run_quantized_layers():
 if __name__ == "__main__":
     torch.empty = guarded_empty
     # tiles of 32 rows decode for themselves too
-    codes_4bit.MAX_BLOCK_M = 32
+    product_4bit.MAX_BLOCK_M = 32
     if sys.argv[1] == "broken":
         routing = kernels.route(guarded(torch.tensor([[0, 1], [1, 2]])), 3)
         rows = guarded(torch.randn(4, PAGE))

@@ -211,7 +211,7 @@ def test_products_in_parts_are_whole(kernels, monkeypatch, shape, format, expert
     monkeypatch.setattr(
         "peft_moe_lora.ops.kernels.parts.SCRATCH_BYTES", experts_of_a_part * bytes_of_one
     )
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", 0)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.product_4bit.MAX_BLOCK_M", 0)
     up, down = quantized_as(format, problem.up), quantized_as(format, problem.down)
     lora = {"xa": problem.xa, "lora_B": problem.up_B, "bias": problem.up_bias, "gather": True}
     check(kernels, "expert_linear_act", problem, up, problem.x, routing, Activation(), **lora)
@@ -310,7 +310,7 @@ def no_scratch(monkeypatch):
 
     monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.dequantize", refuse)
     # every size of tiles that the table has a row for
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.codes_4bit.MAX_BLOCK_M", 32)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.product_4bit.MAX_BLOCK_M", 32)
 
 
 DECODING_DTYPES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
@@ -382,7 +382,7 @@ def test_products_decode_the_bits_of_the_twin(kernels, no_scratch, blocksize, ne
 
 
 def test_which_weights_their_products_decode(kernels):  # noqa: F811
-    from peft_moe_lora.ops.kernels.codes.codes_4bit import MAX_BLOCK_M, decodes_in_kernel
+    from peft_moe_lora.ops.kernels.codes.product_4bit import MAX_BLOCK_M, decodes_in_kernel
 
     half = torch.float16
     weight = quantize(stack((2, 16, 64), half), "nf4")

@@ -1,24 +1,33 @@
-"""W[e] of the experts that have rows, from what is stored of it: whichever format that is."""
+"""out[j] = W[first + j]: experts decoded from the form in which they are stored into dense weights."""
+
+from collections.abc import Callable
 
 import torch
 
-from ..quantized import Codes4bit, QuantizedWeight
+from ..quantized import Codes4bit, Codes8bit, QuantizedWeight
 from .codes.dequantize_4bit import dequantize_4bit
 from .codes.dequantize_8bit import dequantize_8bit
+
+# the kernel that decodes each class of quantized weight
+KERNELS: dict[type[QuantizedWeight], Callable[..., torch.Tensor]] = {
+    Codes4bit: dequantize_4bit,
+    Codes8bit: dequantize_8bit,
+}
 
 
 def dequantize(
     weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """Decode experts first up to first + count, those that have rows; the others' places stay as they are.
+    """Decode those of the experts first up to first + count that have rows.
 
     Args:
         weight: of E experts.
-        expert_offsets: [E + 1] int32; an expert whose offset is its successor's has no rows.
-        first: the expert that comes to lie at out[0].
-        out: [count, R, C] contiguous, in the order in which the weight is stored.
+        expert_offsets: [E + 1] int32; expert e has no rows if offsets[e] == offsets[e + 1].
+        first: the expert that is written to out[0].
+        out: [count, R, C] contiguous, dtype of the weight, in the order in which the weight is
+            stored. The place of an expert without rows is not written.
     Returns: out.
     Twin: `reference.dequantize`.
     """
-    run = dequantize_4bit if isinstance(weight, Codes4bit) else dequantize_8bit
+    run = KERNELS[type(weight)]
     return run(weight, expert_offsets, first, out)

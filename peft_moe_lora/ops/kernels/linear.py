@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..routing import Dropout, Routing
-from .codes.codes_4bit import weight_operands
+from .codes.product_4bit import weight_operands
 from .launching.launch import facts, launch
 from .launching.table import dot_precision, padded_rank
 from .linear_ordered import linear_ordered

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..activation import Activation
 from ..routing import Routing
-from .codes.codes_4bit import weight_operands
+from .codes.product_4bit import weight_operands
 from .launching.launch import facts, launch
 from .launching.table import dot_precision, padded_rank
 from .parts import of_experts, parts

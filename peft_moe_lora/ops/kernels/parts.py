@@ -1,9 +1,9 @@
-"""A product with a quantized weight, in parts: some experts are decoded, their rows multiplied, then the next.
+"""A product with a quantized weight in parts: decode some experts, multiply their rows, then the next.
 
-Tiles of few rows decode 4-bit codes for themselves (`codes_4bit`): then all experts are one part, and nothing is kept.
+Where the product decodes the weight itself (`product_4bit`), all experts are one part.
 
-The scratch is a tensor of its call, freed behind it: torch's allocator gives every layer the same memory, in the order
-of its stream and inside a CUDA graph too.
+The scratch buffer for decoded experts is an ordinary tensor of the call, freed after it. torch's
+allocator reuses memory in stream order, also inside a CUDA graph, so all layers share one buffer.
 """
 
 from collections.abc import Iterator
@@ -12,20 +12,24 @@ import torch
 
 from ..quantized import QuantizedWeight
 from ..routing import Routing
-from .codes.codes_4bit import decodes_in_kernel
+from .codes.product_4bit import decodes_in_kernel
 from .dequantize import dequantize
 from .launching.table import ceil_div
 from .routing import part_tables
 
-# of decoded experts at once, or one expert where it alone is larger: the bound of what decoding adds to the peak
+# largest scratch buffer, unless one expert alone is larger: what decoding adds to peak memory
 SCRATCH_BYTES = 128 * 2**20
 
 
-def parts(weight: torch.Tensor | QuantizedWeight, routing: Routing) -> Iterator[tuple]:
-    """(experts, their weight [count, N, K], their routing), in turn; a weight is good until the next.
+def parts(
+    weight: torch.Tensor | QuantizedWeight, routing: Routing
+) -> Iterator[tuple[slice, torch.Tensor | QuantizedWeight, Routing]]:
+    """The parts of a product, in order: (experts, their weight [count, N, K], their routing).
+
+    The weight of a part is overwritten when the next part is asked for.
 
     Args:
-        weight: [E, N, K]; a dense one is a single part, as is one whose products decode it for themselves.
+        weight: [E, N, K]. A dense weight is a single part, and so is one that the product decodes.
         routing: with tiles.
     """
     if isinstance(weight, torch.Tensor) or decodes_in_kernel(weight, routing.block_m):
@@ -33,7 +37,7 @@ def parts(weight: torch.Tensor | QuantizedWeight, routing: Routing) -> Iterator[
         return
     E, R, C = weight.stored_shape
     fitting = max(1, SCRATCH_BYTES // (R * C * weight.dtype.itemsize))
-    # parts of one size: the last is not left with one expert
+    # parts of equal size, so that the last one is not left with a single expert
     count = ceil_div(E, ceil_div(E, fitting))
     scratch = torch.empty(count, R, C, dtype=weight.dtype, device=weight.device)
     for part, first in zip(part_tables(routing, count), range(0, E, count), strict=True):
@@ -42,5 +46,7 @@ def parts(weight: torch.Tensor | QuantizedWeight, routing: Routing) -> Iterator[
 
 
 def of_experts(t: torch.Tensor | None, experts: slice) -> torch.Tensor | None:
-    """What of an argument [E, ...] that may be absent belongs to some experts."""
-    return t if t is None or experts == slice(None) else t[experts]
+    """t[experts] of an argument [E, ...] that may be None; t itself for all experts."""
+    if t is None or experts == slice(None):
+        return t
+    return t[experts]

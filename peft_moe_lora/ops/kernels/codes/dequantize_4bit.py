@@ -1,7 +1,10 @@
-"""value[i] = code[q[i]] * scale[i // blocksize], gathered and decoded for the experts that have rows, in one pass.
+"""value[i] = code[q[i]] * scale[i // blocksize] for every expert that has rows, in one pass.
 
-Legend: an expert is R * C values in the order of its bytes, in groups of SPAN that share a block whichever expert
-they belong to; a byte holds two codes; blocks run over the whole stack. codes: as `codes_4bit` says.
+Legend:
+    expert: R * C values in the order of their bytes; a byte holds the codes of two values
+    block: BLOCKSIZE values that share a scale; blocks run over the flat stack, across experts
+    group: SPAN values that share a scale in every expert; SPAN divides a block and an expert
+    codes, FORMAT: as in `decode_4bit`
 """
 
 import torch
@@ -11,7 +14,7 @@ import triton.language as tl
 from ...quantized import Codes4bit
 from ..launching.launch import launch
 from ..launching.table import ceil_div, device_facts, find
-from .codes_4bit import code_operands, decoded_scales, decoded_values, load_scales
+from .decode_4bit import code_operands, decoded_scales, decoded_values, load_scales
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -21,7 +24,7 @@ def _dequantize_4bit_kernel(
     BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr,
     LOW_FIRST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of an expert, experts]: GROUPS groups each; an expert without rows is left as it was."""
+    """Grid [groups of an expert / GROUPS, experts]. An expert without rows is not written."""
     e = first + tl.program_id(1)
     if tl.load(expert_offsets_ptr + e + 1) == tl.load(expert_offsets_ptr + e):
         return
@@ -30,7 +33,7 @@ def _dequantize_4bit_kernel(
     HALF: tl.constexpr = SPAN // 2
     g = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mask = g < groups
-    # int64: groups of all experts pass 2**31 in values
+    # int64: the index of a value in the stack passes 2**31
     flat = e.to(tl.int64) * groups + g
     packed = tl.load(
         packed_ptr + flat[:, None] * HALF + tl.arange(0, HALF)[None, :], mask=mask[:, None], other=0
@@ -49,7 +52,7 @@ def _dequantize_4bit_kernel(
 def dequantize_4bit(
     weight: Codes4bit, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """`dequantize` of two codes a byte.
+    """`dequantize` of a weight with two codes a byte.
 
     Raises:
         ValueError: if an expert has an odd number of values, so that two experts share a byte.
@@ -57,20 +60,21 @@ def dequantize_4bit(
     _, R, C = weight.stored_shape
     if R * C % 2:
         raise ValueError(
-            f"experts of {R} x {C} values share bytes in {weight.format}, which the kernels do not read; use "
-            'backend="torch".'
+            f"experts of {R} x {C} values share bytes in {weight.format}, which the kernels do not "
+            'read; use backend="torch".'
         )
     group = weight.group
     groups = R * C // group
-    blocks = dict(find("dequantize", device_facts(out.device)[0], out.element_size(), 16))
+    arch, _ = device_facts(out.device)
+    blocks = dict(find("dequantize", arch, out.element_size(), 16))
     per_program = max(1, blocks.pop("BLOCK") // group)
-    pointers, codes = code_operands(weight, group)
+    code_tensors, codes = code_operands(weight, group)
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         return (groups,), {"GROUPS": per_program, **codes, **blocks}
 
     key = "dequantize_4bit", out.dtype, weight.scales.dtype, groups, *codes.values()
-    tensors = *pointers, out, expert_offsets
     grid = ceil_div(groups, per_program), out.shape[0], 1
+    tensors = *code_tensors, out, expert_offsets
     launch(key, _dequantize_4bit_kernel, grid, tensors, rest, (first,))
     return out

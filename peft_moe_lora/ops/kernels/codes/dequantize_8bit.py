@@ -1,4 +1,9 @@
-"""value[n, k] = code[n, k] * scale of its tile (* unit), for the experts that have rows, in one pass."""
+"""value[r, c] = code[r, c] * scale of its tile (* unit), for every expert that has rows, in one pass.
+
+Legend:
+    code: int8, or a float8 of kind e4m3, given as its bits
+    scale: fp32, or e for 2**(e - 127); a tile of TILE_R x TILE_C values shares one
+"""
 
 import torch
 import triton
@@ -15,7 +20,7 @@ def _dequantize_8bit_kernel(
     TILE_R: tl.constexpr, TILE_C: tl.constexpr, FLOATS: tl.constexpr, UNIT: tl.constexpr, EXPONENTS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of an expert, experts]; an expert without rows is left as it was."""
+    """Grid [blocks of an expert, experts]. An expert without rows is not written."""
     e = first + tl.program_id(1)
     if tl.load(expert_offsets_ptr + e + 1) == tl.load(expert_offsets_ptr + e):
         return
@@ -27,7 +32,8 @@ def _dequantize_8bit_kernel(
     # int64: an expert index times its size passes 2**31
     codes = tl.load(codes_ptr + e.to(tl.int64) * R * C + within, mask=mask, other=0)
     if FLOATS:
-        # e4m3 is fp16 with another bias and no infinity; compute capability 8.0 knows none of its own
+        # e4m3 is decoded by hand, because compute capability 8.0 has no such type: its bits are
+        # those of an fp16 with another exponent bias, and without infinity
         bits = codes.to(tl.int16)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
         values = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
@@ -38,6 +44,7 @@ def _dequantize_8bit_kernel(
     )
     scales = tl.load(scale_ptrs, mask=mask, other=0)
     if EXPONENTS:
+        # e becomes the exponent bits of an fp32; e = 0 is 2**-127, the denormal with bits 1 << 22
         scales = tl.maximum(scales.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
     values *= scales
     if UNIT != 1.0:
@@ -49,40 +56,36 @@ def _dequantize_8bit_kernel(
 def dequantize_8bit(
     weight: Codes8bit, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """`dequantize` of a code a byte."""
+    """`dequantize` of a weight with one code a byte."""
     _, R, C = weight.stored_shape
+    tile_r, tile_c = weight.tile
     floats = weight.codes.dtype != torch.int8
-    blocks = dict(find("dequantize", device_facts(out.device)[0], out.element_size(), 16))
+    arch, _ = device_facts(out.device)
+    blocks = dict(find("dequantize", arch, out.element_size(), 16))
     block = blocks.pop("BLOCK")
     block_c = min(block, 256)
     blocks |= {"BLOCK_R": block // block_c, "BLOCK_C": block_c}
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         constants = {
-            "TILE_R": weight.tile[0], "TILE_C": weight.tile[1], "FLOATS": floats, "UNIT": weight.unit,
-            "EXPONENTS": weight.scales.dtype == torch.uint8, **blocks,
-        }  # fmt: skip
+            "TILE_R": tile_r,
+            "TILE_C": tile_c,
+            "FLOATS": floats,
+            "UNIT": weight.unit,
+            "EXPONENTS": weight.scales.dtype == torch.uint8,
+            **blocks,
+        }
         return (R, C, *weight.scales.shape[1:]), constants
 
+    scales = weight.scales
     key = (
-        "dequantize_8bit",
-        out.dtype,
-        weight.scales.dtype,
-        weight.scales.shape,
-        R,
-        C,
-        floats,
-        weight.tile,
-    )
-    # the launcher's key knows no float8, nor do older devices
-    codes = weight.codes.view(torch.uint8) if floats else weight.codes
+        "dequantize_8bit", out.dtype, scales.dtype, scales.shape, R, C, floats, weight.tile,
+    )  # fmt: skip
+    codes = weight.codes
+    if floats:
+        # neither the launcher's keys nor older devices have a float8 type
+        codes = codes.view(torch.uint8)
     grid = ceil_div(R, blocks["BLOCK_R"]) * ceil_div(C, block_c), out.shape[0], 1
-    launch(
-        key,
-        _dequantize_8bit_kernel,
-        grid,
-        (codes, out, weight.scales, expert_offsets),
-        rest,
-        (first,),
-    )
+    tensors = codes, out, scales, expert_offsets
+    launch(key, _dequantize_8bit_kernel, grid, tensors, rest, (first,))
     return out

@@ -6,7 +6,7 @@ Legend, of one tile:
     HALVES: 2 where a tile holds the same BLOCK_N / 2 columns of a gate half and of an up half, else 1
     n0: first column within a half              width: columns of a half
     weight_desc: 4-D descriptor [E, HALVES, width, K] where K_UNIT, else 3-D [E, K, N]; None to load by pointers
-    codes: what `codes_4bit` says, where weight_ptr points to packed bytes; its first is None where W is dense
+    codes: as in `decode_4bit`, where weight_ptr points to packed bytes; its first is None where W is dense
 With a mask the low-rank term stands first: the accumulator it leaves is masked, and the K loop goes on with it.
 """
 
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..codes.codes_4bit import add_product_4bit
+from ..codes.product_4bit import add_product_4bit
 from ..launching.table import device_facts, lookup
 from .descriptors import weight_descriptor
 from .dropout import dropout_mask

@@ -1,0 +1,81 @@
+"""value = code[q] * scale: the parts of a kernel that turn 4-bit codes into values.
+
+`dequantize_4bit` writes these values to memory; `product_4bit` multiplies by them in registers.
+
+Legend:
+    codes: (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr), the tensors of
+        `Codes4bit` without the packed bytes
+    FORMAT: (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST), the constants of `Codes4bit`
+        BLOCKSIZE: values that share a scale
+        SPAN: values that are adjacent in memory and share a scale, and are loaded together
+        NESTED: scales that share a scale of their own; 0 where scales are not quantized
+        EXPONENTS: whether a scale is stored as an exponent of 2 in 8 bits
+        LOW_FIRST: whether the low half of a byte is the first of its two codes
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...quantized import Codes4bit
+
+
+@triton.jit
+def load_scales(codes, block, mask, FORMAT: tl.constexpr):
+    """The stored scales of blocks, and the scales of these scales (only where they are nested)."""
+    NESTED: tl.constexpr = FORMAT[2]
+    stored = tl.load(codes[0] + block, mask=mask, other=0)
+    nested = stored
+    if NESTED > 0:
+        nested = tl.load(codes[3] + block // NESTED, mask=mask, other=0.0)
+    return stored, nested
+
+
+@triton.jit
+def decoded_scales(codes, stored, nested, FORMAT: tl.constexpr):
+    """fp32 scales from the two results of `load_scales`."""
+    if FORMAT[2] > 0:
+        # bitsandbytes rounds twice, so the kernel is launched without fused multiply-add
+        scales = tl.load(codes[2] + stored.to(tl.int32)) * nested + tl.load(codes[4])
+    elif FORMAT[3]:
+        # e becomes the exponent bits of an fp32; e = 0 is 2**-127, the denormal with bits 1 << 22
+        scales = tl.maximum(stored.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+    else:
+        scales = stored
+    return scales
+
+
+@triton.jit
+def decoded_values(codes, packed, scales, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """[..., 2 n] values of packed bytes [..., n], times scales that broadcast to [..., n]."""
+    high = (tl.load(codes[1] + (packed >> 4).to(tl.int32)) * scales).to(dtype)
+    low = (tl.load(codes[1] + (packed & 15).to(tl.int32)) * scales).to(dtype)
+    return tl.interleave(low, high) if FORMAT[4] else tl.interleave(high, low)
+
+
+def code_operands(weight: Codes4bit, span: int) -> tuple[tuple, dict]:
+    """(tensors, constexprs) that give the codes of a weight to a kernel.
+
+    Args:
+        span: values that the kernel loads together; adjacent, even in number, and of one block.
+    Returns: (packed, scales, code, nested_code, nested_scales, offset), None for an absent tensor;
+        and the constants of FORMAT by name.
+    """
+    nested = weight.nested_code is not None
+    constants = {
+        "BLOCKSIZE": weight.blocksize,
+        "SPAN": span,
+        "NESTED": nested * weight.nested_blocksize,
+        "EXPONENTS": not nested and weight.scales.dtype == torch.uint8,
+        "LOW_FIRST": weight.low_first,
+        "enable_fp_fusion": False,
+    }
+    tensors = (
+        weight.packed,
+        weight.scales,
+        weight.code,
+        weight.nested_code,
+        weight.nested_scales,
+        weight.offset,
+    )
+    return tensors, constants

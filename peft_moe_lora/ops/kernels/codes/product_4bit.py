@@ -1,0 +1,131 @@
+"""acc[m, n] += sum over k of x[row, k] * W[e, n, k], W decoded from 4-bit codes inside the K loop.
+
+With few rows an expert, a product's time is the time to load the weight. Here only the codes are
+loaded, a quarter of the bytes of a 16-bit weight, and the decoded tile never leaves the registers.
+With many rows an expert, several row tiles would decode the same codes again; there `parts` decodes
+each expert once, into a scratch buffer, and a dense product follows.
+
+Legend: codes, FORMAT and SPAN as in `decode_4bit`.
+"""
+
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+
+from ...quantized import Codes4bit, QuantizedWeight
+from ..launching.table import device_facts, lookup
+from .decode_4bit import code_operands, decoded_scales, decoded_values, load_scales
+
+# products decode their weight themselves while a tile has at most this many rows
+# (0.95 against 1.02 ms at 16 rows an expert, 1.18 against 1.05 at 32: docs/performance.md)
+MAX_BLOCK_M = 16
+# the codes and constants of a dense weight
+_NO_CODES = (None, None, None, None, None)
+_NO_FORMAT = {
+    "BLOCKSIZE": 0,
+    "SPAN": 0,
+    "NESTED": 0,
+    "EXPONENTS": False,
+    "LOW_FIRST": False,
+}
+
+
+@triton.jit
+def _load_spans(packed_ptr, codes, flat, mask, FORMAT: tl.constexpr):
+    """Packed bytes [P, Q, SPAN / 2] and scales [P, Q] of spans.
+
+    flat [P, Q]: the index, in the flat stack, of the first value of each span.
+    """
+    HALF: tl.constexpr = FORMAT[1] // 2
+    first = tl.multiple_of(flat // 2, [16, 16])
+    bytes_ptrs = packed_ptr + first[:, :, None] + tl.arange(0, HALF)[None, None, :]
+    packed = tl.load(bytes_ptrs, mask=mask[:, :, None], other=0)
+    stored, nested = load_scales(codes, flat // FORMAT[0], mask, FORMAT)
+    return packed, stored, nested
+
+
+@triton.jit
+def add_product_4bit(
+    acc, x_ptrs, packed_ptr, codes, e, cols, mask_n, K, stride_xk, stride_we, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_UNIT: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] + x W[e]^T.
+
+    x_ptrs [BLOCK_M, BLOCK_K]: the first tile of x. cols [BLOCK_N]: the columns of the tile.
+    Strides of the weight count values, not bytes. K_UNIT: whether adjacent values run along K.
+    """
+    SPAN: tl.constexpr = FORMAT[1]
+    offs_k = tl.arange(0, BLOCK_K)
+    if K_UNIT:
+        # spans [N, K / SPAN]
+        n = cols[:, None]
+        exists = mask_n[:, None]
+        span_k = tl.arange(0, BLOCK_K // SPAN)[None, :] * SPAN
+    else:
+        # spans [K, N / SPAN]: a span never crosses the gate and up halves, and either all of its
+        # columns exist or none
+        n = tl.min(cols.reshape(BLOCK_N // SPAN, SPAN), 1)[None, :]
+        exists = tl.max(mask_n.reshape(BLOCK_N // SPAN, SPAN).to(tl.int32), 1)[None, :] > 0
+        span_k = offs_k[:, None]
+    flat = e * stride_we + n.to(tl.int64) * stride_wn + span_k.to(tl.int64) * stride_wk
+    packed, stored, nested = _load_spans(packed_ptr, codes, flat, exists & (span_k < K), FORMAT)
+    x = tl.load(x_ptrs, mask=offs_k[None, :] < K, other=0.0)
+    for k in range(0, K, BLOCK_K):
+        # the loads of the next tile are in flight while this one is decoded
+        x_ptrs += BLOCK_K * stride_xk
+        flat += BLOCK_K * stride_wk
+        left = K - k - BLOCK_K
+        mask = exists & (span_k < left)
+        next_packed, next_stored, next_nested = _load_spans(packed_ptr, codes, flat, mask, FORMAT)
+        next_x = tl.load(x_ptrs, mask=offs_k[None, :] < left, other=0.0)
+        scales = decoded_scales(codes, stored, nested, FORMAT)[:, :, None]
+        weight = decoded_values(codes, packed, scales, x.dtype, FORMAT)
+        if K_UNIT:
+            weight = weight.reshape(BLOCK_N, BLOCK_K).trans()
+        else:
+            weight = weight.reshape(BLOCK_K, BLOCK_N)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # [M, K] @ [K, N] -> [M, N]
+        x = next_x
+        packed = next_packed
+        stored = next_stored
+        nested = next_nested
+    return acc
+
+
+def decodes_in_kernel(weight: torch.Tensor | QuantizedWeight, block_m: int) -> bool:
+    """Whether the product decodes this weight itself, and nothing has to be decoded before it.
+
+    It does for 4-bit codes, small row tiles, rows of a multiple of 64 values, and where the table
+    has a row.
+
+    Args:
+        block_m: rows of a tile, which follow from the rows an expert has when routing is even.
+    """
+    if not isinstance(weight, Codes4bit):
+        return False
+    if block_m > MAX_BLOCK_M or weight.stored_shape[2] % 64:
+        return False
+    arch, _ = device_facts(weight.device)
+    return lookup("linear_4bit", arch, weight.dtype.itemsize, block_m) is not None
+
+
+def weight_operands(
+    weight: torch.Tensor | Codes4bit, blocks: dict, halves: int = 1
+) -> tuple[tuple, dict]:
+    """(tensors, constexprs) that give a weight, dense or in 4-bit codes, to a linear kernel.
+
+    Args:
+        blocks: the constexprs of the kernel's tiles.
+        halves: 2 where a tile's columns are half gate and half up, which lie apart in memory.
+    """
+    if isinstance(weight, torch.Tensor):
+        return (weight, *_NO_CODES), _NO_FORMAT
+    C = weight.stored_shape[2]
+    if blocks["K_UNIT"]:
+        span = gcd(weight.blocksize, C, blocks["BLOCK_K"])
+    else:
+        span = gcd(weight.blocksize, C // halves, blocks["BLOCK_N"] // halves)
+    return code_operands(weight, span)
