@@ -11,6 +11,10 @@ import pytest
 import torch
 from accelerate import cpu_offload, init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from helpers import (
     SAME,
     E,
@@ -30,10 +34,6 @@ from helpers import (
     tiny_model,
     wrap,
 )
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from peft_moe_lora import MoELoraConfig
 
 every_family = pytest.mark.parametrize("family", tiny_families())

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import use_adapter
+
 from helpers import (
     SAME,
     R,
@@ -21,11 +26,6 @@ from helpers import (
     moe_lora,
     tiny_model,
 )
-from peft import PeftModel
-from safetensors.torch import load_file
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from trl.trainer.utils import use_adapter
-
 from peft_moe_lora import MoELoraConfig
 
 ROOT = Path(__file__).parents[1]

@@ -12,10 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from helpers import adapter_parameters, moe_lora, tiny_families, tiny_model, token_ids
-
 from peft_moe_lora.stats.callback import sum_over_processes
 from peft_moe_lora.stats.load import RoutingWatch
 from peft_moe_lora.tuner.layer import MoELoraLayer

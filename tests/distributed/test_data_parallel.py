@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_parallel import SCENARIOS, batches, build, loss_of, train
+
+from distributed.data_parallel import SCENARIOS, batches, build, loss_of, train
 from helpers import FP32, DenseTwin, adapter_parameters, assert_close
 
 RANKS = [0, 1]
@@ -25,7 +26,7 @@ def ranks(request, tmp_path_factory):
     root = Path(__file__).parents[2]
     env = {
         **os.environ,
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }

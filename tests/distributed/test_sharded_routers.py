@@ -2,9 +2,10 @@
 
 import torch
 import torch.distributed as dist
-from helpers import SAME, adapter_parameters, assert_close, moe_lora, tiny_model, token_ids
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from helpers import SAME, adapter_parameters, assert_close, moe_lora, tiny_model, token_ids
 
 
 def loss_of(model):

@@ -14,9 +14,8 @@ from torch import nn
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from families.off_interface import BUILD
 from helpers import MODELS, build_experts, build_step3p7, interface_families
-from off_interface import BUILD
-
 from peft_moe_lora.experts.families import NOT_YET
 from peft_moe_lora.experts.layout import read_layout
 

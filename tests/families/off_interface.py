@@ -6,6 +6,9 @@ the update of each expert goes is written out here a second time, from the defin
 
 import torch
 import transformers
+from torch.func import functional_call
+from transformers import PreTrainedConfig
+
 from helpers import (
     TOP_K,
     VOCAB,
@@ -17,8 +20,6 @@ from helpers import (
     modeling_module,
     random_rows,
 )
-from torch.func import functional_call
-from transformers import PreTrainedConfig
 
 # of LongCat's experts, how many are the identity
 IDENTITY = 2

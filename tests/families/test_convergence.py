@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import H, experts_adapter, experts_paths, moe_lora, tiny_families, tiny_model
-from off_interface import CONFIGS, deltas_of, off_interface_model, paths_of, with_deltas
 from torch.func import functional_call
+
+from families.off_interface import CONFIGS, deltas_of, off_interface_model, paths_of, with_deltas
+from helpers import H, experts_adapter, experts_paths, moe_lora, tiny_families, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from texts import documentation

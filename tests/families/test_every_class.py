@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 import transformers.models
+from peft import PeftModel
+
 from helpers import (
     BF16,
     FP32,
@@ -39,7 +41,6 @@ from helpers import (
     random_rows,
     wrap,
 )
-from peft import PeftModel
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

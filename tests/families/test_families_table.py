@@ -2,13 +2,13 @@
 
 import pytest
 import transformers
-from families_table import LINEAR, families, read, table, undecorated, written
-from helpers import Holder, interface_families, modeling_module
-from off_interface import BUILD
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import SwitchTransformersConfig
 
+from families.families_table import LINEAR, families, read, table, undecorated, written
+from families.off_interface import BUILD
+from helpers import Holder, interface_families, modeling_module
 from peft_moe_lora import MoELoraConfig
 
 AGAIN = "run python tests/families/families_table.py"

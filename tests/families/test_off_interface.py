@@ -8,6 +8,25 @@ from functools import partial
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from families.off_interface import (
+    BUILD,
+    CONFIGS,
+    IDENTITY,
+    PROJECTIONS,
+    ROWS,
+    Explicit,
+    deltas_of,
+    leaves,
+    off_interface_model,
+    paths_of,
+    with_deltas,
+)
 from helpers import (
     BF16,
     FP32,
@@ -29,25 +48,6 @@ from helpers import (
     token_ids,
     wrap,
 )
-from off_interface import (
-    BUILD,
-    CONFIGS,
-    IDENTITY,
-    PROJECTIONS,
-    ROWS,
-    Explicit,
-    deltas_of,
-    leaves,
-    off_interface_model,
-    paths_of,
-    with_deltas,
-)
-from peft import PeftModel, get_peft_model
-from safetensors import safe_open
-from torch import nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
-
 from peft_moe_lora import MoELoraConfig, convert_adapter, merge_adapter
 from peft_moe_lora.convert.convert import RefusedError
 from peft_moe_lora.convert.formats import FORMATS

@@ -14,12 +14,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BF16, FP32, MODELS, HandWrittenExperts, R, assert_close, modeling_module
 from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig
 
+from helpers import BF16, FP32, MODELS, HandWrittenExperts, R, assert_close, modeling_module
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.experts.layout import is_experts
 from peft_moe_lora.tuner.router import MoELoraRouter, UnsupportedRouter

@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "conversion")]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from adapters import PREFIX, save_ours  # noqa: E402 the path is made above
-from helpers import experts_paths, tiny_model  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
+
+from convert.adapters import PREFIX, save_ours  # noqa: E402 the path is made above
+from helpers import experts_paths, tiny_model  # noqa: E402
 
 E, R, ALPHA = 3, 2, 3
 H, I = 8, 6  # noqa: E741 I is the glossary's letter

@@ -13,8 +13,8 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from test_kernels import SHAPES, Problem, layer, layer_arguments
 
+from ops.test_kernels import SHAPES, Problem, layer, layer_arguments
 from peft_moe_lora.ops import Activation, kernels
 from peft_moe_lora.ops.kernels.codes import product_4bit
 from peft_moe_lora.ops.quantize import quantize

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_kernels import (
+
+from ops.test_kernels import (
     ACTIVATIONS,
     DEVICE,
     SHAPES,
@@ -14,9 +15,8 @@ from test_kernels import (
     small_shapes,
     wide,
 )
-from test_linear_roles import hopper
-from test_shrink_outer import ROWS, out_of
-
+from ops.test_linear_roles import hopper
+from ops.test_shrink_outer import ROWS, out_of
 from peft_moe_lora.ops import Activation, Dropout, reference
 
 

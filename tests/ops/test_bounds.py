@@ -1,5 +1,6 @@
 """No kernel reads or writes past an end of its tensors, in the interpreter: `guarded` dies of it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(mode):
-    return subprocess.run(
-        [sys.executable, HERE / "guarded.py", mode], capture_output=True, text=True, timeout=500
-    )
+    tests = str(HERE.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, HERE / "guarded.py", mode]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.parametrize("mode", ["end", "front"])

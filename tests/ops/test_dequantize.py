@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import (  # noqa: F401
+
+from ops.test_kernels import (  # noqa: F401
     CUDA,
     DEVICE,
     DTYPES,
@@ -19,7 +20,6 @@ from test_kernels import (  # noqa: F401
     outputs,
     wide,
 )
-
 from peft_moe_lora.ops import Activation, Dropout, reference
 from peft_moe_lora.ops.quantize import BLOCKSIZES, code_of, quantize
 from peft_moe_lora.ops.quantized import Codes4bit, Codes8bit, QuantizedWeight

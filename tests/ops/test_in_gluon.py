@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_kernels import kernels  # noqa: F401
+
+from ops.test_kernels import kernels  # noqa: F401
 
 NAMES = ["linear_roles", "shrink_outer", "act_backward_outer"]
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_kernels import ACTIVATIONS, check, kernels, random  # noqa: F401
 
+from ops.test_kernels import ACTIVATIONS, check, kernels, random  # noqa: F401
 from peft_moe_lora.ops import Activation
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_kernels import DEVICE, Problem, assert_within, dtypes, kernels, random, shapes, wide  # noqa: F401
-from test_linear_roles import hopper
 
+from ops.test_kernels import DEVICE, Problem, assert_within, dtypes, kernels, random, shapes, wide  # noqa: F401
+from ops.test_linear_roles import hopper
 from peft_moe_lora.ops import reference
 
 

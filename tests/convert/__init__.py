@@ -1,0 +1,1 @@
+"""Conversion between adapter formats, on files: write, read, inspect, verify, merge."""

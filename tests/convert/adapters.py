@@ -1,0 +1,168 @@
+"""What the conversion tests share: saved adapters, and readers written a second time from what each format promises.
+
+Legend: E experts, r rank, K in- and N out-features of one projection. An update is {path: {projection: [E, N, K]}}.
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from helpers import experts_paths, moe_lora, tiny_model
+
+FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"]
+# gate and up rows alternate in these, [gate; up] in the others
+INTERLEAVED = {"gpt_oss"}
+PREFIX = "base_model.model."
+
+
+def save_base(family, folder):
+    """A tiny base model, and its config alone in a folder, as a conversion is told of it."""
+    base = tiny_model(family)
+    base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(folder)
+    return base
+
+
+def save_ours(base, folder, **config):
+    """Our adapter of random A and B on a copy of the base, saved; the model stays as the one with the right logits."""
+    model = moe_lora(copy.deepcopy(base), **config)
+    model.save_pretrained(folder)
+    return model
+
+
+def save_pefts(base, folder, seed=5, **config):
+    """An adapter of PEFT's own route to experts, saved by PEFT."""
+    path = experts_paths(base)[0]
+    names = [n for n, p in base.get_submodule(path).named_parameters() if p.ndim == 3]
+    config = {"r": 4, "lora_alpha": 8, "target_modules": [], **config}
+    config.setdefault("target_parameters", [f"experts.{name}" for name in names])
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_" in name:
+                p.copy_(
+                    torch.randn(p.shape, generator=generator)
+                    * 0.4
+                    * p.shape[1] ** -0.5
+                    * (3 if "_B" in name else 1)
+                )
+    model.save_pretrained(folder)
+    return model
+
+
+def tensors(folder):
+    return load_file(Path(folder, "adapter_model.safetensors"))
+
+
+def config_of(folder):
+    return json.loads(Path(folder, "adapter_config.json").read_text())
+
+
+def rewrite(folder, state=None, metadata=None, **config):
+    """Change an adapter on disk: its tensors (a function of the state dict), entries of its configuration."""
+    file = Path(folder, "adapter_model.safetensors")
+    if state is not None:
+        changed = {name: t.contiguous().clone() for name, t in state(tensors(folder)).items()}
+        save_file(changed, file, metadata or {"format": "pt"})
+    Path(folder, "adapter_config.json").write_text(json.dumps(config_of(folder) | config))
+
+
+def experts_count(base, path):
+    return base.get_submodule(path).down_proj.shape[0]
+
+
+# ---- readers, from the promises ------------------------------------------------------------------------------------
+
+
+def update_of_ours(folder, base):
+    """Both tensors expert-major: rows, and columns, e*r up to (e + 1)*r are expert e's. One rank, one scaling."""
+    state, config = tensors(folder), config_of(folder)
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    found = {}
+    for path in experts_paths(base):
+        E = experts_count(base, path)
+        for projection in ("gate_up", "down"):
+            A = state.get(f"{PREFIX}{path}.lora_A.{projection}")
+            if A is not None:
+                B, r = state[f"{PREFIX}{path}.lora_B.{projection}"], A.shape[0] // E
+                found.setdefault(path, {})[projection] = torch.stack(
+                    [scaling * B[:, e * r : (e + 1) * r] @ A[e * r : (e + 1) * r] for e in range(E)]
+                )
+    return found
+
+
+def update_vllm_2d(folder, base, interleaved, leaves=("gate_proj", "up_proj", "down_proj")):
+    """vLLM's 2-D reader: three projections of every expert under their hub names, lora_alpha / r alone."""
+    state, config = tensors(folder), config_of(folder)
+    assert config["peft_type"] == "LORA"
+    assert not config.get("modules_to_save")
+    scaling, found = config["lora_alpha"] / config["r"], {}
+    for path in experts_paths(base):
+        hub = path.replace(".mlp.", ".block_sparse_moe.") if leaves[0] == "w1" else path
+        parts = {leaf: [] for leaf in leaves}
+        for e in range(experts_count(base, path)):
+            for leaf in leaves:
+                # a KeyError here is what a server answers to a missing expert
+                A, B = (state.pop(f"{PREFIX}{hub}.{e}.{leaf}.lora_{side}.weight") for side in "AB")
+                assert A.shape[0] == B.shape[1] == config["r"]
+                parts[leaf].append(scaling * B @ A)
+        gate, up, down = (torch.stack(parts[leaf]) for leaf in leaves)
+        gate_up = (
+            torch.stack((gate, up), 2).flatten(1, 2) if interleaved else torch.cat((gate, up), 1)
+        )
+        found[path] = {"gate_up": gate_up, "down": down}
+    assert not [name for name in state if ".experts." in name], (
+        "a server would not know what these are"
+    )
+    return found
+
+
+def update_vllm_3d(folder, base):
+    """vLLM's 3-D reader: PEFT's keys, A viewed [E, r, K], B viewed [N, r, E]; gate and up in the model's own order."""
+    state, config = tensors(folder), config_of(folder)
+    assert config["peft_type"] == "LORA"
+    assert "target_modules" in config
+    scaling, found = config["lora_alpha"] / config["r"], {}
+    for path in experts_paths(base):
+        E, r = experts_count(base, path), config["r"]
+        for projection, inner in (("gate_up", ".base_layer"), ("down", "")):
+            A = state[f"{PREFIX}{path}{inner}.lora_A.weight"]
+            B = state[f"{PREFIX}{path}{inner}.lora_B.weight"]
+            A, B = A.reshape(E, r, -1), B.reshape(B.shape[0], r, E)
+            found.setdefault(path, {})[projection] = scaling * torch.einsum("nre,erk->enk", B, A)
+    return found
+
+
+def update_sglang(folder, base):
+    """SGLang's 3-D reader: [E, r, K] and [E, N, r] under the stacked projections' names; lora_alpha / r alone."""
+    state, config = tensors(folder), config_of(folder)
+    assert config["peft_type"] == "LORA"
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["use_rslora"]
+    found = {}
+    for path in experts_paths(base):
+        for projection in ("gate_up", "down"):
+            A, B = (state[f"{PREFIX}{path}.{projection}_proj.lora_{side}.weight"] for side in "AB")
+            assert A.shape[1] == B.shape[2] == config["r"]
+            found.setdefault(path, {})[projection] = config["lora_alpha"] / config["r"] * B @ A
+    return found
+
+
+def swap_experts(state, pattern, first=0, second=1):
+    """Per-expert tensors of two experts exchanged: every name and shape stays."""
+    swapped = {}
+    for name, tensor in state.items():
+        match = re.search(pattern, name)
+        e = int(match[1]) if match else -1
+        other = {first: second, second: first}.get(e, e)
+        swapped[name if e < 0 else name[: match.start(1)] + str(other) + name[match.end(1) :]] = (
+            tensor
+        )
+    return swapped

@@ -1,0 +1,1 @@
+"""The scripts of examples/ and the notebooks run and check themselves."""

@@ -1,0 +1,175 @@
+"""The fine-tuning example learns, saves what it trained, and goes on after a stop."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.timeout(600)
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+
+
+def finetune(*arguments, ok: bool = True) -> subprocess.CompletedProcess:
+    """Run the example as its users do, from a shell."""
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, arguments)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo, with fewer steps than by default: its folder and what it printed."""
+    output = tmp_path_factory.mktemp("demo") / "out"
+    return output, finetune("--output", output, "--pretrain-steps", 200, "--steps", 100)
+
+
+def test_the_demo_learns_the_new_text_and_keeps_what_it_learned(demo):
+    output, done = demo
+    results = json.loads((output / "results.json").read_text())
+    before, after = results["before"], results["after"]
+    assert before["documentation"] < 4.5  # guessing would cost ln 512 = 6.2 nats
+    assert after["standard library"] < before["standard library"] - 0.2
+    distance = results["distance_from_trained"]
+    assert distance["base"] > 0.1  # the adapter has something to say, so that losing it would show
+    assert 0 <= distance["reloaded"] < 1e-4
+    assert 0 <= distance["merged"] < 1e-4
+    assert f"{after['standard library']:.3f}" in done.stdout
+    for name in ("base", "adapter", "merged", "results.json"):
+        assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
+        assert (output / name).exists()
+
+
+def test_the_demo_shows_its_progress_and_no_warning(demo):
+    _, done = demo
+    assert "100/100" in done.stderr
+    assert "warn" not in (done.stdout + done.stderr).lower()
+
+
+def test_the_adapter_is_on_every_expert_and_the_merged_model_holds_it(demo):
+    output, _ = demo
+    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    experts = {
+        key: tensor for key, tensor in adapter.items() if ".experts." in key and "lora_B" in key
+    }
+    assert len(experts) == 2 * 2  # layers, projections
+    for tensor in experts.values():  # [N, r*E], expert-major
+        assert (tensor.unflatten(1, (8, -1)).abs().amax(dim=(0, 2)) > 0).all(), (
+            "an expert was never trained"
+        )
+    base, merged = (
+        load_file(output / "base" / "model.safetensors"),
+        load_file(output / "merged" / "model.safetensors"),
+    )
+    assert base.keys() == merged.keys()
+    changed = {key for key in base if not torch.equal(base[key], merged[key])}
+    assert changed == {key for key in base if re.search(r"experts|q_proj|v_proj", key)}
+
+
+@pytest.fixture(scope="module")
+def real(demo, tmp_path_factory):
+    """A saved model with a chat template and a JSONL of both kinds of rows, as a user brings them."""
+    folder = tmp_path_factory.mktemp("real")
+    shutil.copytree(demo[0] / "base", folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    rows = [{"text": f"The square of {i} is {i * i}. " * 20} for i in range(40)]
+    rows += [{"messages": [{"role": "user", "content": f"Square {i}." * 10}]} for i in range(40)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = [
+        "--length",
+        64,
+        "--batch-size",
+        4,
+        "--steps",
+        8,
+        "--save-steps",
+        4,
+        "--learning-rate",
+        5e-3,
+    ]
+    return folder, ["--model", folder / "model", "--data", folder / "data.jsonl", *size]
+
+
+def test_a_model_of_your_own_learns_your_data_and_resumes_where_it_stopped(real, tmp_path):
+    _, arguments = real
+    through = finetune(*arguments, "--output", tmp_path / "through")
+    results = json.loads((tmp_path / "through" / "results.json").read_text())
+    assert results["after"]["data.jsonl"] < results["before"]["data.jsonl"] - 0.2
+    assert not (tmp_path / "through" / "merged").exists()
+    assert "warn" not in (through.stdout + through.stderr).lower()
+
+    # what a power cut after the fourth step leaves behind
+    shutil.copytree(tmp_path / "through" / "checkpoint-4", tmp_path / "stopped" / "checkpoint-4")
+    refused = finetune(*arguments, "--output", tmp_path / "stopped", ok=False)
+    assert "checkpoint-4 is there already; add --resume" in refused.stderr
+
+    resumed = finetune(*arguments, "--output", tmp_path / "stopped", "--resume")
+    assert "checkpoint-4" in resumed.stdout
+    state = json.loads((tmp_path / "stopped" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+    whole = load_file(tmp_path / "through" / "adapter" / "adapter_model.safetensors")
+    halves = load_file(tmp_path / "stopped" / "adapter" / "adapter_model.safetensors")
+    first_half = load_file(tmp_path / "through" / "checkpoint-4" / "adapter_model.safetensors")
+    for key, tensor in whole.items():
+        torch.testing.assert_close(halves[key], tensor, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(first_half[key], tensor, rtol=1e-4, atol=1e-6), (
+            "resuming had nothing to do"
+        )
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The module examples/texts.py, which the examples import from their own folder."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("texts")
+
+
+def test_messages_go_through_the_chat_template(real, texts):
+    folder, _ = real
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = texts.read_jsonl(folder / "data.jsonl", tokenizer)
+    assert rows[3].startswith("The square of 3 is 9. ")
+    assert rows[43] == "<user> " + "Square 3." * 10 + "\n"
+    blocks = texts.pack(rows[:2], tokenizer, 16)
+    ids = torch.cat([block["input_ids"] for block in blocks])
+    assert (rows[0] + "<eos>" + rows[1]).startswith(tokenizer.decode(ids))
+    assert (ids == tokenizer.eos_token_id).sum() == 1
+    with pytest.raises(ValueError, match="less than one block of 4096"):
+        texts.pack(rows[:1], tokenizer, 4096)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"), [('{"txt": "a"}', r"line 2: has \['txt'\]"), ("{", "line 2: not JSON")]
+)
+def test_a_line_that_cannot_be_read_is_named(texts, tmp_path, line, says):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=says):
+        texts.read_jsonl(data, tokenizer=None)
+
+
+def test_held_out_texts_are_never_trained_on(texts):
+    train, held_out = texts.hold_out(texts.documentation())
+    assert len(held_out) >= 0.1 * len(train) > 0
+    for text in held_out:
+        _, _, body = text.partition("\n\n")
+        assert body.strip()
+        assert not any(body.strip() in other for other in train)
+
+
+def test_a_model_without_data_is_refused():
+    assert "--model needs --data" in finetune("--model", "somewhere", ok=False).stderr

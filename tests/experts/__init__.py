@@ -1,0 +1,1 @@
+"""What an experts module is, and how other libraries store its weights."""

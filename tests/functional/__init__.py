@@ -1,0 +1,1 @@
+"""The layer's gradients, and how its launches are replayed."""

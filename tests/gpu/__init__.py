@@ -1,0 +1,1 @@
+"""The layer on a CUDA device; nothing here runs without one."""

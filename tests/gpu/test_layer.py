@@ -1,0 +1,354 @@
+"""The layer as a user gets it, on a CUDA device: numbers, graphs, syncs, memory, sizes past 2**31."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from helpers import Holder, build_experts
+from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.ops import kernels
+from peft_moe_lora.ops.kernels.launching import graphs, replay
+from peft_moe_lora.ops.routing import Routing
+from peft_moe_lora.stats.load import RoutingWatch
+
+pytestmark = pytest.mark.gpu
+
+E, H, I, R, TOP_K, T = 8, 256, 128, 16, 2, 300  # noqa: E741
+# gated; interleaved, transposed, biased and clamped; without a gate; gelu
+FAMILIES = [
+    ("qwen3_moe", "Qwen3MoeExperts"),
+    ("gpt_oss", "GptOssExperts"),
+    ("nemotron_h", "NemotronHExperts"),
+    ("gemma4", "Gemma4TextExperts"),
+]
+# what rounding leaves where the plain path happens to be exact, relative to the largest value
+ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def adapted(family, name, dtype, **config):
+    """An experts module on the GPU with a random adapter whose share of the output is of order one."""
+    from peft import get_peft_model
+
+    experts = build_experts(family, name, H, I, E).to("cuda", dtype)
+    settings = {"r": R, "lora_alpha": R, "target_modules": ["experts"], **config}
+    model = get_peft_model(Holder(experts), MoELoraConfig(**settings))
+    layer = model.base_model.model.experts
+    with torch.no_grad():
+        for side, pairs in (("A", layer.lora_A), ("B", layer.lora_B)):
+            for p in pairs["default"].values():
+                fan_in = p.shape[1] if side == "A" else R
+                p.copy_(torch.randn_like(p) * fan_in**-0.5)
+    return model, layer
+
+
+def inputs(dtype, tokens=T, weights_dtype=torch.float32):
+    x = torch.randn(tokens, H, device="cuda", dtype=dtype)
+    index = torch.rand(tokens, E, device="cuda").topk(TOP_K).indices
+    return x, index, torch.rand(tokens, TOP_K, device="cuda", dtype=weights_dtype)
+
+
+def step(model, layer, x, index, weights):
+    """Output and gradients of one forward and backward, by name."""
+    x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+    layer.zero_grad()
+    out = model(x, index, weights)
+    torch.manual_seed(7)
+    out.backward(torch.randn_like(out))
+    found = {"output": out.detach(), "x": x.grad, "top_k_weights": weights.grad}
+    return found | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("family", "name"), FAMILIES)
+def test_fused_path_is_as_exact_as_plain_pytorch(family, name, dtype):
+    model, layer = adapted(family, name, dtype, backend="triton")
+    args = inputs(dtype)
+    with torch.no_grad(), model.disable_adapter():
+        without = model(*args)
+    fused = step(model, layer, *args)
+    assert 0.3 < ((fused["output"] - without).norm() / without.norm()).item() < 3, (
+        "the adapter's share"
+    )
+    layer.backend = "torch"
+    plain = step(model, layer, *args)
+    exact = step(*_in_double(model), *(t.double() if t.is_floating_point() else t for t in args))
+    assert fused.keys() == exact.keys()
+    for key, expected in exact.items():
+        error, twin = (
+            (t[key].double() - expected).norm() / expected.norm() for t in (fused, plain)
+        )
+        assert error <= 2 * twin + ATOL[dtype], (
+            f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+        )
+
+
+def _in_double(model):
+    double = copy.deepcopy(model).double()
+    layer = double.base_model.model.experts
+    layer.backend = "torch"
+    return double, layer
+
+
+@pytest.mark.parametrize(("family", "name"), FAMILIES)
+def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
+    dtype = torch.bfloat16
+    model, layer = adapted(
+        family, name, dtype, backend="triton", expert_indices={"experts": [6, 1, 2]}
+    )
+    args = inputs(dtype)
+    fused = step(model, layer, *args)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step(model, layer, *args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(fused[key], again[key]) for key in fused)
+    layer.backend = "torch"
+    plain = step(model, layer, *args)
+    exact = step(*_in_double(model), *(t.double() if t.is_floating_point() else t for t in args))
+    assert fused["lora_A.default.gate_up"].shape == (3 * R, H)
+    for key, expected in exact.items():
+        error, twin = (
+            (t[key].double() - expected).norm() / expected.norm() for t in (fused, plain)
+        )
+        assert error <= 2 * twin + ATOL[dtype], (
+            f"{key}: {error:.2e} against {twin:.2e} in plain PyTorch"
+        )
+
+
+@pytest.mark.parametrize("calls", [1, 3], ids=["composed", "replayed"])
+def test_a_thread_may_begin_with_a_descriptor(calls):
+    """As autograd's does in the first backward of a process, with `recompute`."""
+    x = torch.randn(512, H, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(E, 2 * I, H, device="cuda", dtype=torch.bfloat16)
+    routing = kernels.route(torch.rand(512, E, device="cuda").topk(TOP_K).indices, E)
+    index = [
+        getattr(routing, name)
+        for name in ("expert_offsets", "row_token", "row_slot", "slot_row", "tiles")
+    ]
+
+    def product(x, weight, *index):
+        *order, tiles = index
+        again = Routing(*order, TOP_K, tiles, routing.block_m)
+        return (kernels.expert_linear(x, weight, again, gather=True),)
+
+    expected = product(x, weight, *index)[0]
+    # leaves memory behind, so that no thread has to ask CUDA for any, which would give it a context
+    product(x, weight, *index)
+    # each in a thread of its own; the third is replayed
+    for _ in range(calls):
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(kernels.replayed, product, x, weight, *index).result()[0]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "config"),
+    [
+        (*FAMILIES[0], {}),
+        (*FAMILIES[0], {"recompute": True}),
+        (*FAMILIES[0], {"lora_dropout": 0.3}),
+        (*FAMILIES[0], {"target_projections": ["down"]}),
+        (*FAMILIES[0], {"expert_indices": {"experts": [6, 1, 2]}}),
+        (*FAMILIES[1], {"r": 64}),
+        (*FAMILIES[2], {}),
+    ],
+    ids=["plain", "recompute", "dropout", "down", "some", "gpt_oss", "ungated"],
+)
+@pytest.mark.parametrize("tokens", [T, 2048])
+def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, family, name, config, tokens):
+    """New data at new addresses each time, one expert without rows, one with most of them."""
+    model, layer = adapted(family, name, torch.bfloat16, **config)
+    batches = [inputs(torch.bfloat16, tokens) for _ in range(6)]
+    batches[3][1][:, 0] = 5
+    batches[4][1][batches[4][1] == 2] = E
+    monkeypatch.setattr(replay, "_kinds", {})
+
+    def steps():
+        for seed, batch in enumerate(batches):
+            torch.manual_seed(seed)
+            yield step(model, layer, *batch)
+
+    found = list(steps())
+    assert [kind.__class__ for kind in replay._kinds.values()] == [replay._Replay] * 2
+    monkeypatch.setattr(kernels, "replayed", lambda function, *arguments: function(*arguments))
+    for i, (actual, expected) in enumerate(zip(found, steps(), strict=True)):
+        for key in expected:
+            assert torch.equal(actual[key], expected[key]), f"{key} of step {i}"
+
+
+def test_a_replayed_step_needs_no_more_memory(monkeypatch):
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    batch = inputs(torch.bfloat16, 8192)
+    monkeypatch.setattr(replay, "_kinds", {})
+
+    def peak():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, layer, *batch)
+        return torch.cuda.max_memory_allocated() - before
+
+    composed, _, *replayed = (peak() for _ in range(4))
+    assert max(replayed) <= 1.02 * composed
+
+
+def test_counting_rows_waits_for_nothing():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    with RoutingWatch(model) as watch:
+        step(model, layer, *args)  # kernels are compiled
+        watch.take()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(model, layer, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        (counts,) = watch.take().values()
+    assert torch.equal(counts, args[1].flatten().bincount(minlength=E).cpu())
+
+
+def test_same_bits_every_time():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    first, second = step(model, layer, *args), step(model, layer, *args)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_nothing_waits_for_the_device():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    step(model, layer, *args)  # kernels are compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(model, layer, *args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_layer_is_one_graph_with_the_same_numbers():
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    eager = step(model, layer, *args)
+    compiled = step(torch.compile(model.base_model.model.experts, fullgraph=True), layer, *args)
+    for key, expected in eager.items():
+        torch.testing.assert_close(compiled[key], expected, msg=key)
+
+
+def test_a_captured_graph_follows_the_adapter():
+    """Nothing is packed at capture: a replay reads the parameters as they are then."""
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    with torch.no_grad():
+        model(*args)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(*args)
+        layer.lora_B["default"]["down"].data.mul_(-3)
+        graph.replay()
+        assert torch.equal(captured, model(*args))
+
+
+def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits(monkeypatch):
+    monkeypatch.setattr(replay, "_kinds", {})
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    args = inputs(torch.bfloat16)
+    others = inputs(torch.bfloat16)
+
+    def graphed():
+        owners = [
+            key[0]
+            for key, found in graphs._recent.items()
+            if isinstance(found, torch.cuda.CUDAGraph)
+        ]
+        return [plan.graphs in owners for plan in replay._kinds.values()]
+
+    for _ in range(20):
+        step(model, layer, *args)
+        if len(replay._kinds) == 2 and 1 not in replay._kinds.values() and all(graphed()):
+            break
+    else:
+        pytest.fail("no addresses came three times")
+    # the same memory, other routing, other tokens and another adapter
+    for mine, other in zip(args, others, strict=True):
+        mine.copy_(other)
+    with torch.no_grad():
+        layer.lora_B["default"]["down"].mul_(-3)
+    by_graph = [step(model, layer, *args) for _ in range(3)][-1]
+    monkeypatch.setattr(replay, "_kinds", {})
+    composed = step(model, layer, *args)
+    assert all(torch.equal(by_graph[key], composed[key]) for key in composed)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_repeats_dropout(use_reentrant):
+    model, layer = adapted(*FAMILIES[0], torch.bfloat16, lora_dropout=0.3)
+    model.train()
+    args = inputs(torch.bfloat16)
+
+    def seeded(call):
+        torch.manual_seed(3)
+        return step(call, layer, *args)
+
+    kept = seeded(model)
+    recomputed = seeded(lambda *a: checkpoint(model, *a, use_reentrant=use_reentrant))
+    assert all(torch.equal(kept[key], recomputed[key]) for key in kept)
+    model.eval()
+    assert not torch.equal(seeded(model)["output"], kept["output"]), "dropout did nothing"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_kept_memory_is_the_pre_activation_two_rank_wide_tensors_and_indices(recompute):
+    model, _ = adapted(*FAMILIES[0], torch.bfloat16, recompute=recompute)
+    x, index, weights = inputs(torch.bfloat16, tokens=20_000)
+    x.requires_grad_()
+    model(x, index, weights)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = model(x, index, weights)
+    kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
+    M = index.numel()
+    floor = M * (2 * I * 2 * (not recompute) + 2 * R * 2 + 3 * 4)
+    # tile tables and the allocator's rounding
+    assert kept <= 1.02 * floor + 2**20
+
+
+def test_weights_past_two_to_the_31_elements():
+    E, N, K = 40, 8192, 8192
+    from peft_moe_lora.ops import kernels
+
+    weight = torch.empty(E, N, K, device="cuda", dtype=torch.bfloat16)
+    for e in range(E):
+        weight[e].normal_(std=K**-0.5)
+    assert weight.numel() > 2**31
+    x = torch.randn(64, K, device="cuda", dtype=torch.bfloat16)
+    routing = kernels.route(torch.full((64, 1), E - 1, device="cuda"), E)
+    y = kernels.expert_linear(x, weight, routing, gather=True)
+    torch.testing.assert_close(y, x @ weight[-1].T, rtol=0.02, atol=0.02)
+    # stored the other way round
+    dx = kernels.expert_linear(y, weight.transpose(1, 2), routing)
+    torch.testing.assert_close(dx, y @ weight[-1], rtol=0.02, atol=0.05)
+
+
+def test_rows_past_two_to_the_31_elements():
+    E, N, K, M = 2, 8192, 64, 2**18 + 77
+    from peft_moe_lora.ops import kernels
+
+    weight = torch.randn(E, N, K, device="cuda", dtype=torch.bfloat16) * K**-0.5
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    index = torch.zeros(M, 1, dtype=torch.long, device="cuda")
+    index[-100:] = 1
+    routing = kernels.route(index, E)
+    y = kernels.expert_linear(x, weight, routing, gather=True)
+    assert y.numel() > 2**31
+    torch.testing.assert_close(y[-100:], x[-100:] @ weight[1].T, rtol=0.02, atol=0.02)
+    out = kernels.combine(y, routing, torch.ones(M, 1, device="cuda"))
+    assert torch.equal(out, y)
+    xa = kernels.expert_shrink(y, weight[:, :, :16].transpose(1, 2), routing, 1.0)
+    torch.testing.assert_close(xa[-100:], y[-100:] @ weight[1, :, :16], rtol=0.02, atol=0.05)

@@ -1,0 +1,1 @@
+"""The kernels against their twins in plain PyTorch; without a GPU in Triton's interpreter."""
