@@ -277,13 +277,22 @@ def test_descriptors_come_again_in_their_class_at_another_address(kernel):
 
 
 def test_the_workspace_holds_what_lives_at_once_and_no_more():
-    buffers = [[512, 0, 1], [1024, 1, 2], [512, 2, 3], [100, 0, 3], [512, 3, 3], [2048, 0, 3]]
+    sizes_and_launches = [
+        (512, 0, 1),
+        (1024, 1, 2),
+        (512, 2, 3),
+        (100, 0, 3),
+        (512, 3, 3),
+        (2048, 0, 3),
+    ]
+    buffers = [replay._Buffer(*b) for b in sizes_and_launches]
     offsets, total = replay._pack(buffers, {5: 0})
     assert set(offsets) == {0, 1, 2, 3, 4}
-    spans = {i: (offsets[i], offsets[i] + buffers[i][0]) for i in offsets}
+    spans = {i: (offsets[i], offsets[i] + buffers[i].nbytes) for i in offsets}
     for i, (start, end) in spans.items():
         for j, (other_start, other_end) in spans.items():
-            together = buffers[i][1] <= buffers[j][2] and buffers[j][1] <= buffers[i][2]
+            one, other = buffers[i], buffers[j]
+            together = one.first <= other.last and other.first <= one.last
             assert i == j or not together or end <= other_start or other_end <= start
     # at launches 1 and 2 a small, the large and the odd one live together
     assert total == 1024 + 512 + 512

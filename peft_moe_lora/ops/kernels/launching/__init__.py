@@ -1,4 +1,4 @@
-"""How a kernel is chosen, launched, recorded and replayed.
+"""How a kernel's block sizes are chosen, and how it is launched, recorded and replayed.
 
-May import ops.
+May import ops, outside of ops.kernels.
 """

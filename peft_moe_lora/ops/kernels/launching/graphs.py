@@ -1,24 +1,26 @@
-"""Launches at addresses they had before, as one CUDA graph: one call of the host instead of a dozen.
+"""Launches at the same addresses as before, as one CUDA graph: one call of the host for a dozen.
 
-In a loop of training the allocator hands out the same addresses step after step. A graph holds them as they were, so
-each set of addresses has its own; at others, and while somebody else captures, launches go out one by one.
+In a training loop the allocator hands out the same addresses step after step. A CUDA graph holds
+the addresses it was captured with, so each set of addresses has a graph of its own. At addresses
+that are new, and while somebody else captures a graph, kernels are launched one by one.
 """
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from triton.runtime import driver
 
 logger = logging.getLogger(__name__)
 
-# graphs and addresses that came once or twice, of all kinds of calls; the one not used for longest goes first. A graph
-# takes 0.13 MiB of the device's memory (NVIDIA H200, 2026-11-24), a step of 48 layers has 96
+# entries of `_recent`; when it is full, the entry that was not used for longest is dropped. A graph
+# takes 0.13 MiB of device memory (NVIDIA H200, 2026-11-24); a step of 48 layers has 96 graphs
 KEPT = 1024
-# calls at the same addresses ahead of the one that is captured
+# calls at the same addresses before the one that is captured
 SIGHTINGS = 2
-# {(Graphs, addresses): graph, or calls so far}, the latest used last
-_recent: OrderedDict = OrderedDict()
+# {(the Graphs, addresses): their graph, or how many calls there were}; the latest used is last
+_recent: "OrderedDict[tuple[Graphs, tuple], torch.cuda.CUDAGraph | int]" = OrderedDict()
 
 
 def forget() -> None:
@@ -27,17 +29,21 @@ def forget() -> None:
 
 
 class Graphs:
-    """The graphs of one recorded call, by its addresses.
+    """The graphs of one recorded call, one for each set of addresses.
 
     Attributes:
-        refused: no CUDA device, or capturing failed.
+        refused: whether launches always go out one by one, because the device is not CUDA or
+            because a capture failed.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.refused = device, device.type != "cuda"
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.refused = device.type != "cuda"
 
-    def __call__(self, addresses: list[int | None], launch) -> None:
-        """launch(handle of the current stream), or the same by a graph.
+    def __call__(
+        self, addresses: Sequence[int | None], launch: Callable[[int | None], None]
+    ) -> None:
+        """launch(handle of the current stream), or the same launches by a graph.
 
         Args:
             addresses: all that `launch` depends on.
@@ -47,7 +53,7 @@ class Graphs:
             launch(stream)
             return
         key = self, tuple(addresses)
-        # out and in again, so that it is the last to go
+        # taken out, and put back as the latest used
         found = _recent.pop(key, 0)
         if found == SIGHTINGS:
             found = self._captured(launch)
@@ -55,7 +61,7 @@ class Graphs:
         if self.refused:
             launch(stream)
             return
-        if found.__class__ is int:
+        if isinstance(found, int):
             found += 1
             launch(stream)
         else:
@@ -64,20 +70,23 @@ class Graphs:
         if len(_recent) > KEPT:
             _recent.popitem(last=False)
 
-    def _captured(self, launch) -> torch.cuda.CUDAGraph | None:
-        """launch as a graph, or None where CUDA refuses."""
+    def _captured(self, launch: Callable[[int], None]) -> torch.cuda.CUDAGraph | None:
+        """A graph of the launches, or None where CUDA refuses to capture them."""
         try:
-            graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-            with torch.cuda.stream(aside):
-                # other threads are free to allocate meanwhile
+            graph = torch.cuda.CUDAGraph()
+            side_stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(side_stream):
+                # other threads may allocate meanwhile
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
-                    launch(aside.cuda_stream)
+                    launch(side_stream.cuda_stream)
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
             logger.warning(
-                "kernels are launched one by one, without a CUDA graph of them: %s.", error
+                "kernels are launched one by one, because CUDA could not capture a graph of them: "
+                "%s.",
+                error,
             )
             return None
         return graph

@@ -1,46 +1,67 @@
 """Launch a compiled kernel without asking again which one it is.
 
-Triton's own launch binds and specializes some forty arguments in Python every time: 30 to 60 us a launch on a slow
-host (2026-11-21), more than many of these kernels run. Here a key that the operation knows finds what the first launch
-compiled, and the arguments that never change under that key.
+Triton's own launch binds and specializes some forty arguments in Python each time, which takes
+longer than many of these kernels run (30 to 60 us a launch on a slow host, 2026-11-21). Here the
+operation gives a key. Under a key the first launch, by Triton, leaves its compiled kernel and the
+arguments that never change; later launches find both there.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-_plans = {}
-# of this thread: `current`, what takes down its launches, or None; `ahead`, while `compile_ahead` runs, {key: launch};
-# `bound`, whether it has a CUDA context
+Grid = tuple[int, int, int]
+# the arguments after `sizes`, and the constexprs
+Rest = Callable[[], tuple[tuple, dict[str, Any]]]
+
+# {(key, device): (compiled kernel, its run method, the arguments after `sizes`)}
+_plans: dict[tuple[tuple, int], tuple[CompiledKernel, Callable, tuple]] = {}
+# state of each thread. `current`: the recording that notes its launches, or None. `ahead`: within
+# `compile_ahead` the launches to compile for, {key: launch}. `bound`: whether it has a CUDA context
 recorder = threading.local()
 
 
 def launch(
-    key: tuple, kernel, grid: tuple[int, int, int], tensors: tuple, rest, sizes=(), descriptors=()
+    key: tuple,
+    kernel: JITFunction,
+    grid: Grid,
+    tensors: tuple[torch.Tensor | None, ...],
+    rest: Rest,
+    sizes: tuple[int, ...] = (),
+    descriptors: tuple = (),
 ) -> None:
     """kernel[grid](*descriptors, *tensors, *sizes, *fixed, **constants) on the current device.
 
-    Launch hooks of profilers are not called.
+    Launch hooks, which profilers set, are not called.
 
     Args:
-        key: all that decides which kernel is compiled and what `rest` gives; the tensors' alignment aside.
-        tensors: the first is none of those that may be None.
-        rest: called once per key, gives (fixed, constants): the arguments after `sizes`, and the constexprs.
-        sizes: ints that follow the batch; the kernel does not specialize on them.
+        key: all that decides which kernel is compiled and what `rest` gives, except the alignment
+            of the tensors.
+        tensors: the first must be a tensor, the others may be None.
+        rest: gives (fixed, constants): the arguments after `sizes`, and the constexprs. Called only
+            where the key has no compiled kernel yet.
+        sizes: ints that change with the batch; the kernel must not specialize on them.
         descriptors: tensor descriptors or None.
     """
-    device, union = tensors[0].get_device(), 0
+    device = tensors[0].get_device()
     bind(device)
-    # addresses, because the launcher asks the driver about every tensor it is given
+    # addresses, because for a tensor Triton's launcher would ask the driver
     pointers = [None if t is None else t.data_ptr() for t in tensors]
+    union = 0
     for pointer in pointers:
         union |= pointer or 0
-    # an address off sixteen is specialized argument by argument: rare, and left to Triton
-    found = None if union & 15 else _plans.get((key, device))
+    aligned = not union & 15
+    found = None
+    # for addresses off 16 bytes, which are rare, Triton specializes argument by argument
+    if aligned:
+        found = _plans.get((key, device))
     ahead = getattr(recorder, "ahead", None)
     if ahead is not None:
         if found is None and isinstance(kernel, JITFunction):
@@ -58,34 +79,37 @@ def launch(
         )  # fmt: skip
         return
     if recording is not None:
-        recording.fail("launches a kernel by Triton's own way")
+        recording.fail("launches a kernel by Triton's own launcher")
     fixed, constants = rest()
-    compiled = kernel[grid](*descriptors, *tensors, *sizes, *fixed, **constants)
+    operands = (*descriptors, *tensors, *sizes, *fixed)
+    compiled = kernel[grid](*operands, **constants)
     # the interpreter compiles nothing
-    if compiled is not None and not union & 15:
-        names = kernel.arg_names[len(descriptors) + len(tensors) + len(sizes) + len(fixed) :]
-        _plans[key, device] = compiled, compiled.run, (*fixed, *(constants[name] for name in names))
+    if compiled is not None and aligned:
+        constexprs = [constants[name] for name in kernel.arg_names[len(operands) :]]
+        _plans[key, device] = compiled, compiled.run, (*fixed, *constexprs)
 
 
 def bind(device: int) -> None:
     """Give this thread a CUDA context, once.
 
-    torch's threads get theirs with the first call that needs one. Encoding a tensor descriptor needs it and does not
-    ask: the first backward of a process, in autograd's own thread, failed where it began with a descriptor.
+    A thread of torch gets its context with the first call that needs one. Encoding a tensor
+    descriptor needs a context and does not ask for it: without this, a process whose first backward
+    begins with a descriptor fails, because backward runs in a thread of autograd's own.
 
     Args:
-        device: index, negative for no CUDA device.
+        device: index of a CUDA device; negative for a tensor elsewhere, which needs no context.
     """
     if device >= 0 and not getattr(recorder, "bound", False):
         torch.zeros((), device=torch.device("cuda", device))
         recorder.bound = True
 
 
-def compile_ahead(function, *arguments) -> None:
-    """Compile what function(*arguments) will launch, all at once, in threads: half the seconds of one by one.
+def compile_ahead(function: Callable, *arguments: Any) -> None:
+    """Compile, in parallel threads, all the kernels that function(*arguments) will launch.
 
-    The function is called, and its launches left out: it composes operations of this package, and nothing else. What
-    does not compile says so when it is launched.
+    It takes half the seconds of one kernel after the other. The function is called with its
+    launches left out, so it must compose operations of this package and compute nothing else.
+    A kernel that does not compile is passed over: its launch raises the error.
     """
     recorder.ahead = {}
     try:
@@ -94,17 +118,21 @@ def compile_ahead(function, *arguments) -> None:
     finally:
         recorder.ahead = None
     if len(missing) > 1:
-        # in a context of its own: interrupted, Triton would go on handing what it compiles to a pool that is no more
-        copy_context().run(_compile_at_once, missing, arguments[0].get_device())
+        device = arguments[0].get_device()
+        # in a context of its own: after an interruption Triton would otherwise go on sending what
+        # it compiles to the closed pool
+        copy_context().run(_compile_at_once, missing, device)
 
 
 def _compile_at_once(launches: list[tuple], device: int) -> None:
-    """Compile and load the kernels of (kernel, grid, operands, rest) each."""
+    """Compile and load the kernel of each (kernel, grid, operands, rest)."""
 
-    def load(kernel):
-        compiled = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
+    def load(kernel: Any) -> None:
+        compiled = kernel
+        if hasattr(kernel, "result"):
+            compiled = kernel.result(ignore_errors=True)
         if compiled is not None:
-            # compiles too, in C: what passes the arguments on
+            # reading `run` compiles the C function that passes the arguments on
             with torch.cuda.device(device):
                 _ = compiled.run
 
@@ -118,7 +146,7 @@ def _compile_at_once(launches: list[tuple], device: int) -> None:
 
 
 def forget() -> None:
-    """Drop what was compiled, after a change of the table."""
+    """Drop all compiled kernels: needed after a change of the table."""
     _plans.clear()
 
 

@@ -1,33 +1,42 @@
-"""Call a composition of operations again by the launches it made before.
+"""Call a composition of operations again by repeating the launches it made before.
 
-What the host decides on the way through such a call (grids, block sizes, which kernel, where each buffer lies)
-follows from the arguments' shapes, strides and dtypes and from plain values; the device decides the rest. So it is
-decided once: ahead of the first call of a kind what it will launch is compiled, that call runs as it is, the second is
-recorded, later ones allocate and launch: a few microseconds a launch instead of twenty, and one CUDA graph of them all
-where they come at the same addresses again.
+In such a call the host decides grids, block sizes, which kernels run and where each buffer lies.
+All that follows from the arguments' dtypes, shapes and strides and from plain values; what depends
+on data is decided on the device. So the host decides once for each kind of call:
+
+    first call: its kernels are compiled, all in parallel, then it runs as it is
+    second call: it runs, and its allocations and launches are recorded
+    later calls: results and a workspace are allocated, and the recorded launches repeated, by one
+        CUDA graph where the addresses came before: a few microseconds a launch instead of twenty
 
 Legend:
-    argument: a tensor that the composition is called with; its kind is its dtype, shape and strides
-    slot: where an address comes from: the arguments first, then the results, last the workspace
+    kind: the function, the device, and each argument's dtype, shape and strides, or its value
+    buffer: memory that was allocated within the recorded call; one that is returned is a result
+    workspace: one allocation that holds the other buffers; those of different times share bytes
+    slot: index of an address in a replayed call: the arguments, then the results, then the workspace
     place: (slot, bytes from its address), or None for an absent tensor
 """
 
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler import CompiledKernel
 
 from ...quantized import QuantizedWeight
 from . import graphs, launch
-from .table import dot_precision
+from .table import ceil_div, dot_precision
 
 logger = logging.getLogger(__name__)
 
-# the kinds kept; batches of ever other sizes must not pile up
+# kinds that are kept: with batches of ever new sizes they would pile up
 KINDS = 512
+# bytes that a buffer's address in the workspace is a multiple of
 _ALIGNMENT = 512
 _ALLOCATIONS = frozenset(
     {
@@ -38,41 +47,33 @@ _ALLOCATIONS = frozenset(
         torch.ops.aten.new_empty_strided.default,
     }
 )
-# works on dtypes alone
+# operators that compute on dtypes only
 _HARMLESS = frozenset({torch.ops.aten.promote_types.default})
-_kinds: dict = {}
+# what is known of a kind: how often it was called, its _Replay, or None where it cannot be replayed
+_kinds: "dict[tuple, int | _Replay | None]" = {}
 
 
-def replayed(function, *arguments):
+def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
     """function(*arguments), on the current device.
 
     Args:
-        function: composes operations of this package, and nothing else that computes; its results are a tuple of new
-            tensors and of what follows from the kind of its arguments. A call that does anything else is found out
-            when it is recorded, and its kind then always runs as it is. Called once more ahead of the first time, its
-            launches left out.
-        arguments: a tensor, then tensors, quantized weights, None, or hashable values; what is not hashable is not
-            replayed.
+        function: composes operations of this package and computes nothing else; returns a tuple of
+            new tensors and of values that follow from the kind of its arguments. A function that
+            does more is found out when it is recorded, and is then always called as it is.
+            Before the first call it is called once more, without its launches.
+        arguments: first a tensor; then tensors, quantized weights, None or hashable values. With a
+            value that is not hashable the function is called as it is.
     """
-    kind, flat = [function, arguments[0].get_device(), dot_precision(arguments[0].dtype)], []
-    # not while recording, which would take it for a part of the composition
-    launch.bind(kind[1])
-    for a in arguments:
-        if isinstance(a, torch.Tensor):
-            kind.append((a.dtype, a.shape, a.stride()))
-            flat.append(a)
-        elif isinstance(a, QuantizedWeight):
-            kind.append(a.facts())
-            kind += [(t.dtype, t.shape, t.stride()) for t in a.tensors()]
-            flat += a.tensors()
-        else:
-            kind.append(a)
+    device = arguments[0].get_device()
+    # before the recording, which would take it for a part of the composition
+    launch.bind(device)
+    key, tensors = _kind_and_tensors(function, device, arguments)
     try:
-        plan = _kinds.get(key := tuple(kind), 0)
+        plan = _kinds.get(key, 0)
     except TypeError:
         return function(*arguments)
-    if plan.__class__ is _Replay:
-        return plan(flat) or function(*arguments)
+    if isinstance(plan, _Replay):
+        return plan(tensors) or function(*arguments)
     if plan is None:
         return function(*arguments)
     if len(_kinds) >= KINDS:
@@ -81,11 +82,31 @@ def replayed(function, *arguments):
         _kinds[key] = 1
         launch.compile_ahead(function, *arguments)
         return function(*arguments)
-    recording = _Recording(flat)
+    recording = _Recording(tensors)
     with recording:
         results = function(*arguments)
     _kinds[key] = recording.replay(results)
     return results
+
+
+def _kind_and_tensors(
+    function: Callable, device: int, arguments: Sequence[Any]
+) -> tuple[tuple, list[torch.Tensor]]:
+    """The kind of a call, and all tensors of its arguments."""
+    kind: list[Any] = [function, device, dot_precision(arguments[0].dtype)]
+    tensors = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            kind.append((argument.dtype, argument.shape, argument.stride()))
+            tensors.append(argument)
+        elif isinstance(argument, QuantizedWeight):
+            parts = argument.tensors()
+            kind.append(argument.facts())
+            kind += [(t.dtype, t.shape, t.stride()) for t in parts]
+            tensors += parts
+        else:
+            kind.append(argument)
+    return tuple(kind), tensors
 
 
 def forget() -> None:
@@ -94,124 +115,194 @@ def forget() -> None:
     graphs.forget()
 
 
-class _Recording(TorchDispatchMode):
-    """While entered, takes down allocations and launches; `failed` says what cannot be replayed."""
+class _Origin(NamedTuple):
+    """Where an address lay in the recorded call: bytes from the start of an argument or a buffer."""
 
-    def __init__(self, arguments):
+    kind: Literal["argument", "buffer"]
+    index: int
+    offset: int
+
+
+class _Launch(NamedTuple):
+    """One launch, with origins of the recorded call or with places of a replayed one.
+
+    Attributes:
+        run: the compiled kernel's method.
+        compiled: the kernel's handle and metadata, and the launch hooks, which are None.
+        descriptors: (origin or place of the tensor, the other fields) each, or None.
+        tensors: the origin or place of each, or None.
+        rest: all arguments after the tensors.
+    """
+
+    grid: launch.Grid
+    run: Callable
+    compiled: tuple
+    descriptors: list[tuple | None]
+    tensors: list[tuple | None]
+    rest: tuple
+
+
+@dataclass
+class _Buffer:
+    """Memory that was allocated within the recorded call.
+
+    Attributes:
+        first: number of the first launch after its allocation.
+        last: number of the last launch that uses it.
+    """
+
+    nbytes: int
+    first: int
+    last: int
+
+
+class _Recording(TorchDispatchMode):
+    """While entered, notes allocations and launches.
+
+    Attributes:
+        failed: why the call cannot be replayed, or None.
+        ranges: (index, first address, end) of each argument that has elements.
+        buffers: in the order of their allocation.
+        current: {address: index of the buffer that lies there now}.
+        launches: with origins.
+        kernels: the compiled kernels, which a replay must keep alive.
+    """
+
+    def __init__(self, arguments: list[torch.Tensor]) -> None:
         super().__init__()
-        self.arguments, self.failed = arguments, None
-        # the arguments' ranges of addresses, in their order
+        self.arguments = arguments
+        self.failed: str | None = None
         self.ranges = [
             (i, a.data_ptr(), a.data_ptr() + _span(a)) for i, a in enumerate(arguments) if a.numel()
         ]
-        ends = sorted((start, end) for _, start, end in self.ranges)
-        if any(start < previous_end for (_, previous_end), (start, _) in pairwise(ends)):
-            self.failed = "arguments share memory"
-        # [bytes, first launch, last launch] of each buffer; the one that lies at an address now
-        self.buffers, self.current, self.launches, self.compiled = [], {}, [], []
+        self.buffers: list[_Buffer] = []
+        self.current: dict[int, int] = {}
+        self.launches: list[_Launch] = []
+        self.kernels: list[CompiledKernel] = []
+        spans = sorted((start, end) for _, start, end in self.ranges)
+        if any(start < previous_end for (_, previous_end), (start, _) in pairwise(spans)):
+            self.fail("has arguments that share memory")
 
-    def __enter__(self):
+    def __enter__(self) -> "_Recording":
         launch.recorder.current = self
         return super().__enter__()
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         launch.recorder.current = None
         return super().__exit__(*exception)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             storage = out.untyped_storage()
             self.current[storage.data_ptr()] = len(self.buffers)
-            self.buffers.append([storage.nbytes(), len(self.launches), len(self.launches)])
+            now = len(self.launches)
+            self.buffers.append(_Buffer(storage.nbytes(), now, now))
         elif not func.is_view and func not in _HARMLESS:
-            self.failed = self.failed or f"calls {func}"
+            self.fail(f"calls {func}")
         return out
 
-    def add(self, compiled, run, grid, tensors, sizes, tail, descriptors) -> None:
-        """One launch."""
-        self.compiled.append(compiled)
+    def fail(self, reason: str) -> None:
+        """Note why the call cannot be replayed; the first reason stays."""
+        self.failed = self.failed or reason
+
+    def add(
+        self,
+        compiled: CompiledKernel,
+        run: Callable,
+        grid: launch.Grid,
+        tensors: Iterable[torch.Tensor | None],
+        sizes: tuple[int, ...],
+        tail: tuple,
+        descriptors: Iterable[Any],
+    ) -> None:
+        """Note one launch."""
+        described: list[tuple | None] = []
+        for descriptor in descriptors:
+            if descriptor is None:
+                described.append(None)
+            else:
+                described.append((self.origin(descriptor.base), _fields(descriptor)))
+        self.kernels.append(compiled)
         self.launches.append(
-            (
-                (*grid,),
-                run,
-                (compiled.function, compiled.packed_metadata, None, None, None),
-                [d if d is None else (self.place(d.base), _fields(d)) for d in descriptors],
-                [None if t is None else self.place(t) for t in tensors],
-                (*sizes, *tail),
+            _Launch(
+                grid=(*grid,),
+                run=run,
+                compiled=(compiled.function, compiled.packed_metadata, None, None, None),
+                descriptors=described,
+                tensors=[None if t is None else self.origin(t) for t in tensors],
+                rest=(*sizes, *tail),
             )
         )
 
-    def fail(self, reason: str) -> None:
-        self.failed = self.failed or reason
-
-    def place(self, tensor: torch.Tensor) -> tuple:
-        """("argument", index, offset) or ("buffer", index, offset)."""
+    def origin(self, tensor: torch.Tensor) -> _Origin:
+        """Where a tensor's address lies, which from now on the next launch reads or writes."""
         address = tensor.data_ptr()
-        buffer = self.current.get(tensor.untyped_storage().data_ptr())
+        storage = tensor.untyped_storage().data_ptr()
+        buffer = self.current.get(storage)
         if buffer is not None:
-            self.buffers[buffer][2] = len(self.launches)
-            return "buffer", buffer, address - tensor.untyped_storage().data_ptr()
+            self.buffers[buffer].last = len(self.launches)
+            return _Origin("buffer", buffer, address - storage)
         for index, start, end in self.ranges:
             if start <= address < end:
-                return "argument", index, address - start
+                return _Origin("argument", index, address - start)
         self.fail("reads a tensor that is neither an argument nor its own")
-        return "argument", 0, 0
+        return _Origin("argument", 0, 0)
 
-    def replay(self, results):
+    def replay(self, results: Any) -> "_Replay | None":
         """The recorded call, or None where it cannot be replayed."""
-        made, results_of = [], {}
-        for result in results if isinstance(results, tuple) else ():
+        made: list[_Made | _Value] = []
+        # {buffer: number of the result}
+        result_of: dict[int, int] = {}
+        if not isinstance(results, tuple):
+            self.fail("does not return a tuple")
+            results = ()
+        for result in results:
             if not isinstance(result, torch.Tensor):
                 made.append(_Value(result))
                 continue
-            kind, index, offset = self.place(result)
-            if (
-                kind != "buffer"
-                or offset
-                or index in results_of
-                or _span(result) != self.buffers[index][0]
-            ):
-                self.fail("a result is not a new tensor of its own")
-            results_of[index] = len(results_of)
-            made.append((result.shape, result.stride(), result.dtype))
-        if self.failed or not self.launches or not isinstance(results, tuple):
-            logger.debug(
-                "not replayed: %s.", self.failed or "nothing is launched, or no tuple returned"
-            )
+            origin = self.origin(result)
+            if not self._is_whole(result, origin) or origin.index in result_of:
+                self.fail("returns a tensor that is not new or not whole")
+            result_of[origin.index] = len(result_of)
+            made.append(_Made(result.shape, result.stride(), result.dtype))
+        if not self.launches:
+            self.fail("launches nothing")
+        if self.failed:
+            logger.debug("not replayed: the composition %s.", self.failed)
             return None
-        offsets, total = _pack(self.buffers, results_of)
-        first = len(self.arguments)
-
-        def resolved(place):
-            if place is None:
-                return None
-            kind, index, offset = place
-            if kind == "argument":
-                return index, offset
-            if index in results_of:
-                return first + results_of[index], offset
-            return first + len(results_of), offsets[index] + offset
-
+        offsets, workspace = _pack(self.buffers, result_of)
+        num_arguments = len(self.arguments)
         launches = [
-            (
-                grid,
-                run,
-                fixed,
-                [d and (resolved(d[0]), d[1]) for d in ds],
-                [resolved(p) for p in places],
-                rest,
-            )
-            for grid, run, fixed, ds, places, rest in self.launches
+            _placed(recorded, num_arguments, result_of, offsets) for recorded in self.launches
         ]
-        all_places = [
-            p for _, _, _, ds, places, _ in launches for p in (*places, *(d and d[0] for d in ds))
-        ]
-        used = sorted({p[0] for p in all_places if p is not None and p[0] < first})
         device = self.arguments[0].device
         return _Replay(
-            first, used, made, total, device, launches, self.compiled, graphs.Graphs(device)
+            num_arguments=num_arguments,
+            used=_used_arguments(launches, num_arguments),
+            made=made,
+            workspace=workspace,
+            device=device,
+            launches=launches,
+            kernels=self.kernels,
+            graphs=graphs.Graphs(device),
         )
+
+    def _is_whole(self, tensor: torch.Tensor, origin: _Origin) -> bool:
+        """Whether a tensor is all of a buffer."""
+        if origin.kind != "buffer" or origin.offset:
+            return False
+        return _span(tensor) == self.buffers[origin.index].nbytes
+
+
+class _Made(NamedTuple):
+    """A result that is a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -226,53 +317,93 @@ class _Replay:
     """A call that was recorded.
 
     Attributes:
-        first: number of arguments.
-        used: those whose memory kernels read.
-        made: per result (shape, strides, dtype), or its _Value where it is no tensor.
-        workspace: bytes of what lives within the call alone, buffers of different times one over another.
-        launches: (grid, run, fixed, descriptors, places, rest) each.
-        compiled: the kernels, held because a launch has but a handle of theirs.
-        graphs: of the launches, by address.
+        num_arguments: tensors among the arguments.
+        used: the slots of those that kernels read.
+        made: how each result comes about.
+        workspace: its bytes.
+        launches: with places.
+        kernels: the compiled kernels, kept alive because a launch holds only their handles.
+        graphs: of the launches, by addresses.
     """
 
-    first: int
-    used: list
-    made: list
+    num_arguments: int
+    used: list[int]
+    made: list[_Made | _Value]
     workspace: int
     device: torch.device
-    launches: list
-    compiled: list
+    launches: list[_Launch]
+    kernels: list[CompiledKernel]
     graphs: graphs.Graphs
 
-    def __call__(self, arguments):
-        """The results, or None for arguments off sixteen bytes, which the recorded kernels do not take."""
-        addresses, union = [None] * self.first, 0
-        for i in self.used:
-            addresses[i] = address = arguments[i].data_ptr()
+    def __call__(self, arguments: Sequence[torch.Tensor]) -> tuple | None:
+        """The results, or None where an argument's address is off 16 bytes.
+
+        The recorded kernels were compiled for addresses that are multiples of 16.
+        """
+        addresses: list[int | None] = [None] * self.num_arguments
+        union = 0
+        for slot in self.used:
+            address = arguments[slot].data_ptr()
+            addresses[slot] = address
             union |= address
         if union & 15:
             return None
         results = []
-        for m in self.made:
-            if m.__class__ is _Value:
-                results.append(m.value)
+        for made in self.made:
+            if made.__class__ is _Value:
+                results.append(made.value)
             else:
-                shape, stride, dtype = m
-                results.append(torch.empty_strided(shape, stride, dtype=dtype, device=self.device))
-                addresses.append(results[-1].data_ptr())
+                shape, stride, dtype = made
+                result = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+                results.append(result)
+                addresses.append(result.data_ptr())
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
         addresses.append(workspace.data_ptr())
         self.graphs(addresses, partial(self._launch, addresses))
         return tuple(results)
 
-    def _launch(self, addresses, stream):
-        for grid, run, fixed, descriptors, places, rest in self.launches:
+    def _launch(self, addresses: Sequence[int], stream: int | None) -> None:
+        for grid, run, compiled, descriptors, tensors, rest in self.launches:
             run(
-                *grid, stream, *fixed,
+                *grid, stream, *compiled,
                 *[d and _descriptor(*d[1], addresses[d[0][0]] + d[0][1]) for d in descriptors],
-                *[p and addresses[p[0]] + p[1] for p in places],
+                *[place and addresses[place[0]] + place[1] for place in tensors],
                 *rest,
             )  # fmt: skip
+
+
+def _placed(
+    recorded: _Launch, num_arguments: int, result_of: dict[int, int], offsets: dict[int, int]
+) -> _Launch:
+    """A recorded launch with places instead of origins.
+
+    Args:
+        result_of: {buffer: number of the result}; offsets: {other buffer: bytes into the workspace}.
+    """
+
+    def place(origin: _Origin | None) -> tuple[int, int] | None:
+        if origin is None:
+            return None
+        if origin.kind == "argument":
+            return origin.index, origin.offset
+        if origin.index in result_of:
+            return num_arguments + result_of[origin.index], origin.offset
+        workspace = num_arguments + len(result_of)
+        return workspace, offsets[origin.index] + origin.offset
+
+    return recorded._replace(
+        descriptors=[d and (place(d[0]), d[1]) for d in recorded.descriptors],
+        tensors=[place(origin) for origin in recorded.tensors],
+    )
+
+
+def _used_arguments(launches: list[_Launch], num_arguments: int) -> list[int]:
+    """The slots of the arguments that launches read."""
+    used = set()
+    for launched in launches:
+        places = [*launched.tensors, *(d and d[0] for d in launched.descriptors)]
+        used |= {place[0] for place in places if place is not None}
+    return sorted(slot for slot in used if slot < num_arguments)
 
 
 class _Address:
@@ -280,22 +411,24 @@ class _Address:
 
     __slots__ = ("address",)
 
-    def __init__(self, address: int):
+    def __init__(self, address: int) -> None:
         self.address = address
 
     def data_ptr(self) -> int:
         return self.address
 
 
-def _fields(descriptor) -> tuple[type, dict]:
-    """What of a descriptor is not its tensor, which must not be kept alive: Triton's class or Gluon's, and fields."""
-    return type(descriptor), {
-        name: value for name, value in vars(descriptor).items() if name != "base"
-    }
+def _fields(descriptor: Any) -> tuple[type, dict[str, Any]]:
+    """A descriptor's class, Triton's or Gluon's, and all its fields but the tensor.
+
+    The tensor is left out because the record must not keep it alive.
+    """
+    fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+    return type(descriptor), fields
 
 
-def _descriptor(kind: type, fields: dict, address: int):
-    """A descriptor like the recorded one, at another address; its checks were made then."""
+def _descriptor(kind: type, fields: dict[str, Any], address: int) -> Any:
+    """A descriptor like the recorded one at another address, without repeating its checks."""
     descriptor = object.__new__(kind)
     descriptor.__dict__.update(fields)
     descriptor.base = _Address(address)
@@ -306,34 +439,35 @@ def _span(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if not tensor.numel():
         return 0
-    return (
-        sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    ) * tensor.element_size()
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
-def _pack(buffers: list, results_of: dict) -> tuple[dict, int]:
-    """Bytes from the workspace's address for each buffer that is no result, and bytes of the workspace.
+def _pack(buffers: list[_Buffer], result_of: dict[int, int]) -> tuple[dict[int, int], int]:
+    """({buffer that is no result: its offset}, bytes of the workspace) of buffers side by side.
 
-    First fit, the largest first: two buffers share bytes only where one's last launch comes before the other's first.
+    First fit, the largest first. Two buffers share bytes only where the last launch of one comes
+    before the first launch of the other.
     """
-    placed, offsets, total = [], {}, 0
-    inner = [
-        (nbytes, i, first, last)
-        for i, (nbytes, first, last) in enumerate(buffers)
-        if i not in results_of
-    ]
-    for nbytes, i, first, last in sorted(inner, reverse=True):
-        nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        offset = 0
+    offsets: dict[int, int] = {}
+    total = 0
+    placed: list[tuple[int, int, _Buffer]] = []
+    inner = [i for i in range(len(buffers)) if i not in result_of]
+    # equal sizes in a fixed order, the latest allocated first
+    for i in sorted(inner, key=lambda i: (buffers[i].nbytes, i), reverse=True):
+        buffer = buffers[i]
+        nbytes = ceil_div(buffer.nbytes, _ALIGNMENT) * _ALIGNMENT
         taken = sorted(
-            (s, e)
-            for s, e, others_first, others_last in placed
-            if first <= others_last and others_first <= last
+            (start, end)
+            for start, end, other in placed
+            if buffer.first <= other.last and other.first <= buffer.last
         )
+        offset = 0
         for start, end in taken:
             if offset + nbytes <= start:
                 break
             offset = max(offset, end)
-        placed.append((offset, offset + nbytes, first, last))
-        offsets[i], total = offset, max(total, offset + nbytes)
+        offsets[i] = offset
+        total = max(total, offset + nbytes)
+        placed.append((offset, offset + nbytes, buffer))
     return offsets, total

@@ -1,4 +1,4 @@
-"""Kernels in Gluon for compute capability 9.0 alone.
+"""Kernels that run on compute capability 9.0 only, written in Gluon.
 
-May import tiles, codes, launching and ops.
+May import tiles, codes and launching, and ops outside of ops.kernels.
 """
