@@ -7,8 +7,9 @@ from .quant.in_place import dequantize_experts, quantize_experts
 from .quant.loading import load_quantized
 from .registration import register
 from .stats.callback import ExpertLoadCallback
-from .stats.load import ExpertLoad, expert_load, select_experts
+from .stats.load import ExpertLoad, expert_load
 from .stats.plot import plot_expert_load
+from .stats.select import select_experts
 from .tuner.config import MoELoraConfig
 from .tuner.model import MoELoraModel
 

@@ -14,7 +14,7 @@ from ..ops import Activation
 from ..ops.activation import KINDS
 from .families import FAMILIES
 
-# names under which models keep the two constants of an activation; the first that is a number counts
+# names of the attributes that hold an activation's constants; the first that is a number is used
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
 # points of the probe, and the largest of them where the module has no clamp

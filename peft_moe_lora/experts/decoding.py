@@ -1,7 +1,7 @@
-"""Quantized projections of an experts module: put in the place of dense ones, replaced, merged into.
+"""Quantized projections of an experts module: stored, replaced by dense ones, merged into.
 
-In place of the dense parameter, a quantized projection is a parametrized one: the parameter holds the
-codes, and its parametrization, `Decoding`, holds the rest.
+A quantized projection is a parametrized parameter: the parameter holds the codes, and its
+parametrization, `Decoding`, holds everything else.
 """
 
 from collections.abc import Callable
@@ -129,9 +129,9 @@ def requantized(
     """
     if weight.format not in FORMATS:
         raise ValueError(
-            f"merging into {weight.format} experts is not supported, because {weight.format} is only "
-            "read here, not written; load the base model unquantized, or merge into its unquantized "
-            "checkpoint with merge_adapter."
+            f"merging into {weight.format} experts is not supported, because {weight.format} is "
+            "only read here, not written; load the base model unquantized, or merge into its "
+            "unquantized checkpoint with merge_adapter."
         )
     dense = weight.dense()
     update = 0.0

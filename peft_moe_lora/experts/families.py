@@ -1,6 +1,7 @@
-"""The tables of model families: every class of the models that the package treats in a way of its own.
+"""The tables of model families: all names of models and of their classes that the package knows.
 
-A family that follows transformers' experts interface needs no row: its layout is read from its modules.
+A family that follows transformers' experts interface needs no row: all that an adapter needs is
+read from its modules.
 """
 
 from collections.abc import Callable, Mapping
@@ -111,7 +112,7 @@ def _longcat_flash(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The experts from E on are the identity: they add x[t] times their routing weights to out[t]."""
+    """The experts from E on are the identity: each adds its routing weight times x[t] to out[t]."""
     is_identity = top_k_index >= layer.layout.num_experts
     # ids beyond all experts are sentinels, which nothing computes
     is_identity &= top_k_index < cast(int, module.total_experts)
@@ -123,7 +124,7 @@ def _longcat_flash(
 def _rows(
     layer: AdaptedLayer, module: nn.Module, rows: torch.Tensor, expert_size: torch.Tensor
 ) -> torch.Tensor:
-    """The module is a single projection of [M, K] rows in expert order; expert e has expert_size[e]."""
+    """The module is one projection of [M, K] rows in expert order, expert_size[e] for expert e."""
     return layer.compute_rows(module, rows, expert_size)
 
 
@@ -143,7 +144,7 @@ def _dbrx(
 ONE_EACH = "each of its modules is a single projection, which other formats cannot describe"
 
 # A row is the class of an experts module with weights or a call of its own. `layout` reads where its
-# weights are, the adapted layer runs its `call`, and conversions refuse what `exports` gives a reason for.
+# weights are, the adapted layer runs its `call`, and conversions refuse it for the reason `exports`.
 FAMILIES = {
     "Llama4TextExperts": Family(
         arguments=("hidden_states",),

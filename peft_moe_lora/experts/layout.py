@@ -258,7 +258,7 @@ def _read_family(module: nn.Module, family: Family) -> ExpertsLayout:
         projections[name] = ProjectionLayout(weights, None, K, N, transposed)
     gated = "gate_up" in projections
     activation = None
-    # if gate and up are two parameters, the activation runs between the products, not in one of them
+    # if gate and up are two parameters, they are two products, and the activation runs after both
     if gated and len(family.weights["gate_up"]) == 1:
         activation = fused_activation(module, gated)
     return ExpertsLayout(
@@ -300,7 +300,7 @@ def _check_dtypes(module: nn.Module, names: list[str]) -> None:
 
 
 def _is_transposed(name: str, up: tuple[int, ...], down: tuple[int, ...], gated: bool) -> bool:
-    """Whether the stacks of these shapes are [E, K, N], where the module has no attribute for it."""
+    """Whether stacks of these shapes are [E, K, N], for a module without `is_transposed`."""
     factor = 1
     if gated:
         factor = 2
@@ -321,6 +321,6 @@ def _check_signature(module: nn.Module) -> None:
     positional = [p.name for p in parameters if p.kind in kinds]
     if len(positional) < 3:
         raise UnsupportedExperts(
-            f"{type(module).__name__}.forward takes {positional}; an adapter needs experts called as "
-            "experts(hidden_states, top_k_index, top_k_weights). Take it out of target_modules."
+            f"{type(module).__name__}.forward takes {positional}; an adapter needs experts called "
+            "as experts(hidden_states, top_k_index, top_k_weights). Take it out of target_modules."
         )

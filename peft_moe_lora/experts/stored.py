@@ -74,7 +74,7 @@ def _where(module: nn.Module, name: str) -> str:
     return f"{type(module).__name__}.{name}"
 
 
-# ---- bitsandbytes and `quantize_experts`: a parametrized projection --------------------------------
+# ---- bitsandbytes and `quantize_experts`: a parametrized projection ------------------------------
 
 
 def _parametrized(module: nn.Module, name: str) -> QuantizedWeight:
@@ -120,13 +120,14 @@ def _bitsandbytes(where: str, packed: torch.Tensor, state: Any) -> Codes4bit:
     )
 
 
-# ---- transformers' FP8Experts: codes beside a parameter of scales ---------------------------------
+# ---- transformers' FP8Experts: codes beside a parameter of scales --------------------------------
 
 
 def _block_scaled(module: nn.Module, name: str, weight: torch.Tensor) -> QuantizedWeight:
     """Codes in `weight`, scales in the parameter `name`_scale_inv.
 
-    Either e4m3 with a scale for each tile, or e2m1 packed in int8 with a scale for each 32 of a row.
+    They are e4m3 with a scale for each tile, or e2m1 packed in int8 with a scale for each 32 values
+    of a row.
     """
     where = _where(module, name)
     scales = getattr(module, f"{name}_scale_inv").detach()
@@ -213,7 +214,7 @@ def _tile(
     return rows, columns
 
 
-# ---- torchao's Float8Tensor ------------------------------------------------------------------------
+# ---- torchao's Float8Tensor ----------------------------------------------------------------------
 
 
 # `weight` is a tensor subclass of torchao, which need not be installed

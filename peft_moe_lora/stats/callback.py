@@ -1,71 +1,110 @@
 """Expert loads of a training run, logged through the Trainer."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
-from transformers.trainer_callback import TrainerCallback
+from torch import nn
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from .load import ExpertLoad, RoutingWatch
+from .load import ExpertLoad
+from .watch import RoutingWatch
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 
 class ExpertLoadCallback(TrainerCallback):
-    """Logs, whenever the Trainer logs, how even the routing was since the last time.
+    """Logs, at each log of the Trainer, how even the routing was since the last one.
 
         trainer.add_callback(ExpertLoadCallback(trainer))
 
-    Logged are `expert_load/max_violation` (mean over the layers), `expert_load/largest_max_violation`,
-    `expert_load/dead_experts` (experts of any layer that got no row), and with `per_layer` the max violation of each.
-    Counted are the rows of all micro-batches of training; evaluation, padding and what gradient checkpointing runs
-    again are not. Rows are added up over all processes, once a log.
+    It logs `expert_load/max_violation` (the mean over the layers),
+    `expert_load/largest_max_violation`, `expert_load/dead_experts` (the experts of all layers that
+    got no row) and, with `per_layer`, `expert_load/max_violation/<path>` of each layer with rows.
+
+    The rows of all micro-batches of training count. Evaluation, padding and what gradient
+    checkpointing computes again do not. The rows of all processes are added up once a log.
 
     Args:
-        trainer: whose log it writes to.
-        per_layer: log the max violation of every layer too.
+        trainer: the Trainer whose log it writes to.
+        per_layer: whether to log the max violation of every layer too.
     Attributes:
-        last: the load between the last two logs, of all processes; None before the first.
-        total: the load since training began, up to the last log; at the end, all of it.
+        last: the load between the last two logs, of all processes; None before the first log.
+        total: the load from the start of training to the last log, or to the end once it has ended.
     """
 
-    def __init__(self, trainer, per_layer: bool = False):
-        self.trainer, self.per_layer = trainer, per_layer
+    def __init__(self, trainer: "Trainer", per_layer: bool = False) -> None:
+        self.trainer = trainer
+        self.per_layer = per_layer
         self.last: ExpertLoad | None = None
         self.total: ExpertLoad | None = None
         self._watch: RoutingWatch | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.last = self.total = None
+    def on_train_begin(
+        self,
+        args: "TrainingArguments",
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None, "the Trainer passes its model"
+        self.last = None
+        self.total = None
         if self._watch is not None:
             self._watch.remove()
         self._watch = RoutingWatch(model, when=lambda: model.training)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(
+        self,
+        args: "TrainingArguments",
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if not control.should_log:
             return
         from transformers import Trainer
 
-        metrics = self._take().metrics()
+        load = self._take()
+        metrics = load.metrics()
         if self.per_layer:
-            ran = {
-                path: value
-                for path, value in self.last.max_violation.items()
-                if not math.isnan(value)
-            }
-            metrics |= {f"max_violation/{path}": value for path, value in ran.items()}
-        # not a subclass's: TRL's adds the metrics of the steps, which belong to the log that follows
+            for path, violation in load.max_violation.items():
+                # NaN: the layer got no row
+                if not math.isnan(violation):
+                    metrics[f"max_violation/{path}"] = violation
+        # the method of a subclass may do more: TRL's adds the metrics of the steps, which belong to
+        # the log that follows
         Trainer.log(self.trainer, {f"expert_load/{name}": value for name, value in metrics.items()})
-        # logging takes the wish to log back; it was for the loss
+        # `log` has set it to False, but the loss still has to be logged
         control.should_log = True
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self,
+        args: "TrainingArguments",
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         self._take()
-        self._watch.remove()
+        if self._watch is not None:
+            self._watch.remove()
 
     def _take(self) -> ExpertLoad:
-        self.last = ExpertLoad(self._watch.take(sum_over_processes))
-        self.total = self.last if self.total is None else self.total + self.last
-        return self.last
+        """The load of all processes since the last call, also added to `total`."""
+        assert self._watch is not None, "training has begun"
+        load = ExpertLoad(self._watch.take(sum_over_processes))
+        self.last = load
+        if self.total is None:
+            self.total = load
+        else:
+            self.total = self.total + load
+        return load
 
 
-def sum_over_processes(counts) -> None:
+def sum_over_processes(counts: torch.Tensor) -> None:
+    """Add the counts of all other processes, in place."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)

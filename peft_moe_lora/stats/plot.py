@@ -1,19 +1,24 @@
 """Pictures of expert loads; matplotlib is imported when one is drawn."""
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 
 from .load import ExpertLoad
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
-def plot_expert_load(load: ExpertLoad, ax=None):
-    """A heatmap of loads, a line for each layer and a column for each expert; 1 is the layer's mean.
+
+def plot_expert_load(load: ExpertLoad, ax: "Axes | None" = None) -> "Figure | SubFigure":
+    """A heatmap of loads: a line for each layer, a column for each expert; 1 is the layer's mean.
 
     Args:
-        load: as `expert_load` or a callback gives it.
+        load: from `expert_load` or a callback.
         ax: matplotlib axes to draw in; new ones by default.
-    Returns: the matplotlib Figure.
+    Returns: the matplotlib figure.
     Raises:
         ImportError: naming the extra to install, if there is no matplotlib.
     """
@@ -24,17 +29,23 @@ def plot_expert_load(load: ExpertLoad, ax=None):
             f"plot_expert_load needs matplotlib ({error}): pip install 'peft-moe-lora[notebook]'"
         ) from error
     counts = list(load.counts.values())
+    # layers with fewer experts end in NaN, which is not drawn
     lines = torch.full((len(counts), max(map(len, counts))), torch.nan)
-    for line, c in zip(lines, counts, strict=True):
-        line[: len(c)] = c / c.double().mean()
+    for line, rows in zip(lines, counts, strict=True):
+        line[: len(rows)] = rows / rows.double().mean()
     if ax is None:
-        _, ax = plt.subplots(figsize=(8, 1.5 + 0.25 * len(counts)), layout="constrained")
+        height = 1.5 + 0.25 * len(counts)
+        _, ax = plt.subplots(figsize=(8, height), layout="constrained")
     drawn = ax.imshow(lines.numpy(), aspect="auto", interpolation="nearest", vmin=0, cmap="viridis")
-    numbers = [re.search(r"\d+", path) for path in load.counts]
-    ax.set_yticks(
-        range(len(counts)),
-        [n[0] if n else path for n, path in zip(numbers, load.counts, strict=True)],
-    )
+    ax.set_yticks(range(len(counts)), [_label(path) for path in load.counts])
     ax.set(xlabel="expert", ylabel="layer")
     ax.figure.colorbar(drawn, ax=ax, label="load, 1 = even")
     return ax.figure
+
+
+def _label(path: str) -> str:
+    """The layer's number, or the path if it has none."""
+    number = re.search(r"\d+", path)
+    if number is None:
+        return path
+    return number[0]

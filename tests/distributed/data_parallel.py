@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers import adapter_parameters, moe_lora, tiny_families, tiny_model, token_ids
 from peft_moe_lora.stats.callback import sum_over_processes
-from peft_moe_lora.stats.load import RoutingWatch
+from peft_moe_lora.stats.watch import RoutingWatch
 from peft_moe_lora.tuner.layer import MoELoraLayer
 
 # many experts for few tokens: on each rank most get no rows

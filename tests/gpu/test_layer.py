@@ -12,7 +12,7 @@ from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.ops import kernels
 from peft_moe_lora.ops.kernels.launching import graphs, replay
 from peft_moe_lora.ops.routing import Routing
-from peft_moe_lora.stats.load import RoutingWatch
+from peft_moe_lora.stats.watch import RoutingWatch
 
 pytestmark = pytest.mark.gpu
 

@@ -32,7 +32,7 @@ from peft_moe_lora import (
     plot_expert_load,
     select_experts,
 )
-from peft_moe_lora.stats.load import RoutingWatch
+from peft_moe_lora.stats.watch import RoutingWatch
 
 BATCH, LENGTH = 3, 7
 
