@@ -1,26 +1,32 @@
-"""Products of each expert's rows with that expert's matrix, in plain PyTorch.
+"""out[m] = x[m] @ weight[e] for the rows m of each expert e, in plain PyTorch.
 
-On CPU a loop of `torch.mm` into one buffer beats `torch.nn.functional.grouped_mm` (17 ms against 29 ms at M=4096,
-K=N=512, E=32 fp32 on two cores, 2026-11-21); on CUDA `grouped_mm` runs without reading the offsets on the host, where
-its dtypes and its 16-byte strides allow.
+On CUDA, `torch.nn.functional.grouped_mm` does this without reading the offsets on the host, where
+dtypes and strides allow. Elsewhere a loop over the experts calls `torch.mm`, which is faster on a
+CPU: 17 ms against 29 ms (M=4096, K=N=512, E=32, fp32, two cores, 2026-11-21).
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from .quantized import QuantizedWeight
 
-def grouped_mm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
+
+def grouped_mm(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, expert_offsets: torch.Tensor
+) -> torch.Tensor:
     """out[m] = x[m] @ weight[e] for every row m of expert e.
 
     Args:
         x: [M, K] float rows in expert order.
-        weight: [E, K, N] dtype of x, any strides; or quantized: then one expert at a time is decoded, if it has rows.
+        weight: [E, K, N] dtype of x, any strides. A quantized weight is decoded one expert at a
+            time, and only for experts that have rows.
         expert_offsets: [E + 1] int32.
-    Returns: [M, N], dtype of x; rows past expert_offsets[E] are undefined.
+    Returns: [M, N], dtype of x; rows from expert_offsets[E] on are undefined.
     """
-    if x.is_cuda and _grouped_mm_runs(x, weight):
+    if isinstance(weight, torch.Tensor) and _grouped_mm_runs(x, weight):
         return F.grouped_mm(x, weight, offs=expert_offsets[1:])
     out = x.new_empty(x.shape[0], weight.shape[2])
     for e, start, end in _segments(expert_offsets):
@@ -29,10 +35,10 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tens
 
 
 def grouped_addmm_(
-    out, x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor
 ) -> torch.Tensor:
     """out[m] += x[m] @ weight[e], in place; shapes as in `grouped_mm`."""
-    if x.is_cuda and _grouped_mm_runs(x, weight):
+    if _grouped_mm_runs(x, weight):
         return out.add_(F.grouped_mm(x, weight, offs=expert_offsets[1:]))
     for e, start, end in _segments(expert_offsets):
         out[start:end].addmm_(x[start:end], weight[e])
@@ -40,7 +46,7 @@ def grouped_addmm_(
 
 
 def grouped_outer(
-    left: torch.Tensor, right: torch.Tensor, expert_offsets: torch.Tensor, out
+    left: torch.Tensor, right: torch.Tensor, expert_offsets: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
     """out[e] = left[rows of e]^T @ right[rows of e].
 
@@ -48,7 +54,9 @@ def grouped_outer(
         left: [M, P] float rows in expert order.
         right: [M, Q] the same rows.
         expert_offsets: [E + 1] int32.
-        out: [E, P, Q], any strides, dtype in which the sums are formed; an expert without rows gets zeros.
+        out: [E, P, Q], any strides; the sums are formed in its dtype. An expert without rows gets
+            zeros.
+    Returns: out.
     """
     out.zero_()
     for e, start, end in _segments(expert_offsets):
@@ -57,24 +65,23 @@ def grouped_outer(
 
 
 def _grouped_mm_runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if not isinstance(weight, torch.Tensor):
+    """Whether `F.grouped_mm` takes these operands."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    aligned = all(
-        t.data_ptr() % 16 == 0 and all(s == 1 or s * t.element_size() % 16 == 0 for s in t.stride())
-        for t in (x, weight)
-    )
-    # its result has rows of N elements, which must fit the 16 bytes too
-    even = all(n % 8 == 0 for n in weight.shape[1:])
-    return (
-        x.dtype == torch.bfloat16
-        and aligned
-        and even
-        and 1 in weight.stride()[1:]
-        and hasattr(F, "grouped_mm")
-    )
+    if 1 not in weight.stride()[1:] or not (_is_aligned(x) and _is_aligned(weight)):
+        return False
+    # the rows of the result have N elements, and must be multiples of 16 bytes too
+    return all(n % 8 == 0 for n in weight.shape[1:])
 
 
-def _segments(expert_offsets: torch.Tensor):
+def _is_aligned(t: torch.Tensor) -> bool:
+    """Whether the address and all strides but those of 1 are multiples of 16 bytes."""
+    if t.data_ptr() % 16:
+        return False
+    return all(s == 1 or s * t.element_size() % 16 == 0 for s in t.stride())
+
+
+def _segments(expert_offsets: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     """(e, start, end) of every expert that has rows; reads the offsets on the host."""
     bounds = expert_offsets.tolist()
     return ((e, start, end) for e, (start, end) in enumerate(pairwise(bounds)) if end > start)

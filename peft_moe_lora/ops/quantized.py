@@ -1,11 +1,18 @@
-"""W[e] = codes * scales: a frozen projection stored in 4 or 8 bits, and its dense experts, one or all at a time.
+"""W[e] = codes * scales: a frozen projection stored in 4 or 8 bits, decoded by expert or as a whole.
 
-A quantized weight stands where a dense [E, N, K] tensor stands: it has its shape, dtype and device, is transposed by a
-flag and gives the dense [N, K] of expert e as weight[e]. It holds no dense copy and makes none that it keeps.
+A quantized weight takes the place of a dense [E, N, K] tensor. It has the shape, dtype and device of
+that tensor, `transpose` sets a flag, and weight[e] is the dense [N, K] of expert e. It keeps no dense
+copy.
+
+There is one class for each way of storing codes: `Codes4bit` (nf4, fp4, mxfp4) and `Codes8bit`
+(int8, fp8). Each decodes itself in plain PyTorch; `kernels/dequantize.py` lists the Triton kernels.
+`quantize` makes quantized weights.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +23,14 @@ INT8_UNIT = 7.874015718698502e-3
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """What all formats share.
+    """What all quantized weights share.
 
     Attributes:
         format: "nf4", "fp4", "mxfp4", "int8" or "fp8".
-        stored_shape: (E, R, C) of the stack in the order of its bytes.
-        dtype: of the dense weight, in which it is computed with.
-        transposed: whether an expert is the transpose of what is stored, so that [N, K] is [C, R].
+        stored_shape: (E, R, C), the shape in the order of the bytes.
+        dtype: dtype of the decoded weight.
+        transposed: False where an expert's [N, K] is the stored [R, C]; True where it is the
+            transpose [C, R].
     """
 
     format: str
@@ -37,7 +45,9 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int, int]:
         """(E, N, K)."""
         E, R, C = self.stored_shape
-        return (E, C, R) if self.transposed else (E, R, C)
+        if self.transposed:
+            return E, C, R
+        return E, R, C
 
     @property
     def device(self) -> torch.device:
@@ -49,31 +59,41 @@ class QuantizedWeight:
         return sum(t.nbytes for t in self.tensors())
 
     def stride(self) -> tuple[int, int, int]:
-        """Of the dense [E, N, K] that is not there."""
+        """The strides that the dense [E, N, K] would have."""
         _, R, C = self.stored_shape
-        return (R * C, 1, C) if self.transposed else (R * C, C, 1)
+        if self.transposed:
+            return R * C, 1, C
+        return R * C, C, 1
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors in field order: what autograd and devices know of."""
-        return [
-            value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
-        ]
+        """The tensors in field order: those that autograd saves and that move between devices."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        return [value for value in values if isinstance(value, torch.Tensor)]
 
     def facts(self) -> tuple:
-        """Everything that is not a tensor, hashable: with the tensors' dtypes and shapes, the kind of this weight."""
+        """(class, (name, value) of every field that is not a tensor): hashable.
+
+        Two weights with equal facts, and with tensors of equal dtypes and shapes, run the same
+        kernels.
+        """
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return self.__class__, *(v for v in values if not isinstance(v[1], torch.Tensor))
 
-    def with_tensors(self, tensors) -> "QuantizedWeight":
-        """The same with other tensors, in the order of `tensors`."""
+    def with_tensors(self, tensors: Iterable[torch.Tensor]) -> Self:
+        """A copy with other tensors, in the order of `tensors()`."""
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
-        return replace(self, **dict(zip(names, tensors, strict=True)))
+        changes: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        return replace(self, **changes)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments with which `quantize` stores a weight in the same way, `format` aside."""
+        return {}
 
     def check_device(self, device: torch.device) -> None:
-        """Codes on another device would be read as numbers they are not.
+        """Refuse weights on another device, where a kernel would read unrelated memory.
 
         Raises:
-            ValueError: if part of what is stored is not on `device`.
+            ValueError: if a tensor of this weight is not on `device`.
         """
         places = {t.device for t in self.tensors()}
         if places != {device}:
@@ -82,32 +102,34 @@ class QuantizedWeight:
                 "move the model to one device."
             )
 
-    def transpose(self, dim0: int, dim1: int) -> "QuantizedWeight":
-        """[E, K, N]: nothing moves."""
-        assert {dim0 % 3, dim1 % 3} == {1, 2}, "experts are transposed one by one"
+    def transpose(self, dim0: int, dim1: int) -> Self:
+        """[E, K, N], sharing the tensors."""
+        assert {dim0 % 3, dim1 % 3} == {1, 2}, "only the last two dimensions can be swapped"
         return replace(self, transposed=not self.transposed)
 
-    def detach(self) -> "QuantizedWeight":
-        """Itself: it asks for no gradient."""
+    def detach(self) -> Self:
+        """Itself: a quantized weight never requires a gradient."""
         return self
 
     def oriented(self, decoded: torch.Tensor) -> torch.Tensor:
-        """[E', N, K] view of experts decoded as they are stored, [E', R, C]."""
-        return decoded.transpose(1, 2) if self.transposed else decoded
+        """The [count, N, K] view of experts decoded in the order of their bytes, [count, R, C]."""
+        if self.transposed:
+            return decoded.transpose(1, 2)
+        return decoded
 
     def __getitem__(self, expert: int) -> torch.Tensor:
         """[N, K] dense, a new tensor."""
         return self.oriented(self.decode(expert, 1))[0]
 
     def dense(self) -> torch.Tensor:
-        """[E, N, K] dense, a new tensor (a view where transposed); decoded expert by expert."""
+        """[E, N, K] dense, in new memory, decoded one expert at a time."""
         out = torch.empty(self.stored_shape, dtype=self.dtype, device=self.device)
         for e in range(self.stored_shape[0]):
             out[e] = self.decode(e, 1)[0]
         return self.oriented(out)
 
     def decode(self, first: int, count: int) -> torch.Tensor:
-        """[count, R, C] dense experts first up to first + count, in plain PyTorch."""
+        """Experts first up to first + count in plain PyTorch, [count, R, C] in `dtype`."""
         raise NotImplementedError
 
 
@@ -115,17 +137,21 @@ class QuantizedWeight:
 class Codes4bit(QuantizedWeight):
     """value = code[q] * scale of its block; blocks run over the flat stack and may cross experts.
 
+    Scales are stored in one of three ways. As fp32. As exponents e of 2**(e - 127), uint8 (mxfp4).
+    Or nested, uint8 codes s: scale = nested_code[s] * nested_scales of its block of scales + offset.
+
     Attributes:
-        packed: [E * R * C / 2, rounded up] uint8, two codes a byte.
-        code: [16] fp32.
-        scales: [blocks] fp32; uint8 exponents e for 2**(e - 127) (mxfp4); uint8 codes of their own where nested.
+        packed: [E * R * C / 2, rounded up] uint8, two codes q a byte.
+        code: [16] fp32, the value of each code.
+        scales: [blocks] fp32 or uint8.
         blocksize: values of a block, a power of two.
-        low_first: whether the low half of a byte comes first.
-        nested_code: [256] fp32; with it scale = nested_code[scales] * nested_scales of its block + offset.
+        low_first: whether the low half of a byte is the first of its two codes.
+        nested_code: [256] fp32; None where scales are not nested.
         nested_scales: [blocks / nested_blocksize, rounded up] fp32.
         offset: [] fp32.
-        nested_blocksize: scales of a block of scales.
-    Source: bitsandbytes' 4-bit format (Dettmers et al. 2023, arXiv:2305.14314); OCP Microscaling Formats 1.0.
+        nested_blocksize: scales that share a nested scale.
+    Source: bitsandbytes' 4-bit format (Dettmers et al. 2023, arXiv:2305.14314); OCP Microscaling
+        Formats 1.0.
     """
 
     packed: torch.Tensor
@@ -140,17 +166,24 @@ class Codes4bit(QuantizedWeight):
 
     @property
     def group(self) -> int:
-        """Values that share a block wherever an expert begins: the greatest common divisor of block and expert."""
+        """gcd of block and expert sizes: so many aligned values of an expert share a scale."""
         _, R, C = self.stored_shape
         return math.gcd(self.blocksize, R * C)
 
+    def settings(self) -> dict[str, Any]:
+        return {"blocksize": self.blocksize, "double_quant": self.nested_code is not None}
+
     def decode(self, first: int, count: int) -> torch.Tensor:
         _, R, C = self.stored_shape
-        start, n = first * R * C, count * R * C
-        # both values of a byte at once
-        both = torch.arange(256, device=self.code.device)
-        halves = (both & 15, both >> 4) if self.low_first else (both >> 4, both & 15)
-        pairs = torch.stack([self.code[half] for half in halves], -1)
+        start = first * R * C
+        n = count * R * C
+        # a table [256, 2] of the two values of every byte
+        byte = torch.arange(256, device=self.code.device)
+        high = self.code[byte >> 4]
+        low = self.code[byte & 15]
+        pairs = torch.stack((high, low), -1)
+        if self.low_first:
+            pairs = pairs.flip(-1)
         values = F.embedding(self.packed[start // 2 : (start + n + 1) // 2].int(), pairs)
         values = values.view(-1)[start % 2 : start % 2 + n]
         blocks = torch.arange(start, start + n, self.group, device=values.device) // self.blocksize
@@ -158,30 +191,29 @@ class Codes4bit(QuantizedWeight):
         return values.to(self.dtype).view(count, R, C)
 
     def _scales(self, blocks: torch.Tensor) -> torch.Tensor:
-        """fp32 scales of blocks."""
+        """The scales of these blocks in fp32."""
         stored = self.scales[blocks]
         if self.nested_code is not None:
-            return (
-                self.nested_code[stored.int()] * self.nested_scales[blocks // self.nested_blocksize]
-                + self.offset
-            )
+            assert self.nested_scales is not None, "nested scales have scales of their own"
+            assert self.offset is not None, "nested scales have an offset"
+            nested = self.nested_scales[blocks // self.nested_blocksize]
+            return self.nested_code[stored.int()] * nested + self.offset
         if stored.dtype == torch.uint8:
-            # the exponent in an fp32's place; 2**-127 has no exponent there
-            return (stored.int() << 23).clamp(min=1 << 22).view(torch.float32)
+            return _power_of_2(stored)
         return stored
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codes8bit(QuantizedWeight):
-    """value = code * scale of its tile (* unit).
+    """value = code * scale of its tile * unit.
 
     Attributes:
-        codes: [E, R, C] int8, or float8 of e4m3.
-        scales: [E, tiles of R, tiles of C] fp32, or uint8 exponents e for 2**(e - 127).
-        tile: (rows, columns) that share a scale.
-        unit: what an int8 code of scale 1 is worth; 1 for floats.
-    Source: bitsandbytes' row-wise int8 (Dettmers et al. 2022, arXiv:2208.07339); block scales of DeepSeek-V3,
-        arXiv:2412.19437, section 3.3.
+        codes: [E, R, C] int8 or float8_e4m3fn.
+        scales: [E, tiles along R, tiles along C] fp32, or uint8 exponents e of 2**(e - 127).
+        tile: (rows, columns) of the values that share a scale.
+        unit: a constant factor; 1 / 127 for int8, 1 for float8.
+    Source: bitsandbytes' row-wise int8 (Dettmers et al. 2022, arXiv:2208.07339); block scales of
+        DeepSeek-V3, arXiv:2412.19437, section 3.3.
     """
 
     codes: torch.Tensor
@@ -193,10 +225,16 @@ class Codes8bit(QuantizedWeight):
         _, R, C = self.stored_shape
         scales = self.scales[first : first + count]
         if scales.dtype == torch.uint8:
-            scales = (scales.int() << 23).clamp(min=1 << 22).view(torch.float32)
+            scales = _power_of_2(scales)
         scales = scales.repeat_interleave(min(self.tile[0], R), 1)[:, :R]
         scales = scales.repeat_interleave(min(self.tile[1], C), 2)[:, :, :C]
         values = self.codes[first : first + count].float() * scales
         if self.unit != 1.0:
             values *= self.unit
         return values.to(self.dtype)
+
+
+def _power_of_2(exponents: torch.Tensor) -> torch.Tensor:
+    """2**(e - 127) in fp32 of uint8 exponents e, which become the exponent bits of the result."""
+    # e = 0 is 2**-127, the denormal with bits 1 << 22
+    return (exponents.int() << 23).clamp(min=1 << 22).view(torch.float32)
