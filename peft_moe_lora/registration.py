@@ -9,8 +9,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from .quant.loading import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
 from .tuner.config import MoELoraConfig
+from .tuner.dispatch import moe_lora_experts_forward
 from .tuner.implementations import IMPLEMENTATION
-from .tuner.layer import moe_lora_experts_forward
 from .tuner.model import MoELoraModel
 
 NAME = "MOE_LORA"

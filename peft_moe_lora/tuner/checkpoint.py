@@ -70,7 +70,7 @@ class Targets:
         shapes = {}
         for key, (layout, r, chosen) in self.experts.items():
             ranks = r * (layout.num_experts if chosen is None else len(chosen))
-            for name in layout.targeted(config.target_projections):
+            for name in config.projections_of(layout):
                 projection = layout.projection(name)
                 shapes[f"{key}.lora_A.{name}"] = (ranks, projection.in_features)
                 shapes[f"{key}.lora_B.{name}"] = (projection.out_features, ranks)

@@ -9,7 +9,7 @@ from operator import index
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-from ..experts.layout import PROJECTIONS
+from ..experts.layout import PROJECTIONS, ExpertsLayout
 from ..files.adapter_file import (
     CHOSEN_EXPERTS_VERSION,
     FORMAT_VERSION,
@@ -195,6 +195,10 @@ class MoELoraConfig(LoraConfig):
                 f"0 to {num_experts - 1}."
             )
         return chosen
+
+    def projections_of(self, layout: ExpertsLayout) -> list[str]:
+        """The projections of an experts module that get an adapter."""
+        return layout.targeted(self.target_projections or list(PROJECTIONS))
 
     def check_every_entry_matches(self, keys: Iterable[str]) -> None:
         """Hold expert_indices against the paths of all experts modules that are targeted.

@@ -480,7 +480,7 @@ def test_merging_two_adapters_one_after_the_other_requantizes_from_the_first_wei
         fill_adapter(each, "second", seed=5)
         each.base_model.model.experts.merge(adapter_names=["default"])
         each.base_model.model.experts.merge(adapter_names=["second"])
-    original = layer._unmerged["down"]
+    original = layer.unmerged_weights["down"]
     exact = dense.base_model.model.experts.base_layer.down_proj.detach()
     assert torch.equal(
         stored_weight(layer.base_layer, "down_proj").codes, quantize_like(original, exact).codes
