@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers import (
+    FUSED_KINDS,
     SAME,
     E,
     Holder,
@@ -257,15 +258,7 @@ class LargestNew(TorchDispatchMode):
         return out
 
 
-# the plain case; interleaved, transposed and biased; no gate; a norm of its own
-MEMORY_CASES = [
-    ("qwen3_moe", "Qwen3MoeExperts"),
-    ("gpt_oss", "GptOssExperts"),
-    ("nemotron_h", "NemotronHExperts"),
-]
-
-
-@pytest.mark.parametrize("case", MEMORY_CASES, ids=lambda c: c[0])
+@pytest.mark.parametrize("case", FUSED_KINDS, ids=lambda c: c[0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_of_a_weights_size_is_made(case, dtype):
     """No delta, no dW, no copy of the weights: with few rows all that is made is smaller than one expert's weight."""
@@ -317,7 +310,7 @@ def kept_for_backward(model, rows):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("case", MEMORY_CASES, ids=lambda c: c[0])
+@pytest.mark.parametrize("case", FUSED_KINDS, ids=lambda c: c[0])
 def test_recompute_keeps_less(case):
     T, intermediate = 256, 48
     kept = {}
@@ -334,7 +327,7 @@ def test_recompute_keeps_less(case):
     assert kept[False] <= rows * (width + intermediate + 2 * R + 16) * 4 + 4096
 
 
-@pytest.mark.parametrize("case", MEMORY_CASES, ids=lambda c: c[0])
+@pytest.mark.parametrize("case", FUSED_KINDS, ids=lambda c: c[0])
 def test_a_gradient_for_a_frozen_weight_is_refused_not_forgotten(case):
     """No dW is ever formed: whoever unfreezes a base weight by hand hears of it."""
     model = wrap(build_experts(*case))

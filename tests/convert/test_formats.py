@@ -13,6 +13,7 @@ from peft import LoraModel, PeftModel
 from safetensors.torch import save_file
 
 from convert.adapters import (
+    FAMILIES,
     INTERLEAVED,
     PREFIX,
     config_of,
@@ -96,9 +97,8 @@ def test_the_readers_find_our_update(case, to, tmp_path):
 
 def test_peft_loads_ours_without_knowing_of_us(made, tmp_path):
     """In a process of its own, in which the package is not imported."""
-    families = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"]
     todo = []
-    for family in families:
+    for family in FAMILIES:
         case = made(family)
         for to in ("peft", "per_expert", "vllm_3d"):
             if (family, to) == ("gpt_oss", "per_expert"):

@@ -14,10 +14,10 @@ from convert.adapters import save_base, save_ours, save_pefts
 from helpers import (
     assert_close,
     assert_unchanged,
+    causal_families,
     experts_paths,
     outputs,
     snapshot,
-    tiny_families,
     tiny_model,
 )
 from peft_moe_lora import load_peft_adapter
@@ -35,7 +35,7 @@ def stored(base, folder, **kwargs):
 
 
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
-@pytest.mark.parametrize("family", [f for f in tiny_families() if f != "muse_spark"])
+@pytest.mark.parametrize("family", causal_families())
 def test_merged_is_merged_in_memory(family, shards, tmp_path):
     base = save_base(family, tmp_path / "config")
     stored(base, tmp_path / "base", max_shard_size=shards)

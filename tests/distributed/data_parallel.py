@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers import adapter_parameters, moe_lora, tiny_families, tiny_model, token_ids
+from helpers import UNFUSED_FAMILIES, adapter_parameters, moe_lora, tiny_model, token_ids
 from peft_moe_lora.stats.callback import sum_over_processes
 from peft_moe_lora.stats.watch import RoutingWatch
 from peft_moe_lora.tuner.layer import MoELoraLayer
@@ -29,9 +29,8 @@ SCENARIOS = {
     "reentrant checkpointing": {"use_reentrant": True, "target_modules": ATTENTION},
     "accumulation": {"micro_batches": 2},
 }
-if "muse_spark" in tiny_families():
-    # a norm after down_proj, which no kernel has; transformers 5.17 does not have the family
-    SCENARIOS["unfused"] = {"family": "muse_spark"}
+for family in UNFUSED_FAMILIES:
+    SCENARIOS["unfused"] = {"family": family}
 
 
 def build(device, family="qwen3_moe", use_reentrant=None, micro_batches=1, **config):

@@ -28,6 +28,7 @@ from helpers import (
     assert_share_of_order_one,
     base_weight,
     build_experts,
+    causal_families,
     dense_delta,
     experts_paths,
     fill_adapter,
@@ -272,7 +273,7 @@ def test_transformers_load_adapter(family, tmp_path):
     assert_close(outputs(base), outputs(model), SAME)
 
 
-@pytest.mark.parametrize("family", [f for f in tiny_families() if f != "muse_spark"])
+@pytest.mark.parametrize("family", causal_families())
 def test_auto_peft_model(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "base")
     base = type(tiny_model(family)).from_pretrained(tmp_path / "base").eval()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from helpers import Holder, build_experts
+from helpers import FUSED_KINDS, Holder, build_experts
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.ops import kernels
 from peft_moe_lora.ops.kernels.launching import graphs, replay
@@ -17,13 +17,8 @@ from peft_moe_lora.stats.watch import RoutingWatch
 pytestmark = pytest.mark.gpu
 
 E, H, I, R, TOP_K, T = 8, 256, 128, 16, 2, 300  # noqa: E741
-# gated; interleaved, transposed, biased and clamped; without a gate; gelu
-FAMILIES = [
-    ("qwen3_moe", "Qwen3MoeExperts"),
-    ("gpt_oss", "GptOssExperts"),
-    ("nemotron_h", "NemotronHExperts"),
-    ("gemma4", "Gemma4TextExperts"),
-]
+# and gelu
+FAMILIES = [*FUSED_KINDS, ("gemma4", "Gemma4TextExperts")]
 # what rounding leaves where the plain path happens to be exact, relative to the largest value
 ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
 
-from helpers import E, assert_close, fill_adapter, moe_lora, outputs, tiny_model, token_ids
+from helpers import (
+    STORED_FAMILIES,
+    E,
+    assert_close,
+    fill_adapter,
+    moe_lora,
+    outputs,
+    tiny_model,
+    token_ids,
+)
 from peft_moe_lora import load_quantized, quantize_experts
 from peft_moe_lora.experts.stored import stored_weight
 from peft_moe_lora.ops.quantized import QuantizedWeight
@@ -28,7 +37,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("experts", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "nemotron_h"])
+@pytest.mark.parametrize("family", STORED_FAMILIES)
 def test_it_is_the_model_quantized_after_loading(saved, family, experts):
     path = saved(family)
     loaded = load_quantized(path, experts, double_quant=False)

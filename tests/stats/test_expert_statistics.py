@@ -15,11 +15,11 @@ from helpers import (
     Holder,
     adapter_parameters,
     build_experts,
+    causal_families,
     experts_paths,
     moe_lora,
     outputs,
     random_rows,
-    tiny_families,
     tiny_model,
     token_ids,
     wrap,
@@ -76,7 +76,7 @@ def counted(index, mask, num_experts=E):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", [f for f in tiny_families() if f != "muse_spark"])
+@pytest.mark.parametrize("family", causal_families())
 def test_load_is_what_counting_by_hand_gives(family, side):
     base, batch = tiny_model(family), padded(side)
     by_hand = {

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from helpers import (
     BF16,
     FP32,
+    ROUTED_FAMILIES,
     SAME,
     R,
     adapter_parameters,
@@ -424,7 +425,7 @@ def test_everything_adapted_on_a_gpu(family):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ROUTED_FAMILIES)
 def test_everything_compiles_on_a_gpu(family):
     model = with_everything(tiny_model(family)).cuda()
     ids, parameters = token_ids().cuda(), adapter_parameters(model)

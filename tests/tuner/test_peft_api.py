@@ -19,6 +19,7 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 import peft_moe_lora
 from helpers import (
     FP32,
+    FUSED_FAMILIES,
     E,
     H,
     Holder,
@@ -724,7 +725,7 @@ def test_backends_that_run_here_agree(backend):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 def test_recompute_changes_no_number(family):
     base = tiny_model(family)
     kept, recomputed = moe_lora(copy.deepcopy(base)), moe_lora(copy.deepcopy(base), recompute=True)

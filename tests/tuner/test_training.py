@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 from helpers import (
+    FUSED_KINDS,
     SAME,
     VOCAB,
     E,
@@ -42,16 +43,7 @@ def adapter_grads(model):
 # ---- gradients against finite differences --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        ("qwen3_moe", "Qwen3MoeExperts"),
-        # interleaved, transposed, biased, its own gate
-        ("gpt_oss", "GptOssExperts"),
-        # no gate
-        ("nemotron_h", "NemotronHExperts"),
-    ],
-)
+@pytest.mark.parametrize(("family", "name"), FUSED_KINDS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradcheck_of_the_whole_layer(family, name, recompute):
     experts = build_experts(family, name, hidden=6, intermediate=5, num_experts=3)

@@ -13,7 +13,10 @@ from peft import LoraConfig, get_peft_model
 
 from helpers import (
     FP32,
+    FUSED_FAMILIES,
+    ROUTED_FAMILIES,
     SAME,
+    UNFUSED_FAMILIES,
     DenseTwin,
     R,
     adapter_parameters,
@@ -22,18 +25,13 @@ from helpers import (
     experts_paths,
     fill_adapter,
     moe_lora,
-    tiny_families,
     tiny_model,
     token_ids,
 )
 from peft_moe_lora.functional import steps, whole
 
-# gated; interleaved, transposed and biased; fp32 routing weights and a shared expert
-FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 EVERYWHERE = ["experts", "q_proj", "v_proj"]
-families = pytest.mark.parametrize("family", FAMILIES)
-# a norm after down_proj, which no kernel has; transformers 5.17 does not have the family
-UNFUSED = ["muse_spark"] if "muse_spark" in tiny_families() else []
+families = pytest.mark.parametrize("family", ROUTED_FAMILIES)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -81,7 +79,7 @@ def assert_gradients(actual, expected, tolerance=FP32):
 
 def test_the_twin_is_the_model(device):
     """What everything below rests on: forward and gradients, experts and attention."""
-    for family in FAMILIES:
+    for family in ROUTED_FAMILIES:
         targets = ["experts", "q_a_proj"] if family == "deepseek_v3" else EVERYWHERE
         model, ids = adapted(device, family, target_modules=targets), ids_on(device)
         twin = DenseTwin(model)
@@ -343,7 +341,7 @@ def count_breaks(model, ids):
     return found.graph_break_count, [str(reason.reason)[:200] for reason in found.break_reasons]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", *UNFUSED])
+@pytest.mark.parametrize("family", [*FUSED_FAMILIES, *UNFUSED_FAMILIES])
 def test_compiling_breaks_no_more_graphs_than_without_the_adapter(device, family):
     base, ids = tiny_model(family).to(device), ids_on(device)
     without, _ = count_breaks(base, ids)
@@ -371,7 +369,7 @@ def test_compiling_breaks_no_more_graphs_with_attention_adapted_too(device):
     assert breaks <= without, reasons
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", *UNFUSED])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", *UNFUSED_FAMILIES])
 def test_a_compiled_model_is_the_eager_one(device, family):
     """Outputs, gradients, and what switches after compiling: the adapter off and on again, another adapter."""
     torch._dynamo.reset()
