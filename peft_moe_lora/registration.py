@@ -7,7 +7,7 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .quant.loading import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
+from .quant.quantizer import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
 from .tuner.config import MoELoraConfig
 from .tuner.dispatch import moe_lora_experts_forward
 from .tuner.implementations import IMPLEMENTATION

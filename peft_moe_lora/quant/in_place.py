@@ -1,4 +1,4 @@
-"""Experts in 4 and 8 bits: quantizing those of a model at hand, and giving them back dense."""
+"""Quantizes the experts of a model in memory, and stores them as dense parameters again."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch.nn.utils import parametrize
 
 from ..experts.decoding import Decoding, store, unstore
 from ..experts.layout import PROJECTIONS, is_experts, read_layout
-from ..experts.stored import stored_weight
+from ..experts.stored import Weight, stored_weight
 from ..ops import QuantizedWeight
 from ..ops.quantize import quantize
 from ..tuner.layer import MoELoraLayer
@@ -15,22 +15,26 @@ from ..tuner.layer import MoELoraLayer
 def quantize_experts(
     model: nn.Module, format: str = "nf4", *, blocksize: int = 64, double_quant: bool = True
 ) -> nn.Module:
-    """Store the routed experts of a model in 4 or 8 bits, projection by projection, where they lie.
+    """Store the routed experts of a model in 4 or 8 bits, one projection after the other.
 
-    The formats are bitsandbytes', bit for bit: "nf4" and "fp4" in blocks of `blocksize` values, whose scales
-    `double_quant` stores in 8 bits too (4.13 instead of 4.5 bits a weight at 64); "int8" with a scale a row. Biases,
-    routers and all other layers stay as they are. The model runs as before, decoding a layer's whole stacks to do so;
-    under an adapter only the experts that have rows are decoded.
+    The formats are bitsandbytes', bit for bit: "nf4" and "fp4" in blocks of `blocksize` values,
+    "int8" with a scale for each row. `double_quant` stores the scales of blocks in 8 bits too: 4.13
+    bits a weight instead of 4.5 with a blocksize of 64.
+
+    Biases, routers and all other layers stay as they are. The model runs as before: each call of an
+    experts module decodes its whole stacks. With an adapter only the experts that have rows are
+    decoded.
 
     Args:
-        model: changed in place; an adapter may already ride on its experts.
+        model: changed in place; its experts may have an adapter.
         format: "nf4", "fp4" or "int8".
-        blocksize: values that share a scale, 32 to 4096, a power of two; not for int8.
-        double_quant: not for int8.
+        blocksize: values that share a scale, a power of two from 32 to 4096; not used for int8.
+        double_quant: whether to store the scales in 8 bits; not used for int8.
     Returns: the model.
     Raises:
-        ValueError: before anything is changed, if the model has no experts, or some that cannot be quantized: of an
-            unsupported form, quantized already, on the meta device, or with an adapter merged in.
+        ValueError: before anything is changed, if the model has no experts, or some that cannot be
+            quantized: they are in an unsupported form, quantized already, on the meta device, or
+            have an adapter merged in.
     """
     modules = _experts(model)
     for path, module in modules.items():
@@ -44,74 +48,79 @@ def quantize_experts(
                     f"{path} is on the meta device; load its weights first, or use load_quantized."
                 )
     for module in modules.values():
-        for name, weight in _weights(module).items():
-            store(
-                module,
-                name,
-                quantize(weight, format, blocksize=blocksize, double_quant=double_quant),
-            )
-            del weight
+        for name in _names(module):
+            # the dense stack is not kept in a variable here: `store` frees it
+            weight = _quantized(stored_weight(module, name), format, blocksize, double_quant)
+            store(module, name, weight)
     return model
 
 
 def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Store the routed experts that `quantize_experts` or bitsandbytes quantized as dense parameters again.
+    """Store experts that `quantize_experts` or bitsandbytes quantized as dense parameters again.
 
     Args:
         model: changed in place.
-        dtype: of the parameters; that in which they were computed by default.
+        dtype: of the parameters; by default the dtype they are computed in.
     Returns: the model.
     Raises:
-        ValueError: if the model has no experts, or some stay quantized because their module is made for that.
+        ValueError: if the model has no experts, or some whose module supports only its quantized
+            format.
     """
     modules = _experts(model)
     for path, module in modules.items():
         for name, weight in _weights(module).items():
-            if isinstance(weight, QuantizedWeight) and not parametrize.is_parametrized(
-                module, name
-            ):
+            if not isinstance(weight, QuantizedWeight):
+                continue
+            if not parametrize.is_parametrized(module, name):
                 raise ValueError(
-                    f"{path} ({type(module).__name__}) is made for {weight.format}; load the model dequantized."
+                    f"{path} ({type(module).__name__}) is made for {weight.format} and cannot hold "
+                    "dense weights; load the model dequantized."
                 )
     for module in modules.values():
         for name, weight in _weights(module).items():
             if isinstance(weight, QuantizedWeight):
-                unstore(module, name, weight.dense().contiguous().to(dtype or weight.dtype))
+                dense = weight.dense().contiguous()
+                unstore(module, name, dense.to(dtype or weight.dtype))
     return model
 
 
 def _experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> experts module, of all that are not adapted or hold no merged adapter.
+    """Path -> experts module, of the base model where it is adapted.
 
     Raises:
-        ValueError: if there are none, or one has an adapter merged in.
+        ValueError: if there are none, or one cannot be quantized or has an adapter merged in.
     """
+    modules = {}
     for path, module in model.named_modules():
-        if isinstance(module, MoELoraLayer) and module.merged:
-            raise ValueError(
-                f"{path} has {module.merged_adapters} merged in; unmerge_adapter() first."
-            )
-    # the wrapper shows its base's projections to nobody, so only base modules are found
-    modules = {
-        path: module
-        for path, module in model.named_modules()
-        if not isinstance(module, Decoding | MoELoraLayer) and is_experts(module)
-    }
+        if isinstance(module, MoELoraLayer):
+            if module.merged:
+                raise ValueError(
+                    f"{path} has {module.merged_adapters} merged in; unmerge_adapter() first."
+                )
+        elif not isinstance(module, Decoding) and is_experts(module):
+            modules[path] = module
     if not modules:
         raise ValueError("the model has no routed experts to quantize.")
     for path, module in modules.items():
         if read_layout(module).family is not None:
             raise ValueError(
-                f"{path} ({type(module).__name__}) stores its experts in a form of its own, which is not quantized "
-                "here; quantize the model with its linear layers alone."
+                f"{path} ({type(module).__name__}) stores its experts in a form of its own, which "
+                "cannot be quantized here; quantize only the model's linear layers."
             )
     return modules
 
 
-def _weights(module: nn.Module) -> dict[str, torch.Tensor | QuantizedWeight]:
-    """Parameter name -> what it stores, of an experts module."""
+def _names(module: nn.Module) -> list[str]:
+    """Names of the parameters of an experts module's projections."""
     layout = read_layout(module)
-    return {
-        name: stored_weight(module, name)
-        for name in (layout.projection(p).weight for p in PROJECTIONS)
-    }
+    return [layout.projection(name).weight for name in PROJECTIONS]
+
+
+def _weights(module: nn.Module) -> dict[str, Weight]:
+    """Parameter name -> what it stores, of an experts module."""
+    return {name: stored_weight(module, name) for name in _names(module)}
+
+
+def _quantized(weight: Weight, format: str, blocksize: int, double_quant: bool) -> QuantizedWeight:
+    assert isinstance(weight, torch.Tensor), "quantized weights were refused"
+    return quantize(weight, format, blocksize=blocksize, double_quant=double_quant)

@@ -52,10 +52,10 @@ def test_it_is_the_model_quantized_after_loading(saved, family, experts):
 
 
 def test_the_dense_model_is_never_there(saved, monkeypatch):
-    from peft_moe_lora.quant import loading as quantized_loading
+    from peft_moe_lora.quant import quantizer
 
     path = saved(num_hidden_layers=4)
-    most, quantize = [], quantized_loading.quantize
+    most, quantize = [], quantizer.quantize
 
     def stacks():
         return {
@@ -73,7 +73,7 @@ def test_the_dense_model_is_never_there(saved, monkeypatch):
         )
         return quantize(stack, *args, **kwargs)
 
-    monkeypatch.setattr(quantized_loading, "quantize", watched)
+    monkeypatch.setattr(quantizer, "quantize", watched)
     load_quantized(path)
     assert len(most) == 8
     assert max(most) <= 3, "stacks of other layers are alive"
