@@ -1,8 +1,10 @@
 """Per-expert LoRA for Mixture-of-Experts models, as a PEFT tuner; importing it registers the tuner."""
 
-from .convert.convert import convert_adapter, inspect_adapter, verify_adapter
+from .convert.convert import convert_adapter
+from .convert.inspect import inspect_adapter
 from .convert.load import load_peft_adapter
 from .convert.merge import merge_adapter
+from .convert.verify import verify_adapter
 from .quant.in_place import dequantize_experts, quantize_experts
 from .quant.loading import load_quantized
 from .registration import register

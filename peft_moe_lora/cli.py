@@ -19,9 +19,11 @@ import torch
 
 from . import __version__
 from .convert.base import read_base
-from .convert.convert import convert_adapter, inspect_adapter, verify_adapter
-from .convert.formats import B_LAYOUTS, FORMATS
+from .convert.convert import convert_adapter
+from .convert.formats import B_LAYOUTS, DEFAULT, FORMATS
+from .convert.inspect import inspect_adapter
 from .convert.merge import merge_adapter
+from .convert.verify import verify_adapter
 from .files.tensor_file import ExistsError, RefusedError
 from .functional import select_backend
 
@@ -95,7 +97,7 @@ def inspect(
 def convert(
     src: Adapter,
     dst: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.")] = "per_expert",
+    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.")] = DEFAULT,
     base_config: BaseConfig = None,
     b_layout: BLayout = "auto",
     force: Force = False,

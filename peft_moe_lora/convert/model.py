@@ -1,33 +1,33 @@
-"""An adapter whatever its format: A[e] [r, K], B[e] [N, r] and a scaling for every projection of every experts module.
+"""What an adapter is, whatever its format: A[e] [r, K], B[e] [N, r] and a scaling per projection.
 
-    W[e] + scaling * B[e] A[e]
+    W[e] + scaling * B[e] A[e]          for every expert e of a projection of an experts module
 
-Nothing is loaded before a projection's turn comes; padding a rank and folding a scaling wait until then too.
+No tensor is loaded before its turn to be written. Padding a rank and folding a scaling into B are
+put off until then too.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
-from ..experts.layout import EVERY_PROJECTION
-from ..files.adapter_file import read_description
-from ..files.tensor_file import AdapterError, RefusedError, TensorFile, TensorInfo
+from ..files.tensor_file import TensorFile
 from .base import BaseModel
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One projection of one experts module.
+    """The update of one projection of one experts module.
 
     Attributes:
         num_experts, r, in_features, out_features: E, r, K, N.
         scaling: what B[e] A[e] is multiplied by.
         dtype: of the tensors.
-        load: gives A [E, r, K] and B [E, N, r].
-        chosen: ascending ids of the experts that have an update, zeros being loaded for the others; None for all.
+        load: returns A [E, r, K] and B [E, N, r].
+        chosen: ascending ids of the experts that have an update, or None for all. For the other
+            experts `load` returns zeros.
     """
 
     num_experts: int
@@ -42,10 +42,12 @@ class Pair:
     @property
     def experts(self) -> Sequence[int]:
         """Ascending ids of the experts that have an update."""
-        return range(self.num_experts) if self.chosen is None else self.chosen
+        if self.chosen is None:
+            return range(self.num_experts)
+        return self.chosen
 
     def padded(self, r: int) -> "Pair":
-        """The same update at a higher rank: the further rows of A and columns of B are zero."""
+        """The same update at a higher rank: A gets rows of zeros, B gets columns of zeros."""
         if r == self.r:
             return self
 
@@ -56,7 +58,7 @@ class Pair:
         return replace(self, r=r, load=load)
 
     def scaled_to(self, scaling: float) -> "Pair":
-        """The same update with another scaling: B takes up the difference."""
+        """The same update with another scaling: B is multiplied by old scaling / new scaling."""
         if math.isclose(scaling, self.scaling):
             return self
 
@@ -67,20 +69,28 @@ class Pair:
         return replace(self, scaling=scaling, load=load)
 
     def zeros_like(self, in_features: int, out_features: int) -> "Pair":
-        """An update of the same experts, in another projection, that changes nothing."""
-        shapes = (self.num_experts, self.r, in_features), (self.num_experts, out_features, self.r)
-        return replace(self, in_features=in_features, out_features=out_features,
-                       load=lambda: tuple(torch.zeros(shape, dtype=self.dtype) for shape in shapes))  # fmt: skip
+        """An update by zero of another projection of the same experts."""
+
+        def load() -> tuple[torch.Tensor, torch.Tensor]:
+            A = torch.zeros(self.num_experts, self.r, in_features, dtype=self.dtype)
+            B = torch.zeros(self.num_experts, out_features, self.r, dtype=self.dtype)
+            return A, B
+
+        return replace(self, in_features=in_features, out_features=out_features, load=load)
+
+
+# experts path -> projection -> its update
+Experts = dict[str, dict[str, Pair]]
 
 
 @dataclass(frozen=True)
 class LinearPair:
-    """The LoRA of an ordinary layer, carried along: its keys, rank and scaling.
+    """The LoRA of an ordinary layer, which is carried along: its keys, rank and scaling.
 
     Attributes:
-        A, B: key -> where the tensor is; A [r, .] and B [., r].
-        factor: what B is multiplied by on writing.
-        bare: whether it is on a router, which to PEFT is no linear layer.
+        A, B: keys of the tensors; A is [r, K] and B is [N, r].
+        factor: what B is multiplied by when it is written.
+        is_router: whether the layer is a router, which PEFT does not count as a linear layer.
     """
 
     path: str
@@ -89,30 +99,30 @@ class LinearPair:
     r: int
     scaling: float
     factor: float = 1.0
-    bare: bool = False
+    is_router: bool = False
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as its files say, nothing loaded yet.
+    """An adapter as its files describe it; no tensor is loaded yet.
 
     Attributes:
-        format: name of the format it was read in.
+        format: name of the format it was read from.
         config: its adapter_config.json.
         file: its tensors.
         names: key without prefix, in the base model's own paths -> name in the file.
         experts: experts path -> projection -> Pair.
         linears: path -> LinearPair.
-        carried: keys of tensors that are no LoRA: modules saved whole, embeddings, biases.
+        carried: keys of tensors that are not LoRA: modules saved whole, embeddings, biases.
         base: facts of the base model, where they are known.
         notes: what a user should know.
     """
 
     format: str
-    config: dict
+    config: dict[str, Any]
     file: TensorFile
     names: dict[str, str]
-    experts: dict[str, dict[str, Pair]]
+    experts: Experts
     linears: dict[str, LinearPair]
     carried: tuple[str, ...]
     base: BaseModel | None
@@ -122,196 +132,32 @@ class Adapter:
         return (pair for projections in self.experts.values() for pair in projections.values())
 
     def layers(self) -> list[Pair | LinearPair]:
+        """The pairs of the experts, then those of the ordinary layers."""
         return [*self.pairs(), *self.linears.values()]
 
+    def adapted_experts(self) -> int:
+        """How many experts of all modules together have an update."""
+        return sum(len(next(iter(pairs.values())).experts) for pairs in self.experts.values())
+
     def noted(self, *notes: str) -> "Adapter":
+        """The same adapter with further notes."""
         return replace(self, notes=(*self.notes, *notes))
 
-    def each_pair(self, change: Callable[[Pair], Pair]) -> "Adapter":
-        return replace(
-            self,
-            experts={
-                path: {n: change(p) for n, p in pairs.items()}
-                for path, pairs in self.experts.items()
-            },
-        )
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter's files and what is known of its base, before its format is understood."""
-
-    file: TensorFile
-    config: dict
-    names: dict[str, str]
-    base: BaseModel | None
-    b_layout: str = "auto"
-
-    def info(self, key: str) -> TensorInfo:
-        return self.file.tensors[self.names[key]]
-
-    def load(self, key: str) -> torch.Tensor:
-        return self.file.load(self.names[key])
-
-    def rank(self, path: str) -> int:
-        patterns = self.config["rank_pattern"]
-        return patterns.get(get_pattern_key(patterns.keys(), path), self.config["r"])
-
-    def scaling(self, path: str) -> float:
-        patterns, r = self.config["alpha_pattern"], self.rank(path)
-        alpha = patterns.get(get_pattern_key(patterns.keys(), path), self.config["lora_alpha"])
-        return alpha / (math.sqrt(r) if self.config["use_rslora"] else r)
-
-    def chosen(self, path: str) -> tuple[int, ...] | None:
-        """Ascending ids of the experts of a module that have a pair; None for all."""
-        indices = self.config.get("expert_indices")
-        return (
-            None
-            if indices is None
-            else tuple(indices.get(get_pattern_key(indices.keys(), path), ()))
-        )
-
-    def num_experts(self, path: str) -> int:
-        """E of a module whose tensors do not tell."""
-        said = (
-            read_description(str(self.file.path), self.file.metadata)
-            .get("experts", {})
-            .get(path, {})
-        )
-        if self.base is None and "num_experts" in said:
-            return said["num_experts"]
-        known = need_base(
-            self.base,
-            f"{self.file.path} holds some experts of {path} and does not say out of how many",
-        )
-        return known.experts[path].num_experts if path in known.experts else len(self.chosen(path))
-
-    def pair(
-        self,
-        path: str,
-        projection: str,
-        sizes: tuple[int, int, int, int],
-        scaling: float,
-        key: str,
-        load,
-        chosen=None,
-    ) -> Pair:
-        """A Pair of sizes (E, r, K, N), held against the base model where it is known."""
-        if self.base is not None:
-            E, _, K, N = sizes
-            layout = self.base.experts.get(path)
-            if layout is None:
-                raise AdapterError(
-                    f"{self.file.path} adapts {path}, which is no experts module of {self.base.name}; its experts are "
-                    f"{next(iter(self.base.experts))} and the like. Name the base model the adapter was trained on."
-                )
-            known = layout.projection(projection)
-            if (E, K, N) != (layout.num_experts, known.in_features, known.out_features):
-                raise AdapterError(
-                    f"{self.file.path}: {path}, {projection} is for {E} experts of {K} -> {N}, {self.base.name} has "
-                    f"{layout.num_experts} of {known.in_features} -> {known.out_features}. Name the base model the "
-                    "adapter was trained on."
-                )
-        return Pair(*sizes, scaling, self.info(key).dtype, load, chosen)
-
-    def stacked_sizes(self, path: str, slot: dict, r: int) -> tuple[int, int, int, int]:
-        """(E, r, in, out) of A [E*r, in] and B [out, E*r].
-
-        Raises:
-            AdapterError: if the shapes are not of this kind.
-        """
-        A, B = self.info(slot["A"]).shape, self.info(slot["B"]).shape
-        if len(A) != 2 or len(B) != 2 or A[0] % r or A[0] == 0 or A[0] != B[1]:
-            raise AdapterError(
-                f"{self.file.path}: {slot['A']} {list(A)} and {slot['B']} {list(B)} are no A [E*r, K] and B [N, E*r] "
-                f"for r={r} of adapter_config.json; the two files do not belong together."
-            )
-        return A[0] // r, r, A[1], B[0]
+    def load_linear(self, pair: LinearPair) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, K] and B [N, r] of an ordinary layer, as they are in the file."""
+        return self.file.load(self.names[pair.A]), self.file.load(self.names[pair.B])
 
 
 def pad(tensor: torch.Tensor, dim: int, r: int) -> torch.Tensor:
+    """The tensor with zeros appended along a dimension until its size there is r."""
     shape = list(tensor.shape)
     shape[dim] = r - shape[dim]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def rescale(B: torch.Tensor, factor: float) -> torch.Tensor:
-    return (
-        B
-        if math.isclose(factor, 1.0)
-        else (B.to(torch.promote_types(B.dtype, torch.float32)) * factor).to(B.dtype)
-    )
-
-
-def need_base(base: BaseModel | None, why: str) -> BaseModel:
-    """The base model's facts.
-
-    Raises:
-        RefusedError: if they are not known, saying what they are needed for.
-    """
-    if base is None:
-        raise RefusedError(f"{why}; name the base model (base_config, --base-config).")
-    return base
-
-
-def fill_in(adapter: Adapter, projections: set[str], reader: str) -> Adapter:
-    """The adapter with zero pairs for the projections that some of its modules do not adapt."""
-    missing = [
-        (path, n) for path, pairs in adapter.experts.items() for n in projections - set(pairs)
-    ]
-    if not missing:
-        return adapter
-    base = need_base(
-        adapter.base,
-        f"{reader} wants {sorted(projections)} of every module, so their sizes must be known",
-    )
-    experts = {path: dict(pairs) for path, pairs in adapter.experts.items()}
-    for path, n in missing:
-        like, size = next(iter(experts[path].values())), base.experts[path].projection(n)
-        experts[path][n] = like.zeros_like(size.in_features, size.out_features)
-    experts = {
-        path: {n: pairs[n] for n in EVERY_PROJECTION if n in pairs}
-        for path, pairs in experts.items()
-    }
-    what = sorted({n for _, n in missing})
-    return replace(adapter, experts=experts).noted(
-        f"{', '.join(what)} not adapted: written as zeros for {reader}"
-    )
-
-
-def make_uniform(adapter: Adapter, reader: str) -> Adapter:
-    """The adapter at one rank and one scaling: lower ranks padded with zeros, other scalings folded into B."""
-    layers, config = adapter.layers(), adapter.config
-    r = max(layer.r for layer in layers)
-    scalings = [layer.scaling for layer in layers]
-    scaling = max(dict.fromkeys(scalings), key=scalings.count)
-    notes = []
-    if any(layer.r != r for layer in layers):
-        notes.append(
-            f"ranks {sorted({layer.r for layer in layers})} padded with zeros to {r}: {reader} knows one rank"
-        )
-    if not all(math.isclose(s, scaling) for s in scalings):
-        narrow = sorted(
-            {
-                str(pair.dtype).removeprefix("torch.")
-                for pair in adapter.pairs()
-                if pair.dtype.itemsize < 4
-            }
-        )
-        notes.append(
-            f"other scalings than {scaling:g} folded into B: {reader} knows lora_alpha / r only"
-            + (f" (B is rounded to {narrow[0]} once more)" if narrow else "")
-        )
-    linears = {
-        path: replace(layer, r=r, scaling=scaling, factor=layer.scaling / scaling)
-        for path, layer in adapter.linears.items()
-    }
-    changed = adapter.each_pair(lambda pair: pair.padded(r).scaled_to(scaling))
-    config = {**config, "r": r, "lora_alpha": tidy(scaling * r), "use_rslora": False}
-    return replace(changed, linears=linears, config=config).noted(*notes)
-
-
-def tidy(alpha: float) -> float | int:
-    """A number as a person would write it: 32, not 32.000000000000004."""
-    alpha = float(f"{alpha:.12g}")
-    return int(alpha) if alpha.is_integer() else alpha
+    """B times a factor in B's dtype, computed in fp32 at least; B itself where the factor is 1."""
+    if math.isclose(factor, 1.0):
+        return B
+    wide = B.to(torch.promote_types(B.dtype, torch.float32))
+    return (wide * factor).to(B.dtype)

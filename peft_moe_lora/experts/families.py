@@ -4,6 +4,7 @@ A family that follows transformers' experts interface needs no row: all that an 
 read from its modules.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
@@ -184,3 +185,74 @@ FAMILIES = {
         exports="its experts are stored as 2-D weights, which other formats cannot describe",
     ),
 }
+
+
+# ---- model types: what published checkpoints and other programs call a family ----
+
+
+@dataclass(frozen=True)
+class HubNames:
+    """The names of experts in a family's published checkpoints, which transformers 5 renames on loading.
+
+    Attributes:
+        gate, up, down: the projections of one expert.
+        block: the module that holds the experts and the router; transformers 5 calls it "mlp".
+        router: what transformers 5 calls the router; published checkpoints call it "gate".
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    block: str = "mlp"
+    router: str = "gate"
+
+    def to_hub(self, key: str) -> str:
+        """A key with transformers' names, in the published names; the "mlp" of a dense layer stays."""
+        return self._rename(key, ("mlp", self.router), (self.block, "gate"))
+
+    def from_hub(self, key: str) -> str:
+        """A key with the published names, in transformers' names."""
+        return self._rename(key, (self.block, "gate"), ("mlp", self.router))
+
+    @staticmethod
+    def _rename(key: str, old: tuple[str, str], new: tuple[str, str]) -> str:
+        """The key with (block, router) replaced."""
+        if old == new:
+            return key
+        old_block, old_router = old
+        new_block, new_router = new
+
+        def renamed(match: re.Match[str]) -> str:
+            child = match[1]
+            if child == old_router:
+                child = new_router
+            return f".{new_block}.{child}"
+
+        return re.sub(rf"\.{old_block}\.(experts|shared_experts|{old_router})\b", renamed, key)
+
+
+_NUMBERED = HubNames("w1", "w3", "w2")
+_BLOCK_SPARSE = HubNames("w1", "w3", "w2", "block_sparse_moe")
+
+# model types whose published checkpoints have names of their own; all others have the defaults of HubNames
+HUB_NAMES = {
+    "deepseek_v4": _NUMBERED,
+    "kimi_linear": _BLOCK_SPARSE,
+    "lfm2_moe": _NUMBERED,
+    "minimax": _BLOCK_SPARSE,
+    "minimax_m2": _BLOCK_SPARSE,
+    "minimax_m3_vl": _BLOCK_SPARSE,
+    "mistral_large4_text": _NUMBERED,
+    "mixtral": _BLOCK_SPARSE,
+    "phimoe": HubNames("w1", "w3", "w2", "block_sparse_moe", "router"),
+}
+
+# what stands before "layers.0" in a path; it differs between a text model and a larger model that contains it
+TEXT_PREFIX = re.compile(
+    r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|model\.)"
+)
+
+# model types whose experts vLLM is known to read in 3-D (its class sets is_3d_moe_weight); others are read per expert
+VLLM_3D = frozenset(
+    {"gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+)

@@ -19,7 +19,7 @@ from ..files.adapter_file import (
     find_adapter_file,
     read_adapter_file,
 )
-from ..files.card import write_card
+from ..files.card import OUR_CARD, write_card
 from ..functional import BACKENDS
 from .implementations import MATERIALIZE
 
@@ -242,7 +242,7 @@ class MoELoraConfig(LoraConfig):
             complete_adapter_file(save_directory, described)
         super().save_pretrained(save_directory, **kwargs)
         if described is not None:
-            write_card(save_directory, "moe_lora", self.to_dict())
+            write_card(save_directory, OUR_CARD, self.to_dict())
 
 
 def checked_indices(indices: Mapping[str, list[int]]) -> dict[str, list[int]]:

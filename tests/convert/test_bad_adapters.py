@@ -10,18 +10,14 @@ import pytest
 import torch
 
 from convert.adapters import PREFIX, config_of, rewrite, save_base, save_ours, tensors
-from peft_moe_lora.convert.convert import (
-    FORMATS,
-    AdapterError,
-    RefusedError,
-    convert_adapter,
-    inspect_adapter,
-    open_adapter,
-    verify_adapter,
-)
+from peft_moe_lora import convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.convert.reading import open_adapter
 from peft_moe_lora.files.tensor_file import (
+    AdapterError,
     Block,
     ExistsError,
+    RefusedError,
     TensorFile,
     new_folder,
     write_tensors,

@@ -13,7 +13,8 @@ from peft import PeftModel
 from convert.adapters import config_of, rewrite, save_ours, tensors
 from helpers import E, assert_close, outputs
 from peft_moe_lora.convert.convert import convert_adapter
-from peft_moe_lora.files.card import card_section, write_card
+from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.files.card import OUR_CARD, card_section, write_card
 
 pytest.importorskip("typer")
 
@@ -219,7 +220,7 @@ def test_a_converted_adapter_has_a_card_of_its_format(qwen, to, tmp_path):
 def test_commands_on_a_card_are_ours(qwen, tmp_path):
     """The convert command of the card, run as it stands, with the names filled in."""
     text = card_section(
-        "moe_lora", {**config_of(qwen.ours), "base_model_name_or_path": str(qwen.config)}
+        OUR_CARD, {**config_of(qwen.ours), "base_model_name_or_path": str(qwen.config)}
     )
     (line,) = (line for line in text.splitlines() if line.startswith("peft-moe-lora convert"))
     shutil.copytree(qwen.ours, tmp_path / "ADAPTER")
@@ -232,7 +233,9 @@ def test_commands_on_a_card_are_ours(qwen, tmp_path):
 
 
 def test_a_card_without_a_base_still_reads(tmp_path):
-    write_card(tmp_path, "peft", {"r": 700, "lora_alpha": 1, "target_modules": "all-linear"})
+    write_card(
+        tmp_path, FORMATS["peft"].card, {"r": 700, "lora_alpha": 1, "target_modules": "all-linear"}
+    )
     text = (tmp_path / "README.md").read_text()
     assert "BASE" in text
     assert "--max-lora-rank 700" in text

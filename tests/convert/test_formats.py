@@ -39,14 +39,9 @@ from helpers import (
     outputs,
     tiny_model,
 )
-from peft_moe_lora.convert.base import HUB_NAMES
-from peft_moe_lora.convert.convert import (
-    AdapterError,
-    RefusedError,
-    convert_adapter,
-    inspect_adapter,
-    verify_adapter,
-)
+from peft_moe_lora import convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.experts.families import HUB_NAMES
+from peft_moe_lora.files.tensor_file import AdapterError, RefusedError
 
 # fp32: what the promise of equal logits says; measured differences are below 1e-6
 TOLERANCE = 1e-5

@@ -9,13 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert.adapters import PREFIX, config_of, tensors
 from helpers import assert_close, experts_adapter
-from peft_moe_lora.convert.convert import (
-    FORMATS,
-    RefusedError,
-    convert_adapter,
-    inspect_adapter,
-    verify_adapter,
-)
+from peft_moe_lora import convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.files.tensor_file import RefusedError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = sorted(p.parent for p in GOLDEN.glob("*/*/adapter_config.json"))

@@ -20,10 +20,8 @@ from helpers import (
     snapshot,
     tiny_model,
 )
-from peft_moe_lora import load_peft_adapter
-from peft_moe_lora.convert.convert import AdapterError, RefusedError, convert_adapter
-from peft_moe_lora.convert.merge import merge_adapter
-from peft_moe_lora.files.tensor_file import ExistsError
+from peft_moe_lora import convert_adapter, load_peft_adapter, merge_adapter
+from peft_moe_lora.files.tensor_file import AdapterError, ExistsError, RefusedError
 from peft_moe_lora.tuner.layer import MoELoraLayer
 
 TOLERANCE = 1e-5

@@ -22,13 +22,8 @@ from convert.adapters import (
     update_vllm_3d,
 )
 from helpers import E, R, assert_close, experts_paths, outputs
-from peft_moe_lora import merge_adapter
-from peft_moe_lora.convert.convert import (
-    AdapterError,
-    convert_adapter,
-    inspect_adapter,
-    verify_adapter,
-)
+from peft_moe_lora import convert_adapter, inspect_adapter, merge_adapter, verify_adapter
+from peft_moe_lora.files.tensor_file import AdapterError
 
 TOLERANCE = 1e-5
 CHOSEN = {"model.layers.0.mlp.experts": [1, 3], "model.layers.1.mlp.experts": [0]}

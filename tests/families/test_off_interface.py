@@ -49,8 +49,8 @@ from helpers import (
     wrap,
 )
 from peft_moe_lora import MoELoraConfig, convert_adapter, merge_adapter
-from peft_moe_lora.convert.convert import RefusedError
 from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.files.tensor_file import RefusedError
 from peft_moe_lora.tuner.layer import MoELoraLayer
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

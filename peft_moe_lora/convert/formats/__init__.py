@@ -1,0 +1,29 @@
+"""The adapter formats, one file each: how tensors are named and ordered, and what readers take.
+
+`moe_lora` is our own: A [r*E, K] and B [N, r*E], both expert-major. `peft` is PEFT's
+target_parameters, B rank-major: column j*E + e. `per_expert` has 2-D tensors of every expert.
+`vllm_3d` is `peft` as vLLM's 3-D models read it. `sglang_3d` has A [E, r, K] and B [E, N, r].
+"""
+
+from .format import PREFIX, Format
+from .ours import Ours
+from .peft import B_LAYOUTS, LEGACY_NAME, Peft
+from .per_expert import PerExpert
+from .sglang_3d import Sglang3d
+from .vllm_3d import Vllm3d
+
+__all__ = ["B_LAYOUTS", "DEFAULT", "FORMATS", "LEGACY_NAME", "OURS", "PREFIX", "READERS", "Format"]
+
+OURS = Ours()
+_PEFT = Peft()
+_PER_EXPERT = PerExpert()
+_SGLANG_3D = Sglang3d()
+
+# what adapters are written in, by the name a user gives
+FORMATS: dict[str, Format] = {
+    form.name: form for form in (OURS, _PEFT, _PER_EXPERT, Vllm3d(), _SGLANG_3D)
+}
+# what a file's keys are compared with, the most specific pattern first; vllm_3d has peft's keys
+READERS: tuple[Format, ...] = (OURS, _PER_EXPERT, _SGLANG_3D, _PEFT)
+# most servers and PEFT read it
+DEFAULT = _PER_EXPERT.name

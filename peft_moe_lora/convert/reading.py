@@ -1,0 +1,214 @@
+"""An adapter read from its two files, in whatever format; no tensor is kept.
+
+The file's keys tell the format. The configuration, the base model where it is known, and our own
+files' metadata are compared with the tensors, so that files that do not belong together are found.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME
+from ..files.tensor_file import AdapterError, RefusedError, TensorFile, read_json
+from ..tuner.config import checked_indices
+from .base import BaseConfig, BaseModel, read_base
+from .formats import PREFIX, READERS, Format
+from .formats.format import Slots
+from .linears import natural, read_linears
+from .model import Adapter, Experts, Pair
+from .source import Source
+
+CONFIG_NAME = "adapter_config.json"
+# LoRA's options that change what is computed in ways no format can say
+_REFUSED_OPTIONS = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
+
+
+def open_adapter(
+    path: str | PathLike[str], base_config: BaseConfig | None = None, b_layout: str = "auto"
+) -> Adapter:
+    """Read what an adapter's two files say.
+
+    Args: as for `convert_adapter`, `path` being its `src`.
+    Raises:
+        AdapterError, RefusedError: as `convert_adapter`.
+    """
+    folder = Path(path)
+    _check_weights(folder)
+    config = _read_config(folder / CONFIG_NAME)
+    file = TensorFile(folder / WEIGHTS_NAME)
+    base = _base(base_config, config)
+    names = _names(file, base)
+    _check_floating(file)
+    source = Source(file, config, names, base, b_layout)
+    form, slots = _format_of(source)
+    taken = _expert_keys(source, slots)
+    read = form.read(source, slots)
+    _check_description(source, read.experts)
+    linears, carried = read_linears(source, [key for key in names if key not in taken])
+    return Adapter(
+        format=read.format,
+        config=config,
+        file=file,
+        names=names,
+        experts={path: read.experts[path] for path in sorted(read.experts, key=natural)},
+        linears=linears,
+        carried=carried,
+        base=base,
+        notes=read.notes,
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    if (folder / WEIGHTS_NAME).is_file():
+        return
+    pickled = ""
+    if (folder / PICKLE_NAME).is_file():
+        pickled = f", and {PICKLE_NAME}, a pickle, is not read"
+    raise AdapterError(
+        f"{folder} holds no {WEIGHTS_NAME}{pickled}; name the folder of an adapter, saved as "
+        "safetensors."
+    )
+
+
+def _base(base_config: BaseConfig | None, config: dict[str, Any]) -> BaseModel | None:
+    """The base model that was named, else the adapter's own where it is on this machine."""
+    if base_config is not None:
+        return read_base(base_config)
+    own = config.get("base_model_name_or_path")
+    if isinstance(own, str) and Path(own, "config.json").is_file():
+        return read_base(own)
+    return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json, checked; patterns and use_rslora are there, empty or off by default."""
+    config = read_json(path)
+    if config.get("peft_type") not in ("LORA", "MOE_LORA"):
+        raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r} is no LoRA.")
+    for name in _REFUSED_OPTIONS:
+        if config.get(name):
+            raise RefusedError(
+                f"{path}: {name}={config[name]!r} has no counterpart in a conversion."
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        config[name] = config.get(name) or {}
+        if not isinstance(config[name], dict):
+            raise AdapterError(
+                f"{path}: rank_pattern and alpha_pattern are objects of names and numbers."
+            )
+    ranks = [config.get("r"), *config["rank_pattern"].values()]
+    if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
+        raise AdapterError(f"{path}: ranks are integers of at least 1, got {ranks}.")
+    alphas = [config.get("lora_alpha"), *config["alpha_pattern"].values()]
+    if not all(isinstance(x, int | float) and math.isfinite(x) and x != 0 for x in alphas):
+        raise AdapterError(f"{path}: lora_alpha is a finite number other than 0, got {alphas}.")
+    config["use_rslora"] = bool(config.get("use_rslora"))
+    if config.get("expert_indices") is not None:
+        try:
+            config["expert_indices"] = checked_indices(config["expert_indices"])
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
+    return config
+
+
+def _names(file: TensorFile, base: BaseModel | None) -> dict[str, str]:
+    """Key without PEFT's prefix, in the base's own paths -> name in the file."""
+    names: dict[str, str] = {}
+    resolved: dict[str, str] = {}
+    for name in file.tensors:
+        key = name.removeprefix(PREFIX)
+        path = _module_path(key)
+        if base is not None and path is not None:
+            if path not in resolved:
+                resolved[path] = base.resolve(path)
+            key = resolved[path] + key[len(path) :]
+        if key in names:
+            raise AdapterError(
+                f"{file.path}: {name} and {names[key]} are the same tensor under two names."
+            )
+        names[key] = name
+    return names
+
+
+def _module_path(key: str) -> str | None:
+    """The path of the module a tensor belongs to; the experts module for all that is within it."""
+    match = re.match(r"(.*\bexperts)(?=\.)|(.*?)(?=\.lora_)|(.*)(?=\.)", key)
+    if match is None:
+        return None
+    return match[0]
+
+
+def _check_floating(file: TensorFile) -> None:
+    for name, info in file.tensors.items():
+        if ".lora_" in name and not info.dtype.is_floating_point:
+            raise AdapterError(f"{file.path}: {name} is {info.dtype}; adapters are floating point.")
+
+
+def _format_of(source: Source) -> tuple[Format, Slots]:
+    """The one format whose expert tensors the file holds, and these."""
+    found = []
+    for form in READERS:
+        slots = form.slots(source)
+        if slots:
+            found.append((form, slots))
+    if not found:
+        raise AdapterError(
+            f"{source.file.path} holds no experts tensors; there is nothing for a MoE conversion "
+            "to do."
+        )
+    if len(found) > 1:
+        names = " and ".join(form.name for form, _ in found)
+        raise AdapterError(
+            f"{source.file.path} holds {names} experts tensors; an adapter has them in one format."
+        )
+    return found[0]
+
+
+def _expert_keys(source: Source, slots: Slots) -> set[str]:
+    """The keys of all expert tensors, after each module's dtypes were compared."""
+    taken: set[str] = set()
+    for path, found in slots.items():
+        keys = {key for slot in found.values() for key in slot}
+        dtypes = sorted({str(source.info(key).dtype) for key in keys})
+        if len(dtypes) > 1:
+            raise AdapterError(
+                f"{source.file.path}: {path} mixes {' and '.join(dtypes)}; save it in one dtype."
+            )
+        taken |= keys
+    return taken
+
+
+def _check_description(source: Source, experts: Experts) -> None:
+    """Compare what our own files say in their metadata, E, r, K and N, with the tensors."""
+    for path, described in source.description.get("experts", {}).items():
+        own_path = path
+        if source.base is not None:
+            own_path = source.base.resolve(path)
+        pairs = experts.get(own_path, {})
+        held = {name: _described(pair) for name, pair in pairs.items()}
+        said = {n: value for n, value in described.items() if n not in ("num_experts", "experts")}
+        numbers = {pair.num_experts for pair in pairs.values()}
+        chosen = {pair.chosen for pair in pairs.values()}
+        if (
+            said != held
+            or numbers != {described.get("num_experts")}
+            or chosen != {_as_tuple(described.get("experts"))}
+        ):
+            raise AdapterError(
+                f"{source.file.path}: its metadata says {described} of {path}, the tensors with "
+                f"adapter_config.json say {numbers or 'no'} experts of {held}, experts {chosen}; "
+                "the two files do not belong together."
+            )
+
+
+def _described(pair: Pair) -> dict[str, int]:
+    return {"r": pair.r, "in_features": pair.in_features, "out_features": pair.out_features}
+
+
+def _as_tuple(experts: Iterable[int] | None) -> tuple[int, ...] | None:
+    if experts is None:
+        return None
+    return tuple(experts)

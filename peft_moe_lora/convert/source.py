@@ -1,0 +1,128 @@
+"""An adapter's two files before its format is understood: its tensors, and what its config says."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from ..files.adapter_file import read_description
+from ..files.tensor_file import AdapterError, TensorFile, TensorInfo
+from .base import BaseModel, need_base
+from .model import Pair
+
+
+class Slot(NamedTuple):
+    """The keys of an A and of the B that belongs to it."""
+
+    A: str
+    B: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of an adapter, and what is known of its base model.
+
+    Attributes:
+        file: its tensors.
+        config: its adapter_config.json.
+        names: key without prefix, in the base model's own paths -> name in the file.
+        base: facts of the base model, where they are known.
+        b_layout: the order of lora_B that the caller asked for, see `convert_adapter`.
+    """
+
+    file: TensorFile
+    config: dict[str, Any]
+    names: dict[str, str]
+    base: BaseModel | None
+    b_layout: str = "auto"
+
+    def info(self, key: str) -> TensorInfo:
+        return self.file.tensors[self.names[key]]
+
+    def load(self, key: str) -> torch.Tensor:
+        return self.file.load(self.names[key])
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What our own files say in their metadata; {} for files of other programs."""
+        return read_description(str(self.file.path), self.file.metadata)
+
+    def rank(self, path: str) -> int:
+        return self._by_pattern("rank_pattern", path, self.config["r"])
+
+    def scaling(self, path: str) -> float:
+        """lora_alpha / r of a layer, or lora_alpha / sqrt(r) with rsLoRA."""
+        r = self.rank(path)
+        alpha = self._by_pattern("alpha_pattern", path, self.config["lora_alpha"])
+        if self.config["use_rslora"]:
+            return alpha / math.sqrt(r)
+        return alpha / r
+
+    def _by_pattern(self, name: str, path: str, default: Any) -> Any:
+        patterns = self.config[name]
+        return patterns.get(get_pattern_key(patterns.keys(), path), default)
+
+    def chosen(self, path: str) -> tuple[int, ...] | None:
+        """Ascending ids of the experts of a module that have an update; None for all."""
+        indices = self.config.get("expert_indices")
+        if indices is None:
+            return None
+        return tuple(indices.get(get_pattern_key(indices.keys(), path), ()))
+
+    def num_experts(self, path: str, chosen: tuple[int, ...]) -> int:
+        """E of a module whose tensors hold the chosen experts only."""
+        described = self.description.get("experts", {}).get(path, {})
+        if self.base is None and "num_experts" in described:
+            return described["num_experts"]
+        base = need_base(
+            self.base,
+            f"{self.file.path} holds some experts of {path} and does not say out of how many",
+        )
+        if path in base.experts:
+            return base.experts[path].num_experts
+        return len(chosen)
+
+    def checked(self, path: str, projection: str, pair: Pair) -> Pair:
+        """The pair, after its sizes were compared with the base model's, where that is known.
+
+        Raises:
+            AdapterError: if the base model has no such experts module, or one of other sizes.
+        """
+        if self.base is None:
+            return pair
+        layout = self.base.experts.get(path)
+        if layout is None:
+            raise AdapterError(
+                f"{self.file.path} adapts {path}, which is no experts module of {self.base.name}; "
+                f"its experts are {next(iter(self.base.experts))} and the like. Name the base "
+                "model the adapter was trained on."
+            )
+        known = layout.projection(projection)
+        sizes = (pair.num_experts, pair.in_features, pair.out_features)
+        if sizes != (layout.num_experts, known.in_features, known.out_features):
+            raise AdapterError(
+                f"{self.file.path}: {path}, {projection} is for {pair.num_experts} experts of "
+                f"{pair.in_features} -> {pair.out_features}, {self.base.name} has "
+                f"{layout.num_experts} of {known.in_features} -> {known.out_features}. Name the "
+                "base model the adapter was trained on."
+            )
+        return pair
+
+    def stacked_sizes(self, slot: Slot, r: int) -> tuple[int, int, int]:
+        """(E, in, out) of A [E*r, in] and B [out, E*r].
+
+        Raises:
+            AdapterError: if the tensors do not have such shapes.
+        """
+        A = self.info(slot.A).shape
+        B = self.info(slot.B).shape
+        if len(A) != 2 or len(B) != 2 or A[0] % r or A[0] == 0 or A[0] != B[1]:
+            raise AdapterError(
+                f"{self.file.path}: {slot.A} {list(A)} and {slot.B} {list(B)} must be A [E*r, K] "
+                f"and B [N, E*r] with r={r} of adapter_config.json; the two files do not belong "
+                "together."
+            )
+        return A[0] // r, A[1], B[0]

@@ -1,0 +1,203 @@
+"""Whether two adapters are the same update.
+
+scaling * B[e] A[e]          of some experts e of every projection, computed from both files
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+
+from ..files.tensor_file import AdapterError, Progress
+from .base import BaseConfig
+from .model import Adapter, LinearPair, Pair
+from .reading import open_adapter
+
+# experts compared per projection
+_SAMPLED_EXPERTS = 2
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far two adapters' updates are apart.
+
+    Attributes:
+        compared: number of updates that were compared: one per drawn expert of a projection, one
+            per ordinary layer.
+        max_error: the largest relative error of an update: largest |difference| / largest |value|;
+            0 without a second adapter.
+        where: the module of that error.
+        tolerance: what was allowed.
+    """
+
+    compared: int
+    max_error: float
+    where: str
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.max_error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The updates of one projection or one ordinary layer, from both adapters.
+
+    Attributes:
+        where: its name, for messages.
+        updates: one pair of tensors after another, each [N, K].
+    """
+
+    where: str
+    updates: Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def verify_adapter(
+    path: str | PathLike[str],
+    base: BaseConfig,
+    other: str | PathLike[str] | None = None,
+    *,
+    b_layout: str = "auto",
+    tolerance: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare an adapter with its base model, and with a second adapter that should be the same.
+
+    Some experts are drawn for every projection of every module, and scaling * B[e] A[e] is computed
+    from both files. Two orders of one shape, swapped experts or a lost scaling give an error of
+    order one.
+
+    Args:
+        path: folder of the adapter.
+        base: its base model, as in `convert_adapter`.
+        other: folder of the second adapter, in any format.
+        b_layout: order of lora_B under PEFT's keys, for both.
+        tolerance: largest relative error that passes; by default 1e-5 for fp32 files, 1e-2 where
+            one is bf16 or fp16.
+        seed: which experts are drawn.
+        progress: called with (modules done, modules in all).
+    Returns: what was compared and the largest error. Without `other`, nothing is compared, but
+        every tensor is read and checked to be finite.
+    Raises:
+        AdapterError, RefusedError: as `convert_adapter`; also if the two adapters do not adapt the
+            same modules.
+    """
+    first = open_adapter(path, base, b_layout)
+    if other is None:
+        _read_all(first, progress)
+        return Verification(0, 0.0, "", 0.0)
+    second = open_adapter(other, base, b_layout)
+    if tolerance is None:
+        tolerance = _tolerance(first, second)
+    _check_same_modules(first, second)
+    total = len(_projections(first, second)) + len(first.linears)
+    compared = 0
+    max_error = 0.0
+    worst = ""
+    for done, layer in enumerate(_layers(first, second, seed), 1):
+        for a, b in layer.updates:
+            error = _relative_error(a, b)
+            if error > max_error:
+                max_error = error
+                worst = layer.where
+            compared += 1
+        if progress is not None:
+            progress(done, total)
+    return Verification(compared, max_error, worst, tolerance)
+
+
+def _read_all(adapter: Adapter, progress: Progress | None) -> None:
+    """Read every tensor, which raises where a value is not finite."""
+    for done, name in enumerate(adapter.file.tensors, 1):
+        adapter.file.load(name)
+        if progress is not None:
+            progress(done, len(adapter.file.tensors))
+
+
+def _tolerance(first: Adapter, second: Adapter) -> float:
+    tensors = [*first.file.tensors.values(), *second.file.tensors.values()]
+    if any(info.dtype.itemsize < 4 for info in tensors):
+        return 1e-2
+    return 1e-5
+
+
+def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest |a - b| over the largest |value|; 0 where both are zero."""
+    size = max(a.abs().max().item(), b.abs().max().item())
+    if not size:
+        return 0.0
+    return (a - b).abs().max().item() / size
+
+
+def _check_same_modules(first: Adapter, second: Adapter) -> None:
+    different = sorted(set(first.linears) ^ set(second.linears)) + sorted(
+        set(first.carried) ^ set(second.carried)
+    ) or sorted(set(first.experts) ^ set(second.experts))
+    if different:
+        raise AdapterError(
+            f"only one of {first.file.path} and {second.file.path} adapts {different[0]} "
+            f"({len(different)} so)."
+        )
+
+
+def _projections(first: Adapter, second: Adapter) -> list[tuple[str, str]]:
+    """(path, projection) of all that either adapter adapts."""
+    return [
+        (path, projection)
+        for path, pairs in first.experts.items()
+        for projection in {**pairs, **second.experts[path]}
+    ]
+
+
+def _layers(first: Adapter, second: Adapter, seed: int) -> Iterator[_Layer]:
+    """All that either adapter adapts; what only one of them adapts is zero in the other."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, projection in _projections(first, second):
+        a = first.experts[path].get(projection)
+        b = second.experts[path].get(projection)
+        yield _Layer(f"{path}, {projection}", _expert_updates(a, b, generator))
+    for path, linear in first.linears.items():
+        updates = (_linear_update(first, linear), _linear_update(second, second.linears[path]))
+        yield _Layer(path, iter([updates]))
+
+
+def _expert_updates(
+    a: Pair | None, b: Pair | None, generator: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The updates of some experts in both adapters, of which one may not adapt the projection."""
+    present = [pair for pair in (a, b) if pair is not None]
+    drawn = _drawn(present, generator)
+    return zip(_updates(a, present[0], drawn), _updates(b, present[0], drawn), strict=True)
+
+
+def _updates(pair: Pair | None, sizes: Pair, experts: list[int]) -> list[torch.Tensor]:
+    """scaling * B[e] A[e] of some experts, [N, K]; zeros of these sizes where there is no pair."""
+    if pair is None:
+        zeros = torch.zeros(sizes.out_features, sizes.in_features, dtype=torch.float64)
+        return [zeros] * len(experts)
+    A, B = pair.load()
+    return [pair.scaling * (B[e].double() @ A[e].double()) for e in experts]
+
+
+def _drawn(pairs: list[Pair], generator: torch.Generator) -> list[int]:
+    """The experts to compare.
+
+    Where the pairs update some experts only, these are a few of those, and one that neither pair
+    updates.
+    """
+    chosen: list[int] = sorted(set().union(*(pair.chosen or () for pair in pairs)))
+    E = pairs[0].num_experts
+    if not chosen:
+        return torch.randperm(E, generator=generator)[:_SAMPLED_EXPERTS].tolist()
+    others = sorted(set(range(E)) - set(chosen))
+    few = torch.randperm(len(chosen), generator=generator)[:_SAMPLED_EXPERTS].tolist()
+    return [chosen[i] for i in few] + others[:1]
+
+
+def _linear_update(adapter: Adapter, pair: LinearPair) -> torch.Tensor:
+    """scaling * B A of an ordinary layer, [N, K]."""
+    A, B = adapter.load_linear(pair)
+    return pair.scaling * (B.double() @ A.double())
