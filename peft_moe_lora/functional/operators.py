@@ -1,73 +1,218 @@
-"""Functions as operators: one node each in the graph that torch.compile makes, a plain call elsewhere.
+"""A computation written once, for eager PyTorch and for torch.compile.
 
-Beside how one is defined: how a routing is handed to one, and what autograd keeps and gives back.
+Eager, it is plain Python inside one `torch.autograd.Function`. Under torch.compile it is one operator, which is one
+node of the graph.
+
+Legend:
+    group: a named tuple or a frozen dataclass of arguments that travel together. Its annotations
+        give the operator's schema, and `__match_args__` the order of its fields. Operators and
+        autograd take flat arguments: `flatten` and `unflatten` convert.
+    absent: an operator returns tensors only. Where the computation returns None, it returns an
+        empty tensor of three dimensions, which no result has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..ops import QuantizedWeight, Routing
+from ..ops import QuantizedWeight
 
-ROUTING = (
-    "Tensor expert_offsets, Tensor row_token, Tensor row_slot, Tensor slot_row, Tensor? tiles, "
-    "int top_k, int block_m"
-)
+# how the annotation of a group's field reads in an operator's schema
+_SCHEMA = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    # under torch.compile a layer with quantized weights runs outside the graph
+    torch.Tensor | QuantizedWeight: "Tensor",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    str: "str",
+    tuple[int, ...] | None: "int[]?",
+}
+# stands where autograd holds a tensor, among the values that it does not hold
+_HELD_BY_AUTOGRAD = object()
 
 
-def define(
-    name: str, signature: str, run: Callable, fake: Callable, autograd=None, setup_context=None
-) -> Callable:
-    """An operator for any device under torch.compile; eager, the same functions without the operator's overhead.
+class Gradient(NamedTuple):
+    """The group of one tensor with which every backward begins."""
+
+    gradient: torch.Tensor
+
+
+def flatten(groups: Iterable[Any]) -> list[Any]:
+    """The values of all groups, field by field."""
+    values: list[Any] = []
+    for group in groups:
+        values += [getattr(group, name) for name in type(group).__match_args__]
+    return values
+
+
+def unflatten(kinds: Iterable[type], values: Iterable[Any]) -> list[Any]:
+    """The inverse of `flatten`.
 
     Args:
-        run: from the arguments to new tensors.
-        fake: the same, of shapes alone.
-        autograd, setup_context: its backward, and what that keeps.
-    Returns: the call.
+        kinds: the class of each group.
+        values: those of all groups, field by field.
     """
-    qualified = f"peft_moe_lora::{name}"
-    torch.library.define(qualified, signature)
-    torch.library.impl(qualified, "default", run)
-    torch.library.register_fake(qualified, fake)
-    operator, eager = getattr(torch.ops.peft_moe_lora, name), run
-    if autograd is not None:
-        torch.library.register_autograd(qualified, autograd, setup_context=setup_context)
-        parts = {
-            "forward": run,
-            "setup_context": setup_context,
-            "backward": once_differentiable(autograd),
-        }
-        eager = type(
-            name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in parts.items()}
-        ).apply
-    return lambda *args: (operator if torch.compiler.is_compiling() else eager)(*args)
+    remaining = iter(values)
+    groups = [kind(*(next(remaining) for _ in kind.__match_args__)) for kind in kinds]
+    assert next(remaining, _HELD_BY_AUTOGRAD) is _HELD_BY_AUTOGRAD, "more values than fields"
+    return groups
 
 
-def flat(routing: Routing) -> tuple:
-    """A routing as an operator takes it."""
-    r = routing
-    return r.expert_offsets, r.row_token, r.row_slot, r.slot_row, r.tiles, r.top_k, r.block_m
+class Operator:
+    """One computation, as an operator under torch.compile and as a plain call elsewhere.
+
+    Args:
+        name: of the operator, in the namespace `peft_moe_lora`.
+        groups: the class of each argument.
+        results: a named tuple. A field with a default is for eager calls alone: an operator leaves it out.
+        run: from the groups to `results`.
+        fake: the same from shapes and dtypes alone, without the fields that have a default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        groups: tuple[type, ...],
+        results: type,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+    ):
+        self.qualified_name = f"peft_moe_lora::{name}"
+        self.groups, self.results, self.run = groups, results, run
+        defaults = results._field_defaults  # type: ignore[attr-defined]  # a named tuple's
+        self._num_returned = len(results.__match_args__) - len(defaults)
+        arguments = [
+            f"{_SCHEMA[hint]} {field}"
+            for kind in groups
+            for field, hint in get_type_hints(kind).items()
+        ]
+        returned = ", ".join(["Tensor"] * self._num_returned)
+        torch.library.define(self.qualified_name, f"({', '.join(arguments)}) -> ({returned})")
+        torch.library.impl(self.qualified_name, "default", self._as_operator(run))
+        torch.library.register_fake(self.qualified_name, self._as_operator(fake))
+        self.operator = getattr(torch.ops.peft_moe_lora, name)
+
+    def compiled(self, *groups: Any) -> Any:
+        """The results, by a call of the operator."""
+        returned = self.operator(*flatten(groups))
+        if self._num_returned == 1:
+            returned = (returned,)
+        return self.results(*_none_where_absent(returned))
+
+    def __call__(self, *groups: Any) -> Any:
+        """The results, without a gradient."""
+        if torch.compiler.is_compiling():
+            return self.compiled(*groups)
+        return self.run(*groups)
+
+    def _as_operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function from flat arguments to the tensors that an operator returns."""
+
+        def flat(*values: Any) -> Any:
+            # an operator receives a tuple of integers as a list
+            values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+            results = function(*unflatten(self.groups, values))[: self._num_returned]
+            device = next(v.device for v in values if isinstance(v, torch.Tensor))
+            absent = torch.empty(0, 0, 0, device=device)
+            tensors = tuple(absent.clone() if r is None else r for r in results)
+            return tensors[0] if self._num_returned == 1 else tensors
+
+        return flat
 
 
-def routing_of(offsets, row_token, row_slot, slot_row, tiles, top_k, block_m) -> Routing:
-    """The inverse of `flat`."""
-    return Routing(offsets, row_token, row_slot, slot_row, top_k, tiles, block_m)
+def _none_where_absent(results: Iterable[Any]) -> list[Any]:
+    found = list(results)
+    for i, result in enumerate(found):
+        if isinstance(result, torch.Tensor) and result.ndim == 3 and not result.numel():
+            found[i] = None
+    return found
 
 
-def save_for_backward(ctx, *values) -> None:
-    """`ctx.save_for_backward`; quantized weights, which are the model's own, stay as they are."""
-    ctx.quantized = {i: v for i, v in enumerate(values) if isinstance(v, QuantizedWeight)}
-    ctx.save_for_backward(*(None if i in ctx.quantized else v for i, v in enumerate(values)))
+def differentiable(
+    forward_operator: Operator,
+    backward_operator: Operator,
+    keep: Callable[..., tuple],
+    gradients: Callable[..., Any],
+) -> Callable[..., torch.Tensor]:
+    """The first result of an operator, with the gradient that another one computes.
+
+    Args:
+        forward_operator: its first group holds every tensor that may get a gradient.
+        backward_operator: its first group is `Gradient`.
+        keep: from forward's groups and its results to the groups that backward needs.
+        gradients: from (call, gradient, needs, *groups kept) to the gradients of forward's first arguments. `call`
+            computes what `backward_operator` does; `needs` says of each field of the first group whether it asks for a
+            gradient.
+    Returns: a function of forward's groups.
+    """
+    kinds = forward_operator.groups
+    differentiated = kinds[0]
+    num_inputs = len(differentiated.__match_args__)
+    num_arguments = sum(len(kind.__match_args__) for kind in kinds)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        returned = output if isinstance(output, tuple) else (output,)
+        results = forward_operator.results(*_none_where_absent(returned))
+        _save(ctx, keep(*unflatten(kinds, inputs), results))
+
+    def formula(call: Callable[..., Any]) -> Callable[..., tuple]:
+        def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple:
+            needs = differentiated(*ctx.needs_input_grad[:num_inputs])
+            found = gradients(call, gradient.contiguous(), needs, *_saved(ctx))
+            return *found, *[None] * (num_arguments - len(found))
+
+        return backward
+
+    torch.library.register_autograd(
+        forward_operator.qualified_name,
+        formula(backward_operator.compiled),
+        setup_context=setup_context,
+    )
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> torch.Tensor:
+            groups = unflatten(kinds, values)
+            results = forward_operator.run(*groups)
+            _save(ctx, keep(*groups, results))
+            return results[0]
+
+        backward = staticmethod(once_differentiable(formula(backward_operator.run)))
+
+    # the name that a graph of autograd shows
+    Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]
+
+    def call(*groups: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return forward_operator.compiled(*groups)[0]
+        return Eager.apply(*flatten(groups))
+
+    return call
 
 
-def saved_for_backward(ctx) -> tuple:
-    """What `save_for_backward` was given."""
-    saved = ctx.saved_tensors  # once: under checkpointing each reading unpacks, and may recompute
-    return tuple(ctx.quantized.get(i, t) for i, t in enumerate(saved)) if ctx.quantized else saved
+def _save(ctx: Any, groups: tuple) -> None:
+    """Keep groups for backward: their tensors by autograd, all else on the context."""
+    values = flatten(groups)
+    ctx.kinds = [type(group) for group in groups]
+    ctx.others = [_HELD_BY_AUTOGRAD if isinstance(v, torch.Tensor) else v for v in values]
+    ctx.save_for_backward(*(v for v in values if isinstance(v, torch.Tensor)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """The groups that `_save` was given."""
+    # read once: under checkpointing each reading unpacks the tensors, and may recompute them
+    tensors = iter(ctx.saved_tensors)
+    values = [next(tensors) if other is _HELD_BY_AUTOGRAD else other for other in ctx.others]
+    return unflatten(ctx.kinds, values)
 
 
 def as_stored(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient in the dtype of the tensor it belongs to; None where either is."""
-    return None if gradient is None or like is None else gradient.to(like.dtype)
+    """A gradient in the dtype of the tensor it belongs to; None where either is None."""
+    if gradient is None or like is None:
+        return None
+    return gradient.to(like.dtype)

@@ -84,6 +84,11 @@ def spread(lora_A, lora_B, num_experts: int, experts: Sequence[int] | None, dtyp
     return per_expert(*whole_pair(lora_A, lora_B, num_experts, experts, dtype), num_experts)
 
 
+def transposed(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """[E, K, N] view of a weight [E, N, K]; None for None."""
+    return None if weight is None else weight.transpose(1, 2)
+
+
 def gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
     """Uninitialised, contiguous, at least fp32: gradients are summed wide whatever the parameter is stored in."""
     return parameter.new_empty(

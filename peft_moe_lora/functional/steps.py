@@ -1,213 +1,387 @@
-"""out = combine(post_norm(down(act(gate_up(x))))) in steps of autograd, around an activation of the model's own.
+"""out = combine(post_norm(down(act(gate_up(x))))) in steps of autograd, around code of the model's own.
 
-gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x); routing, they and combine are an operator each.
+gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). They, the routing and combine are
+an operator each.
+
+Legend: xa [M, r] = scaling * A[e] drop(x); yb [M, r] = scaling * B[e]^T dy.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from ..ops import Dropout, Routing
+from ..ops import Dropout, QuantizedWeight, Routing, composed
 from .backends import ops_for
-from .operators import (
-    ROUTING,
-    as_stored,
-    define,
-    flat,
-    routing_of,
-    save_for_backward,
-    saved_for_backward,
+from .operators import Gradient, Operator, as_stored, differentiable
+from .projection import (
+    Projection,
+    gathered,
+    gradient_like,
+    per_expert,
+    spread,
+    transposed,
+    whole_gradients,
 )
-from .projection import Projection, gathered, gradient_like, per_expert, spread, whole_gradients
 
 
-def unfused_experts(x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend):
+def unfused_experts(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: Projection,
+    down: Projection,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    post_norm: Callable[[torch.Tensor], torch.Tensor] | None,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
     """`functional.experts` of x [T, H] in the dtype of the weights; seed [2, 2] int64, a row each for up and down."""
     routing = route(top_k_index, up.weight.shape[0], backend)
-    pre = [expert_linear(x, half, routing, seed, 0, backend, gather=True) for half in up.halves()]
-    pre = pre[0] if len(pre) == 1 else torch.cat(pre, -1)
+    halves = [
+        expert_linear(x, half, routing, seed, 0, backend, gather=True) for half in up.halves()
+    ]
+    pre = halves[0] if len(halves) == 1 else torch.cat(halves, -1)
     y = expert_linear(activation(pre), down, routing, seed, 1, backend)
     if post_norm is not None:
         y = post_norm(y)
-    return _combine(y, top_k_weights, *flat(routing), backend).to(x.dtype)
+    return _combine(Rows(y, top_k_weights), routing, Backend(backend)).to(x.dtype)
+
+
+class Backend(NamedTuple):
+    """The backend of a step, out of BACKENDS."""
+
+    backend: str
+
+
+# ---- routing
+
+
+class Selected(NamedTuple):
+    """The experts that the router selected.
+
+    Attributes:
+        top_k_index: [T, top_k] integer.
+        num_experts: E.
+    """
+
+    top_k_index: torch.Tensor
+    num_experts: int
+
+
+class Index(NamedTuple):
+    """The index tensors of `Routing`; `tiles` and `block_m` for eager calls alone.
+
+    How many tiles there are depends on the device. An operator leaves them out, and who needs them makes the table.
+    """
+
+    expert_offsets: torch.Tensor
+    row_token: torch.Tensor
+    row_slot: torch.Tensor
+    slot_row: torch.Tensor
+    tiles: torch.Tensor | None = None
+    block_m: int = 0
 
 
 def route(top_k_index: torch.Tensor, num_experts: int, backend: str) -> Routing:
-    """The routing of top_k_index [T, top_k]; compiled, without the tile table."""
-    if torch.compiler.is_compiling():
-        index = torch.ops.peft_moe_lora.route(top_k_index, num_experts, backend)
-        return Routing.from_tensors(index, top_k_index.shape[1], 0)
-    return ops_for(backend, top_k_index.device).route(top_k_index, num_experts)
+    """The routing of top_k_index [T, top_k] to num_experts experts."""
+    index = _route(Selected(top_k_index, num_experts), Backend(backend))
+    return Routing(*index[:4], top_k_index.shape[1], index.tiles, index.block_m)
+
+
+def _run_route(selected: Selected, backend: Backend) -> Index:
+    ops = ops_for(backend.backend, selected.top_k_index.device)
+    routing = ops.route(selected.top_k_index, selected.num_experts)
+    return Index(
+        routing.expert_offsets,
+        routing.row_token,
+        routing.row_slot,
+        routing.slot_row,
+        routing.tiles,
+        routing.block_m,
+    )
+
+
+def _fake_route(selected: Selected, backend: Backend) -> Index:
+    M = selected.top_k_index.numel()
+    lengths = selected.num_experts + 1, M, M, M
+    return Index(*(selected.top_k_index.new_empty(n, dtype=torch.int32) for n in lengths))
+
+
+_route = Operator("route", (Selected, Backend), Index, _run_route, _fake_route)
+
+
+# ---- a projection
+
+
+class Inputs(NamedTuple):
+    """The tensors of a projection.
+
+    Attributes:
+        x: [M, K], or [T, K] tokens where gathered; dtype of the weight.
+        lora_A, lora_B, weight, bias: as in `Projection`.
+        seed: [1] int64 that draws the mask; None without dropout.
+    """
+
+    x: torch.Tensor
+    lora_A: torch.Tensor | None
+    lora_B: torch.Tensor | None
+    weight: torch.Tensor | QuantizedWeight
+    bias: torch.Tensor | None
+    seed: torch.Tensor | None
+
+
+class Plan(NamedTuple):
+    """Settings of a projection that are not tensors.
+
+    Attributes:
+        scaling, dropout_p, experts: as in `Projection`.
+        gather: whether row m reads token row_token[m].
+        backend: out of BACKENDS.
+    """
+
+    scaling: float
+    dropout_p: float
+    gather: bool
+    backend: str
+    experts: tuple[int, ...] | None
+
+
+class Results(NamedTuple):
+    """y [M, N], and xa [M, r], None without an adapter."""
+
+    y: torch.Tensor
+    xa: torch.Tensor | None
+
+
+class Kept(NamedTuple):
+    """What backward reads beside x, the pair and the weight."""
+
+    xa: torch.Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for: of x, of the pair."""
+
+    needs_x: bool
+    needs_lora: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of the first fields of `Inputs`, in their order; None where not asked for."""
+
+    x: torch.Tensor | None
+    lora_A: torch.Tensor | None
+    lora_B: torch.Tensor | None
 
 
 def expert_linear(
-    x, projection: Projection, routing: Routing, seed, nth: int, backend: str, gather: bool = False
-):
-    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] drop(x[m]); row m reads token row_token[m] where gather.
+    x: torch.Tensor,
+    projection: Projection,
+    routing: Routing,
+    seeds: torch.Tensor | None,
+    nth: int,
+    backend: str,
+    gather: bool = False,
+) -> torch.Tensor:
+    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] drop(x[m]).
 
-    `seed` [2, 2] int64, whose row `nth` draws the mask; None without dropout.
+    Args:
+        x: [M, K] rows, or [T, K] tokens with gather; computed in the dtype of the weight.
+        seeds: [2, 2] int64; None without dropout.
+        nth: the row of `seeds` that draws the mask.
+        backend: out of BACKENDS.
+        gather: row m reads token row_token[m].
+    Returns: [M, N], dtype of the weight.
     """
     p = projection
-    seed = seed[nth, :1] if p.dropout_p else None
-    return _linear(
-        x.to(p.weight.dtype), p.lora_A, p.lora_B, p.weight, p.bias, seed, *flat(routing),
-        p.scaling, p.dropout_p, gather, backend, p.experts,
-    )[0]  # fmt: skip
+    seed = None
+    if p.dropout_p:
+        assert seeds is not None, "dropout needs a seed"
+        seed = seeds[nth, :1]
+    inputs = Inputs(x.to(p.weight.dtype), p.lora_A, p.lora_B, p.weight, p.bias, seed)
+    plan = Plan(p.scaling, p.dropout_p, gather, backend, p.experts)
+    return _linear(inputs, routing, plan)
 
 
-# ------------------------------------------------------------------------------------------------------- the operators
-
-
-def _route_op(top_k_index, num_experts, backend):
-    # the tile table's size is the device's business; whoever needs the table makes it from the offsets
-    return ops_for(backend, top_k_index.device).route(top_k_index, num_experts).tensors()[:4]
-
-
-def _route_fake(top_k_index, num_experts, backend):
-    M = top_k_index.numel()
-    return [top_k_index.new_empty(n, dtype=torch.int32) for n in (num_experts + 1, M, M, M)]
-
-
-def _linear_op(x, lora_A, lora_B, weight, bias, seed, *rest):
-    scaling, dropout_p, gather, backend, experts = rest[7:]
-    ops = ops_for(backend, x.device)
-    routing = ops.with_tiles(routing_of(*rest[:7]))
-    A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
+def _run_linear(inputs: Inputs, routing: Routing, plan: Plan) -> Results:
+    ops = ops_for(plan.backend, inputs.x.device)
+    routing = ops.with_tiles(routing)
+    A, B = _pair(inputs, plan)
     xa = None
     if A is not None:
-        dropout = Dropout(dropout_p, seed) if dropout_p else None
-        xa = ops.expert_shrink(x, A, routing, scaling, gather=gather, dropout=dropout)
-    y = ops.expert_linear(x, weight, routing, bias=bias, xa=xa, lora_B=B, gather=gather)
-    return y, x.new_empty(0) if xa is None else xa
-
-
-def _linear_fake(x, lora_A, lora_B, weight, bias, seed, offsets, row_token, *args):
-    (E, N, _), M = weight.shape, row_token.shape[0]
-    held = E if args[-1] is None else len(args[-1])
-    return x.new_empty(M, N), x.new_empty(0) if lora_A is None else x.new_empty(
-        M, lora_A.shape[0] // held
-    )
-
-
-def _linear_backward_op(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *rest):
-    scaling, dropout_p, gather, backend, experts = rest[7:]
-    ops, dropout = ops_for(backend, x.device), Dropout(dropout_p, seed) if dropout_p else None
-    routing = ops.with_tiles(routing_of(*rest[:7]))
-    A, B = spread(lora_A, lora_B, weight.shape[0], experts, x.dtype)
-    dx = dA = dB = yb = None
-    if needs_lora:
-        dA, dB = whole_gradients(lora_A, lora_B, weight.shape[0], experts)
-        A_out, B_out = per_expert(dA, dB, weight.shape[0])
-        yb = ops.expert_shrink_outer(dy, B.transpose(1, 2), xa, routing, scaling, B_out)
-        ops.expert_outer(yb, x, routing, A_out, gather_right=gather, dropout=dropout)
-        dA, dB = gathered(dA, dB, weight.shape[0], experts)
-    elif A is not None:
-        yb = ops.expert_shrink(dy, B.transpose(1, 2), routing, scaling)
-    if needs_x:
-        transposed_A = None if A is None else A.transpose(1, 2)
-        dx = ops.expert_linear(
-            dy, weight.transpose(1, 2), routing, xa=yb, lora_B=transposed_A, dropout=dropout
+        xa = ops.expert_shrink(
+            inputs.x, A, routing, plan.scaling, gather=plan.gather, dropout=_dropout(inputs, plan)
         )
-        dx = ops.combine(dx, routing) if gather else dx
-    return tuple(dy.new_empty(0) if g is None else g for g in (dx, dA, dB))
-
-
-def _linear_backward_fake(dy, x, lora_A, lora_B, weight, seed, xa, needs_x, needs_lora, *args):
-    grads = (
-        [gradient_like(lora_A), gradient_like(lora_B)]
-        if needs_lora
-        else [dy.new_empty(0), dy.new_empty(0)]
+    y = ops.expert_linear(
+        inputs.x, inputs.weight, routing, bias=inputs.bias, xa=xa, lora_B=B, gather=plan.gather
     )
-    return torch.empty_like(x) if needs_x else dy.new_empty(0), *grads
+    return Results(y, xa)
 
 
-def _linear_setup_context(ctx, inputs, output):
-    x, lora_A, lora_B, weight, _, seed, *index = inputs[:11]
-    ctx.scalars = inputs[11:]
-    save_for_backward(ctx, x, lora_A, lora_B, weight, seed, output[1], *index)
+def _fake_linear(inputs: Inputs, routing: Routing, plan: Plan) -> Results:
+    x = inputs.x
+    E, N, _ = inputs.weight.shape
+    M = routing.row_token.shape[0]
+    xa = None
+    if inputs.lora_A is not None:
+        num_pairs = E if plan.experts is None else len(plan.experts)
+        xa = x.new_empty(M, inputs.lora_A.shape[0] // num_pairs)
+    return Results(x.new_empty(M, N), xa)
 
 
-def _linear_autograd(ctx, dy, _):
-    x, lora_A, lora_B, weight, seed, xa, *index = saved_for_backward(ctx)
-    needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-    needs_lora = needs_A or needs_B
-    # a quantized weight is no operator's argument
-    backward = (
-        _linear_backward_op if ctx.quantized else torch.ops.peft_moe_lora.expert_linear_backward
+def _keep_linear(
+    inputs: Inputs, routing: Routing, plan: Plan, results: Results
+) -> tuple[Inputs, Kept, Routing, Plan]:
+    # backward does not read the bias
+    return inputs._replace(bias=None), Kept(results.xa), routing, plan
+
+
+def _run_linear_backward(
+    gradient: Gradient, inputs: Inputs, kept: Kept, routing: Routing, needs: Needs, plan: Plan
+) -> Gradients:
+    (dy,) = gradient
+    E = inputs.weight.shape[0]
+    ops = ops_for(plan.backend, dy.device)
+    routing = ops.with_tiles(routing)
+    A, B = _pair(inputs, plan)
+    dropout = _dropout(inputs, plan)
+    dx = dA = dB = A_out = B_out = None
+    if needs.needs_lora:
+        dA, dB = whole_gradients(inputs.lora_A, inputs.lora_B, E, plan.experts)
+        A_out, B_out = per_expert(dA, dB, E)
+    yb = composed.expert_shrink_outer(ops, dy, transposed(B), kept.xa, routing, plan.scaling, B_out)
+    if needs.needs_lora:
+        ops.expert_outer(yb, inputs.x, routing, A_out, gather_right=plan.gather, dropout=dropout)
+        dA, dB = gathered(dA, dB, E, plan.experts)
+    if needs.needs_x:
+        dx = ops.expert_linear(
+            dy,
+            inputs.weight.transpose(1, 2),
+            routing,
+            xa=yb,
+            lora_B=transposed(A),
+            dropout=dropout,
+        )
+        if plan.gather:
+            dx = ops.combine(dx, routing)
+    return Gradients(dx, dA, dB)
+
+
+def _fake_linear_backward(
+    gradient: Gradient, inputs: Inputs, kept: Kept, routing: Routing, needs: Needs, plan: Plan
+) -> Gradients:
+    dx = dA = dB = None
+    if needs.needs_x:
+        dx = torch.empty_like(inputs.x)
+    if needs.needs_lora:
+        dA, dB = gradient_like(inputs.lora_A), gradient_like(inputs.lora_B)
+    return Gradients(dx, dA, dB)
+
+
+def _linear_gradients(
+    backward: Callable[..., Gradients], dy: torch.Tensor, asked: Inputs, inputs: Inputs, *kept: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of `Inputs`' first fields, in the dtypes of the tensors they belong to."""
+    extra, routing, plan = kept
+    needs = Needs(asked.x, asked.lora_A or asked.lora_B)
+    found = backward(Gradient(dy), inputs, extra, routing, needs, plan)
+    dA, dB = as_stored(found.lora_A, inputs.lora_A), as_stored(found.lora_B, inputs.lora_B)
+    return found.x, dA, dB
+
+
+def _pair(inputs: Inputs, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A as [E, r, K] and B as [E, N, r]."""
+    return spread(
+        inputs.lora_A, inputs.lora_B, inputs.weight.shape[0], plan.experts, inputs.x.dtype
     )
-    dx, dA, dB = backward(
-        dy.contiguous(),
-        x,
-        lora_A,
-        lora_B,
-        weight,
-        seed,
-        xa,
-        needs_x,
-        needs_lora,
-        *index,
-        *ctx.scalars,
-    )
-    loras = (as_stored(dA, lora_A), as_stored(dB, lora_B)) if needs_lora else (None, None)
-    return dx if needs_x else None, *loras, *[None] * (8 + len(ctx.scalars))
 
 
-def _combine_op(y, top_k_weights, *rest):
-    return ops_for(rest[-1], y.device).combine(y, routing_of(*rest[:-1]), top_k_weights)
+def _dropout(inputs: Inputs, plan: Plan) -> Dropout | None:
+    return Dropout(plan.dropout_p, inputs.seed) if plan.dropout_p else None
 
 
-def _combine_fake(y, top_k_weights, *args):
-    return y.new_empty(top_k_weights.shape[0], y.shape[1])
-
-
-def _combine_backward_op(dout, y, top_k_weights, *rest):
-    return ops_for(rest[-1], y.device).combine_backward(
-        dout, y, routing_of(*rest[:-1]), top_k_weights
-    )
-
-
-def _combine_backward_fake(dout, y, top_k_weights, *args):
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    return y.new_empty(y.shape), top_k_weights.new_empty(top_k_weights.shape, dtype=dtype)
-
-
-def _combine_setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7])
-    ctx.scalars = inputs[7:]
-
-
-def _combine_autograd(ctx, dout):
-    y, top_k_weights, *index = ctx.saved_tensors
-    dy, dweights = torch.ops.peft_moe_lora.combine_backward(
-        dout.contiguous(), y, top_k_weights, *index, *ctx.scalars
-    )
-    return dy, dweights.to(top_k_weights.dtype), *[None] * (5 + len(ctx.scalars))
-
-
-_LINEAR = "float scaling, float dropout_p, bool gather, str backend, int[]? experts"
-
-define(
-    "route",
-    "(Tensor top_k_index, int num_experts, str backend) -> Tensor[]",
-    _route_op,
-    _route_fake,
+_linear = differentiable(
+    Operator("expert_linear", (Inputs, Routing, Plan), Results, _run_linear, _fake_linear),
+    Operator(
+        "expert_linear_backward",
+        (Gradient, Inputs, Kept, Routing, Needs, Plan),
+        Gradients,
+        _run_linear_backward,
+        _fake_linear_backward,
+    ),
+    _keep_linear,
+    _linear_gradients,
 )
-_linear = define(
-    "expert_linear",
-    "(Tensor x, Tensor? lora_A, Tensor? lora_B, Tensor weight, Tensor? bias, Tensor? seed, "
-    f"{ROUTING}, {_LINEAR}) -> (Tensor, Tensor)",
-    _linear_op, _linear_fake, _linear_autograd, _linear_setup_context,
-)  # fmt: skip
-define(
-    "expert_linear_backward",
-    "(Tensor dy, Tensor x, Tensor? lora_A, Tensor? lora_B, Tensor weight, Tensor? seed, Tensor xa, "
-    f"bool needs_x, bool needs_lora, {ROUTING}, {_LINEAR}) -> (Tensor, Tensor, Tensor)",
-    _linear_backward_op, _linear_backward_fake,
-)  # fmt: skip
-_combine = define(
-    "combine", f"(Tensor y, Tensor top_k_weights, {ROUTING}, str backend) -> Tensor",
-    _combine_op, _combine_fake, _combine_autograd, _combine_setup_context,
-)  # fmt: skip
-define(
-    "combine_backward",
-    f"(Tensor dout, Tensor y, Tensor top_k_weights, {ROUTING}, str backend) -> (Tensor, Tensor)",
-    _combine_backward_op, _combine_backward_fake,
-)  # fmt: skip
+
+
+# ---- combine
+
+
+class Rows(NamedTuple):
+    """y [M, N], rows in expert order, and top_k_weights [T, top_k]; both get a gradient."""
+
+    y: torch.Tensor
+    top_k_weights: torch.Tensor
+
+
+class Combined(NamedTuple):
+    """out [T, N]."""
+
+    out: torch.Tensor
+
+
+def _run_combine(rows: Rows, routing: Routing, backend: Backend) -> Combined:
+    ops = ops_for(backend.backend, rows.y.device)
+    return Combined(ops.combine(rows.y, routing, rows.top_k_weights))
+
+
+def _fake_combine(rows: Rows, routing: Routing, backend: Backend) -> Combined:
+    return Combined(rows.y.new_empty(rows.top_k_weights.shape[0], rows.y.shape[1]))
+
+
+def _keep_combine(
+    rows: Rows, routing: Routing, backend: Backend, combined: Combined
+) -> tuple[Rows, Routing, Backend]:
+    return rows, routing, backend
+
+
+def _run_combine_backward(
+    gradient: Gradient, rows: Rows, routing: Routing, backend: Backend
+) -> Rows:
+    ops = ops_for(backend.backend, rows.y.device)
+    return Rows(*ops.combine_backward(gradient.gradient, rows.y, routing, rows.top_k_weights))
+
+
+def _fake_combine_backward(
+    gradient: Gradient, rows: Rows, routing: Routing, backend: Backend
+) -> Rows:
+    dtype = torch.promote_types(rows.y.dtype, torch.float32)
+    dweights = rows.top_k_weights.new_empty(rows.top_k_weights.shape, dtype=dtype)
+    return Rows(rows.y.new_empty(rows.y.shape), dweights)
+
+
+def _combine_gradients(
+    backward: Callable[..., Rows],
+    dout: torch.Tensor,
+    asked: Rows,
+    rows: Rows,
+    routing: Routing,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    found = backward(Gradient(dout), rows, routing, backend)
+    return found.y, as_stored(found.top_k_weights, rows.top_k_weights)
+
+
+_combine = differentiable(
+    Operator("combine", (Rows, Routing, Backend), Combined, _run_combine, _fake_combine),
+    Operator(
+        "combine_backward",
+        (Gradient, Rows, Routing, Backend),
+        Rows,
+        _run_combine_backward,
+        _fake_combine_backward,
+    ),
+    _keep_combine,
+    _combine_gradients,
+)

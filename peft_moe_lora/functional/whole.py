@@ -1,44 +1,133 @@
 """out = combine(down(act(gate_up(x)))) as one step of autograd, for an activation that the kernels have.
 
-gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x); under torch.compile the layer is one operator.
+gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). Forward keeps, beyond its inputs, the
+pre-activation (unless it is recomputed), two rank-r tensors and the routing.
+
+Legend:
+    up, down: the gate_up and the down projection
+    pre [M, N], act [M, I]: the rows before and after the activation
+    xa [M, r] = up_scaling * A[e] drop(x), ha [M, r] = down_scaling * A[e] drop(act): rows between A and B
+    yb [M, r] = scaling * B[e]^T dy: rows between B and A on the way back, of up or of down
+    draw [M, I]: gradient of act before the routing weight; dpre [M, N]: gradient of pre
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ..ops import Activation, Dropout
+from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed
+from ..ops.composed import RankRows
 from .backends import ops_for
-from .operators import as_stored, define, flat, routing_of, save_for_backward, saved_for_backward
-from .projection import Projection, gathered, gradient_like, per_expert, whole_pair
+from .operators import Gradient, Operator, as_stored, differentiable, flatten, unflatten
+from .projection import Projection, gathered, gradient_like, per_expert, transposed, whole_pair
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What of a fused call is not a tensor; flat, because a custom operator takes it as plain arguments."""
+class Inputs(NamedTuple):
+    """The tensors that forward and backward read.
 
-    activation: Activation
+    Attributes:
+        x: [T, H], dtype of the weights.
+        top_k_weights: [T, top_k] float.
+        up_A, up_B, down_A, down_B: as in `Projection`.
+        up, up_bias: [E, N, H] and [E, N].
+        down, down_bias: [E, H, I] and [E, H].
+        seed: [2, 2] int64, whose rows draw the masks of up and down; None without dropout.
+    """
+
+    x: torch.Tensor
+    top_k_weights: torch.Tensor
+    up_A: torch.Tensor | None
+    up_B: torch.Tensor | None
+    down_A: torch.Tensor | None
+    down_B: torch.Tensor | None
+    up: torch.Tensor | QuantizedWeight
+    up_bias: torch.Tensor | None
+    down: torch.Tensor | QuantizedWeight
+    down_bias: torch.Tensor | None
+    seed: torch.Tensor | None
+
+
+class Selected(NamedTuple):
+    """The experts that the router selected; forward alone reads them.
+
+    Attributes:
+        top_k_index: [T, top_k] integer.
+    """
+
+    top_k_index: torch.Tensor
+
+
+class Plan(NamedTuple):
+    """Settings of a call that are not tensors.
+
+    Attributes:
+        backend: out of BACKENDS.
+        recompute: whether backward computes the pre-activation again instead of keeping it.
+        up_scaling, up_dropout, up_experts: as in `Projection`; so for down.
+    """
+
     backend: str
     recompute: bool
     up_scaling: float
     down_scaling: float
     up_dropout: float
     down_dropout: float
-    up_experts: Sequence[int] | None
-    down_experts: Sequence[int] | None
+    up_experts: tuple[int, ...] | None
+    down_experts: tuple[int, ...] | None
 
-    def scalars(self) -> tuple:
-        a = self.activation
-        return (
-            a.kind, a.gated, a.interleaved, a.limit, a.alpha, a.up_shift, self.backend, self.recompute,
-            self.up_scaling, self.down_scaling, self.up_dropout, self.down_dropout, self.up_experts, self.down_experts,
-        )  # fmt: skip
 
-    @classmethod
-    def from_scalars(cls, *scalars) -> "_Plan":
-        return cls(Activation(*scalars[:6]), *scalars[6:])
+class Results(NamedTuple):
+    """What forward computes.
+
+    Attributes:
+        out: [T, H].
+        pre, xa, ha: as in the legend; pre is None with recompute, xa and ha are None without an adapter.
+        expert_offsets, row_token, row_slot, slot_row: of `Routing`.
+        tiles, block_m: of `Routing`; an operator leaves them out, and backward makes the table again.
+    """
+
+    out: torch.Tensor
+    pre: torch.Tensor | None
+    xa: torch.Tensor | None
+    ha: torch.Tensor | None
+    expert_offsets: torch.Tensor
+    row_token: torch.Tensor
+    row_slot: torch.Tensor
+    slot_row: torch.Tensor
+    tiles: torch.Tensor | None = None
+    block_m: int = 0
+
+
+class Kept(NamedTuple):
+    """What forward keeps for backward, beside its inputs and the routing: fields of `Results`."""
+
+    pre: torch.Tensor | None
+    xa: torch.Tensor | None
+    ha: torch.Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for: of x, of the pair of up, of the pair of down."""
+
+    needs_x: bool
+    needs_up: bool
+    needs_down: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of the first fields of `Inputs`, in their order; None where not asked for."""
+
+    x: torch.Tensor | None
+    top_k_weights: torch.Tensor
+    up_A: torch.Tensor | None
+    up_B: torch.Tensor | None
+    down_A: torch.Tensor | None
+    down_B: torch.Tensor | None
+
+
+FORWARD = (Inputs, Selected, Activation, Plan)
+BACKWARD = (Gradient, Inputs, Kept, Routing, Needs, Activation, Plan)
 
 
 def fused_experts(
@@ -53,365 +142,293 @@ def fused_experts(
     recompute: bool,
 ) -> torch.Tensor:
     """`functional.experts` of x [T, H] in the dtype of the weights; seed [2, 2] int64, a row each for up and down."""
-    plan = _Plan(
-        activation, backend, recompute, up.scaling, down.scaling, up.dropout_p, down.dropout_p, up.experts,
-        down.experts,
-    )  # fmt: skip
-    fused = _compiled_experts if torch.compiler.is_compiling() else _FusedExperts.apply
-    return fused(
-        x, top_k_weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B,
-        top_k_index, up.weight, up.bias, down.weight, down.bias, seed, plan,
-    )  # fmt: skip
-
-
-def _forward(
-    x,
-    top_k_weights,
-    up_A,
-    up_B,
-    down_A,
-    down_B,
-    top_k_index,
-    up,
-    up_bias,
-    down,
-    down_bias,
-    seed,
-    plan,
-):
-    """Returns: out [T, H], pre [M, N], xa and ha [M, r] (None without adapter), and the routing as `flat`."""
-    ops = ops_for(plan.backend, x.device)
-    (up_A, up_B), (down_A, down_B) = (
-        per_expert(up_A, up_B, up.shape[0]),
-        per_expert(down_A, down_B, up.shape[0]),
+    inputs = Inputs(
+        x,
+        top_k_weights,
+        up.lora_A,
+        up.lora_B,
+        down.lora_A,
+        down.lora_B,
+        up.weight,
+        up.bias,
+        down.weight,
+        down.bias,
+        seed,
     )
-    up_drop, down_drop = _dropouts(plan, seed)
-    routing = ops.route(top_k_index, up.shape[0])
+    plan = Plan(
+        backend,
+        recompute,
+        up.scaling,
+        down.scaling,
+        up.dropout_p,
+        down.dropout_p,
+        up.experts,
+        down.experts,
+    )
+    return _fused_experts(inputs, Selected(top_k_index), activation, plan)
+
+
+# ---- forward
+
+
+def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, plan: Plan) -> Results:
+    """`_forward`, for adapters of some experts too."""
+    groups = _of_all_experts(inputs, plan), selected, activation, plan
+    ops = ops_for(plan.backend, inputs.x.device)
+    results = Results(*ops.replayed(_forward, *flatten(groups)))
+    return results._replace(pre=None) if plan.recompute else results
+
+
+def _forward(*values: Any) -> Results:
+    """The layer, for pairs of all experts.
+
+    Args:
+        values: of the groups FORWARD, flat: what decides whether a recorded call can be replayed.
+    """
+    inputs, (top_k_index,), activation, plan = unflatten(FORWARD, values)
+    ops = ops_for(plan.backend, inputs.x.device)
+    up_A, up_B, down_A, down_B = _per_expert(inputs, inputs.up.shape[0])
+    up_dropout, down_dropout = _dropouts(inputs, plan)
+    routing = ops.route(top_k_index, inputs.up.shape[0])
     xa = ha = None
     if up_A is not None:
-        xa = ops.expert_shrink(x, up_A, routing, plan.up_scaling, gather=True, dropout=up_drop)
+        xa = ops.expert_shrink(
+            inputs.x, up_A, routing, plan.up_scaling, gather=True, dropout=up_dropout
+        )
     pre, act = ops.expert_linear_act(
-        x, up, routing, plan.activation, bias=up_bias, xa=xa, lora_B=up_B, gather=True
+        inputs.x,
+        inputs.up,
+        routing,
+        activation,
+        bias=inputs.up_bias,
+        xa=xa,
+        lora_B=up_B,
+        gather=True,
     )
     if down_A is not None:
-        ha = ops.expert_shrink(act, down_A, routing, plan.down_scaling, dropout=down_drop)
-    y = ops.expert_linear(act, down, routing, bias=down_bias, xa=ha, lora_B=down_B)
-    return ops.combine(y, routing, top_k_weights), pre, xa, ha, *flat(routing)
-
-
-def _backward(
-    dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre, xa, ha,
-    expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m, plan, needs_x, needs_up, needs_down,
-):  # fmt: skip
-    """Returns: dx, d_top_k_weights, dA and dB of up, dA and dB of down; None where not needed."""
-    ops = ops_for(plan.backend, x.device)
-    routing = ops.with_tiles(
-        routing_of(expert_offsets, row_token, row_slot, slot_row, tiles, top_k, block_m)
-    )
-    up_drop, down_drop = _dropouts(plan, seed)
-    E = up.shape[0]
-    gradients = [
-        gradient_like(t) if needed else None
-        for t, needed in (
-            (up_A, needs_up),
-            (up_B, needs_up),
-            (down_A, needs_down),
-            (down_B, needs_down),
-        )
-    ]
-    (dup_A, dup_B), (ddown_A, ddown_B) = (
-        per_expert(*gradients[:2], E),
-        per_expert(*gradients[2:], E),
-    )
-    (up_A, up_B), (down_A, down_B) = per_expert(up_A, up_B, E), per_expert(down_A, down_B, E)
-    dx = yb = None
-    if pre is None:
-        pre = ops.expert_linear(x, up, routing, bias=up_bias, xa=xa, lora_B=up_B, gather=True)
-    if needs_down:
-        yb = ops.expert_shrink_outer(
-            dout, down_B.transpose(1, 2), ha, routing, plan.down_scaling, ddown_B, row_weights=top_k_weights,
-            gather=True,
-        )  # fmt: skip
-    elif down_A is not None:
-        yb = ops.expert_shrink(
-            dout, down_B.transpose(1, 2), routing, plan.down_scaling, gather=True
-        )
-    down_AT = None if down_A is None else down_A.transpose(1, 2)
-    draw = ops.expert_linear(
-        dout, down.transpose(1, 2), routing, xa=yb, lora_B=down_AT, gather=True, dropout=down_drop
-    )
-    yb, down_yb = None, yb
-    activated = {"dout": dout, "bias": down_bias}
-    if needs_down and needs_up:
-        dpre, yb, dweights = ops.expert_act_backward_outer(
-            draw, pre, routing, plan.activation, top_k_weights, down_yb, xa, up_B, plan.up_scaling, ddown_A, dup_B,
-            dropout=down_drop, **activated,
-        )  # fmt: skip
-    else:
-        dpre, act, dweights = ops.expert_act_backward(
-            draw, pre, routing, plan.activation, top_k_weights, **activated
-        )
-        if needs_down:
-            ops.expert_outer(
-                down_yb, act, routing, ddown_A, row_weights=top_k_weights, dropout=down_drop
-            )
-        if needs_up:
-            yb = ops.expert_shrink_outer(
-                dpre, up_B.transpose(1, 2), xa, routing, plan.up_scaling, dup_B
-            )
-        elif up_A is not None and needs_x:
-            yb = ops.expert_shrink(dpre, up_B.transpose(1, 2), routing, plan.up_scaling)
-        del act
-    del draw, down_yb
-    if needs_up:
-        ops.expert_outer(yb, x, routing, dup_A, gather_right=True, dropout=up_drop)
-    if needs_x:
-        lora_B = None if up_A is None else up_A.transpose(1, 2)
-        rows = ops.expert_linear(
-            dpre, up.transpose(1, 2), routing, xa=yb, lora_B=lora_B, dropout=up_drop
-        )
-        dx = ops.combine(rows, routing)
-    return dx, dweights, *gradients
-
-
-def _dropouts(plan: _Plan, seed: torch.Tensor | None) -> tuple[Dropout | None, Dropout | None]:
-    up = Dropout(plan.up_dropout, seed[0, :1]) if plan.up_dropout else None
-    down = Dropout(plan.down_dropout, seed[1, :1]) if plan.down_dropout else None
-    return up, down
-
-
-def _run_forward(
-    x,
-    top_k_weights,
-    up_A,
-    up_B,
-    down_A,
-    down_B,
-    top_k_index,
-    up,
-    up_bias,
-    down,
-    down_bias,
-    seed,
-    plan,
-):
-    """`_forward` for adapters of some experts too."""
-    E = up.shape[0]
-    return ops_for(plan.backend, x.device).replayed(
-        _forward, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
-        *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), top_k_index, up, up_bias, down, down_bias, seed,
-        plan,
-    )  # fmt: skip
-
-
-def _run_backward(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, *rest):
-    """`_backward` for adapters of some experts too."""
-    E, plan = up.shape[0], rest[-4]
-    dx, dweights, dup_A, dup_B, ddown_A, ddown_B = ops_for(plan.backend, x.device).replayed(
-        _backward, dout, x, top_k_weights, *whole_pair(up_A, up_B, E, plan.up_experts, x.dtype),
-        *whole_pair(down_A, down_B, E, plan.down_experts, x.dtype), up, up_bias, down, *rest,
-    )  # fmt: skip
-    return (
-        dx, dweights, *gathered(dup_A, dup_B, E, plan.up_experts), *gathered(ddown_A, ddown_B, E, plan.down_experts)
-    )  # fmt: skip
-
-
-class _FusedExperts(torch.autograd.Function):
-    """Keeps, beyond the inputs: the pre-activation (not with recompute), two rank-wide tensors, index tensors."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        (
-            x,
-            top_k_weights,
-            up_A,
-            up_B,
-            down_A,
-            down_B,
-            _,
-            up,
-            up_bias,
-            down,
-            down_bias,
-            seed,
-            plan,
-        ) = args
-        out, pre, xa, ha, *index, top_k, block_m = _run_forward(*args)
-        ctx.plan, ctx.top_k, ctx.block_m = plan, top_k, block_m
-        save_for_backward(
-            ctx, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
-            None if plan.recompute else pre, xa, ha, *index,
-        )  # fmt: skip
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        saved = saved_for_backward(ctx)
-        needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
-        grads = _run_backward(
-            dout.contiguous(),
-            *saved,
-            ctx.top_k,
-            ctx.block_m,
-            ctx.plan,
-            needs_x,
-            up_A or up_B,
-            down_A or down_B,
-        )
-        return *(as_stored(g, t) for g, t in zip(grads, saved[:6], strict=True)), *[None] * 7
-
-
-# ------------------------------------------------------------------------------------------------------- the operator
-
-
-def _compiled_experts(*args):
-    *tensors, plan = args
-    return torch.ops.peft_moe_lora.experts(*tensors, *plan.scalars())[0]
-
-
-def _experts_op(
-    x,
-    top_k_weights,
-    up_A,
-    up_B,
-    down_A,
-    down_B,
-    top_k_index,
-    up,
-    up_bias,
-    down,
-    down_bias,
-    seed,
-    *scalars,
-):
-    plan = _Plan.from_scalars(*scalars)
-    out, pre, xa, ha, *index = _run_forward(
-        x,
-        top_k_weights,
-        up_A,
-        up_B,
-        down_A,
-        down_B,
-        top_k_index,
-        up,
-        up_bias,
-        down,
-        down_bias,
-        seed,
-        plan,
-    )
-    # an operator returns tensors only, and none that aliases another
-    kept = [x.new_empty(0) if t is None else t for t in (None if plan.recompute else pre, xa, ha)]
-    return out, *kept, index[:4]
-
-
-def _experts_fake(x, top_k_weights, up_A, up_B, down_A, down_B, top_k_index, up, *args):
-    plan, M = _Plan.from_scalars(*args[4:]), top_k_index.numel()
-    pre = x.new_empty((0,) if plan.recompute else (M, up.shape[1]))
-    xa, ha = (
-        x.new_empty(0)
-        if A is None
-        else x.new_empty(M, A.shape[0] // (up.shape[0] if chosen is None else len(chosen)))
-        for A, chosen in ((up_A, plan.up_experts), (down_A, plan.down_experts))
-    )
-    index = [x.new_empty(n, dtype=torch.int32) for n in (up.shape[0] + 1, M, M, M)]
-    return torch.empty_like(x), pre, xa, ha, index
-
-
-def _experts_backward_op(dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed, pre,
-                         xa, ha, index, top_k, needs_x, needs_up, needs_down, *scalars):  # fmt: skip
-    plan = _Plan.from_scalars(*scalars)
-    grads = _run_backward(
-        dout, x, top_k_weights, up_A, up_B, down_A, down_B, up, up_bias, down, down_bias, seed,
-        None if plan.recompute else pre, None if up_A is None else xa, None if down_A is None else ha,
-        *index, None, top_k, 0, plan, needs_x, needs_up, needs_down,
-    )  # fmt: skip
-    return tuple(dout.new_empty(0) if g is None else g for g in grads)
-
-
-def _experts_backward_fake(dout, x, top_k_weights, up_A, up_B, down_A, down_B, *args):
-    needs_x, needs_up, needs_down = args[10:13]
-    dweights = top_k_weights.new_empty(
-        top_k_weights.shape, dtype=torch.promote_types(x.dtype, torch.float32)
-    )
-    grads = [torch.empty_like(x) if needs_x else x.new_empty(0), dweights]
-    for A, B, needs in ((up_A, up_B, needs_up), (down_A, down_B, needs_down)):
-        grads += [gradient_like(A), gradient_like(B)] if needs else [x.new_empty(0), x.new_empty(0)]
-    return tuple(grads)
-
-
-def _experts_setup_context(ctx, inputs, output):
-    tensors, ctx.scalars = inputs[:12], inputs[12:]
-    (
-        x,
-        top_k_weights,
-        up_A,
-        up_B,
-        down_A,
-        down_B,
-        top_k_index,
-        up,
-        up_bias,
-        down,
-        down_bias,
-        seed,
-    ) = tensors
-    _, pre, xa, ha, index = output
-    ctx.top_k = top_k_index.shape[1]
-    ctx.save_for_backward(
-        x,
-        top_k_weights,
-        up_A,
-        up_B,
-        down_A,
-        down_B,
-        up,
-        up_bias,
-        down,
-        down_bias,
-        seed,
+        ha = ops.expert_shrink(act, down_A, routing, plan.down_scaling, dropout=down_dropout)
+    y = ops.expert_linear(act, inputs.down, routing, bias=inputs.down_bias, xa=ha, lora_B=down_B)
+    out = ops.combine(y, routing, inputs.top_k_weights)
+    return Results(
+        out,
         pre,
         xa,
         ha,
+        routing.expert_offsets,
+        routing.row_token,
+        routing.row_slot,
+        routing.slot_row,
+        routing.tiles,
+        routing.block_m,
+    )
+
+
+def _fake_forward(
+    inputs: Inputs, selected: Selected, activation: Activation, plan: Plan
+) -> Results:
+    """Tensors of the shapes and dtypes of `_forward`."""
+    x = inputs.x
+    E, N, _ = inputs.up.shape
+    M = selected.top_k_index.numel()
+
+    def rank_r(lora_A: torch.Tensor | None, experts: tuple[int, ...] | None) -> Any:
+        if lora_A is None:
+            return None
+        num_pairs = E if experts is None else len(experts)
+        return x.new_empty(M, lora_A.shape[0] // num_pairs)
+
+    index = [x.new_empty(length, dtype=torch.int32) for length in (E + 1, M, M, M)]
+    return Results(
+        torch.empty_like(x),
+        None if plan.recompute else x.new_empty(M, N),
+        rank_r(inputs.up_A, plan.up_experts),
+        rank_r(inputs.down_A, plan.down_experts),
         *index,
     )
 
 
-def _experts_autograd(ctx, dout, *_):
-    needs_x, _, up_A, up_B, down_A, down_B = ctx.needs_input_grad[:6]
-    saved = ctx.saved_tensors
-    kept, index = saved[:14], saved[14:]
-    needs = (needs_x, up_A or up_B, down_A or down_B)
-    grads = torch.ops.peft_moe_lora.experts_backward(
-        dout.contiguous(), *kept, list(index), ctx.top_k, *needs, *ctx.scalars
+def _keep(
+    inputs: Inputs, selected: Selected, activation: Activation, plan: Plan, results: Results
+) -> tuple[Inputs, Kept, Routing, Activation, Plan]:
+    """The groups that backward needs."""
+    routing = Routing(
+        results.expert_offsets,
+        results.row_token,
+        results.row_slot,
+        results.slot_row,
+        selected.top_k_index.shape[1],
+        results.tiles,
+        results.block_m,
     )
-    wanted = (needs[0], True, needs[1], needs[1], needs[2], needs[2])
-    grads = [
-        as_stored(g, t) if wanted_ else None
-        for g, t, wanted_ in zip(grads, kept[:6], wanted, strict=True)
-    ]
-    return *grads, *[None] * (6 + len(ctx.scalars))
+    return inputs, Kept(results.pre, results.xa, results.ha), routing, activation, plan
 
 
-_SCALARS = (
-    "str kind, bool gated, bool interleaved, float? limit, float alpha, float up_shift, str backend, bool recompute, "
-    "float up_scaling, float down_scaling, float up_dropout, float down_dropout, int[]? up_experts, "
-    "int[]? down_experts"
+# ---- backward
+
+
+def _run_backward(
+    gradient: Gradient,
+    inputs: Inputs,
+    kept: Kept,
+    routing: Routing,
+    needs: Needs,
+    activation: Activation,
+    plan: Plan,
+) -> Gradients:
+    """`_backward`, for adapters of some experts too."""
+    whole = _of_all_experts(inputs, plan)
+    groups = gradient, whole, kept, routing, needs, activation, plan
+    ops = ops_for(plan.backend, inputs.x.device)
+    found = Gradients(*ops.replayed(_backward, *flatten(groups)))
+    E = inputs.up.shape[0]
+    up_A, up_B = gathered(found.up_A, found.up_B, E, plan.up_experts)
+    down_A, down_B = gathered(found.down_A, found.down_B, E, plan.down_experts)
+    return Gradients(found.x, found.top_k_weights, up_A, up_B, down_A, down_B)
+
+
+def _backward(*values: Any) -> Gradients:
+    """The gradients of the layer, for pairs of all experts.
+
+    Args:
+        values: of the groups BACKWARD, flat, as in `_forward`.
+    """
+    (dout,), inputs, kept, routing, needs, activation, plan = unflatten(BACKWARD, values)
+    ops = ops_for(plan.backend, inputs.x.device)
+    routing = ops.with_tiles(routing)
+    up_A, up_B, down_A, down_B = _per_expert(inputs, inputs.up.shape[0])
+    up_dropout, down_dropout = _dropouts(inputs, plan)
+    new = _new_gradients(inputs, needs)
+    dup_A, dup_B, ddown_A, ddown_B = _per_expert(new, inputs.up.shape[0])
+    pre = kept.pre
+    if pre is None:
+        pre = ops.expert_linear(
+            inputs.x, inputs.up, routing, bias=inputs.up_bias, xa=kept.xa, lora_B=up_B, gather=True
+        )
+
+    down_yb = composed.expert_shrink_outer(
+        ops, dout, transposed(down_B), kept.ha, routing, plan.down_scaling, ddown_B,
+        row_weights=inputs.top_k_weights, gather=True,
+    )  # fmt: skip
+    draw = ops.expert_linear(
+        dout, inputs.down.transpose(1, 2), routing, xa=down_yb, lora_B=transposed(down_A),
+        gather=True, dropout=down_dropout,
+    )  # fmt: skip
+    needs_yb = needs.needs_x or needs.needs_up
+    rows = RankRows(down_yb, ddown_A, kept.xa, up_B if needs_yb else None, plan.up_scaling, dup_B)
+    # here alone are they referred to, so that their memory is free when the operation is done with them
+    del down_yb
+    dpre, yb, dweights = composed.expert_act_backward_outer(
+        ops, draw, pre, routing, activation, inputs.top_k_weights, rows,
+        dout=dout, bias=inputs.down_bias, dropout=down_dropout,
+    )  # fmt: skip
+    del draw, rows
+    dx = None
+    if needs.needs_up:
+        ops.expert_outer(yb, inputs.x, routing, dup_A, gather_right=True, dropout=up_dropout)
+    if needs.needs_x:
+        dx_rows = ops.expert_linear(
+            dpre, inputs.up.transpose(1, 2), routing, xa=yb, lora_B=transposed(up_A),
+            dropout=up_dropout,
+        )  # fmt: skip
+        dx = ops.combine(dx_rows, routing)
+    return Gradients(dx, dweights, new.up_A, new.up_B, new.down_A, new.down_B)
+
+
+def _fake_backward(
+    gradient: Gradient,
+    inputs: Inputs,
+    kept: Kept,
+    routing: Routing,
+    needs: Needs,
+    activation: Activation,
+    plan: Plan,
+) -> Gradients:
+    """Tensors of the shapes and dtypes of `_run_backward`."""
+    x, top_k_weights = inputs.x, inputs.top_k_weights
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    new = _new_gradients(inputs, needs)
+    return Gradients(
+        torch.empty_like(x) if needs.needs_x else None,
+        top_k_weights.new_empty(top_k_weights.shape, dtype=dtype),
+        new.up_A,
+        new.up_B,
+        new.down_A,
+        new.down_B,
+    )
+
+
+def _gradients(
+    backward: Callable[..., Gradients],
+    dout: torch.Tensor,
+    asked: Inputs,
+    inputs: Inputs,
+    *kept: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of `Inputs`' first fields, in the dtypes of the tensors they belong to.
+
+    Args:
+        backward: `_run_backward`, or its operator.
+        dout: [T, H].
+        asked: of each field, whether its gradient is asked for.
+        kept: the other groups of `_keep`.
+    """
+    extra, routing, activation, plan = kept
+    needs = Needs(asked.x, asked.up_A or asked.up_B, asked.down_A or asked.down_B)
+    found = backward(Gradient(dout), inputs, extra, routing, needs, activation, plan)
+    return tuple(as_stored(g, getattr(inputs, name)) for name, g in found._asdict().items())
+
+
+# ---- what both directions need
+
+
+class Pairs(NamedTuple):
+    """A and B of both projections, expert-major or viewed per expert; None without an adapter."""
+
+    up_A: torch.Tensor | None
+    up_B: torch.Tensor | None
+    down_A: torch.Tensor | None
+    down_B: torch.Tensor | None
+
+
+def _of_all_experts(inputs: Inputs, plan: Plan) -> Inputs:
+    """The inputs with pairs of all E experts: zeros for experts that have none."""
+    E, dtype = inputs.up.shape[0], inputs.x.dtype
+    up_A, up_B = whole_pair(inputs.up_A, inputs.up_B, E, plan.up_experts, dtype)
+    down_A, down_B = whole_pair(inputs.down_A, inputs.down_B, E, plan.down_experts, dtype)
+    return inputs._replace(up_A=up_A, up_B=up_B, down_A=down_A, down_B=down_B)
+
+
+def _per_expert(pairs: Inputs | Pairs, num_experts: int) -> Pairs:
+    """A as [E, r, K] and B as [E, N, r] of both projections."""
+    return Pairs(
+        *per_expert(pairs.up_A, pairs.up_B, num_experts),
+        *per_expert(pairs.down_A, pairs.down_B, num_experts),
+    )
+
+
+def _new_gradients(inputs: Inputs, needs: Needs) -> Pairs:
+    """Uninitialised gradients of the pairs, expert-major, where they are asked for."""
+    up_A = up_B = down_A = down_B = None
+    if needs.needs_up:
+        up_A, up_B = gradient_like(inputs.up_A), gradient_like(inputs.up_B)
+    if needs.needs_down:
+        down_A, down_B = gradient_like(inputs.down_A), gradient_like(inputs.down_B)
+    return Pairs(up_A, up_B, down_A, down_B)
+
+
+def _dropouts(inputs: Inputs, plan: Plan) -> tuple[Dropout | None, Dropout | None]:
+    """The dropout of x and that of act."""
+    up = down = None
+    if plan.up_dropout:
+        up = Dropout(plan.up_dropout, inputs.seed[0, :1])
+    if plan.down_dropout:
+        down = Dropout(plan.down_dropout, inputs.seed[1, :1])
+    return up, down
+
+
+_fused_experts = differentiable(
+    Operator("experts", FORWARD, Results, _run_forward, _fake_forward),
+    Operator("experts_backward", BACKWARD, Gradients, _run_backward, _fake_backward),
+    _keep,
+    _gradients,
 )
-_LORAS = "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
-_WEIGHTS = "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? seed"
-
-define(
-    "experts",
-    f"(Tensor x, Tensor top_k_weights, {_LORAS}, Tensor top_k_index, {_WEIGHTS}, {_SCALARS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
-    _experts_op, _experts_fake, _experts_autograd, _experts_setup_context,
-)  # fmt: skip
-define(
-    "experts_backward",
-    f"(Tensor dout, Tensor x, Tensor top_k_weights, {_LORAS}, {_WEIGHTS}, Tensor pre, Tensor xa, Tensor ha, "
-    f"Tensor[] index, int top_k, bool needs_x, bool needs_up, bool needs_down, {_SCALARS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _experts_backward_op, _experts_backward_fake,
-)  # fmt: skip

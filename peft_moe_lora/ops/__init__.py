@@ -4,7 +4,9 @@
 """
 
 from .activation import Activation
+from .dropout import Dropout
+from .operations import Operations, RankRows
 from .quantized import QuantizedWeight
-from .routing import Dropout, Routing
+from .routing import Routing
 
-__all__ = ["Activation", "Dropout", "QuantizedWeight", "Routing"]
+__all__ = ["Activation", "Dropout", "Operations", "QuantizedWeight", "RankRows", "Routing"]

@@ -8,9 +8,11 @@ lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any
 import torch
 
 from .activation import Activation
+from .dropout import Dropout, dropout_mask
 from .grouped import grouped_addmm_, grouped_mm, grouped_outer
+from .operations import RankRows
 from .quantized import QuantizedWeight
-from .routing import Dropout, Routing
+from .routing import Routing
 
 __all__ = [
     "combine",
@@ -248,19 +250,9 @@ def expert_shrink_outer(
     *,
     row_weights: torch.Tensor | None = None,
     gather: bool = False,
-) -> torch.Tensor:
-    """`expert_shrink` of x, and `expert_outer` of x and right, whose rows the kernels read once for both.
-
-    Args:
-        x: [M, K] rows, or [T, K] tokens with gather.
-        right: [M, r], dtype of x.
-        scaling: of xa, not of out.
-        out: [E, K, r] fp32 (fp64 for fp64), any strides; every element is written, zeros for an expert without rows.
-        row_weights: [T, top_k] float, of the outer product; None for ones.
-    Returns: xa [M, r], dtype of x.
-    """
-    expert_outer(x, right, routing, out, row_weights=row_weights, gather_left=gather)
-    return expert_shrink(x, lora_A, routing, scaling, gather=gather)
+) -> torch.Tensor | None:
+    """Never applies: plain PyTorch reads x twice, as `composed.expert_shrink_outer` does."""
+    return None
 
 
 def expert_act_backward_outer(
@@ -269,51 +261,14 @@ def expert_act_backward_outer(
     routing: Routing,
     activation: Activation,
     top_k_weights: torch.Tensor,
-    right: torch.Tensor,
-    xa: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    dA: torch.Tensor,
-    dB: torch.Tensor,
+    rows: RankRows,
     *,
     dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`expert_act_backward`, `expert_outer` of act and `expert_shrink_outer` of dpre.
-
-    Args:
-        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be written to.
-        right: [M, r], the down projection's B^T dout; its rows are weighted.
-        xa: [M, r], with lora_B [E, N, r], of the up projection.
-        scaling: of yb.
-        dA: [E, r, I] fp32, receives the gradient of the down projection's A; dB: [E, N, r], of the up projection's B.
-        dropout: masks act in dA.
-    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32.
-    """
-    dpre, act, dw = expert_act_backward(
-        draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias
-    )
-    expert_outer(right, act, routing, dA, row_weights=top_k_weights, dropout=dropout)
-    return dpre, expert_shrink_outer(dpre, lora_B.transpose(1, 2), xa, routing, scaling, dB), dw
-
-
-def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.Tensor:
-    """[M, width] fp32 of 0 and 1 / (1 - p): element (m, k) depends on (seed, row_slot[m], k) alone.
-
-    Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
-    """
-    slot_hash = _mix(row_slot.long() ^ (dropout.seed & 0xFFFFFFFF))
-    k = torch.arange(width, device=row_slot.device)
-    kept = _mix(k[None, :] ^ slot_hash[:, None]) >= int(dropout.p * 2**32)
-    return kept.float() / (1 - dropout.p)
-
-
-def _mix(h: torch.Tensor) -> torch.Tensor:
-    """uint32 arithmetic in int64: a product may wrap past 2**63, its low 32 bits are right all the same."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
-    return h ^ (h >> 16)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Never applies: `composed.expert_act_backward_outer` is the twin of the kernel."""
+    return None
 
 
 def _dropped(x: torch.Tensor, routing: Routing, dropout: Dropout | None) -> torch.Tensor:

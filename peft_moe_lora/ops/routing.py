@@ -55,16 +55,3 @@ class Routing:
         """The inverse of `tensors`."""
         tiles = tensors[4] if len(tensors) > 4 else None
         return cls(*tensors[:4], top_k=top_k, tiles=tiles, block_m=block_m)
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Inverted dropout whose mask is a function of (seed, slot, column): nothing is stored, recomputation repeats it.
-
-    Attributes:
-        p: probability that an element is dropped, in (0, 1).
-        seed: [1] int64 on the device of the rows; its low 32 bits count.
-    """
-
-    p: float
-    seed: torch.Tensor

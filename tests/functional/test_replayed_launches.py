@@ -9,7 +9,8 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from peft_moe_lora.functional import Projection, experts, steps, whole
-from peft_moe_lora.ops import Activation, kernels
+from peft_moe_lora.functional.operators import Gradient
+from peft_moe_lora.ops import Activation, Routing, kernels
 from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
 
 E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741  # the intermediate size is I in every formula
@@ -224,7 +225,6 @@ def test_operators_make_the_table_of_tiles_once_each(launches):
         (torch.zeros(RANK * E, K), torch.zeros(N, RANK * E)) for N, K in ((2 * I, H), (H, I))
     )
     rows = {width: torch.zeros(T * TOP_K, width, dtype=bf16) for width in (2 * I, RANK)}
-    plan = whole._Plan(Activation(), "triton", False, 1.0, 1.0, 0.0, 0.0, None, None)
 
     def tables(operator, *arguments):
         launches.clear()
@@ -232,23 +232,25 @@ def test_operators_make_the_table_of_tiles_once_each(launches):
         operator(*arguments)
         return [*launches.at_launch, *(name for name, *_ in launches)].count("_tiles_kernel")
 
-    fused_arguments = (
-        x,
-        x,
-        torch.zeros(T, TOP_K),
-        up_A,
-        up_B,
-        down_A,
-        down_B,
-        up,
-        None,
-        down,
-        None,
-        None,
+    routing = Routing(*index, TOP_K)
+    inputs = whole.Inputs(
+        x, torch.zeros(T, TOP_K), up_A, up_B, down_A, down_B, up, None, down, None, None
     )
-    kept = rows[2 * I], rows[RANK], rows[RANK], index, TOP_K, True, True, True
-    assert tables(whole._experts_backward_op, *fused_arguments, *kept, *plan.scalars()) == 1
-    routed = *index, None, TOP_K, 0, 1.0, 0.0, True, "triton", None
-    assert tables(steps._linear_op, x, up_A, up_B, up, None, None, *routed) == 1
-    backward = rows[2 * I], x, up_A, up_B, up, None, rows[RANK], True, True
-    assert tables(steps._linear_backward_op, *backward, *routed) == 1
+    kept = whole.Kept(rows[2 * I], rows[RANK], rows[RANK])
+    plan = whole.Plan("triton", False, 1.0, 1.0, 0.0, 0.0, None, None)
+    needs = whole.Needs(True, True, True)
+    backward = whole._run_backward
+    assert tables(backward, Gradient(x), inputs, kept, routing, needs, Activation(), plan) == 1
+    inputs, plan = (
+        steps.Inputs(x, up_A, up_B, up, None, None),
+        steps.Plan(1.0, 0.0, True, "triton", None),
+    )
+    assert tables(steps._run_linear, inputs, routing, plan) == 1
+    arguments = (
+        Gradient(rows[2 * I]),
+        inputs,
+        steps.Kept(rows[RANK]),
+        routing,
+        steps.Needs(True, True),
+    )
+    assert tables(steps._run_linear_backward, *arguments, plan) == 1

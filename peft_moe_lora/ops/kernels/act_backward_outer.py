@@ -1,13 +1,12 @@
-"""dpre, dw, yb, dB and dA from draw and pre: what backward asks of an activation and of the rank-r rows beside it."""
+"""dpre, d_top_k_weights, yb, dB and dA in one reading of draw and pre."""
 
 import torch
 
 from ..activation import Activation
-from ..routing import Dropout, Routing
-from .act_backward import expert_act_backward
+from ..dropout import Dropout
+from ..operations import RankRows
+from ..routing import Routing
 from .launching.table import device_facts, lookup
-from .outer import expert_outer
-from .shrink_outer import expert_shrink_outer
 from .sm90.in_gluon import in_gluon
 
 
@@ -17,52 +16,27 @@ def expert_act_backward_outer(
     routing: Routing,
     activation: Activation,
     top_k_weights: torch.Tensor,
-    right: torch.Tensor,
-    xa: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    dA: torch.Tensor,
-    dB: torch.Tensor,
+    rows: RankRows,
     *,
     dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`expert_act_backward`, `expert_outer` of act and `expert_shrink_outer` of dpre.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """`expert_act_backward`, `expert_outer` of act and `expert_shrink_outer` of dpre, in one reading.
 
     Args:
-        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be written to.
-        right: [M, r], the down projection's B^T dout; its rows are weighted.
-        xa: [M, r], with lora_B [E, N, r], of the up projection.
-        scaling: of yb.
-        dA: [E, r, I] fp32, receives the gradient of the down projection's A; dB: [E, N, r], of the up projection's B.
-        dropout: masks act in dA.
-    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32.
-    Twin: `reference.expert_act_backward_outer`.
+        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be overwritten.
+        rows: the rank-r rows and the gradients to write; no field is None.
+        dropout: masks act in dA; not supported here.
+    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32; None where no kernel does
+        this here, and then nothing is written.
+    Twin: `composed.expert_act_backward_outer` with the operations of `reference`.
     """
     arch, _ = device_facts(pre.device)
-    blocks, out = lookup("act_backward_outer", arch, pre.element_size(), routing.block_m), None
-    if blocks and dropout is None and (kernel := in_gluon("act_backward_outer")):
-        out = kernel(
-            blocks,
-            draw,
-            pre,
-            routing,
-            activation,
-            top_k_weights,
-            right,
-            xa,
-            lora_B,
-            scaling,
-            dA,
-            dB,
-            dout,
-            bias,
-        )
-    if out is None:
-        dpre, act, dw = expert_act_backward(
-            draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias
-        )
-        expert_outer(right, act, routing, dA, row_weights=top_k_weights, dropout=dropout)
-        out = dpre, expert_shrink_outer(dpre, lora_B.transpose(1, 2), xa, routing, scaling, dB), dw
-    return out
+    blocks = lookup("act_backward_outer", arch, pre.element_size(), routing.block_m)
+    if not blocks or dropout is not None:
+        return None
+    kernel = in_gluon("act_backward_outer")
+    if kernel is None:
+        return None
+    return kernel(blocks, draw, pre, routing, activation, top_k_weights, rows, dout, bias)

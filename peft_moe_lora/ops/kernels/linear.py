@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..routing import Dropout, Routing
+from ..dropout import Dropout
+from ..routing import Routing
 from .codes.product_4bit import weight_operands
 from .launching.launch import facts, launch
 from .launching.table import dot_precision, padded_rank

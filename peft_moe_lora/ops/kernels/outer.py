@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..routing import Dropout, Routing
+from ..dropout import Dropout
+from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, dot_precision, find, power_of_2
 from .tiles.chunks import chunk_of, chunk_rows, sum_chunks

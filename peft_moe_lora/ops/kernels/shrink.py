@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..routing import Dropout, Routing
+from ..dropout import Dropout
+from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import device_facts, dot_precision, find, padded_rank
 from .routing import with_tiles

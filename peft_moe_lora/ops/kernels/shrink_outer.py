@@ -4,17 +4,7 @@ import torch
 
 from ..routing import Routing
 from .launching.table import device_facts, lookup
-from .outer import expert_outer
-from .shrink import expert_shrink
 from .sm90.in_gluon import in_gluon
-
-
-def chunks_of(routing: Routing, blocks: dict) -> int:
-    """About how many chunks there are, whatever the routing."""
-    return max(
-        min(routing.num_experts, routing.num_rows),
-        routing.num_rows // (blocks["ROWS"] + blocks["TAIL"]),
-    )
 
 
 def expert_shrink_outer(
@@ -27,8 +17,8 @@ def expert_shrink_outer(
     *,
     row_weights: torch.Tensor | None = None,
     gather: bool = False,
-) -> torch.Tensor:
-    """`expert_shrink` of x, and `expert_outer` of x and right: in one reading of x where there is a kernel for it.
+) -> torch.Tensor | None:
+    """`expert_shrink` of x, and `expert_outer` of x and right, in one reading of x.
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
@@ -37,19 +27,21 @@ def expert_shrink_outer(
         scaling: of xa, not of out.
         out: [E, K, r] fp32, any strides; every element is written, zeros for an expert without rows.
         row_weights: [T, top_k] float, of the outer product; None for ones.
-    Returns: xa [M, r], dtype of x.
-    Twin: `reference.expert_shrink_outer`.
+    Returns: xa [M, r], dtype of x; None where no kernel does this here, and then nothing is written.
+    Twin: `composed.expert_shrink_outer` with the operations of `reference`.
     """
     arch, multiprocessors = device_facts(x.device)
-    blocks, xa = lookup("shrink_outer", arch, x.element_size(), routing.block_m), None
-    # with fewer programs, of a chunk each, than two for three multiprocessors the two operations take less
-    if (
-        blocks
-        and 3 * chunks_of(routing, blocks) >= 2 * multiprocessors
-        and (kernel := in_gluon("shrink_outer"))
-    ):
-        xa = kernel(blocks, x, lora_A, right, routing, scaling, out, row_weights, gather)
-    if xa is None:
-        expert_outer(x, right, routing, out, row_weights=row_weights, gather_left=gather)
-        xa = expert_shrink(x, lora_A, routing, scaling, gather=gather)
-    return xa
+    blocks = lookup("shrink_outer", arch, x.element_size(), routing.block_m)
+    # a program has one chunk: with fewer programs than this the two operations take less time
+    if not blocks or 3 * num_chunks(routing, blocks) < 2 * multiprocessors:
+        return None
+    kernel = in_gluon("shrink_outer")
+    if kernel is None:
+        return None
+    return kernel(blocks, x, lora_A, right, routing, scaling, out, row_weights, gather)
+
+
+def num_chunks(routing: Routing, blocks: dict) -> int:
+    """About how many chunks there are, whatever the routing."""
+    at_least = min(routing.num_experts, routing.num_rows)
+    return max(at_least, routing.num_rows // (blocks["ROWS"] + blocks["TAIL"]))

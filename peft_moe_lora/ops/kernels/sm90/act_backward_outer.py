@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...activation import Activation
+from ...operations import RankRows
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
@@ -427,12 +428,7 @@ def act_backward_outer(
     routing: Routing,
     activation: Activation,
     top_k_weights: torch.Tensor,
-    right: torch.Tensor,
-    xa: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    dA: torch.Tensor,
-    dB: torch.Tensor,
+    rows: RankRows,
     dout: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -441,6 +437,7 @@ def act_backward_outer(
     Args:
         blocks: constexprs of the table's row.
     """
+    right, dA, xa, lora_B, scaling, dB = rows
     (M, I), (E, N, r) = draw.shape, lora_B.shape  # noqa: E741
     right, xa, weights = right.contiguous(), xa.contiguous(), top_k_weights.contiguous()
     # quarters are copied 16 bytes at a time, rank-r rows read in pairs

@@ -1,0 +1,100 @@
+"""Operations made of other operations, where no kernel computes them in one reading of their rows.
+
+A kernel that does says when it does not apply, by returning None before anything is written.
+"""
+
+import torch
+
+from .activation import Activation
+from .dropout import Dropout
+from .operations import Operations, RankRows
+from .routing import Routing
+
+
+def expert_shrink_outer(
+    ops: Operations,
+    x: torch.Tensor,
+    lora_A: torch.Tensor | None,
+    right: torch.Tensor | None,
+    routing: Routing,
+    scaling: float,
+    out: torch.Tensor | None,
+    *,
+    row_weights: torch.Tensor | None = None,
+    gather: bool = False,
+) -> torch.Tensor | None:
+    """xa = `expert_shrink` of x, and out = `expert_outer` of x and right.
+
+    Args:
+        ops: the operations to compose.
+        x: [M, K] rows, or [T, K] tokens with gather.
+        lora_A: [E, r, K]; None where there is nothing to compute.
+        right: [M, r], dtype of x; read for `out` alone.
+        scaling: of xa, not of out.
+        out: [E, K, r] fp32 (fp64 for fp64), any strides, zeros for an expert without rows; None where it is not asked
+            for.
+        row_weights: [T, top_k] float, of the outer product; None for ones.
+    Returns: xa [M, r], dtype of x; None without lora_A.
+    """
+    if lora_A is None:
+        return None
+    if out is None:
+        return ops.expert_shrink(x, lora_A, routing, scaling, gather=gather)
+    assert right is not None, "an outer product has two sides"
+    xa = ops.expert_shrink_outer(
+        x, lora_A, right, routing, scaling, out, row_weights=row_weights, gather=gather
+    )
+    if xa is None:
+        ops.expert_outer(x, right, routing, out, row_weights=row_weights, gather_left=gather)
+        xa = ops.expert_shrink(x, lora_A, routing, scaling, gather=gather)
+    return xa
+
+
+def expert_act_backward_outer(
+    ops: Operations,
+    draw: torch.Tensor,
+    pre: torch.Tensor,
+    routing: Routing,
+    activation: Activation,
+    top_k_weights: torch.Tensor,
+    rows: RankRows,
+    *,
+    dout: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """`expert_act_backward`, `expert_outer` of down_yb and act into dA, and `expert_shrink_outer` of dpre.
+
+    Args:
+        ops: the operations to compose.
+        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be overwritten.
+        rows: the rank-r rows and the gradients to write.
+        dropout: masks act in dA.
+    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre (None without lora_B), d_top_k_weights [T, top_k] fp32.
+    """
+    if rows.dA is not None and rows.dB is not None:
+        found = ops.expert_act_backward_outer(
+            draw,
+            pre,
+            routing,
+            activation,
+            top_k_weights,
+            rows,
+            dout=dout,
+            bias=bias,
+            dropout=dropout,
+        )
+        if found is not None:
+            return found
+    dpre, act, d_top_k_weights = ops.expert_act_backward(
+        draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias
+    )
+    if rows.dA is not None:
+        assert rows.down_yb is not None, "an outer product has two sides"
+        ops.expert_outer(
+            rows.down_yb, act, routing, rows.dA, row_weights=top_k_weights, dropout=dropout
+        )
+    del act
+    lora_BT = None if rows.lora_B is None else rows.lora_B.transpose(1, 2)
+    yb = expert_shrink_outer(ops, dpre, lora_BT, rows.xa, routing, rows.scaling, rows.dB)
+    return dpre, yb, d_top_k_weights

@@ -1,0 +1,42 @@
+"""mask[m, k] = 0 or 1 / (1 - p), a function of (seed, slot of row m, column k) alone: no mask is stored.
+
+Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout whose mask can be computed again from a seed, in any order of the rows.
+
+    Attributes:
+        p: probability that an element is dropped, in (0, 1).
+        seed: [1] int64 on the device of the rows; its low 32 bits count.
+    """
+
+    p: float
+    seed: torch.Tensor
+
+
+def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.Tensor:
+    """The mask of some rows.
+
+    Args:
+        row_slot: [M] int32, the flat (token, slot) of each row.
+        width: columns of the rows.
+    Returns: [M, width] fp32 of 0 and 1 / (1 - p).
+    """
+    slot_hash = _mix(row_slot.long() ^ (dropout.seed & 0xFFFFFFFF))
+    columns = torch.arange(width, device=row_slot.device)
+    kept = _mix(columns[None, :] ^ slot_hash[:, None]) >= int(dropout.p * 2**32)
+    return kept.float() / (1 - dropout.p)
+
+
+def _mix(h: torch.Tensor) -> torch.Tensor:
+    """lowbias32 in int64: a product may wrap past 2**63, but its low 32 bits are right."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return h ^ (h >> 16)

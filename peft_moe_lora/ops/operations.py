@@ -1,0 +1,214 @@
+"""The operations, as the Triton kernels and their twins in plain PyTorch both offer them.
+
+Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r total rank.
+x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m]; weight [E, N, K];
+lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any strides, cast to the dtype of x.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from .activation import Activation
+from .dropout import Dropout
+from .quantized import QuantizedWeight
+from .routing import Routing
+
+
+class RankRows(NamedTuple):
+    """What is computed beside an activation's gradient: dA of the down projection, yb and dB of the up projection.
+
+    Attributes:
+        down_yb: [M, r] rows that dA sums with act, weighted; None without an adapter on down.
+        dA: [E, r, I] fp32, any strides, receives the gradient of down's A; None where it is not asked for.
+        xa: [M, r] rows that dB sums with dpre.
+        lora_B: [E, N, r] of up; None where yb is not asked for.
+        scaling: of yb.
+        dB: [E, N, r] fp32, any strides, receives the gradient of up's B; None where it is not asked for.
+    """
+
+    down_yb: torch.Tensor | None
+    dA: torch.Tensor | None
+    xa: torch.Tensor | None
+    lora_B: torch.Tensor | None
+    scaling: float
+    dB: torch.Tensor | None
+
+
+class Operations(Protocol):
+    """The module `reference` or the package `kernels`."""
+
+    def replayed(self, function: Callable[..., tuple], *arguments: Any) -> tuple:
+        """function(*arguments), which composes operations.
+
+        Args:
+            arguments: a tensor first, then tensors, quantized weights, None, or hashable values.
+        """
+
+    def route(self, top_k_index: torch.Tensor, num_experts: int) -> Routing:
+        """A stable counting sort of the slots by expert.
+
+        Args:
+            top_k_index: [T, top_k] integer expert ids; an id outside 0..E-1 is a sentinel.
+        """
+
+    def with_tiles(self, routing: Routing) -> Routing:
+        """The routing, with what these operations need beside its index tensors."""
+
+    def dequantize(
+        self, weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
+    ) -> torch.Tensor:
+        """out[j] = W[first + j], in the order in which it is stored, where that expert has rows.
+
+        Args:
+            expert_offsets: [E + 1] int32.
+            out: [count, R, C]; returned.
+        """
+
+    def expert_shrink(
+        self,
+        x: torch.Tensor,
+        lora_A: torch.Tensor,
+        routing: Routing,
+        scaling: float,
+        *,
+        gather: bool = False,
+        dropout: Dropout | None = None,
+    ) -> torch.Tensor:
+        """xa[m] = scaling * A[e] drop(x[m]).  Returns: [M, r], dtype of x."""
+
+    def expert_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | QuantizedWeight,
+        routing: Routing,
+        *,
+        bias: torch.Tensor | None = None,
+        xa: torch.Tensor | None = None,
+        lora_B: torch.Tensor | None = None,
+        gather: bool = False,
+        dropout: Dropout | None = None,
+    ) -> torch.Tensor:
+        """y[m] = W[e] x[m] + bias[e] + drop(B[e] xa[m]).
+
+        Args:
+            bias: [E, N].
+            xa: [M, r], dtype of x, with its lora_B [E, N, r].
+            dropout: masks the low-rank term: the input gradient of a layer that dropped its input.
+        Returns: [M, N], dtype of x.
+        """
+
+    def expert_linear_act(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | QuantizedWeight,
+        routing: Routing,
+        activation: Activation,
+        *,
+        bias: torch.Tensor | None = None,
+        xa: torch.Tensor | None = None,
+        lora_B: torch.Tensor | None = None,
+        gather: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """pre = `expert_linear`, act = activation(pre).  Returns: pre [M, N], act [M, I]."""
+
+    def expert_act_backward(
+        self,
+        draw: torch.Tensor,
+        pre: torch.Tensor,
+        routing: Routing,
+        activation: Activation,
+        top_k_weights: torch.Tensor,
+        *,
+        dout: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From the gradient of act to those of the pre-activation and of the routing weights.
+
+        d top_k_weights = <act, draw> + <bias, dout>, so the down output itself need not be kept.
+
+        Args:
+            draw: [M, I], gradient of act before the routing weight; may be overwritten.
+            pre: [M, N] kept by forward.
+            top_k_weights: [T, top_k] float.
+            dout: [T, H], with bias: [E, H], the down bias.
+        Returns: dpre [M, N], act [M, I], d_top_k_weights [T, top_k] fp32, 0 for sentinels.
+        """
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        routing: Routing,
+        top_k_weights: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot].
+
+        Args:
+            y: [M, N] float rows in expert order.
+            top_k_weights: [T, top_k] float; None for ones.
+            dtype: of the result; that of y by default.
+        Returns: [T, N], summed in fp32; a sentinel slot adds nothing.
+        """
+
+    def combine_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, routing: Routing, top_k_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dy[m] = w[slot] * dout[t], d_top_k_weights[slot] = <y[m], dout[t]>.
+
+        Returns: dy [M, N], d_top_k_weights [T, top_k] fp32, 0 for sentinels.
+        """
+
+    def expert_outer(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        routing: Routing,
+        out: torch.Tensor,
+        *,
+        row_weights: torch.Tensor | None = None,
+        gather_left: bool = False,
+        gather_right: bool = False,
+        dropout: Dropout | None = None,
+    ) -> torch.Tensor:
+        """out[e, p, q] = sum over the rows m of e of row_weights[slot] * left[m, p] * drop(right)[m, q].
+
+        Args:
+            left: [M, P], or [T, P] with gather_left.
+            right: [M, Q], or [T, Q] with gather_right.
+            out: [E, P, Q] fp32, any strides; zeros for an expert without rows; returned.
+            row_weights: [T, top_k] float; None for ones.
+        """
+
+    def expert_shrink_outer(
+        self,
+        x: torch.Tensor,
+        lora_A: torch.Tensor,
+        right: torch.Tensor,
+        routing: Routing,
+        scaling: float,
+        out: torch.Tensor,
+        *,
+        row_weights: torch.Tensor | None = None,
+        gather: bool = False,
+    ) -> torch.Tensor | None:
+        """`composed.expert_shrink_outer` in one reading of x.  Returns: xa, or None where this does not apply."""
+
+    def expert_act_backward_outer(
+        self,
+        draw: torch.Tensor,
+        pre: torch.Tensor,
+        routing: Routing,
+        activation: Activation,
+        top_k_weights: torch.Tensor,
+        rows: RankRows,
+        *,
+        dout: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """`composed.expert_act_backward_outer` in one reading of draw and pre, for all fields of `rows`.
+
+        Returns: dpre, yb, d_top_k_weights, or None where this does not apply.
+        """
