@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from peft_moe_lora.ops import Activation, kernels, reference
+from peft_moe_lora.ops import Activation, RankRows, composed, kernels, reference
 from peft_moe_lora.ops.kernels.launching import launch, replay, table
 from peft_moe_lora.ops.kernels.tiles import tile
 
@@ -126,8 +126,8 @@ class Layer:
         down_BT = s.down_B.transpose(1, 2)
         yb2 = call(
             "shrink, outer dout",
-            lambda: ops.expert_shrink_outer(
-                s.dout, down_BT, ha, R, 2.0, dB2, row_weights=w, gather=True
+            lambda: composed.expert_shrink_outer(
+                ops, s.dout, down_BT, ha, R, 2.0, dB2, row_weights=w, gather=True
             ),
         )
         draw = call(
@@ -141,10 +141,11 @@ class Layer:
                 gather=True,
             ),
         )
+        rank_rows = RankRows(yb2, dA2, xa, s.up_B, 2.0, dB1)
         dpre, yb1, dw = call(
             "act backward, outer act, shrink, outer dpre",
-            lambda: ops.expert_act_backward_outer(
-                draw, pre, R, s.activation, s.weights, yb2, xa, s.up_B, 2.0, dA2, dB1
+            lambda: composed.expert_act_backward_outer(
+                ops, draw, pre, R, s.activation, s.weights, rank_rows
             ),
         )
         call("dA1", lambda: ops.expert_outer(yb1, s.x, R, dA1, gather_right=True))

@@ -111,7 +111,7 @@ def _serialized(kernel) -> bool:
 
 def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False, interleaved=False):  # noqa: E741
     """Every launch of forward and backward of one experts layer, on meta tensors."""
-    from peft_moe_lora.ops import Activation, kernels
+    from peft_moe_lora.ops import Activation, RankRows, composed, kernels
 
     activation = activation or Activation(interleaved=interleaved)
     N = activation.gated * I + I
@@ -146,14 +146,15 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
     kernels.expert_act_backward(draw, pre, routing, activation, weights)
     fp32 = torch.float32
     out = empty(N, E, r, dtype=fp32).permute(1, 0, 2)
-    yb = kernels.expert_shrink_outer(pre, up_B.transpose(1, 2), xa, routing, 1.0, out)
+    yb = composed.expert_shrink_outer(kernels, pre, up_B.transpose(1, 2), xa, routing, 1.0, out)
     dA = empty(E, r, I, dtype=fp32)
-    kernels.expert_act_backward_outer(
-        draw, pre, routing, activation, weights, xa, xa, up_B, 1.0, dA, out
-    )
+    rows = RankRows(xa, dA, xa, up_B, 1.0, out)
+    composed.expert_act_backward_outer(kernels, draw, pre, routing, activation, weights, rows)
     out = empty(H, E, r, dtype=fp32).permute(1, 0, 2)
     options = {"row_weights": weights, "gather": True}
-    kernels.expert_shrink_outer(x, down_B.transpose(1, 2), xa, routing, 1.0, out, **options)
+    composed.expert_shrink_outer(
+        kernels, x, down_B.transpose(1, 2), xa, routing, 1.0, out, **options
+    )
     kernels.expert_linear(pre, up.transpose(1, 2), routing, xa=yb, lora_B=up_A.transpose(1, 2))
     kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True)
 

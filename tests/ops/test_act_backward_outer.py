@@ -17,7 +17,7 @@ from ops.test_kernels import (
 )
 from ops.test_linear_roles import hopper
 from ops.test_shrink_outer import ROWS, out_of
-from peft_moe_lora.ops import Activation, Dropout, reference
+from peft_moe_lora.ops import Activation, Dropout, RankRows, composed, reference
 
 
 def check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options):  # noqa: E741, F811
@@ -27,10 +27,17 @@ def check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options):
     for ops, widen in ((reference, lambda t: t), (reference, wide), (kernels, lambda t: t)):
         beside = {name: widen(value) for name, value in options.items()}
         dA, dB = widen(out_of(E, r, I, False)), widen(out_of(E, N, r, True))
-        dpre, yb, dw = ops.expert_act_backward_outer(
-            widen(draw).clone(), widen(pre), routing, activation, widen(weights), widen(right), widen(xa),
-            widen(lora_B), 0.7, dA, dB, **beside,
-        )  # fmt: skip
+        rows = RankRows(widen(right), dA, widen(xa), widen(lora_B), 0.7, dB)
+        dpre, yb, dw = composed.expert_act_backward_outer(
+            ops,
+            widen(draw).clone(),
+            widen(pre),
+            routing,
+            activation,
+            widen(weights),
+            rows,
+            **beside,
+        )
         results.append((dpre[:valid], yb[:valid], dw, dA, dB))
     for twin, exact, actual in zip(*results, strict=True):
         assert_within(actual, twin, exact, dtype)

@@ -5,7 +5,7 @@ import torch
 
 from ops.test_kernels import DEVICE, Problem, assert_within, dtypes, kernels, random, shapes, wide  # noqa: F401
 from ops.test_linear_roles import hopper
-from peft_moe_lora.ops import reference
+from peft_moe_lora.ops import composed, reference
 
 
 def out_of(E, K, r, of_B):
@@ -21,8 +21,8 @@ def check(kernels, valid, x, lora_A, right, routing, out, dtype, **options):  # 
     for ops, widen in ((kernels, lambda t: t), (reference, lambda t: t), (reference, wide)):
         outer = out if ops is kernels else torch.full_like(widen(out), float("nan"))
         operands = *map(widen, (x, lora_A, right)), routing, 0.7, outer
-        xa = ops.expert_shrink_outer(
-            *operands, **{key: widen(value) for key, value in options.items()}
+        xa = composed.expert_shrink_outer(
+            ops, *operands, **{key: widen(value) for key, value in options.items()}
         )
         results.append((xa[:valid], outer))
     for actual, twin, exact in zip(*results, strict=True):
@@ -114,7 +114,10 @@ def test_rows_read_once(kernels, ran, dtype, even, block_m, K, r, gather, weight
     first = check(kernels, p.valid, *p.operands, out_of(96, K, r, of_B), dtype, **p.options)
     assert ran("shrink_outer")
     out = out_of(96, K, r, of_B)
-    again = kernels.expert_shrink_outer(*p.operands, 0.7, out, **p.options)[: p.valid], out
+    again = (
+        composed.expert_shrink_outer(kernels, *p.operands, 0.7, out, **p.options)[: p.valid],
+        out,
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
