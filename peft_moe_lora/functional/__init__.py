@@ -1,7 +1,8 @@
-"""out[t] = sum over slots of top_k_weights * down(act(gate_up(x[t]))), each projection W + scaling * B A per expert.
+"""out[t] = sum over slots of top_k_weights * down(act(gate_up(x[t]))), with gradients.
 
-The one door to `ops`: `backends` chooses the twins behind it, `fused` and `unfused` write the gradients out. The base
-weights are frozen: none of these functions forms a gradient for them, and none materialises W + scaling * B A.
+Each projection is W + scaling * B A per expert. This is the one door to `ops`, and may import ops
+alone. `backends` chooses the operations, `whole` and `steps` write the gradients out. The base
+weights are frozen: no function here forms a gradient for them or materialises W + scaling * B A.
 """
 
 from collections.abc import Callable
@@ -48,10 +49,12 @@ def experts(
         top_k_weights: [T, top_k] float; receives its gradient.
         up: the gate_up projection, [E, N, H] with N = 2I where gated.
         down: the down projection, [E, H, I].
-        activation: an `Activation` runs inside the kernels; any other callable [M, N] -> [M, I] runs between them.
+        activation: an `Activation` runs inside the kernels; any other callable [M, N] -> [M, I]
+            runs between them.
         post_norm: applied to the down rows [M, H] before the routing weights.
         backend: out of BACKENDS.
-        recompute: keep nothing [M, N] wide for backward; costs the gate_up product once more. Fused path only.
+        recompute: backward computes the gate_up product once more, and nothing [M, N] wide is
+            kept. Read where an `Activation` runs inside the kernels.
     Returns: [T, H], dtype of hidden_states.
     Raises:
         ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
@@ -96,7 +99,7 @@ _run_uncompiled = torch.compiler.disable(_run)
 def rows_linear(
     x: torch.Tensor, expert_size, projection: Projection, *, backend: str = "auto"
 ) -> torch.Tensor:
-    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] x[m]: one projection of rows that stand in expert order.
+    """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] x[m], for rows in expert order.
 
     Args:
         x: [M, K] float; computed in the dtype of the weights.
@@ -111,7 +114,8 @@ def rows_linear(
     sizes = torch.as_tensor(expert_size, device=x.device)
     if x.ndim != 2 or x.shape[1] != K or sizes.shape != (E,):
         raise ValueError(
-            f"rows_linear needs x [M, {K}] and {E} expert sizes; got {tuple(x.shape)} and {tuple(sizes.shape)}."
+            f"rows_linear needs x [M, {K}] and {E} expert sizes; "
+            f"got {tuple(x.shape)} and {tuple(sizes.shape)}."
         )
     _check_frozen(projection)
     seed = _draw_seeds(x.device) if projection.dropout_p else None
@@ -132,7 +136,8 @@ def _check(hidden_states, top_k_index, top_k_weights, up: Projection, down: Proj
         )
     if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:
         raise ValueError(
-            f"experts needs top_k_index and top_k_weights [T, top_k] with T = {hidden_states.shape[0]}; got "
+            "experts needs top_k_index and top_k_weights [T, top_k] "
+            f"with T = {hidden_states.shape[0]}; got "
             f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}."
         )
     _check_frozen(up, down)
@@ -142,13 +147,17 @@ def _check_frozen(*projections: Projection) -> None:
     frozen = [t for p in projections for t in (p.weight, p.up_weight, p.bias)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
         raise ValueError(
-            "the experts' base weights are frozen and get no gradient here, but one has requires_grad=True; "
+            "the experts' base weights are frozen and get no gradient here, "
+            "but one has requires_grad=True; "
             "call requires_grad_(False) on it, or train it without an adapter on these experts."
         )
 
 
 def _on_device_of(x: torch.Tensor):
-    """Kernels start on the current device, which need not be the one this layer of a spread-out model lies on."""
+    """Make the device of x the current one: kernels start there.
+
+    The layers of one model may lie on several devices.
+    """
     # compiled code sets the device itself
     if (
         torch.compiler.is_compiling()
@@ -166,6 +175,9 @@ def _without_autocast(device_type: str):
 
 
 def _draw_seeds(device: torch.device) -> torch.Tensor:
-    """[2, 2] int64, a seed a row, from the default generator: recomputation under checkpointing repeats the masks."""
+    """Two seeds from the default generator, so that recomputation repeats the masks.
+
+    Returns: [2, 2] int64, one seed a row.
+    """
     # rows of sixteen bytes, on which kernels want their tensors to begin
     return torch.randint(2**31 - 1, (2, 2), device=device)

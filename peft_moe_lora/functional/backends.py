@@ -1,14 +1,16 @@
-"""Which of the twins in `ops` runs: the Triton kernels or plain PyTorch, by wish and device."""
+"""Which operations run:
+
+the Triton kernels or plain PyTorch, by the backend asked for and the device.
+"""
 
 import importlib.util
 import logging
 import os
 from functools import cache
-from types import ModuleType
 
 import torch
 
-from ..ops import reference
+from ..ops import Operations, reference
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +18,9 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 def select_backend(backend: str, device: torch.device) -> str:
-    """Of "triton" and "torch" the one for a wish out of BACKENDS on a device; what "auto" picked is logged once.
+    """Either "triton" or "torch", for a backend out of BACKENDS on a device.
+
+    What "auto" picked is logged once.
 
     Raises:
         RuntimeError: if "triton" was asked for where it cannot run.
@@ -30,13 +34,13 @@ def select_backend(backend: str, device: torch.device) -> str:
                 f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "torch".'
             )
         return "triton"
-    chosen = "triton" if device.type == "cuda" and not obstacle else "torch"
+    chosen = "torch" if obstacle or device.type != "cuda" else "triton"
     _log_auto(chosen, device.type, obstacle)
     return chosen
 
 
-def ops_for(backend: str, device: torch.device) -> ModuleType:
-    """The module of operations for a wish out of BACKENDS on a device."""
+def ops_for(backend: str, device: torch.device) -> Operations:
+    """The operations for a backend out of BACKENDS on a device."""
     if select_backend(backend, device) == "torch":
         return reference
     from ..ops import kernels
@@ -51,11 +55,9 @@ def _triton_obstacle(device_type: str, index: int | None) -> str:
         return "Triton is not installed"
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability(index)
-        return (
-            ""
-            if capability >= (8, 0)
-            else f"it needs compute capability 8.0 or newer, got {capability}"
-        )
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0 or newer, got {capability}"
+        return ""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"it needs a CUDA device, got {device_type!r}"

@@ -1,7 +1,7 @@
 """A computation written once, for eager PyTorch and for torch.compile.
 
-Eager, it is plain Python inside one `torch.autograd.Function`. Under torch.compile it is one operator, which is one
-node of the graph.
+Eager, it is plain Python inside one `torch.autograd.Function`. Under torch.compile it is one
+operator, which is one node of the graph.
 
 Legend:
     group: a named tuple or a frozen dataclass of arguments that travel together. Its annotations
@@ -69,7 +69,8 @@ class Operator:
     Args:
         name: of the operator, in the namespace `peft_moe_lora`.
         groups: the class of each argument.
-        results: a named tuple. A field with a default is for eager calls alone: an operator leaves it out.
+        results: a named tuple. A field with a default is for eager calls alone: an operator leaves
+            it out.
         run: from the groups to `results`.
         fake: the same from shapes and dtypes alone, without the fields that have a default.
     """
@@ -145,9 +146,9 @@ def differentiable(
         forward_operator: its first group holds every tensor that may get a gradient.
         backward_operator: its first group is `Gradient`.
         keep: from forward's groups and its results to the groups that backward needs.
-        gradients: from (call, gradient, needs, *groups kept) to the gradients of forward's first arguments. `call`
-            computes what `backward_operator` does; `needs` says of each field of the first group whether it asks for a
-            gradient.
+        gradients: from (call, gradient, needs, *groups kept) to the gradients of forward's first
+            arguments. `call` computes what `backward_operator` does; `needs` says of each field of
+            the first group whether it asks for a gradient.
     Returns: a function of forward's groups.
     """
     kinds = forward_operator.groups

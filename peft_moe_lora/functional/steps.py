@@ -1,7 +1,8 @@
-"""out = combine(post_norm(down(act(gate_up(x))))) in steps of autograd, around code of the model's own.
+"""out = combine(post_norm(down(act(gate_up(x))))) in steps of autograd, around code of the model's
+own.
 
-gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). They, the routing and combine are
-an operator each.
+gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). They, the routing and combine
+are an operator each.
 
 Legend: xa [M, r] = scaling * A[e] drop(x); yb [M, r] = scaling * B[e]^T dy.
 """
@@ -36,7 +37,11 @@ def unfused_experts(
     seed: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    """`functional.experts` of x [T, H] in the dtype of the weights; seed [2, 2] int64, a row each for up and down."""
+    """`functional.experts` of x [T, H] in the dtype of the weights.
+
+    Args:
+        seed: [2, 2] int64, whose rows draw the masks of up and down; None without dropout.
+    """
     routing = route(top_k_index, up.weight.shape[0], backend)
     halves = [
         expert_linear(x, half, routing, seed, 0, backend, gather=True) for half in up.halves()
@@ -72,7 +77,8 @@ class Selected(NamedTuple):
 class Index(NamedTuple):
     """The index tensors of `Routing`; `tiles` and `block_m` for eager calls alone.
 
-    How many tiles there are depends on the device. An operator leaves them out, and who needs them makes the table.
+    How many tiles there are depends on the device. An operator leaves them out, and who needs them
+    makes the table.
     """
 
     expert_offsets: torch.Tensor

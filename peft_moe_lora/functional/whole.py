@@ -1,13 +1,13 @@
-"""out = combine(down(act(gate_up(x)))) as one step of autograd, for an activation that the kernels have.
+"""out = combine(down(act(gate_up(x)))) as one step of autograd, around a fused activation.
 
-gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). Forward keeps, beyond its inputs, the
-pre-activation (unless it is recomputed), two rank-r tensors and the routing.
+gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). Forward keeps, beyond its
+inputs, the pre-activation (unless it is recomputed), two rank-r tensors and the routing.
 
 Legend:
     up, down: the gate_up and the down projection
     pre [M, N], act [M, I]: the rows before and after the activation
-    xa [M, r] = up_scaling * A[e] drop(x), ha [M, r] = down_scaling * A[e] drop(act): rows between A and B
-    yb [M, r] = scaling * B[e]^T dy: rows between B and A on the way back, of up or of down
+    xa [M, r] = up_scaling * A[e] drop(x), ha [M, r] = down_scaling * A[e] drop(act)
+    yb [M, r] = scaling * B[e]^T dy, of up or of down, where dy is the gradient of its output
     draw [M, I]: gradient of act before the routing weight; dpre [M, N]: gradient of pre
 """
 
@@ -82,9 +82,11 @@ class Results(NamedTuple):
 
     Attributes:
         out: [T, H].
-        pre, xa, ha: as in the legend; pre is None with recompute, xa and ha are None without an adapter.
+        pre, xa, ha: as in the legend; pre is None with recompute, xa and ha are None without an
+            adapter.
         expert_offsets, row_token, row_slot, slot_row: of `Routing`.
-        tiles, block_m: of `Routing`; an operator leaves them out, and backward makes the table again.
+        tiles, block_m: of `Routing`; an operator leaves them out, and backward makes the table
+            again.
     """
 
     out: torch.Tensor
@@ -141,7 +143,11 @@ def fused_experts(
     backend: str,
     recompute: bool,
 ) -> torch.Tensor:
-    """`functional.experts` of x [T, H] in the dtype of the weights; seed [2, 2] int64, a row each for up and down."""
+    """`functional.experts` of x [T, H] in the dtype of the weights.
+
+    Args:
+        seed: [2, 2] int64, whose rows draw the masks of up and down; None without dropout.
+    """
     inputs = Inputs(
         x,
         top_k_weights,
@@ -315,7 +321,7 @@ def _backward(*values: Any) -> Gradients:
     )  # fmt: skip
     needs_yb = needs.needs_x or needs.needs_up
     rows = RankRows(down_yb, ddown_A, kept.xa, up_B if needs_yb else None, plan.up_scaling, dup_B)
-    # here alone are they referred to, so that their memory is free when the operation is done with them
+    # `rows` alone refers to it from here on, so that its memory is free after the operation
     del down_yb
     dpre, yb, dweights = composed.expert_act_backward_outer(
         ops, draw, pre, routing, activation, inputs.top_k_weights, rows,

@@ -1,4 +1,4 @@
-"""act = f(gate) * (up + up_shift) on clamped halves of a pre-activation, or f(pre) where there is no gate."""
+"""act = f(gate) * (up + up_shift) of a pre-activation's clamped halves, or f(pre) without a gate."""
 
 import math
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ class Activation:
     Attributes:
         kind: f, one of KINDS; relu2 is relu(x)^2.
         gated: whether the pre-activation holds a gate and an up half; else act = f(pre).
-        interleaved: gate and up alternate column by column (gpt_oss) instead of standing as [gate | up].
-        limit: gate is clamped from above to limit, up to [-limit, limit], before anything else; None for no clamp.
+        interleaved: the columns of gate and up alternate (gpt_oss); else all of gate come first.
+        limit: gate is clamped from above to limit, up to [-limit, limit], before anything else;
+            None for no clamp.
         alpha: f(x) = x * sigmoid(alpha * x); read for kind "silu" only.
         up_shift: added to up before the product (gpt_oss: 1).
     """
@@ -31,7 +32,7 @@ class Activation:
 
     @property
     def halves(self) -> int:
-        """Parts in which the columns of a pre-activation stand: 2 where all gates come before all ups, else 1."""
+        """2 where all columns of gate come before all columns of up, else 1."""
         return 2 if self.gated and not self.interleaved else 1
 
     def width(self, N: int) -> int:
@@ -46,7 +47,13 @@ class Activation:
         return (self._f(gate) * (up + self.up_shift)).to(pre.dtype)
 
     def backward(self, pre: torch.Tensor, dact: torch.Tensor) -> torch.Tensor:
-        """[M, I] gradient of act to [M, N] gradient of the pre-activation, dtype of pre; zero where a clamp bites."""
+        """The gradient of the pre-activation, from that of act.
+
+        Args:
+            pre: [M, N].
+            dact: [M, I].
+        Returns: [M, N], dtype of pre; zero where a value was clamped.
+        """
         dact = dact.to(_wide(pre).dtype)
         if not self.gated:
             return (dact * self._df(_wide(pre))).to(pre.dtype)

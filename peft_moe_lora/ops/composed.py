@@ -31,8 +31,8 @@ def expert_shrink_outer(
         lora_A: [E, r, K]; None where there is nothing to compute.
         right: [M, r], dtype of x; read for `out` alone.
         scaling: of xa, not of out.
-        out: [E, K, r] fp32 (fp64 for fp64), any strides, zeros for an expert without rows; None where it is not asked
-            for.
+        out: [E, K, r] fp32 (fp64 for fp64), any strides, zeros for an expert without rows; None
+            where it is not asked for.
         row_weights: [T, top_k] float, of the outer product; None for ones.
     Returns: xa [M, r], dtype of x; None without lora_A.
     """
@@ -63,14 +63,19 @@ def expert_act_backward_outer(
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """`expert_act_backward`, `expert_outer` of down_yb and act into dA, and `expert_shrink_outer` of dpre.
+    """The gradient of an activation, and the rank-r products of its rows.
+
+    These are `expert_act_backward`, `expert_outer` of down_yb and act into dA, and
+    `expert_shrink_outer` of dpre.
 
     Args:
         ops: the operations to compose.
-        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be overwritten.
+        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be
+            overwritten.
         rows: the rank-r rows and the gradients to write.
         dropout: masks act in dA.
-    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre (None without lora_B), d_top_k_weights [T, top_k] fp32.
+    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre (None without lora_B), and
+        d_top_k_weights [T, top_k] fp32.
     """
     if rows.dA is not None and rows.dB is not None:
         found = ops.expert_act_backward_outer(

@@ -1,4 +1,6 @@
-"""mask[m, k] = 0 or 1 / (1 - p), a function of (seed, slot of row m, column k) alone: no mask is stored.
+"""mask[m, k] = 0 or 1 / (1 - p), from the seed, the slot of row m and the column k alone.
+
+No mask is stored: backward computes it again.
 
 Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
 """

@@ -1,8 +1,9 @@
-"""The operations, as the Triton kernels and their twins in plain PyTorch both offer them.
+"""The operations: what the Triton kernels and their twins in plain PyTorch both offer.
 
-Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r total rank.
-x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m]; weight [E, N, K];
-lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any strides, cast to the dtype of x.
+Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r
+total rank. x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m];
+weight [E, N, K]; lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any
+strides, cast to the dtype of x.
 """
 
 from collections.abc import Callable
@@ -17,15 +18,17 @@ from .routing import Routing
 
 
 class RankRows(NamedTuple):
-    """What is computed beside an activation's gradient: dA of the down projection, yb and dB of the up projection.
+    """Rank-r rows and gradients beside an activation's gradient: dA of down, yb and dB of up.
 
     Attributes:
         down_yb: [M, r] rows that dA sums with act, weighted; None without an adapter on down.
-        dA: [E, r, I] fp32, any strides, receives the gradient of down's A; None where it is not asked for.
+        dA: [E, r, I] fp32, any strides, receives the gradient of down's A; None where it is not
+            asked for.
         xa: [M, r] rows that dB sums with dpre.
         lora_B: [E, N, r] of up; None where yb is not asked for.
         scaling: of yb.
-        dB: [E, N, r] fp32, any strides, receives the gradient of up's B; None where it is not asked for.
+        dB: [E, N, r] fp32, any strides, receives the gradient of up's B; None where it is not asked
+            for.
     """
 
     down_yb: torch.Tensor | None
@@ -172,7 +175,7 @@ class Operations(Protocol):
         gather_right: bool = False,
         dropout: Dropout | None = None,
     ) -> torch.Tensor:
-        """out[e, p, q] = sum over the rows m of e of row_weights[slot] * left[m, p] * drop(right)[m, q].
+        """out[e, p, q] = sum over the rows m of e of w[slot] * left[m, p] * drop(right)[m, q].
 
         Args:
             left: [M, P], or [T, P] with gather_left.
@@ -193,7 +196,10 @@ class Operations(Protocol):
         row_weights: torch.Tensor | None = None,
         gather: bool = False,
     ) -> torch.Tensor | None:
-        """`composed.expert_shrink_outer` in one reading of x.  Returns: xa, or None where this does not apply."""
+        """`composed.expert_shrink_outer` in one reading of x.
+
+        Returns: xa, or None where this does not apply; then nothing is written.
+        """
 
     def expert_act_backward_outer(
         self,
@@ -208,7 +214,8 @@ class Operations(Protocol):
         bias: torch.Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """`composed.expert_act_backward_outer` in one reading of draw and pre, for all fields of `rows`.
+        """`composed.expert_act_backward_outer` in one reading; no field of `rows` is None.
 
-        Returns: dpre, yb, d_top_k_weights, or None where this does not apply.
+        Returns: dpre, yb, d_top_k_weights, or None where this does not apply; then nothing is
+            written.
         """

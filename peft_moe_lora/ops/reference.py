@@ -1,8 +1,9 @@
-"""The operations in plain PyTorch: twins of the kernels, same names and signatures, and the path without Triton.
+"""The operations in plain PyTorch: the twins of the kernels, and the path without Triton.
 
-Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r total rank.
-x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m]; weight [E, N, K];
-lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any strides, cast to the dtype of x.
+Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r
+total rank. x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m];
+weight [E, N, K]; lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any
+strides, cast to the dtype of x.
 """
 
 import torch
@@ -32,7 +33,10 @@ __all__ = [
 
 
 def replayed(function, *arguments):
-    """function(*arguments), which composes operations: the kernels' form saves the host what it decided before."""
+    """function(*arguments), which composes operations.
+
+    The kernels' form repeats what the host decided before.
+    """
     return function(*arguments)
 
 
@@ -70,7 +74,7 @@ def with_tiles(routing: Routing) -> Routing:
 def dequantize(
     weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """out[j] = W[first + j], in the order in which it is stored, if that expert has rows; else out[j] stays.
+    """out[j] = W[first + j], in the order in which it is stored; where that expert has rows alone.
 
     Args:
         expert_offsets: [E + 1] int32.
@@ -112,7 +116,8 @@ def expert_linear(
     Args:
         bias: [E, N].
         xa: [M, r], dtype of x, with its lora_B [E, N, r].
-        dropout: masks the low-rank term at the output: the input gradient of a layer that dropped its input.
+        dropout: masks the low-rank term at the output: the input gradient of a layer that dropped
+            its input.
     Returns: [M, N], dtype of x.
     """
     y = grouped_mm(_rows(x, routing, gather), weight.transpose(1, 2), routing.expert_offsets)
@@ -138,7 +143,7 @@ def expert_linear_act(
     lora_B: torch.Tensor | None = None,
     gather: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """pre = `expert_linear`, act = activation(pre).  Returns: pre [M, N], act [M, I], dtype of x."""
+    """pre = `expert_linear`, act = activation(pre).  Returns: pre [M, N], act [M, I]."""
     pre = expert_linear(x, weight, routing, bias=bias, xa=xa, lora_B=lora_B, gather=gather)
     return pre, activation(pre)
 
@@ -153,7 +158,7 @@ def expert_act_backward(
     dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the gradient of act, before the routing weight, to those of the pre-activation and the routing weights.
+    """From the gradient of act to those of the pre-activation and of the routing weights.
 
     d top_k_weights = <act, draw> + <bias, dout>, so the down output itself need not be kept.
 
@@ -162,7 +167,8 @@ def expert_act_backward(
         pre: [M, N] kept by forward.
         top_k_weights: [T, top_k] float.
         dout: [T, H], with bias: [E, H], the down bias.
-    Returns: dpre [M, N], act [M, I] (dtype of pre), d_top_k_weights [T, top_k] fp32 (fp64 for fp64), 0 for sentinels.
+    Returns: dpre [M, N], act [M, I] (dtype of pre), d_top_k_weights [T, top_k] fp32 (fp64 for
+        fp64), 0 for sentinels.
     """
     act = activation(pre)
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(draw.dtype)
@@ -179,7 +185,7 @@ def combine(
     top_k_weights: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot], summed in fp32.
+    """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot].
 
     Args:
         y: [M, N] float rows in expert order.
@@ -205,7 +211,8 @@ def combine_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dy[m] = w[slot] * dout[t], d_top_k_weights[slot] = <y[m], dout[t]>.
 
-    Returns: dy [M, N] (dtype of y), d_top_k_weights [T, top_k] fp32 (fp64 for fp64), 0 for sentinels.
+    Returns: dy [M, N] (dtype of y), d_top_k_weights [T, top_k] fp32 (fp64 for fp64), 0 for
+        sentinels.
     """
     rows = _wide(_rows(dout, routing, gather=True))
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(rows.dtype)
@@ -223,12 +230,13 @@ def expert_outer(
     gather_right: bool = False,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """out[e, p, q] = sum over the rows m of e of row_weights[slot] * left[m, p] * drop(right)[m, q].
+    """out[e, p, q] = sum over the rows m of e of w[slot] * left[m, p] * drop(right)[m, q].
 
     Args:
         left: [M, P], or [T, P] with gather_left.
         right: [M, Q], or [T, Q] with gather_right.
-        out: [E, P, Q] fp32 (fp64 for fp64), any strides; every element is written, zeros for an expert without rows.
+        out: [E, P, Q] fp32 (fp64 for fp64), any strides; every element is written, zeros for an
+            expert without rows.
         row_weights: [T, top_k] float; None for ones.
     """
     left, right = (
@@ -284,7 +292,10 @@ def _rows(x: torch.Tensor, routing: Routing, gather: bool) -> torch.Tensor:
 
 
 def _row_expert(routing: Routing) -> torch.Tensor:
-    """[M] int64 expert of each row; a sentinel's row gets the last expert, so that indexing stays in bounds."""
+    """[M] int64 expert of each row.
+
+    A sentinel's row gets the last expert, so that indexing stays in bounds.
+    """
     rows = torch.arange(routing.num_rows, dtype=torch.int32, device=routing.row_slot.device)
     expert = torch.searchsorted(routing.expert_offsets, rows, right=True) - 1
     return expert.clamp(max=routing.num_experts - 1)

@@ -1,8 +1,8 @@
 """Which rows each expert owns, and the way from rows to tokens and back.
 
-A row is one (token, slot) pair. Rows stand in expert order: those of expert 0 first, each expert's in slot order.
-Rows from expert_offsets[E] on belong to ids outside 0..E-1 (sentinels of expert parallelism): nobody computes them,
-and no result may read them.
+A row is one (token, slot) pair. Rows stand in expert order: those of expert 0 first, each expert's
+in slot order. Rows from expert_offsets[E] on belong to ids outside 0..E-1 (sentinels of expert
+parallelism): nobody computes them, and no result may read them.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,15 @@ class Routing:
     """Index tensors of one batch, all on the device of the routing.
 
     Attributes:
-        expert_offsets: [E + 1] int32, exclusive: expert e owns rows expert_offsets[e] up to expert_offsets[e + 1].
+        expert_offsets: [E + 1] int32, exclusive: expert e owns rows expert_offsets[e] up to
+            expert_offsets[e + 1].
         row_token: [M] int32, the token a row reads.
         row_slot: [M] int32, the flat (token, slot) a row serves: token * top_k + slot.
         slot_row: [M] int32, the inverse of row_slot; -1 for a sentinel slot.
         top_k: experts per token.
-        tiles: [max_tiles + 3, 2] int32 for kernels: (expert, first row) of each tile of `block_m` rows; expert is -1
-            past the last tile; then (-1, number of tiles) and (-1, 0), a counter. None for the twins.
+        tiles: [max_tiles + 3, 2] int32 for kernels: (expert, first row) of each tile of `block_m`
+            rows; expert is -1 past the last tile; then (-1, number of tiles) and (-1, 0), a
+            counter. None for the twins.
         block_m: rows per tile of `tiles`.
     """
 
@@ -46,7 +48,7 @@ class Routing:
         return self.num_rows // self.top_k if self.top_k else 0
 
     def tensors(self) -> list[torch.Tensor]:
-        """The index tensors in field order, `tiles` left out where there is none: what autograd keeps."""
+        """The index tensors in field order, without `tiles` where there is none."""
         kept = [self.expert_offsets, self.row_token, self.row_slot, self.slot_row]
         return kept if self.tiles is None else [*kept, self.tiles]
 

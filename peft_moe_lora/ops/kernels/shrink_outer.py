@@ -1,4 +1,6 @@
-"""xa[m] = scaling * A[e] x[row], and out[e, k, j] = sum over the rows m of e of w[m] * x[row, k] * right[m, j]."""
+"""xa[m] = scaling * A[e] x[row], and out[e, k, j] = sum over the rows m of e of w[m] * x[row, k] *
+right[m, j].
+"""
 
 import torch
 
@@ -22,12 +24,15 @@ def expert_shrink_outer(
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
-        lora_A: [E, r, K], any strides and float dtype; cast to the dtype of x tile by tile, never copied.
+        lora_A: [E, r, K], any strides and float dtype; cast to the dtype of x tile by tile, never
+            copied.
         right: [M, r], dtype of x.
         scaling: of xa, not of out.
-        out: [E, K, r] fp32, any strides; every element is written, zeros for an expert without rows.
+        out: [E, K, r] fp32, any strides; every element is written, zeros for an expert without
+            rows.
         row_weights: [T, top_k] float, of the outer product; None for ones.
-    Returns: xa [M, r], dtype of x; None where no kernel does this here, and then nothing is written.
+    Returns: xa [M, r], dtype of x; None where no kernel does this here, and then nothing is
+        written.
     Twin: `composed.expert_shrink_outer` with the operations of `reference`.
     """
     arch, multiprocessors = device_facts(x.device)
