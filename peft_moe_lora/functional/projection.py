@@ -13,7 +13,6 @@ import torch
 
 from ..ops import QuantizedWeight
 
-
 # A and B, or what belongs to them; both are None without an adapter
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 
@@ -87,8 +86,8 @@ def whole_pair(
 ) -> Pair:
     """A pair of all E experts, made from the pair of some.
 
-    The kernels address A and B by expert, as they address W. The parameters, their gradients and the optimizer's state hold S experts; the pair made here
-    lives for one call.
+    The kernels address A and B by expert, as they address W. The parameters, their gradients and
+    the optimizer's state hold S experts; the pair made here lives for one call.
 
     Args:
         lora_A: [r * S, K], expert-major; None without an adapter.
