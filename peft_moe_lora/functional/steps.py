@@ -1,5 +1,4 @@
-"""out = combine(post_norm(down(act(gate_up(x))))) in steps of autograd, around code of the model's
-own.
+"""out = combine(post_norm(down(act(gate_up(x))))) in steps of autograd, around the model's code.
 
 gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). They, the routing and combine
 are an operator each.
