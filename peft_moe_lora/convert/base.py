@@ -213,8 +213,8 @@ def _read_config(
         return name, AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
-            f"{base_config!r} gives no model config ({error}). Name a folder with a config.json, "
-            "or a model on the hub."
+            f"no model config can be read from {base_config!r} ({error}). Name a folder with a "
+            "config.json, or a model on the hub."
         ) from error
 
 

@@ -67,11 +67,15 @@ def shard_paths(base: Path) -> list[Path]:
         return [base / SINGLE_NAME]
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-        raise AdapterError(f"{index} has no weight_map of names and files.")
+        raise AdapterError(
+            f"{index} has no weight_map of tensor names and files; download it again."
+        )
     for file in set(named.values()):
         # a bare name: an index must not lead outside its folder
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise AdapterError(f"{index} names {file!r}, which is no safetensors file beside it.")
+            raise AdapterError(
+                f"{index} names {file!r}, which is not the name of a safetensors file beside it."
+            )
         if not (base / file).is_file():
             raise AdapterError(
                 f"{index} names {file}, which is missing; download the checkpoint again."
@@ -80,7 +84,10 @@ def shard_paths(base: Path) -> list[Path]:
     held = {name for file in files for name in TensorFile(file).tensors}
     different = sorted(held ^ set(named))
     if different:
-        raise AdapterError(f"{index} and the files beside it differ on {different[0]}.")
+        raise AdapterError(
+            f"only one of {index} and the files beside it has {different[0]}; download the "
+            "checkpoint again."
+        )
     return files
 
 
@@ -113,8 +120,8 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) ->
     """
     if shape != expected:
         raise AdapterError(
-            f"the checkpoint's {name} is {list(shape)}, not {list(expected)}; is it the config's "
-            "model, unquantized?"
+            f"the checkpoint's {name} is {list(shape)} and must be {list(expected)}; take the "
+            "checkpoint that the config belongs to, unquantized."
         )
 
 
@@ -146,7 +153,7 @@ def _linear_targets(
         name = known.get(f"{path}.weight")
         if name is None:
             raise RefusedError(
-                f"{base.name} has no tensor {path}.weight for the adapter's LoRA on it."
+                f"{base.name} has no tensor {path}.weight, to which the adapter adds LoRA."
             )
         embedding = ".lora_embedding_" in linear.A
         in_features = adapter.file.tensors[adapter.names[linear.A]].shape[1]
@@ -303,7 +310,8 @@ def _is_transposed(layout: ExpertsLayout, path: str, shapes: Mapping[str, tuple[
             seen.add(False)
     if len(seen) == 2:
         raise AdapterError(
-            f"the checkpoint stores one stack of {path} transposed and the other not; is it whole?"
+            f"the checkpoint stores one stack of {path} transposed and the other not; download it "
+            "again."
         )
     if not seen:
         return layout.transposed

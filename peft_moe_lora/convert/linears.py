@@ -33,8 +33,8 @@ def read_linears(
             carried.append(key)
         else:
             raise AdapterError(
-                f"{source.file.path}: {source.names[key]} is no tensor of a LoRA adapter as known "
-                "here."
+                f"{source.file.path}: {source.names[key]} is neither a LoRA tensor nor saved whole "
+                "by modules_to_save; such tensors cannot be converted."
             )
     linears = {path: _linear(source, path, found[path]) for path in sorted(found, key=natural)}
     return linears, tuple(carried)
@@ -68,7 +68,8 @@ def _linear(source: Source, path: str, sides: dict[str, str]) -> LinearPair:
     scaling = source.scaling(name)
     if len(sides) < 2:
         raise AdapterError(
-            f"{source.file.path}: {next(iter(sides.values()))} stands without its other half."
+            f"{source.file.path} has {next(iter(sides.values()))} without the other one of lora_A "
+            "and lora_B; the file is damaged or was filtered."
         )
     slot = Slot(sides["A"], sides["B"])
     _check_shapes(source, path, slot, r)
@@ -96,10 +97,11 @@ def _check_shapes(source: Source, path: str, slot: Slot, r: int) -> None:
     fits = len(A) == 2 and len(B) == 2 and A[0] == r and B[1] == r
     if not fits or (sizes is not None and (A[1], B[0]) != sizes):
         raise AdapterError(
-            f"{source.file.path}: {path} has A {list(A)} and B {list(B)}, not [{r}, {K}] and "
-            f"[{N}, {r}]; the adapter is for another model, or its files do not belong together."
+            f"{source.file.path}: {path} has A {list(A)} and B {list(B)} instead of [{r}, {K}] "
+            f"and [{N}, {r}]; the adapter is for another model, or its files do not belong "
+            "together."
         )
     if source.base is not None and path not in source.base.modules:
         raise AdapterError(
-            f"{source.file.path} adapts {path}, which {source.base.name} does not have."
+            f"{source.file.path} adapts {path}, but {source.base.name} has no such module."
         )

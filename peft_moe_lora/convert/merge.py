@@ -134,7 +134,7 @@ def merge_adapter(
     saved = {resolved_name(facts, name): name for name in tensors}
     lost = sorted(set(read.carried) - set(saved))
     if lost:
-        raise RefusedError(f"{base} has no tensor {lost[0]} for what the adapter saved whole.")
+        raise RefusedError(f"{base} has no tensor {lost[0]}, which the adapter saved whole.")
     replaced = {saved[key]: key for key in read.carried}
     merger = _Merger(read, targets, replaced)
     with new_folder(dst, force) as folder:

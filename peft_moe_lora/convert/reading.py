@@ -87,24 +87,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json, checked; patterns and use_rslora are there, empty or off by default."""
     config = read_json(path)
     if config.get("peft_type") not in ("LORA", "MOE_LORA"):
-        raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r} is no LoRA.")
+        raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r} is not LoRA.")
     for name in _REFUSED_OPTIONS:
         if config.get(name):
             raise RefusedError(
-                f"{path}: {name}={config[name]!r} has no counterpart in a conversion."
+                f"{path}: adapters with {name}={config[name]!r} cannot be converted."
             )
     for name in ("rank_pattern", "alpha_pattern"):
         config[name] = config.get(name) or {}
         if not isinstance(config[name], dict):
             raise AdapterError(
-                f"{path}: rank_pattern and alpha_pattern are objects of names and numbers."
+                f"{path}: rank_pattern and alpha_pattern must be objects of names and numbers, "
+                f"got {name} {config[name]!r}."
             )
     ranks = [config.get("r"), *config["rank_pattern"].values()]
     if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
-        raise AdapterError(f"{path}: ranks are integers of at least 1, got {ranks}.")
+        raise AdapterError(f"{path}: ranks must be integers of at least 1, got {ranks}.")
     alphas = [config.get("lora_alpha"), *config["alpha_pattern"].values()]
     if not all(isinstance(x, int | float) and math.isfinite(x) and x != 0 for x in alphas):
-        raise AdapterError(f"{path}: lora_alpha is a finite number other than 0, got {alphas}.")
+        raise AdapterError(
+            f"{path}: lora_alpha must be a finite number other than 0, got {alphas}."
+        )
     config["use_rslora"] = bool(config.get("use_rslora"))
     if config.get("expert_indices") is not None:
         try:
@@ -127,7 +130,8 @@ def _names(file: TensorFile, base: BaseModel | None) -> dict[str, str]:
             key = resolved[path] + key[len(path) :]
         if key in names:
             raise AdapterError(
-                f"{file.path}: {name} and {names[key]} are the same tensor under two names."
+                f"{file.path}: {name} and {names[key]} are the same tensor under two names; keep "
+                "one of them."
             )
         names[key] = name
     return names
@@ -144,7 +148,9 @@ def _module_path(key: str) -> str | None:
 def _check_floating(file: TensorFile) -> None:
     for name, info in file.tensors.items():
         if ".lora_" in name and not info.dtype.is_floating_point:
-            raise AdapterError(f"{file.path}: {name} is {info.dtype}; adapters are floating point.")
+            raise AdapterError(
+                f"{file.path}: {name} is {info.dtype}, but LoRA tensors must be floating point."
+            )
 
 
 def _format_of(source: Source) -> tuple[Format, Slots]:
@@ -156,13 +162,14 @@ def _format_of(source: Source) -> tuple[Format, Slots]:
             found.append((form, slots))
     if not found:
         raise AdapterError(
-            f"{source.file.path} holds no experts tensors; there is nothing for a MoE conversion "
-            "to do."
+            f"{source.file.path} holds no tensors of experts in a known format, so there is "
+            "nothing to convert."
         )
     if len(found) > 1:
         names = " and ".join(form.name for form, _ in found)
         raise AdapterError(
-            f"{source.file.path} holds {names} experts tensors; an adapter has them in one format."
+            f"{source.file.path} holds tensors of experts in the formats {names}; an adapter has "
+            "one format."
         )
     return found[0]
 
@@ -198,9 +205,9 @@ def _check_description(source: Source, experts: Experts) -> None:
             or chosen != {_as_tuple(described.get("experts"))}
         ):
             raise AdapterError(
-                f"{source.file.path}: its metadata says {described} of {path}, the tensors with "
-                f"adapter_config.json say {numbers or 'no'} experts of {held}, experts {chosen}; "
-                "the two files do not belong together."
+                f"{source.file.path}: its metadata says {described} of {path}, but its tensors "
+                f"and adapter_config.json say {numbers or 'no'} experts of {held}, with the expert "
+                f"ids {chosen}; the two files do not belong together."
             )
 
 

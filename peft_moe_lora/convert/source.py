@@ -96,18 +96,18 @@ class Source:
         layout = self.base.experts.get(path)
         if layout is None:
             raise AdapterError(
-                f"{self.file.path} adapts {path}, which is no experts module of {self.base.name}; "
-                f"its experts are {next(iter(self.base.experts))} and the like. Name the base "
-                "model the adapter was trained on."
+                f"{self.file.path} adapts {path}, but {self.base.name} has no experts module of "
+                f"that name; its first one is {next(iter(self.base.experts))}. Name the base model "
+                "the adapter was trained on."
             )
         known = layout.projection(projection)
         sizes = (pair.num_experts, pair.in_features, pair.out_features)
         if sizes != (layout.num_experts, known.in_features, known.out_features):
             raise AdapterError(
                 f"{self.file.path}: {path}, {projection} is for {pair.num_experts} experts of "
-                f"{pair.in_features} -> {pair.out_features}, {self.base.name} has "
-                f"{layout.num_experts} of {known.in_features} -> {known.out_features}. Name the "
-                "base model the adapter was trained on."
+                f"{pair.in_features} -> {pair.out_features} features, but {self.base.name} has "
+                f"{layout.num_experts} experts of {known.in_features} -> {known.out_features}. "
+                "Name the base model the adapter was trained on."
             )
         return pair
 

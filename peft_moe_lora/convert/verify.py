@@ -138,8 +138,8 @@ def _check_same_modules(first: Adapter, second: Adapter) -> None:
     ) or sorted(set(first.experts) ^ set(second.experts))
     if different:
         raise AdapterError(
-            f"only one of {first.file.path} and {second.file.path} adapts {different[0]} "
-            f"({len(different)} so)."
+            f"only one of {first.file.path} and {second.file.path} adapts {different[0]}; they "
+            f"differ in {len(different)} modules."
         )
 
 

@@ -107,7 +107,7 @@ def test_a_rank_that_is_not_the_tensors(written, qwen, tmp_path):
 @pytest.mark.parametrize("r", [0, -1, 1.5, "4", True, None])
 def test_a_rank_that_is_none(written, qwen, tmp_path, r):
     rewrite(tmp_path / "in", r=r)
-    refused(qwen, tmp_path, "ranks are integers")
+    refused(qwen, tmp_path, "ranks must be integers")
 
 
 @pytest.mark.parametrize("alpha", [0, "8", float("nan"), None])

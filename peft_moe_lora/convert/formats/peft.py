@@ -108,10 +108,10 @@ def _order_of_B(source: Source) -> tuple[str, list[str]]:
     if source.b_layout not in B_LAYOUTS:
         raise AdapterError(f"b_layout must be one of {B_LAYOUTS}, got {source.b_layout!r}.")
     if source.b_layout != "auto":
-        return source.b_layout, [f"B was read {source.b_layout}, as told"]
+        return source.b_layout, [f"B was read as {source.b_layout}, which b_layout asked for"]
     marker = source.config.get("lora_B_layout")
     if marker in B_LAYOUTS[1:]:
-        return marker, [f"B was read {marker}, as adapter_config.json says"]
+        return marker, [f"B was read as {marker}, which adapter_config.json says"]
     if marker is not None:
         raise RefusedError(
             f"{source.file.path}: adapter_config.json says lora_B_layout={marker!r}, which is not "
@@ -147,7 +147,7 @@ def _projections(source: Source, path: str, slots: Mapping[SlotName, Slot]) -> d
         raise RefusedError(
             f"{source.file.path}: {path} has one adapted projection, and neither "
             f"target_parameters={targets!r} nor the shapes tell whether it is gate_up or down; "
-            "write the one it is into target_parameters of its adapter_config.json."
+            "write the parameter's name into target_parameters of its adapter_config.json."
         )
     return {possible.pop(): slot}
 
@@ -200,9 +200,7 @@ def _parameter_name(
     if pairs is None:
         return "gate_up_proj"
     if "down" not in pairs:
-        need_base(
-            base, "whether the parameter is called gate_up_proj or up_proj is the base's to say"
-        )
+        need_base(base, "only the base model says whether the parameter is gate_up_proj or up_proj")
         return "gate_up_proj"
     halves = pairs["gate_up"].out_features // pairs["down"].in_features
     return {1: "up_proj", 2: "gate_up_proj"}[halves]

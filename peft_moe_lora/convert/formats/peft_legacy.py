@@ -37,7 +37,7 @@ def swapped_projections(source: Source, path: str, slots: Mapping[str, Slot]) ->
         if source.base is not None:
             whose = f" of {source.base.name}"
         raise AdapterError(
-            f"{source.file.path}: {path} has A and B of {sizes} (in, out), which is no experts "
+            f"{source.file.path}: {path} has A and B of {sizes} (in, out), which fits no experts "
             f"projection{whose}; the adapter is for another model, or damaged."
         )
     certain = {name: next(iter(fit)) for name, fit in fits.items() if len(fit) == 1}

@@ -51,7 +51,7 @@ class PerExpert(Format):
     def read(self, source: Source, slots: Slots) -> Read:
         base = need_base(
             source.base,
-            "per-expert tensors are put together in the order of the base's gate_up_proj",
+            "per-expert tensors are combined in the row order of the base model's gate_up_proj",
         )
         experts: Experts = {}
         notes: tuple[str, ...] = ()
@@ -65,10 +65,7 @@ class PerExpert(Format):
                 pair = _read_pair(source, base, path, found, parts)
                 experts[path]["gate_up"] = source.checked(path, "gate_up", pair)
                 if pair.r == 2 * source.rank(f"{path}.0.gate_proj"):
-                    notes = (
-                        "gate and up have A's of their own: put together at twice the rank, "
-                        "exactly",
-                    )
+                    notes = ("gate and up have different A's: combined exactly, at twice the rank",)
             if "down_proj" in leaves:
                 pair = _read_pair(source, base, path, found, ["down_proj"])
                 experts[path]["down"] = source.checked(path, "down", pair)
@@ -76,7 +73,7 @@ class PerExpert(Format):
 
     def prepare(self, adapter: Adapter) -> Adapter:
         base = need_base(
-            adapter.base, "gate and up lie in its gate_up_proj as the model's family has them"
+            adapter.base, "gate_up is split in the row order of the base model's gate_up_proj"
         )
         for path, pairs in adapter.experts.items():
             if "gate_up" in pairs and base.experts[path].gated:
@@ -148,7 +145,7 @@ def _check_complete(
     """
     if path not in base.experts:
         raise AdapterError(
-            f"{source.file.path} adapts {path}, which is no experts module of {base.name}."
+            f"{source.file.path} adapts {path}, but {base.name} has no experts module of that name."
         )
     layout = base.experts[path]
     leaves = sorted({name.name for name in found})
@@ -241,12 +238,13 @@ def _check_alike(
         shapes = [list(source.info(key).shape) for key in slot]
         if shapes != right:
             raise AdapterError(
-                f"{source.file.path}: {path}, {leaf} of expert {e} has A and B of {shapes}, not "
-                f"{right} (r={r} of adapter_config.json, expert 0's sizes)."
+                f"{source.file.path}: {path}, {leaf} of expert {e} has A and B of {shapes} "
+                f"instead of {right} (r={r} of adapter_config.json, sizes of expert 0)."
             )
         if source.scaling(f"{path}.{e}.{leaf}") != scaling:
             raise RefusedError(
-                f"{source.file.path}: {path}, {leaf} of expert {e} has a scaling of its own."
+                f"{source.file.path}: {path}, {leaf} of expert {e} has another scaling than expert "
+                "0; the experts of a module must have one scaling."
             )
 
 
@@ -279,8 +277,8 @@ def _refused_elsewhere(adapter: Adapter, base: BaseModel) -> Iterator[str]:
     """What one of the format's readers would refuse or ignore, though others take it."""
     if _peft_reads_per_expert(base.model_type) is False:
         yield (
-            f"PEFT does not read per-expert tensors of {base.model_type}, it ignores them; give it "
-            "--to peft"
+            f"PEFT does not read per-expert tensors of {base.model_type} but ignores them; convert "
+            "with --to peft for PEFT"
         )
     if base.model_type in VLLM_3D:
         yield (
@@ -290,7 +288,7 @@ def _refused_elsewhere(adapter: Adapter, base: BaseModel) -> Iterator[str]:
     if adapter.carried:
         yield (
             f"vLLM and SGLang refuse adapters with modules_to_save ({adapter.carried[0]}); PEFT "
-            "loads this one"
+            "loads them"
         )
     if VLLM.allocated(max(layer.r for layer in adapter.layers())) is None:
         yield f"vLLM takes ranks up to {VLLM.ranks[-1]}"

@@ -58,15 +58,16 @@ class Sglang3d(Format):
     def prepare(self, adapter: Adapter) -> Adapter:
         if adapter.carried:
             raise RefusedError(
-                "SGLang does not load modules saved whole, this adapter holds "
+                "SGLang does not load modules saved whole, but this adapter holds "
                 f"{adapter.carried[0]}."
             )
         base = need_base(
-            adapter.base, "SGLang reads gate_up as [gate; up], so the base's order has to be known"
+            adapter.base,
+            "SGLang reads gate_up as [gate; up], so the base's row order must be known",
         )
         if any(base.interleaved[path] for path in adapter.experts):
             raise RefusedError(
-                f"{base.model_type} alternates gate and up rows, SGLang's 3-D reader takes "
+                f"{base.model_type} alternates gate and up rows, but SGLang's 3-D reader takes "
                 "[gate; up]; convert to per_expert instead."
             )
         lonely = query_without_value(adapter.linears)

@@ -23,17 +23,19 @@ class Vllm3d(Peft):
     def prepare(self, adapter: Adapter) -> Adapter:
         if adapter.carried:
             raise RefusedError(
-                f"vLLM refuses adapters with modules_to_save, this one holds {adapter.carried[0]}."
+                "vLLM refuses adapters with modules_to_save, but this one holds "
+                f"{adapter.carried[0]}."
             )
         rank = max(layer.r for layer in adapter.layers())
         if VLLM.allocated(rank) is None:
             raise RefusedError(
-                f"vLLM takes ranks up to {VLLM.ranks[-1]}, this adapter has {rank}; merge it into "
-                "the base model instead (peft-moe-lora merge)."
+                f"vLLM takes ranks up to {VLLM.ranks[-1]}, but this adapter has {rank}; merge it "
+                "into the base model instead (peft-moe-lora merge)."
             )
         if adapter.base is not None and adapter.base.model_type not in VLLM_3D:
             return adapter.noted(
-                f"vLLM is not known to read {adapter.base.model_type} in 3-D and would not say so; "
-                "check that its class has is_3d_moe_weight, or convert to per_expert"
+                f"vLLM is not known to read {adapter.base.model_type} in 3-D, and gives no error "
+                "where it does not; check that its class sets is_3d_moe_weight, or convert to "
+                "per_expert"
             )
         return adapter
