@@ -75,7 +75,7 @@ def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside): 
 @pytest.mark.parametrize("biased", [False, True])
 def test_panels_add_up(kernels, dtype, biased):  # noqa: F811
     """The second kernel of the one reading, which runs anywhere: five halves of panels, the sixth is nobody's."""
-    one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.act_backward_outer")
+    one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.sum_panels")
     p = Problem(SHAPES[1], dtype)
     routing, bias, dout = kernels.route(p.index, p.shape.E), p.down_bias, p.x
     partial_yb, partial_dw = random(3, p.M, 6), random(6, p.M)
@@ -87,7 +87,7 @@ def test_panels_add_up(kernels, dtype, biased):  # noqa: F811
         torch.empty(p.weights.shape, device=DEVICE),
     )
     given = (dout, bias) if biased else (None, None)
-    one_reading._sum_panels(partial_yb, partial_dw, routing, 0.7, *given, 320, yb, dw)
+    one_reading.sum_panels(partial_yb, partial_dw, routing, 0.7, *given, 320, yb, dw)
     assert_within(
         yb[: p.valid],
         (0.7 * partial_yb.sum(0)).to(dtype)[: p.valid],

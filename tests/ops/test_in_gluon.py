@@ -11,13 +11,22 @@ from ops.test_kernels import kernels  # noqa: F401
 
 NAMES = ["linear_roles", "shrink_outer", "act_backward_outer"]
 
+SHARED = [
+    "linear_roles_load",
+    "linear_roles_store",
+    "linear_roles_tile",
+    "pieces",
+    "pipeline",
+    "sum_panels",
+]
+
 
 @pytest.fixture
 def choice(kernels, monkeypatch):  # noqa: F811
     """The module that chooses, its imports undone."""
     from peft_moe_lora.ops.kernels.sm90 import in_gluon as choice
 
-    for name in (*NAMES, "pieces", "rings"):
+    for name in (*NAMES, *SHARED):
         monkeypatch.delitem(sys.modules, f"peft_moe_lora.ops.kernels.sm90.{name}", raising=False)
     choice.in_gluon.cache_clear()
     yield choice

@@ -1,30 +1,30 @@
 """dpre, dw, yb, dB and dA of a gated activation, in one reading of draw and of pre:
 
-    dpre = activation.backward(pre, w * draw)    dw = <act, draw>                  act = activation(pre), never stored
-    yb[m] = scaling * B[e]^T dpre[m]             dB[e] = sum of dpre[m] xa[m]^T    dA[e] = sum of right[m] w act[m]^T
+    act = activation(pre), which is never stored
+    dpre = activation.backward(pre, w * draw)
+    dw = <act, draw>
+    yb[m] = scaling * B[e]^T dpre[m]
+    dB[e] = sum over the rows m of e of dpre[m] xa[m]^T
+    dA[e] = sum over the rows m of e of w[m] * right[m] act[m]^T
 
-A program has a panel of 128 columns of act and goes over the rows of a chunk, 64 a step, with its part of dB and dA in
-registers. Of yb and dw it has what its columns give; a second kernel adds the panels. A step is four quarters of 32
-rows and 64 columns: one is computed while the next two are copied, by the very threads that will read them. What it
-computed the products find in shared memory. Two programs a multiprocessor: one computes while the other multiplies.
+A program has a panel of 128 columns of act and walks over the rows of a chunk, 64 a step, with its
+part of dB and dA in registers. What its columns give of yb and dw it stores; `sum_panels` adds the
+panels. A step has four quarters of 32 rows and 64 columns. Each thread copies, with cp.async, just
+the elements that it will compute on: the copies of the next two quarters run while one is computed,
+without a barrier. What was computed goes to shared memory, where wgmma reads it after the fourth
+quarter. Two programs share a multiprocessor, so that one computes while the other multiplies. 0.59
+to 0.77 of the time of the operations it replaces (NVIDIA H200, 2026-11-24; docs/performance.md).
 
-Time over that of the operations it stands for, r = 16 (NVIDIA H200, 2026-11-24; 8192 tokens): qwen3.5-35b 0.77,
-qwen3-30b 0.70 (2048 tokens: 0.78), the gpt-oss shape 0.63, the deepseek-v3 slice 0.65, mixtral 0.59; where gate and up
-alternate, with the clamp, qwen3-30b 0.75, the gpt-oss shape 0.69. At qwen3.5-35b it takes 137 us for 335 MB; of its
-programs, of 256 rows, a sixth is their beginning and end.
-Tried there: rows loaded into registers a quarter ahead 1.27 times as long, four stages 1.03; all rows of a chunk at 32
-columns a step 1.4 to 1.6, at any depth, because memory gives pieces of 64 bytes at 1.5 TB/s; the same in Triton 1.4.
-
-Legend: chunks as in `outer`; quarter 2 * c + h of a step: columns 64 * c of the panel on, rows 32 * h on.
-    sides: the two times 64 columns of pre that a quarter's 64 of act come from: gate and up; where these alternate in
-        memory, the pairs of the first 32 and of the last
+Legend: chunks as in `tiles.chunks`
+    quarter 2 * c + h of a step: columns from 64 * c of the panel, rows from 32 * h of the step
+    sides: the two blocks of 64 columns of pre that a quarter's 64 columns of act come from: gate
+        and up; where these are interleaved, the pairs of the first 32 columns and of the last 32
     partial_yb_ptr [panels, M, r], partial_dw_ptr [2 * panels, M] fp32
-    partial_A_ptr [max_chunks, I, r], partial_B_ptr [max_chunks, N, r] fp32: of experts of several chunks
+    partial_A_ptr [max_chunks, I, r], partial_B_ptr [max_chunks, N, r] fp32: sums of the chunks of
+        experts that have several
 """
 
 import torch
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -40,45 +40,49 @@ from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
 from ..tiles.activation import activate_backward, activation_constants
-from ..tiles.bias import bias_times_dout
 from ..tiles.chunks import chunk_rows, sum_chunks
-from ..tiles.tile import strides_or_zeros
 from .pieces import NARROW, RANKS, WIDE, barrier, chunk_of, load_rows
+from .sum_panels import HALF_PANEL, sum_panels
 
 # triton 3.6: _reinterpret; drop when the floor is 3.9
 REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 # rows of a step; rows and columns of a quarter
-ROWS, HALF, COLS = gl.constexpr(64), gl.constexpr(32), gl.constexpr(64)
+ROWS = gl.constexpr(64)
+HALF = gl.constexpr(32)
+COLS = gl.constexpr(HALF_PANEL)
+# a quarter's elements by eight warps: each thread has eight in a row
 BY_ELEMENTS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-# of act, where a side is pairs of gate and up: a thread's pairs belong to four columns
-BY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
+# columns of act whose gate and up are a side of pairs: eight elements of pre are four of act
 PAIRS = gl.constexpr(32)
-# of rank-r rows, eight ranks a thread, and of B
+BY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
+# rank-r rows: eight ranks a thread, and the same as four int32 of two ranks each
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [8, 1], [1, 0]))
 BY_EIGHT_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [16, 2], [8, 1], [1, 0]))
+# B: four ranks a thread
 BY_FOUR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
 BY_ROW = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
-# rows that a program of the second kernel adds
-SUMMED_ROWS = 64
-# quarters in flight or computed
+# quarters whose copies are in flight or that are computed
 STAGES = gl.constexpr(3)
 STAGED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-# both groups of four warps take all rows, of 8 of the 16 ranks
+# sums of wgmma: both groups of four warps have all rows, and 8 of the 16 ranks each
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 8, 16]))
 
 
 @gluon.jit
 def _opaque_zero(n):
-    """0, which the compiler does not know: else it holds the addresses of all products in registers."""
+    """0, hidden from the compiler.
+
+    Addresses that it could compute before the loop it would hold in registers, for all products.
+    """
     return gl.inline_asm_elementwise(
         "mov.b32 $0, 0;", "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def _apart(pairs, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    """The elements of ints that hold two each."""
+def _split_pairs(pairs, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The 16-bit elements of int32 that hold two each."""
     low = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
     return gl.convert_layout(gl.join(low, high).reshape(shape), layout, assert_trivial=True)
@@ -86,9 +90,13 @@ def _apart(pairs, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr
 
 @gluon.jit
 def _load_quarter(
-    staged, s, draw_ptrs, pre_ptrs, left, h, c, col, I, stride_prem, INTERLEAVED: gl.constexpr,  # noqa: E741
+    staged, s, draw_ptrs, pre_ptrs, left, h, c, col, I, stride_prem,  # noqa: E741
+    INTERLEAVED: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of both sides and draw of a quarter, of a step that has so many rows left."""
+    """Start the copies of both sides and draw of a quarter into stage s.
+
+    left: rows of the chunk from the first row of the step on.
+    """
     exists = col + c * COLS < I
     mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS)) < left)[:, None] & exists
     pre_ptrs += h * HALF * stride_prem + c * COLS * (1 + INTERLEAVED)
@@ -109,7 +117,11 @@ def _activate_side(
     staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Activation and gradient of a side of pairs: to memory, and where the products find them. Returns act * draw."""
+    """Activation and its gradient, of a side of interleaved gate and up.
+
+    Stores dpre, and puts dpre and act into shared memory for wgmma.
+    Returns: act * draw [HALF, PAIRS], whose sums over columns are dw.
+    """
     dtype: gl.constexpr = staged_pre.dtype
     gate, up = staged_pre.load(BY_ELEMENTS).reshape([HALF, PAIRS, 2]).split()
     draw = gl.convert_layout(staged_draw.load(BY_PAIRS), gate.type.layout, assert_trivial=True).to(
@@ -129,11 +141,14 @@ def _activate_side(
 
 @gluon.jit
 def _activate_quarter(
-    staged, s, w_smem, dw_ptrs, dpre_ptrs, left, h, c, col, I, M, side0_smem, side1_smem, act_smem,  # noqa: E741
-    INTERLEAVED: gl.constexpr,
+    staged, s, w_smem, dw_ptrs, dpre_ptrs, left, h, c, col, I, M,  # noqa: E741
+    side0_smem, side1_smem, act_smem, INTERLEAVED: gl.constexpr,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Activation and gradient of a quarter: to memory, and where the products find them."""
+    """Activation and its gradient, of a quarter in stage s.
+
+    Stores dpre and the quarter's part of dw, and puts dpre and act into shared memory for wgmma.
+    """
     dtype: gl.constexpr = act_smem.dtype
     w = w_smem.load(gl.SliceLayout(1, BY_ELEMENTS))
     side0, side1, draw = staged[0].index(s), staged[1].index(s), staged[2].index(s)
@@ -142,12 +157,12 @@ def _activate_quarter(
     dpre_ptrs += h * HALF * 2 * I + c * COLS * (1 + INTERLEAVED)
     if INTERLEAVED:
         product = _activate_side(
-            side0, draw.slice(0, PAIRS, 1), w, side0_smem, act_smem.slice(0, PAIRS, 1), dpre_ptrs, mask_m, KIND, LIMIT,
-            ALPHA, UP_SHIFT,
+            side0, draw.slice(0, PAIRS, 1), w, side0_smem, act_smem.slice(0, PAIRS, 1), dpre_ptrs,
+            mask_m, KIND, LIMIT, ALPHA, UP_SHIFT,
         )  # fmt: skip
         product += _activate_side(
-            side1, draw.slice(PAIRS, PAIRS, 1), w, side1_smem, act_smem.slice(PAIRS, PAIRS, 1), dpre_ptrs + COLS,
-            mask_m, KIND, LIMIT, ALPHA, UP_SHIFT,
+            side1, draw.slice(PAIRS, PAIRS, 1), w, side1_smem, act_smem.slice(PAIRS, PAIRS, 1),
+            dpre_ptrs + COLS, mask_m, KIND, LIMIT, ALPHA, UP_SHIFT,
         )  # fmt: skip
         dw = gl.convert_layout(
             gl.sum(product, axis=1), gl.SliceLayout(1, BY_ELEMENTS), assert_trivial=True
@@ -170,7 +185,7 @@ def _activate_quarter(
 
 @gluon.jit
 def _load_ranks(ptrs, left, r):
-    """Rank-r rows of a step, two elements to an int."""
+    """The rank-r rows of a step, as int32 of two elements each."""
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, BY_EIGHT_PAIRS))
     pairs = gl.arange(0, RANKS // 2, gl.SliceLayout(0, BY_EIGHT_PAIRS))
     return gl.load(ptrs, mask=(rows < left)[:, None] & (pairs < r // 2)[None, :], other=0)
@@ -178,7 +193,7 @@ def _load_ranks(ptrs, left, r):
 
 @gluon.jit
 def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk):
-    """64 rows of an expert's B, from `first` on."""
+    """Rows `first` up to first + 64 of an expert's B [N, r]; zeros unless `inside`."""
     offs_n = first + gl.arange(0, COLS, gl.SliceLayout(1, BY_FOUR))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_FOUR))
     ptrs = (
@@ -191,7 +206,7 @@ def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk):
 
 @gluon.jit
 def _store_sums(out_ptrs, acc, first, inside, r, stride_k, stride_r):
-    """[64, RANKS] sums, of columns from `first` on."""
+    """Store the sums [64, RANKS] of columns `first` up to first + 64, where they are `inside`."""
     offs_k = first + gl.arange(0, COLS, gl.SliceLayout(1, SUMS))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
     ptrs = (
@@ -202,31 +217,45 @@ def _store_sums(out_ptrs, acc, first, inside, r, stride_k, stride_r):
 
 @gluon.jit(do_not_specialize=["M"])
 def _act_backward_outer_kernel(
-    draw_ptr, pre_ptr, top_k_weights_ptr, right_ptr, xa_ptr, lora_B_ptr, row_slot_ptr, expert_offsets_ptr,
-    dpre_ptr, partial_dw_ptr, partial_yb_ptr, partial_A_ptr, dA_ptr, partial_B_ptr, dB_ptr, M, E, I, r,  # noqa: E741
-    stride_prem, stride_be, stride_bk, stride_br, stride_ae, stride_ar, stride_ak, stride_de, stride_dk, stride_dr,
+    draw_ptr, pre_ptr, top_k_weights_ptr, right_ptr, xa_ptr, lora_B_ptr, row_slot_ptr,
+    expert_offsets_ptr, dpre_ptr, partial_dw_ptr, partial_yb_ptr, partial_A_ptr, dA_ptr,
+    partial_B_ptr, dB_ptr, M, E, I, r,  # noqa: E741
+    stride_prem, stride_be, stride_bk, stride_br, stride_ae, stride_ar, stride_ak, stride_de,
+    stride_dk, stride_dr,
     CHUNK: gl.constexpr, PANELS: gl.constexpr, E_PADDED: gl.constexpr, INTERLEAVED: gl.constexpr,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Grid [max_chunks * PANELS]: an expert of one chunk or no row goes straight to dA and dB."""
+    """Grid [max_chunks * PANELS].
+
+    The sums of an expert of one chunk, or without rows, are written to dA and dB directly.
+    """
     dtype: gl.constexpr = pre_ptr.dtype.element_ty
-    chunk, panel = gl.program_id(0) // PANELS, gl.program_id(0) % PANELS
+    chunk = gl.program_id(0) // PANELS
+    panel = gl.program_id(0) % PANELS
     e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED, BY_ROW)
     if e >= E:
         return
-    start, end = gl.load(expert_offsets_ptr + e), gl.load(expert_offsets_ptr + e + 1)
+    start = gl.load(expert_offsets_ptr + e)
+    end = gl.load(expert_offsets_ptr + e + 1)
     several = end - start > CHUNK
     start += index * CHUNK
     end = gl.minimum(end, start + CHUNK)
     # int64: an expert index times a stride passes 2**31
     e = e.to(gl.int64)
-    # first columns: of the panel in act; n with s and c: of side s of its half c in pre
-    col, other = panel * 2 * COLS, panel * 2 * COLS + COLS < I
+    # the panel's first column in act, and whether its second half exists
+    col = panel * 2 * COLS
+    other = panel * 2 * COLS + COLS < I
+    # first columns in pre, of side s of half c: n<s><c>
     n00 = col * (1 + INTERLEAVED)
     n01 = n00 + COLS * (1 + INTERLEAVED)
-    n10, n11 = n00 + (COLS if INTERLEAVED else I), n01 + (COLS if INTERLEAVED else I)
+    if INTERLEAVED:
+        n10 = n00 + COLS
+        n11 = n01 + COLS
+    else:
+        n10 = n00 + I
+        n11 = n01 + I
 
-    # of draw
+    # layout of draw
     COLUMNS: gl.constexpr = BY_PAIRS if INTERLEAVED else BY_ELEMENTS
     draw_m = start + gl.arange(0, HALF, gl.SliceLayout(1, COLUMNS))
     draw_c = col + gl.arange(0, PAIRS if INTERLEAVED else COLS, gl.SliceLayout(0, COLUMNS))
@@ -239,7 +268,8 @@ def _act_backward_outer_kernel(
     staged1 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
     staged_draws = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
     staged = staged0, staged1, staged_draws
-    left, zero = end - start, start * 0
+    left = end - start
+    zero = start * 0
     _load_quarter(
         staged, 0, draw_ptrs, pre_ptrs, left, zero, zero, col, I, stride_prem, INTERLEAVED
     )
@@ -250,7 +280,7 @@ def _act_backward_outer_kernel(
     sides0 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     sides1 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     acts = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
-    # the same in halves of the panel
+    # the same memory, as [64, 64] of each half of the panel
     shape: gl.constexpr = [2, ROWS, COLS]
     if REINTERPRETS:
         halves0 = sides0.reinterpret(dtype, shape, WIDE)
@@ -265,12 +295,11 @@ def _act_backward_outer_kernel(
     xa = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     right = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     ws = gl.allocate_shared_memory(gl.float32, [2, HALF], FLAT)
-    ws_flat = (
-        ws.reinterpret(gl.float32, [ROWS], FLAT)
-        if REINTERPRETS
-        else ws._reinterpret(gl.float32, [ROWS], FLAT)
-    )
-    # all loads ahead of all stores: each waits for memory once
+    if REINTERPRETS:
+        ws_flat = ws.reinterpret(gl.float32, [ROWS], FLAT)
+    else:
+        ws_flat = ws._reinterpret(gl.float32, [ROWS], FLAT)
+    # all loads before all stores to shared memory, so that their latencies overlap
     rows = gl.arange(0, ROWS, BY_ROW)
     slots = gl.load(row_slot_ptr + start + rows, mask=start + rows < end, other=0)
     next_slots = gl.load(
@@ -293,7 +322,8 @@ def _act_backward_outer_kernel(
     ranks_m = start + gl.arange(0, ROWS, gl.SliceLayout(1, BY_EIGHT_PAIRS))
     ranks_r = gl.arange(0, RANKS // 2, gl.SliceLayout(0, BY_EIGHT_PAIRS))
     ranks = ranks_m.to(gl.int64)[:, None] * (r // 2) + ranks_r[None, :]
-    xa_pairs, right_pairs = xa_ptr.to(ints, bitcast=True), right_ptr.to(ints, bitcast=True)
+    xa_pairs = xa_ptr.to(ints, bitcast=True)
+    right_pairs = right_ptr.to(ints, bitcast=True)
     yb_m = gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
     yb_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
     yb_ptrs = (
@@ -311,32 +341,32 @@ def _act_backward_outer_kernel(
         next_slots = gl.load(
             row_slot_ptr + end - left + 2 * ROWS + rows, mask=rows < left - 2 * ROWS, other=0
         )
-        step_xa, step_right = (
-            _load_ranks(xa_pairs + ranks, left, r),
-            _load_ranks(right_pairs + ranks, left, r),
-        )
-        # a last step of few rows has old ones behind them, of the same expert, which xa and right, 0, leave out
+        step_xa = _load_ranks(xa_pairs + ranks, left, r)
+        step_right = _load_ranks(right_pairs + ranks, left, r)
+        # a last step of at most 32 rows computes two quarters; the others still hold rows of the
+        # step before, which the zeros of xa and right leave out of the sums
         quarters = gl.where((step > 0) & (left <= HALF), 2, 4)
         for j in range(quarters):
-            h, c = j // 2, j % 2
-            # two quarters ahead: the same columns of the next rows
+            h = j // 2
+            c = j % 2
+            # two quarters ahead: the same columns of the next 32 rows
             ahead = gl.where(s == 0, 2, s - 1)
             _load_quarter(
                 staged, ahead, draw_ptrs, pre_ptrs, left, h + 1, c, col, I, stride_prem, INTERLEAVED
             )
-            # a thread computes what it copied, so it waits for itself alone
+            # a thread computes on what it copied itself, so it waits for no other
             async_copy.wait_group(2)
             q = 2 * c + h
             _activate_quarter(
-                staged, s, ws.index(h), dw_ptrs, dpre_ptrs, left, h, c, col, I, M, sides0.index(q), sides1.index(q),
-                acts.index(q), INTERLEAVED, KIND, LIMIT, ALPHA, UP_SHIFT,
+                staged, s, ws.index(h), dw_ptrs, dpre_ptrs, left, h, c, col, I, M, sides0.index(q),
+                sides1.index(q), acts.index(q), INTERLEAVED, KIND, LIMIT, ALPHA, UP_SHIFT,
             )  # fmt: skip
             s = gl.where(s == 2, 0, s + 1)
-        weighted = _apart(step_right, dtype, [ROWS, RANKS], BY_EIGHT).to(gl.float32)
+        weighted = _split_pairs(step_right, dtype, [ROWS, RANKS], BY_EIGHT).to(gl.float32)
         weighted *= ws_flat.load(gl.SliceLayout(1, BY_EIGHT))[:, None]
-        xa.index(0).store(_apart(step_xa, dtype, [ROWS, RANKS], BY_EIGHT))
+        xa.index(0).store(_split_pairs(step_xa, dtype, [ROWS, RANKS], BY_EIGHT))
         right.index(0).store(weighted.to(dtype))
-        # the products are to see what threads wrote
+        # wgmma sees what all threads wrote before
         fence_async_shared()
         barrier()
         ws_flat.store(next_w.to(gl.float32))
@@ -357,7 +387,7 @@ def _act_backward_outer_kernel(
         s4 = warpgroup_mma(act_halves.index(at).permute([1, 0]), y, s4, is_async=True)
         s5 = warpgroup_mma(act_halves.index(at + 1).permute([1, 0]), y, s5, is_async=True)
         yb, s0, s1, s2, s3, s4, s5 = warpgroup_mma_wait(0, deps=[yb, s0, s1, s2, s3, s4, s5])
-        # and have read what the next step replaces
+        # the products have read what the next step replaces
         barrier()
         gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < r)[None, :])
         left -= ROWS
@@ -372,53 +402,16 @@ def _act_backward_outer_kernel(
     if several:
         base_A = partial_A_ptr + chunk.to(gl.int64) * I * r
         base_B = partial_B_ptr + chunk.to(gl.int64) * 2 * I * r
-    step_A, step_B = (
-        gl.where(several, r, stride_ak).to(gl.int64),
-        gl.where(several, r, stride_dk).to(gl.int64),
-    )
-    rank_A, rank_B = (
-        gl.where(several, 1, stride_ar).to(gl.int64),
-        gl.where(several, 1, stride_dr).to(gl.int64),
-    )
+    step_A = gl.where(several, r, stride_ak).to(gl.int64)
+    step_B = gl.where(several, r, stride_dk).to(gl.int64)
+    rank_A = gl.where(several, 1, stride_ar).to(gl.int64)
+    rank_B = gl.where(several, 1, stride_dr).to(gl.int64)
     _store_sums(base_B, s0, n00, True, r, step_B, rank_B)
     _store_sums(base_B, s1, n01, other, r, step_B, rank_B)
     _store_sums(base_B, s2, n10, True, r, step_B, rank_B)
     _store_sums(base_B, s3, n11, other, r, step_B, rank_B)
     _store_sums(base_A, s4, col, True, r, step_A, rank_A)
     _store_sums(base_A, s5, col + COLS, other, r, step_A, rank_A)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _sum_panels_kernel(
-    partial_yb_ptr, partial_dw_ptr, bias_ptr, dout_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
-    yb_ptr, dw_ptr, M, E, H, r, halves, scaling, stride_biase, stride_biasn, stride_dm, stride_dh,
-    E_PADDED: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Grid [M / BLOCK_M]: yb and dw of all columns; a sentinel's row leaves dw 0."""
-    rows, offs_r, c = (
-        tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M),
-        tl.arange(0, R),
-        tl.arange(0, 2),
-    )
-    routed = rows < tl.load(expert_offsets_ptr + E)
-    slots = tl.load(row_slot_ptr + rows, mask=rows < M, other=0)
-    mask = routed[:, None] & (offs_r < r)[None, :]
-    yb_offsets = rows.to(tl.int64)[:, None] * r + offs_r[None, :]
-    dw_offsets = c.to(tl.int64)[:, None] * M + rows[None, :]
-    yb, dw = tl.zeros((BLOCK_M, R), dtype=tl.float32), tl.zeros((2, BLOCK_M), dtype=tl.float32)
-    for half in tl.range(0, halves, 2, loop_unroll_factor=4):
-        first = tl.cast(half, tl.int64) * M
-        yb += tl.load(partial_yb_ptr + first // 2 * r + yb_offsets, mask=mask, other=0.0)
-        mask_dw = (half + c < halves)[:, None] & routed[None, :]
-        dw += tl.load(partial_dw_ptr + first + dw_offsets, mask=mask_dw, other=0.0)
-    tl.store(yb_ptr + yb_offsets, (yb * scaling).to(yb_ptr.dtype.element_ty), mask=mask)
-    dw = tl.sum(dw, axis=0)
-    if bias_ptr is not None:
-        dw += bias_times_dout(
-            bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, rows, routed, E, H, stride_biase, stride_biasn,
-            stride_dm, stride_dh, E_PADDED, BLOCK_H,
-        )  # fmt: skip
-    tl.store(dw_ptr + slots, dw, mask=rows < M)
 
 
 def act_backward_outer(
@@ -448,87 +441,41 @@ def act_backward_outer(
     panels = ceil_div(I, 2 * COLS.value)
     chunk = chunk_rows(M, E, panels, ROWS.value, arch=90)
     several = M > chunk
-    max_chunks = E + several * (M // chunk)
+    max_chunks = E
+    num_partial = 0
+    if several:
+        max_chunks = num_partial = E + M // chunk
 
-    def empty(*size, dtype=torch.float32):
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=pre.device)
 
-    dpre, yb, dw = (
-        empty(M, N, dtype=pre.dtype),
-        empty(M, r, dtype=pre.dtype),
-        empty(*top_k_weights.shape),
-    )
-    partial_yb, partial_dw = empty(panels, M, r), empty(2 * panels, M)
-    partial_A, partial_B = empty(several * max_chunks, I, r), empty(several * max_chunks, N, r)
+    dpre = empty(M, N, dtype=pre.dtype)
+    yb = empty(M, r, dtype=pre.dtype)
+    dw = empty(*top_k_weights.shape)
+    partial_yb = empty(panels, M, r)
+    partial_dw = empty(2 * panels, M)
+    partial_A = empty(num_partial, I, r)
+    partial_B = empty(num_partial, N, r)
 
-    def rest():
-        constants = activation_constants(activation) | {
-            "E_PADDED": power_of_2(E),
-            "CHUNK": chunk,
-            "PANELS": panels,
-        }
+    def rest() -> tuple[tuple, dict]:
+        constants = activation_constants(activation)
         del constants["GATED"]
-        return (
-            E,
-            I,
-            r,
-            pre.stride(0),
-            *lora_B.stride(),
-            *dA.stride(),
-            *dB.stride(),
-        ), constants | blocks
+        constants |= {"E_PADDED": power_of_2(E), "CHUNK": chunk, "PANELS": panels}
+        strides = pre.stride(0), *lora_B.stride(), *dA.stride(), *dB.stride()
+        return (E, I, r, *strides), constants | blocks
 
     key = "act_backward_outer", facts(pre, lora_B, weights, dA, dB), E, I, r, activation, chunk
     tensors = (
-        draw, pre, weights, right, xa, lora_B, routing.row_slot, routing.expert_offsets, dpre, partial_dw, partial_yb,
-        partial_A, dA, partial_B, dB,
+        draw, pre, weights, right, xa, lora_B, routing.row_slot, routing.expert_offsets, dpre,
+        partial_dw, partial_yb, partial_A, dA, partial_B, dB,
     )  # fmt: skip
-    launch(key, _act_backward_outer_kernel, (max_chunks * panels, 1, 1), tensors, rest, (M,))
-    _sum_panels(
-        partial_yb,
-        partial_dw,
-        routing,
-        scaling,
-        dout if bias is not None else None,
-        bias,
-        I,
-        yb,
-        dw,
-    )
+    grid = max_chunks * panels, 1, 1
+    launch(key, _act_backward_outer_kernel, grid, tensors, rest, (M,))
+    if bias is None:
+        dout = None
+    sum_panels(partial_yb, partial_dw, routing, scaling, dout, bias, I, yb, dw)
     if several:
         sum_chunks(partial_A.transpose(1, 2), routing, dA, dA.stride(), chunk)
-        sum_chunks(
-            partial_B.transpose(1, 2),
-            routing,
-            dB,
-            (dB.stride(0), dB.stride(2), dB.stride(1)),
-            chunk,
-        )
+        dB_strides = dB.stride(0), dB.stride(2), dB.stride(1)
+        sum_chunks(partial_B.transpose(1, 2), routing, dB, dB_strides, chunk)
     return dpre, yb, dw
-
-
-def _sum_panels(partial_yb, partial_dw, routing, scaling, dout, bias, I, yb, dw):  # noqa: E741
-    (M, r), E, H = yb.shape, routing.num_experts, 0 if bias is None else bias.shape[1]
-
-    def rest():
-        fixed = (
-            E,
-            H,
-            r,
-            I // COLS.value,
-            scaling,
-            *strides_or_zeros(bias, 2),
-            *strides_or_zeros(dout, 2),
-        )
-        return fixed, {
-            "E_PADDED": power_of_2(E),
-            "R": RANKS.value,
-            "BLOCK_M": SUMMED_ROWS,
-            "BLOCK_H": 64,
-        }
-
-    key = "sum_panels", facts(yb, bias, dout), E, H, I, r, scaling
-    tensors = (
-        partial_yb, partial_dw, bias, dout, routing.row_token, routing.row_slot, routing.expert_offsets, yb, dw,
-    )  # fmt: skip
-    launch(key, _sum_panels_kernel, (ceil_div(M, SUMMED_ROWS), 1, 1), tensors, rest, (M,))

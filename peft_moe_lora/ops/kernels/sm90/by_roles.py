@@ -1,17 +1,34 @@
-"""Products by warps of two roles, where the table has a row for them and this Triton the Gluon they are written in."""
+"""`linear_roles`, where the table has a row for it and this Triton the Gluon it is written in."""
 
+import torch
+
+from ...activation import Activation
+from ...routing import Routing
 from ..tiles.tile import linear_blocks
 from .in_gluon import in_gluon
 
 
 def by_roles(
-    x, weight, routing, bias, xa, lora_B, y, gather=False, activation=None, act=None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    bias: torch.Tensor | None,
+    xa: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    y: torch.Tensor,
+    gather: bool = False,
+    activation: Activation | None = None,
+    act: torch.Tensor | None = None,
 ) -> bool:
-    """`linear_roles`, or nothing; whether it was done."""
-    op = "linear_roles_gathered" if gather else "linear_roles"
+    """Whether `linear_roles` did the product; its arguments are those of that launcher."""
+    op = "linear_roles"
+    if gather:
+        op = "linear_roles_gathered"
     found = linear_blocks(op, x, weight, routing.block_m)
-    kernel = found and in_gluon("linear_roles")
-    if not kernel:
+    if found is None:
+        return False
+    kernel = in_gluon("linear_roles")
+    if kernel is None:
         return False
     programs, _, blocks = found
     return kernel(

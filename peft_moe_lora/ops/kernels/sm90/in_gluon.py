@@ -1,4 +1,4 @@
-"""The launchers of the kernels in Gluon, where the installed Triton has the Gluon they are written in.
+"""The launchers of the kernels in Gluon, where the installed Triton has what they need.
 
 Gluon is Triton's lower-level language: a kernel names its layouts, its shared memory and its
 barriers. It is experimental, and names of it change between versions of Triton.
@@ -27,13 +27,14 @@ NEEDED = {
     "triton.experimental.gluon.language.nvidia.hopper.mbarrier": """
         MBarrierLayout arrive expect init wait""",
     "triton.experimental.gluon.language.nvidia.hopper.tma": """
-        async_load|async_copy_global_to_shared async_store|async_copy_shared_to_global store_wait""",
+        async_load|async_copy_global_to_shared async_store|async_copy_shared_to_global
+        store_wait""",
     "triton.experimental.gluon.nvidia.hopper": "TensorDescriptor",
 }
 
 
 def missing() -> str | None:
-    """What the kernels need of Gluon and the installed Triton lacks, in words; None where it has all."""
+    """What the installed Triton lacks of what the kernels need, in words; None if nothing."""
     for module, names in NEEDED.items():
         try:
             found = import_module(module)

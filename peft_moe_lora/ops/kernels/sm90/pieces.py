@@ -1,6 +1,6 @@
-"""Pieces that several Gluon kernels share: names, shared-memory layouts, the expert of a chunk.
+"""Pieces that several Gluon kernels share: functions of Gluon, shared-memory layouts, chunk_of.
 
-Gluon renamed some functions. Here each has one name, whatever the version of Triton.
+Gluon renamed some functions. Here each has one name for all versions of Triton.
 """
 
 from triton.experimental import gluon
@@ -8,6 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+# load_rows: cp.async by the threads that call it; load_box, store_box: TMA, by tensor descriptor;
+# barrier: for all threads of the block, or of the partition where the kernel is warp-specialized
 # triton 3.6: other names; drop when the floor is 3.9
 if hasattr(async_copy, "async_load"):
     load_rows = async_copy.async_load
@@ -24,9 +26,9 @@ if hasattr(gl, "barrier"):
 else:
     barrier = gl.thread_barrier
 
-# the largest rank of the kernels that hold sums over rows in registers
+# the largest rank of kernels that keep [.., rank] sums in registers; smaller ranks are padded to it
 RANKS = gl.constexpr(16)
-# shared-memory layouts of a product's operands: tiles of 64 columns or more, and of RANKS columns
+# shared-memory layouts of wgmma's operands: of rows of at least 64 elements, of RANKS elements
 WIDE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
 
@@ -38,9 +40,13 @@ def _add(a, b):
 
 @gluon.jit
 def chunk_of(
-    chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr, BY_EXPERTS: gl.constexpr
+    chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr,
+    BY_EXPERTS: gl.constexpr,
 ):  # fmt: skip
-    """(expert, E for none; which of its chunks) of a chunk: `tiles.chunks.chunk_of` in Gluon."""
+    """`tiles.chunks.chunk_of` in Gluon: (expert e of a chunk, which of the expert's chunks it is).
+
+    e is E where there is no such chunk.
+    """
     e, index = chunk, 0
     if chunk >= E:
         experts = gl.arange(0, E_PADDED, BY_EXPERTS)

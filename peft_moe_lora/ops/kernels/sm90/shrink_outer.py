@@ -1,24 +1,24 @@
-"""xa[m] = scaling * A[e] x[row], and out[e, k, j] = sum over the rows m of e of w[m] * x[row, k] * right[m, j].
+"""The shrink and the outer product of the same rows x, in one reading of them:
 
-`expert_shrink` and `expert_outer` of the same rows, which backward asks of dout and of dpre, in one reading of them.
-A program has all rows of a chunk and goes over their columns, 64 a step. So a step's part of out is whole, and is
-stored; of xa, sums over the columns, all is held. Loads of a step are on their way while the one before is multiplied,
-and of two programs a multiprocessor one multiplies while the other waits.
+    xa[m] = scaling * A[e] x[row]
+    out[e, k, j] = sum over the rows m of e of w[m] * x[row, k] * right[m, j]
 
-Time over that of the two operations, dout and dpre, r = 16 (NVIDIA H200, 2026-11-24; 8192 tokens): qwen3.5-35b 0.62
-and 0.60, qwen3-30b 0.76 and 0.71 (2048 tokens: 0.60 and 0.69), olmoe 0.77 and 0.69, the gpt-oss shape 0.89 and 0.81,
-the deepseek-v3 slice 0.70 and 0.71; mixtral, of 51 chunks, 1.5 and 1.3.
-In Triton, whose loads of a step begin when the step before is done with, unless a third is kept: 0.82 and 0.66 at
-qwen3.5-35b. Over what stands here, there and at qwen3-30b: warps of three roles, which load, shrink and take outer
-products, 1.01 and 0.96 of dout, 1.04 and 1.01 of dpre (the gpt-oss shape, of 102 chunks, 0.68 and 0.86); programs that
-begin at different columns 1.02 and 1.04; products of a step begun ahead of the next loads 1.00.
+Backward asks for both of dout and of dpre. A program has all rows of a chunk and walks over their
+columns, 64 a step. So a step completes its columns of out, which are stored at once, while xa, a
+sum over all columns, stays in registers to the end. Loads of the next step run while one step is
+multiplied, and two programs share a multiprocessor, so that one multiplies while the other waits.
+0.60 to 0.89 of the time of the two operations at r = 16, if there are enough chunks (NVIDIA H200,
+2026-11-24; docs/performance.md).
 
-Written in Gluon for wgmma, of compute capability 9.0; `in_gluon` imports it.
+Written in Gluon for wgmma, which only compute capability 9.0 has; imported by `in_gluon`.
 
 Legend:
-    chunks: those of `outer`, of up to ROWS + TAIL rows; all of an expert's are of one size, give or take a row
-    rows [STAGES, ROWS, 64], tails [STAGES, TAIL, 64]: the chunk's rows of each step; zeros where it has fewer
-    lora_A [STAGES, 64, RANKS]; right [ROWS, RANKS] and right_tail [TAIL, RANKS], weighted
+    chunks: as in `tiles.chunks`, of up to ROWS + TAIL rows; the chunks of one expert differ by at
+        most one row
+    rows [STAGES, ROWS, 64], tails [STAGES, TAIL, 64]: each step's columns of the chunk's rows, of
+        the first ROWS and of the others; zeros where the chunk has fewer
+    lora_A [STAGES, 64, RANKS]: each step's columns of A[e]
+    right [ROWS, RANKS], right_tail [TAIL, RANKS]: w[m] * right[m] of the same rows
     partial_ptr [max_chunks, K, r] fp32: out of one chunk, where its expert has more than one
 """
 
@@ -40,8 +40,9 @@ from .pieces import NARROW, RANKS, WIDE, barrier, chunk_of, load_rows
 
 # columns of a step
 BLOCK_K = gl.constexpr(64)
+# of the sums of wgmma
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-# threads that copy rows, and that load ranks of A and of right, 16 bytes each
+# 128 threads that copy x, and that load A and right, 16 bytes each
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 BY_FOUR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
@@ -52,17 +53,19 @@ BY_EXPERT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 def _row_pointers(
     x_ptr, row_token_ptr, first_row, end, stride_xm, GATHER: gl.constexpr, ROWS: gl.constexpr
 ):
-    """Where the first columns of so many rows lie, and which rows there are."""
+    """(pointers [ROWS, 64] to the first columns of rows, mask [ROWS, 1] of the rows before end)."""
     offs_m = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS))
-    rows = gl.load(row_token_ptr + offs_m, mask=offs_m < end, other=0) if GATHER else offs_m
+    rows = offs_m
+    if GATHER:
+        rows = gl.load(row_token_ptr + offs_m, mask=offs_m < end, other=0)
     cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, BY_ROWS))
     return x_ptr + rows.to(gl.int64)[:, None] * stride_xm + cols[None, :], (offs_m < end)[:, None]
 
 
 @gluon.jit
-def _put_right(there, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, r):
-    """w[m] * right[m] of so many rows and of RANKS into shared memory, zeros where there are fewer."""
-    offs_m = first_row + gl.arange(0, there.shape[0], gl.SliceLayout(1, BY_EIGHT))
+def _store_right(smem, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, r):
+    """Put w[m] * right[m] into smem [rows, RANKS], zeros where there are fewer rows or ranks."""
+    offs_m = first_row + gl.arange(0, smem.shape[0], gl.SliceLayout(1, BY_EIGHT))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_EIGHT))
     mask = (offs_m < end)[:, None] & (offs_r < r)[None, :]
     right = gl.load(
@@ -72,11 +75,12 @@ def _put_right(there, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, 
         slots = gl.load(row_slot_ptr + offs_m, mask=offs_m < end, other=0)
         w = gl.load(row_weights_ptr + slots, mask=offs_m < end, other=0.0).to(gl.float32)
         right = (right.to(gl.float32) * w[:, None]).to(right_ptr.dtype.element_ty)
-    there.store(right)
+    smem.store(right)
 
 
 @gluon.jit
 def _store_xa(xa_ptr, acc, scaling, first_row, end, r):
+    """Store scaling * acc of the rows before end."""
     offs_m = first_row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, SUMS))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
     ptrs = xa_ptr + offs_m.to(gl.int64)[:, None] * r + offs_r[None, :]
@@ -89,24 +93,27 @@ def _store_xa(xa_ptr, acc, scaling, first_row, end, r):
 
 @gluon.jit
 def _shrink_outer_kernel(
-    x_ptr, lora_A_ptr, right_ptr, row_weights_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, xa_ptr,
-    partial_ptr, out_ptr, E, K, r, scaling,
+    x_ptr, lora_A_ptr, right_ptr, row_weights_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
+    xa_ptr, partial_ptr, out_ptr, E, K, r, scaling,
     stride_xm, stride_ae, stride_ar, stride_ak, stride_oe, stride_ok, stride_or,
-    E_PADDED: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    E_PADDED: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr, TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Grid [max_chunks]: an expert of one chunk or no row goes straight to out."""
+    """Grid [max_chunks]. An expert of one chunk, or without rows, is written to out directly."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     chunk = gl.program_id(0)
     e, index = chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)
     if e >= E:
         return
-    first_row, end = gl.load(expert_offsets_ptr + e), gl.load(expert_offsets_ptr + e + 1)
+    first_row = gl.load(expert_offsets_ptr + e)
+    end = gl.load(expert_offsets_ptr + e + 1)
     chunks = gl.maximum(gl.cdiv(end - first_row, ROWS + TAIL), 1)
     size = gl.cdiv(end - first_row, chunks)
     first_row += index * size
     end = gl.minimum(end, first_row + size)
     # int64: an expert index times a stride passes 2**31
-    e, tail_row = e.to(gl.int64), first_row + ROWS
+    e = e.to(gl.int64)
+    tail_row = first_row + ROWS
 
     rows = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], WIDE)
     tails = gl.allocate_shared_memory(dtype, [STAGES, TAIL, BLOCK_K], WIDE)
@@ -128,8 +135,8 @@ def _shrink_outer_kernel(
     a_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_FOUR)).to(gl.int64)[None, :]
     a_ptrs = lora_A_ptr + e * stride_ae + a_r * stride_ar + a_k * stride_ak
     a = gl.load(a_ptrs, mask=(a_r < r) & (a_k < K), other=0.0)
-    _put_right(right, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, r)
-    _put_right(right_tail, right_ptr, row_weights_ptr, row_slot_ptr, tail_row, end, r)
+    _store_right(right, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, r)
+    _store_right(right_tail, right_ptr, row_weights_ptr, row_slot_ptr, tail_row, end, r)
 
     out_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, SUMS)).to(gl.int64)[:, None]
     out_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS)).to(gl.int64)[None, :]
@@ -143,7 +150,8 @@ def _shrink_outer_kernel(
         s, ahead = i % STAGES, i + STAGES - 1
         lora_A.index(s).store(a.to(dtype))
         async_copy.wait_group(STAGES - 2)
-        # products are to see what threads wrote, and have read what the next loads replace
+        # wgmma sees what threads wrote before the fence; after the barrier all products of the step
+        # before are done, and the next loads may replace their operands
         fence_async_shared()
         barrier()
         load_rows(rows.index(ahead % STAGES), x_ptrs, mask_x & (ahead < steps))
@@ -154,12 +162,12 @@ def _shrink_outer_kernel(
         a_ptrs += BLOCK_K * stride_ak
         a = gl.load(a_ptrs, mask=(a_r < r) & (a_k < K - (i + 1) * BLOCK_K), other=0.0)
         x, tail = rows.index(s), tails.index(s)
-        acc = warpgroup_mma(x, lora_A.index(s), acc, is_async=True)  # [M, K] @ [K, R] -> [M, R]
+        # [M, K] @ [K, R] -> [M, R]
+        acc = warpgroup_mma(x, lora_A.index(s), acc, is_async=True)
         acc_tail = warpgroup_mma(tail, lora_A.index(s), acc_tail, is_async=True)
+        # [K, M] @ [M, R] -> [K, R]
         outer = gl.zeros([BLOCK_K, RANKS], gl.float32, SUMS)
-        outer = warpgroup_mma(
-            x.permute([1, 0]), right, outer, is_async=True
-        )  # [K, M] @ [M, R] -> [K, R]
+        outer = warpgroup_mma(x.permute([1, 0]), right, outer, is_async=True)
         outer = warpgroup_mma(tail.permute([1, 0]), right_tail, outer, is_async=True)
         acc, acc_tail, outer = warpgroup_mma_wait(0, deps=[acc, acc_tail, outer])
         if chunks > 1:
@@ -183,30 +191,43 @@ def shrink_outer(
     row_weights: torch.Tensor | None,
     gather: bool,
 ) -> torch.Tensor | None:
-    """`expert_shrink_outer`, or None where ranks, strides or alignment forbid.
+    """`expert_shrink_outer`, or None where ranks, strides or alignment forbid it.
 
     Args:
         blocks: constexprs of the table's row.
+        x: [M, K] rows, or [T, K] tokens with gather.
+        lora_A: [E, r, K], any strides and float dtype. right: [M, r], dtype of x.
+        out: [E, K, r] fp32, any strides; every element is written.
+        row_weights: [T, top_k] float, of the outer product; None for ones.
+    Returns: xa [M, r], dtype of x; None before anything is written.
     """
-    M, (E, r, K), chunk = routing.num_rows, lora_A.shape, blocks["ROWS"] + blocks["TAIL"]
+    M = routing.num_rows
+    E, r, K = lora_A.shape
+    chunk = blocks["ROWS"] + blocks["TAIL"]
     # rows are copied 16 bytes at a time
     aligned = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     if r > RANKS.value or K % BLOCK_K.value or not aligned:
         return None
     several = M > chunk
-    max_chunks = E + several * (M // chunk)
+    max_chunks = E
+    num_partial = 0
+    if several:
+        max_chunks = num_partial = E + M // chunk
     xa = torch.empty(M, r, dtype=x.dtype, device=x.device)
-    partial = torch.empty(several * max_chunks, K, r, dtype=torch.float32, device=x.device)
+    partial = torch.empty(num_partial, K, r, dtype=torch.float32, device=x.device)
     right = right.contiguous()
-    weights = None if row_weights is None else row_weights.contiguous()
+    weights = row_weights
+    if row_weights is not None:
+        weights = row_weights.contiguous()
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         constants = {"E_PADDED": power_of_2(E), "GATHER": gather, **blocks}
         return (E, K, r, scaling, x.stride(0), *lora_A.stride(), *out.stride()), constants
 
     key = "shrink_outer", facts(x, lora_A, weights, out), E, K, r, scaling, gather, chunk
     tensors = (
-        x, lora_A, right, weights, routing.row_token, routing.row_slot, routing.expert_offsets, xa, partial, out,
+        x, lora_A, right, weights, routing.row_token, routing.row_slot, routing.expert_offsets, xa,
+        partial, out,
     )  # fmt: skip
     launch(key, _shrink_outer_kernel, (max_chunks, 1, 1), tensors, rest)
     if several:

@@ -1,0 +1,182 @@
+"""The warps of `linear_roles` that load: they take output tiles and fill the pipeline.
+
+Rows in expert order and the weight's columns are copied in TMA boxes, which one thread starts.
+Gathered rows are copied one by one with cp.async, by the 128 threads of four warps.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ..tiles.tile import position, table_line, table_size
+from .linear_roles_tile import (
+    BLOCK_K,
+    BLOCK_N,
+    BOX_BYTES,
+    BOX_M,
+    BOXES,
+    BY_ROWS,
+    COLUMN_BYTES,
+    HALF_M,
+)
+from .pieces import load_box, load_rows
+from .pipeline import send, stage_of, wait_empty
+
+
+@gluon.jit
+def _tile_rows(tiles_ptr, tile, TAILS: gl.constexpr):
+    """(expert, first row, end) of a tile.
+
+    With TAILS a tile's rows include its tail, and the line of the tail itself has no rows left.
+    """
+    e, first_row, end = table_line(tiles_ptr, tile)
+    if TAILS:
+        e_before = gl.load(tiles_ptr + 2 * gl.maximum(tile - 1, 0))
+        e_behind, _, end_behind = table_line(tiles_ptr, tile + 1)
+        is_tail = (tile > 0) & (e_before == e) & (end - first_row <= BOX_M)
+        has_tail = (e_behind == e) & (end_behind - end <= BOX_M)
+        end = gl.where(is_tail, first_row, gl.where(has_tail, end_behind, end))
+    return e, first_row, end
+
+
+@gluon.jit
+def _load_columns(desc, columns, full, s, e, n, k, HALVES: gl.constexpr, K_UNIT: gl.constexpr):
+    """Start the copy of a step's columns into stage s; past N, K and r TMA writes zeros."""
+    if K_UNIT:
+        WIDTH: gl.constexpr = BLOCK_N // HALVES
+        load_box(
+            desc, [e, 0, n * WIDTH, k], full, columns.index(s).reshape([1, HALVES, WIDTH, BLOCK_K])
+        )
+    else:
+        load_box(desc, [e, k, n * BLOCK_N], full, columns.index(s).reshape([1, BLOCK_K, BLOCK_N]))
+
+
+@gluon.jit
+def _load_boxes(
+    rows_desc, columns_desc, steps, stages, step, e, first_row, end, n,
+    GATHER: gl.constexpr, HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of `steps` steps whose rows lie in expert order.
+
+    Boxes without rows are left out.
+    Returns: the number of the next step.
+    """
+    rows, columns, full, empty = stages
+    boxes = gl.cdiv(end - first_row, BOX_M)
+    for i in range(steps):
+        s = stage_of(step, STAGES)
+        wait_empty(empty, step, STAGES)
+        filled = full.index(s)
+        for j in gl.static_range(BOXES):
+            mbarrier.expect(filled, COLUMN_BYTES + (j + 1) * BOX_BYTES, pred=boxes == j + 1)
+        for j in gl.static_range(BOXES - 1):
+            box = rows[0].index(2 * s + j // 2).slice(j % 2 * BOX_M, BOX_M, 0)
+            load_box(rows_desc, [first_row + j * BOX_M, i * BLOCK_K], filled, box, pred=j < boxes)
+        load_box(
+            rows_desc, [first_row + 2 * HALF_M, i * BLOCK_K], filled, rows[1].index(s),
+            pred=boxes == BOXES,
+        )  # fmt: skip
+        _load_columns(columns_desc, columns, filled, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
+        if GATHER:
+            # the mbarrier counts an arrival of each of 128 threads, which copy nothing in this step
+            async_copy.mbarrier_arrive(filled, increment_count=False)
+        step += 1
+    return step
+
+
+@gluon.jit
+def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, ROWS: gl.constexpr):
+    """Pointers [ROWS, BLOCK_K] to the first columns of gathered rows.
+
+    Rows past the expert's last are the last row again.
+    """
+    offs_m = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS)), end - 1)
+    tokens = gl.load(row_token_ptr + offs_m).to(gl.int64)
+    row_ptrs = x_ptr + tokens[:, None] * stride_xm
+    return row_ptrs + gl.arange(0, BLOCK_K, gl.SliceLayout(0, BY_ROWS))[None, :]
+
+
+@gluon.jit
+def _load_gathered(
+    x, weight_desc, steps, stages, step, e, first_row, end, n,
+    HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of `steps` steps whose rows are gathered.
+
+    Returns: the number of the next step.
+    """
+    rows, columns, full, empty = stages
+    x_ptr, row_token_ptr, stride_xm = x
+    upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, HALF_M)
+    lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm, HALF_M)
+    tail = _row_pointers(x_ptr, row_token_ptr, first_row + 2 * HALF_M, end, stride_xm, BOX_M)
+    for i in range(steps):
+        s = stage_of(step, STAGES)
+        wait_empty(empty, step, STAGES)
+        filled = full.index(s)
+        mbarrier.expect(filled, COLUMN_BYTES)
+        _load_columns(weight_desc, columns, filled, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
+        load_rows(rows[0].index(2 * s), upper)
+        if first_row + HALF_M < end:
+            load_rows(rows[0].index(2 * s + 1), lower)
+        if first_row + 2 * HALF_M < end:
+            load_rows(rows[1].index(s), tail)
+        # each thread arrives when its own copies are complete
+        async_copy.mbarrier_arrive(filled, increment_count=False)
+        upper += BLOCK_K
+        lower += BLOCK_K
+        tail += BLOCK_K
+        step += 1
+    return step
+
+
+@gluon.jit
+def produce(
+    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP: gl.constexpr,
+    TAILS: gl.constexpr, GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr,
+    K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Take output tiles from the queue until it is empty; announce each and load its steps.
+
+    The queue is a counter in memory. It keeps programs at tiles that are near each other, which
+    share the weight's columns in L2; which program computes a tile differs from run to run, the
+    result does not.
+    """
+    x_desc, weight_desc, xa_desc, lora_B_desc = operands
+    WARPS: gl.constexpr = 4 if GATHER else 1
+    counter_ptr = tiles_ptr + 2 * lines - 1
+    num_tiles = table_size(tiles_ptr, lines)
+    num_n = gl.cdiv(N, BLOCK_N)
+    total = num_tiles * num_n
+    # how many steps and messages there were
+    step, message = 0, 0
+    t = gl.program_id(0)
+    while t < total:
+        tile, n = position(t, num_tiles, num_n, GROUP)
+        e, first_row, end = _tile_rows(tiles_ptr, tile, TAILS)
+        if first_row < end:
+            send(messages, message, e, first_row, end, n, WARPS)
+            message += 1
+            steps = gl.cdiv(K, BLOCK_K)
+            if GATHER:
+                step = _load_gathered(
+                    x, weight_desc, steps, stages, step, e, first_row, end, n, HALVES, K_UNIT,
+                    STAGES,
+                )  # fmt: skip
+            else:
+                step = _load_boxes(
+                    x_desc, weight_desc, steps, stages, step, e, first_row, end, n, False, HALVES,
+                    K_UNIT, STAGES,
+                )  # fmt: skip
+            if R_STEPS > 0:
+                step = _load_boxes(
+                    xa_desc, lora_B_desc, R_STEPS, stages, step, e, first_row, end, n, GATHER,
+                    HALVES, K_UNIT, STAGES,
+                )  # fmt: skip
+        taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        # every tile adds 1; the last addition sets the counter back to 0 for the next kernel
+        if taken == total - 1:
+            gl.store(counter_ptr, 0)
+        t = gl.num_programs(0) + taken
+    send(messages, message, -1, 0, 0, 0, WARPS)

@@ -1,0 +1,96 @@
+"""The second kernel of `act_backward_outer`, whose programs have the sums of one panel each:
+
+yb[m] = scaling * sum over the panels of partial_yb[:, m]
+dw[m] = sum over the panels' halves of partial_dw[:, m], + <bias[e], dout[t]>
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...routing import Routing
+from ..launching.launch import facts, launch
+from ..launching.table import ceil_div, power_of_2
+from ..tiles.bias import bias_times_dout
+from ..tiles.tile import strides_or_zeros
+from .pieces import RANKS
+
+# columns of act in a half of a panel
+HALF_PANEL = 64
+# rows of a program
+BLOCK_M = 64
+
+
+@triton.jit(do_not_specialize=["M"])
+def _sum_panels_kernel(
+    partial_yb_ptr, partial_dw_ptr, bias_ptr, dout_ptr, row_token_ptr, row_slot_ptr,
+    expert_offsets_ptr, yb_ptr, dw_ptr, M, E, H, r, halves, scaling,
+    stride_biase, stride_biasn, stride_dm, stride_dh,
+    E_PADDED: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Grid [M / BLOCK_M]. The row of a sentinel leaves dw 0."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, R)
+    c = tl.arange(0, 2)
+    routed = rows < tl.load(expert_offsets_ptr + E)
+    slots = tl.load(row_slot_ptr + rows, mask=rows < M, other=0)
+    mask = routed[:, None] & (offs_r < r)[None, :]
+    yb_offsets = rows.to(tl.int64)[:, None] * r + offs_r[None, :]
+    dw_offsets = c.to(tl.int64)[:, None] * M + rows[None, :]
+    yb = tl.zeros((BLOCK_M, R), dtype=tl.float32)
+    dw = tl.zeros((2, BLOCK_M), dtype=tl.float32)
+    for half in tl.range(0, halves, 2, loop_unroll_factor=4):
+        first = tl.cast(half, tl.int64) * M
+        yb += tl.load(partial_yb_ptr + first // 2 * r + yb_offsets, mask=mask, other=0.0)
+        mask_dw = (half + c < halves)[:, None] & routed[None, :]
+        dw += tl.load(partial_dw_ptr + first + dw_offsets, mask=mask_dw, other=0.0)
+    tl.store(yb_ptr + yb_offsets, (yb * scaling).to(yb_ptr.dtype.element_ty), mask=mask)
+    dw = tl.sum(dw, axis=0)
+    if bias_ptr is not None:
+        dw += bias_times_dout(
+            bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
+            stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED, BLOCK_H,
+        )  # fmt: skip
+    tl.store(dw_ptr + slots, dw, mask=rows < M)
+
+
+def sum_panels(
+    partial_yb: torch.Tensor,
+    partial_dw: torch.Tensor,
+    routing: Routing,
+    scaling: float,
+    dout: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    I: int,  # noqa: E741
+    yb: torch.Tensor,
+    dw: torch.Tensor,
+) -> None:
+    """Write yb and dw.
+
+    Args:
+        partial_yb: [panels, M, r] fp32, contiguous; sums over the columns of one panel.
+        partial_dw: [2 * panels, M] fp32, contiguous; sums over the columns of half a panel. Where
+            I ends with the first half of a panel, the last row is not read.
+        dout: [T, H], and bias: [E, H], of the down projection; None for both without a bias.
+        I: columns of act.
+        yb: [M, r], contiguous, receives scaling times the sums.
+        dw: [T, top_k] fp32, contiguous, receives the gradient of the routing weights.
+    """
+    M, r = yb.shape
+    E = routing.num_experts
+    H = 0
+    if bias is not None:
+        H = bias.shape[1]
+    halves = I // HALF_PANEL
+
+    def rest() -> tuple[tuple, dict]:
+        strides = *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
+        constants = {"E_PADDED": power_of_2(E), "R": RANKS.value, "BLOCK_M": BLOCK_M, "BLOCK_H": 64}
+        return (E, H, r, halves, scaling, *strides), constants
+
+    key = "sum_panels", facts(yb, bias, dout), E, H, I, r, scaling
+    tensors = (
+        partial_yb, partial_dw, bias, dout, routing.row_token, routing.row_slot,
+        routing.expert_offsets, yb, dw,
+    )  # fmt: skip
+    launch(key, _sum_panels_kernel, (ceil_div(M, BLOCK_M), 1, 1), tensors, rest, (M,))
