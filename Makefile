@@ -19,6 +19,8 @@ LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 WORKERS ?= 2
+# processes that share one GPU; most of their time they compile
+GPU_WORKERS ?= 12
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -43,8 +45,7 @@ test: $(TEST_READY)
 	$(PYTEST) tests/ops
 
 gpu-test: $(TEST_READY)
-	$(BIN)/python -m pytest -m gpu --ignore tests/ops
-	$(BIN)/python -m pytest tests/ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist worksteal
 
 lint: $(LINT_READY)
 	$(BIN)/ruff check .

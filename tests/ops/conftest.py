@@ -2,9 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+FOLDER = Path(__file__).parent
 
 
 def pytest_configure(config):
@@ -13,8 +16,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu are deselected, and counted as such, where there is no CUDA device."""
+    """With a CUDA device, all of these are tests of the GPU; without one, those marked gpu go."""
     if torch.cuda.is_available():
+        for item in items:
+            if FOLDER in item.path.parents:
+                item.add_marker("gpu")
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
