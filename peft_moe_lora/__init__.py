@@ -1,4 +1,7 @@
-"""Per-expert LoRA for Mixture-of-Experts models, as a PEFT tuner; importing it registers the tuner."""
+"""Per-expert LoRA for Mixture-of-Experts models, as a PEFT tuner.
+
+Importing this package registers the tuner with peft and transformers.
+"""
 
 from .convert.convert import convert_adapter
 from .convert.inspect import inspect_adapter

@@ -1,5 +1,7 @@
 """The only lines that touch the registries of peft and transformers."""
 
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
@@ -17,13 +19,16 @@ NAME = "MOE_LORA"
 
 
 def register() -> None:
-    """Make peft know the tuner and transformers the experts implementation; repeating it changes nothing."""
+    """Register the tuner with peft, and the experts implementation with transformers.
+
+    Calling it again changes nothing.
+    """
     _extend_peft_type(NAME)
     if PeftType[NAME] not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(
             name=NAME.lower(), config_cls=MoELoraConfig, model_cls=MoELoraModel, prefix="lora_"
         )
-    # FP8 experts look implementations up in a registry of their own
+    # FP8 experts look their implementation up in a separate registry
     for interface in (ExpertsInterface, FP8ExpertsInterface):
         interface.register(IMPLEMENTATION, moe_lora_experts_forward)
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ExpertsQuantizationConfig
@@ -31,17 +36,22 @@ def register() -> None:
 
 
 def _extend_peft_type(name: str) -> None:
-    """Add a member to the closed enum `PeftType`, which peft and transformers look methods up in.
+    """Add a member to the enum `PeftType`, in which peft and transformers look methods up.
 
-    A plain string instead breaks transformers, which reads `.value`; an enum of our own breaks saving on peft 0.20.
+    The enum is closed, so its tables are extended in place. A plain string instead would break
+    transformers, which reads `.value`; an enum of our own would break saving with peft 0.20.
     """
     if name in PeftType.__members__:
         return
-    member = str.__new__(PeftType, name)
-    member._name_, member._value_, member.__objclass__ = name, name, PeftType
+    # the tables are private attributes, which type checkers do not know
+    members: Any = PeftType
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
+    members._member_names_.append(name)
+    members._member_map_[name] = member
+    members._value2member_map_[name] = member
     # python 3.12: attribute access no longer falls back to the member map
     type.__setattr__(PeftType, name, member)

@@ -1,7 +1,8 @@
-"""What an adapter's checkpoint must hold for a model, and what it says about itself."""
+"""What the checkpoint of an adapter must hold for a model, and what its metadata says."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,38 +16,59 @@ from .router import MoELoraRouter
 
 PEFT_PREFIX = "base_model.model."
 
+Shape = tuple[int, ...]
 
-def describe(model: nn.Module, adapter_name: str) -> dict:
-    """The metadata of an adapter file: format version, layout, E, r, K, N of every adapted projection, and routers."""
-    modules, routers = {}, []
+
+def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The metadata of an adapter file.
+
+    It holds the format version, the layout, E, r, K and N of every adapted projection, and the
+    paths of adapted routers.
+    """
+    modules = {}
+    routers = []
     for key, layer in adapted(model):
-        if adapter_name in layer.lora_A and isinstance(layer, MoELoraRouter):
+        if adapter_name not in layer.lora_A:
+            continue
+        if isinstance(layer, MoELoraRouter):
             routers.append(key)
-        elif adapter_name in layer.lora_A:
-            r = layer.r[adapter_name]
-            modules[key] = described_module(
-                layer.layout.num_experts, layer.experts[adapter_name]
-            ) | {
-                name: {
-                    "r": r,
-                    "in_features": A.shape[1],
-                    "out_features": layer.lora_B[adapter_name][name].shape[0],
-                }
-                for name, A in layer.lora_A[adapter_name].items()
-            }
+        else:
+            modules[key] = _describe_experts(layer, adapter_name)
     return described(modules, routers)
 
 
-def adapted(model: nn.Module) -> Iterable[tuple[str, MoELoraLayer | MoELoraRouter]]:
-    """(module path without wrappers' prefixes, layer) of every adapted experts module and router."""
+def _describe_experts(layer: MoELoraLayer, adapter_name: str) -> dict[str, Any]:
+    description = described_module(layer.layout.num_experts, layer.experts[adapter_name])
+    for name in layer.adapted_projections(adapter_name):
+        A, B = layer.pair(adapter_name, name)
+        description[name] = {
+            "r": layer.r[adapter_name],
+            "in_features": A.shape[1],
+            "out_features": B.shape[0],
+        }
+    return description
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, MoELoraLayer | MoELoraRouter]]:
+    """(module path without the prefixes of wrappers, layer) of all adapted experts and routers."""
     for key, module in model.named_modules():
         if isinstance(module, MoELoraLayer | MoELoraRouter):
-            yield (
-                key.replace("_fsdp_wrapped_module.", "")
-                .replace("_orig_mod.", "")
-                .removeprefix(PEFT_PREFIX),
-                module,
-            )
+            path = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+            yield path.removeprefix(PEFT_PREFIX), module
+
+
+class ExpertsTarget(NamedTuple):
+    """What a configuration means for one experts module.
+
+    Attributes:
+        layout: layout of the module.
+        r: rank of the adapter.
+        chosen: ascending ids of the experts that have a pair; None for all.
+    """
+
+    layout: ExpertsLayout
+    r: int
+    chosen: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -54,125 +76,176 @@ class Targets:
     """What a configuration means for a model, by module path in the base model.
 
     Attributes:
-        experts: experts modules -> their layout, rank, and the experts that have a pair (None: all).
+        experts: experts modules -> their layout, rank and chosen experts.
         others: other targeted modules -> the base module and rank.
         saved: modules saved whole (modules_to_save) -> the base module.
-        carried: modules whose weights a file may hold besides, as PEFT does for embeddings and biases.
+        carried: modules whose weights PEFT may save besides, such as embeddings and biases.
     """
 
-    experts: Mapping[str, tuple[ExpertsLayout, int, tuple[int, ...] | None]]
+    experts: Mapping[str, ExpertsTarget]
     others: Mapping[str, tuple[nn.Module, int]]
     saved: Mapping[str, nn.Module]
     carried: tuple[str, ...]
 
-    def expected_shapes(self, config: MoELoraConfig) -> dict[str, tuple[int, ...]]:
-        """File key -> shape, of all tensors whose shapes are known."""
-        shapes = {}
-        for key, (layout, r, chosen) in self.experts.items():
-            ranks = r * (layout.num_experts if chosen is None else len(chosen))
-            for name in config.projections_of(layout):
-                projection = layout.projection(name)
-                shapes[f"{key}.lora_A.{name}"] = (ranks, projection.in_features)
-                shapes[f"{key}.lora_B.{name}"] = (projection.out_features, ranks)
+    def expected_shapes(self, config: MoELoraConfig) -> dict[str, Shape]:
+        """Key in the file -> shape, of all tensors whose shapes are known."""
+        shapes: dict[str, Shape] = {}
+        for key, target in self.experts.items():
+            shapes |= _shapes_of_experts(key, target, config)
         for key, (module, r) in self.others.items():
-            if isinstance(module, nn.Embedding):
-                shapes[f"{key}.lora_embedding_A"] = (r, module.num_embeddings)
-                shapes[f"{key}.lora_embedding_B"] = (module.embedding_dim, r)
-            elif (k_n := linear_features(module)) is not None:
-                shapes[f"{key}.lora_A.weight"] = (r, k_n[0])
-                shapes[f"{key}.lora_B.weight"] = (k_n[1], r)
+            shapes |= _shapes_of_other(key, module, r)
         for key, module in self.saved.items():
-            shapes |= {f"{key}.{name}": tuple(t.shape) for name, t in module.state_dict().items()}
+            for name, tensor in module.state_dict().items():
+                shapes[f"{key}.{name}"] = tuple(tensor.shape)
         return {PEFT_PREFIX + key: shape for key, shape in shapes.items()}
 
 
+def _shapes_of_experts(key: str, target: ExpertsTarget, config: MoELoraConfig) -> dict[str, Shape]:
+    number = target.layout.num_experts
+    if target.chosen is not None:
+        number = len(target.chosen)
+    ranks = target.r * number
+    shapes: dict[str, Shape] = {}
+    for name in config.projections_of(target.layout):
+        projection = target.layout.projection(name)
+        shapes[f"{key}.lora_A.{name}"] = (ranks, projection.in_features)
+        shapes[f"{key}.lora_B.{name}"] = (projection.out_features, ranks)
+    return shapes
+
+
+def _shapes_of_other(key: str, module: nn.Module, r: int) -> dict[str, Shape]:
+    """Shapes for a module that PEFT adapts; {} where it wraps the module in a way of its own."""
+    if isinstance(module, nn.Embedding):
+        return {
+            f"{key}.lora_embedding_A": (r, module.num_embeddings),
+            f"{key}.lora_embedding_B": (module.embedding_dim, r),
+        }
+    features = linear_features(module)
+    if features is None:
+        return {}
+    in_features, out_features = features
+    return {
+        f"{key}.lora_A.weight": (r, in_features),
+        f"{key}.lora_B.weight": (out_features, r),
+    }
+
+
 def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> None:
-    """Hold an adapter file against a model, before the model is touched.
+    """Check that an adapter file fits a model, before the model is changed.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or wrongly shaped, or the adapter is for another number of experts
-            or other ones.
+        ValueError: if a tensor is missing, unknown or of the wrong shape, or if the adapter is for
+            another number of experts or for other experts.
     """
-    for key, said in file.description.get("experts", {}).items():
-        if key not in targets.experts:
-            continue
-        layout, _, chosen = targets.experts[key]
-        if said.get("num_experts") != layout.num_experts:
-            raise ValueError(
-                f"{file.path} holds an adapter for {said.get('num_experts')} experts in {key}, the model has "
-                f"{layout.num_experts} there; load the base model the adapter was trained on."
-            )
-        if said.get("experts") != (None if chosen is None else list(chosen)):
-            raise ValueError(
-                f"{file.path} holds {_listed(said.get('experts'))} in {key}, expert_indices says {_listed(chosen)}; "
-                "the two files do not belong together: load it with the adapter_config.json it was saved with."
-            )
+    for key, description in file.description.get("experts", {}).items():
+        if key in targets.experts:
+            _check_description(file.path, key, description, targets.experts[key])
     expected = targets.expected_shapes(config)
     # transformers may save without PEFT's prefix
     shapes = {
         PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): shape for key, shape in file.shapes.items()
     }
-    # layers PEFT wraps in ways of its own are left to PEFT
+    # tensors of modules that PEFT wraps in ways of its own are left to PEFT
     known = {key.rpartition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in expected}
-    free = tuple(
-        f"{PEFT_PREFIX}{key}." for key in (*targets.carried, *(set(targets.others) - known))
-    )
-    unknown = [key for key in shapes if key not in expected and not key.startswith(free)]
-    found = {key: shape for key, shape in shapes.items() if key in expected}
-    _raise_unless_whole(file.path, sorted(set(expected) - set(found)), unknown, found, expected)
+    unchecked = (*targets.carried, *(set(targets.others) - known))
+    free = tuple(f"{PEFT_PREFIX}{key}." for key in unchecked)
+    found = {
+        key: shape for key, shape in shapes.items() if key in expected or not key.startswith(free)
+    }
+    _raise_unless_whole(file.path, found, expected)
+
+
+def _check_description(
+    path: str, key: str, description: Mapping[str, Any], target: ExpertsTarget
+) -> None:
+    num_experts = description.get("num_experts")
+    if num_experts != target.layout.num_experts:
+        raise ValueError(
+            f"{path} holds an adapter for {num_experts} experts in {key}, the model has "
+            f"{target.layout.num_experts} there; load the base model the adapter was trained on."
+        )
+    held = description.get("experts")
+    chosen: list[int] | None = None
+    if target.chosen is not None:
+        chosen = list(target.chosen)
+    if held != chosen:
+        raise ValueError(
+            f"{path} holds {_listed_experts(held)} in {key}, expert_indices says "
+            f"{_listed_experts(chosen)}; the two files do not belong together: load it with the "
+            "adapter_config.json it was saved with."
+        )
 
 
 def check_state_dict(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> None:
-    """Hold a state dict (model keys, adapter name in place) against the adapted experts, before it is loaded.
+    """Check that a state dict fits the adapted experts of a model, before it is loaded.
 
+    Args:
+        model: a model with the adapter.
+        adapter_name: the adapter.
+        state_dict: keys as in the model, with the adapter's name.
     Raises:
-        ValueError: if a tensor is missing, unknown, wrongly shaped or not finite.
+        ValueError: if a tensor is missing, unknown, of the wrong shape or not finite.
     """
-    expected, tensors = {}, {}
+    expected: dict[str, Shape] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, module in model.named_modules():
-        if isinstance(module, MoELoraLayer):
-            for side, pairs in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
-                owned, named = f"{key}.{side}.{adapter_name}.", f"{key}.{side}."
-                if adapter_name in pairs:
-                    expected |= {
-                        named + name: tuple(p.shape) for name, p in pairs[adapter_name].items()
-                    }
-                tensors |= {
-                    named + k.removeprefix(owned): t
-                    for k, t in state_dict.items()
-                    if k.startswith(owned)
-                }
-    found = {k: tuple(t.shape) for k, t in tensors.items() if k in expected}
-    unknown = sorted(set(tensors) - set(expected))
-    _raise_unless_whole(
-        "the adapter's state dict", sorted(set(expected) - set(found)), unknown, found, expected
-    )
+        if not isinstance(module, MoELoraLayer):
+            continue
+        for projection in module.adapted_projections(adapter_name):
+            A, B = module.pair(adapter_name, projection)
+            expected[f"{key}.lora_A.{projection}"] = tuple(A.shape)
+            expected[f"{key}.lora_B.{projection}"] = tuple(B.shape)
+        for side in ("lora_A", "lora_B"):
+            prefix = f"{key}.{side}.{adapter_name}."
+            for name, tensor in state_dict.items():
+                if name.startswith(prefix):
+                    tensors[f"{key}.{side}.{name.removeprefix(prefix)}"] = tensor
+    where = "the adapter's state dict"
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    _raise_unless_whole(where, found, expected)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
-                f"the adapter's state dict: tensor {key} holds NaN or infinity; load an earlier checkpoint."
+                f"{where}: tensor {key} holds NaN or infinity; load an earlier checkpoint."
             )
 
 
-def _listed(experts) -> str:
-    return "every expert" if experts is None else f"experts {list(experts)}"
-
-
 def _raise_unless_whole(
-    where: str, missing: list[str], unknown: list[str], found: Mapping, expected: Mapping
+    where: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]
 ) -> None:
-    wrong = [f"{k} is {found[k]}, not {expected[k]}" for k in found if found[k] != expected[k]]
-    faults = (
-        ("misses", missing),
-        ("holds unknown tensors", unknown),
-        ("holds tensors of another shape", wrong),
-    )
-    told = [f"{what}: {', '.join(some[:3])}{f' and {len(some) - 3} more' if some[3:] else ''}" for what, some in faults
-            if some]  # fmt: skip
-    if told:
+    """Raise an error that lists every difference between the tensors found and those expected."""
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    wrong = [
+        f"{key} is {found[key]}, not {shape}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    faults = []
+    if missing:
+        faults.append(f"misses: {_listed(missing)}")
+    if unknown:
+        faults.append(f"holds unknown tensors: {_listed(unknown)}")
+    if wrong:
+        faults.append(f"holds tensors of another shape: {_listed(wrong)}")
+    if faults:
         raise ValueError(
-            f"{where} {'; '.join(told)}. It belongs to another model, rank or choice of targets, or is damaged; "
-            "load the base model and configuration it was trained with."
+            f"{where} {'; '.join(faults)}. It belongs to another model, rank or choice of targets, "
+            "or is damaged; load the base model and configuration it was trained with."
         )
+
+
+def _listed(items: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    listed = ", ".join(items[:3])
+    if len(items) > 3:
+        listed += f" and {len(items) - 3} more"
+    return listed
+
+
+def _listed_experts(experts: Iterable[int] | None) -> str:
+    if experts is None:
+        return "every expert"
+    return f"experts {list(experts)}"

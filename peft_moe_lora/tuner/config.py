@@ -1,10 +1,12 @@
-"""MoELoraConfig: what the user says, checked before anything is touched."""
+"""MoELoraConfig: what the user asks for, checked before any model is changed."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from operator import index
+from os import PathLike
+from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
@@ -23,14 +25,13 @@ from ..files.card import OUR_CARD, write_card
 from ..functional import BACKENDS
 from .implementations import MATERIALIZE
 
-# LoraConfig's fields that change what an adapter computes in ways experts have no counterpart for: off value, name
-_NOT_ON_EXPERTS = {
+# fields of LoraConfig that change what an adapter computes in a way that experts do not support:
+# name of the field -> (its value when unused, what it stands for)
+# fmt: off
+_NOT_ON_EXPERTS: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "DoRA"),
     "lora_bias": (False, "a bias on B"),
-    "target_parameters": (
-        None,
-        "targeting parameters; name the experts modules in target_modules instead",
-    ),
+    "target_parameters": (None, "targeting parameters; name the experts modules in target_modules instead"),
     "use_qalora": (False, "QALoRA"),
     "use_bdlora": (None, "BD-LoRA"),
     "arrow_config": (None, "Arrow routing"),
@@ -44,43 +45,53 @@ _NOT_ON_EXPERTS = {
     "layer_replication": (None, "layer replication"),
     "megatron_config": (None, "Megatron layers"),
 }
+# fmt: on
 
 
 @dataclass
 class MoELoraConfig(LoraConfig):
     """Configuration of per-expert LoRA: every field of `peft.LoraConfig`, and those below.
 
-    Every targeted expert gets its own pair: W[e] + scaling * B[e] A[e], with scaling = lora_alpha / r
-    (lora_alpha / sqrt(r) with use_rslora). Targets that are not experts become PEFT's own LoRA layers.
+    Every targeted expert gets a pair of its own: W[e] + scaling * B[e] A[e], with
+    scaling = lora_alpha / r (lora_alpha / sqrt(r) with use_rslora). Targets that are not experts
+    become PEFT's own LoRA layers.
 
     Args:
         r: rank of each expert's update, at least 1.
-        target_modules: names of experts modules and of ordinary layers; None for every experts module of the model.
-        expert_indices: which experts of which layer get an adapter: experts modules, by path, the end of a path or a
-            regular expression as in rank_pattern, to ids 0..E-1. The first entry that matches a module counts; one
-            that none matches, or an empty list, gets no adapter. None for every expert. A and B, their gradients and
-            the optimizer's state hold the chosen experts alone, in ascending order.
-        target_projections: which projections of the experts get an adapter, out of "gate_up" (the up projection where
-            there is no gate) and "down"; both by default.
-        backend: "triton" (fused kernels), "torch", or "auto": triton on CUDA of compute capability 8.0 and newer;
-            "materialize": the model's own experts implementation, on W + scaling * B A written out in every call.
-        recompute: keep no pre-activation for backward; costs the gate_up product once more.
-        layout, format_version: of the adapter file; written on save, checked on load, not for users to set.
+        target_modules: names of experts modules and of ordinary layers; None for every experts
+            module of the model.
+        expert_indices: which experts get an adapter, as a dict from experts modules to lists of ids
+            0..E-1; None for every expert. A key is the path of a module, the end of a path or a
+            regular expression, as in rank_pattern; the first key that matches a module counts. A
+            module that no key matches, or whose list is empty, gets no adapter. A and B, their
+            gradients and the optimizer's state hold the chosen experts only, in ascending order.
+        target_projections: which projections of the experts get an adapter, out of "gate_up" (the
+            up projection of experts without a gate) and "down"; both by default.
+        backend: "triton" (fused kernels), "torch", or "auto": triton on CUDA devices of compute
+            capability 8.0 and newer, else torch. "materialize" runs the model's own experts
+            implementation on W + scaling * B A, which is computed in every call.
+        recompute: keep no pre-activation for backward; backward computes the gate_up product again.
+        layout: order of the tensors in the adapter file. Written when an adapter is saved and
+            checked when it is loaded; not for users to set.
+        format_version: version of the adapter file. As `layout`, not for users to set.
     Raises:
-        ValueError: naming the field, if a value is out of range or an option does not exist for experts.
-    Source: Hu et al. 2021, arXiv:2106.09685, applied to each expert on its own.
+        ValueError: naming the field, if a value is out of range or an option does not exist for
+            experts.
+    Source: Hu et al. 2021, arXiv:2106.09685, applied to each expert separately.
     """
 
     expert_indices: dict[str, list[int]] | None = field(
         default=None,
         metadata={
-            "help": "Experts that get an adapter, by layer: path or pattern -> ids; every expert by default."
+            "help": "Experts that get an adapter, by layer: path or pattern -> ids; "
+            "every expert by default."
         },
     )
     target_projections: list[str] | None = field(
         default=None,
         metadata={
-            "help": 'Projections of the experts that get an adapter: "gate_up", "down"; both by default.'
+            "help": 'Projections of the experts that get an adapter: "gate_up", "down"; '
+            "both by default."
         },
     )
     backend: str = field(
@@ -94,87 +105,112 @@ class MoELoraConfig(LoraConfig):
     layout: str = field(default=LAYOUT, metadata={"help": "Order of the adapter tensors on disk."})
     format_version: int = field(default=1, metadata={"help": "Version of the adapter file format."})
 
-    def __post_init__(self):
-        # before PEFT's own checks: theirs warn about fields that ours refuse
+    def __post_init__(self) -> None:
+        # before PEFT's own checks, which warn about fields that are refused here
         self._refuse_unsupported()
         super().__post_init__()
-        self.peft_type = PeftType.MOE_LORA
+        self.peft_type = PeftType["MOE_LORA"]
         if isinstance(self.target_projections, str):
             self.target_projections = [self.target_projections]
-        self.target_projections = list(
-            PROJECTIONS if self.target_projections is None else self.target_projections
-        )
-        self._check_values()
+        if self.target_projections is None:
+            self.target_projections = list(PROJECTIONS)
+        self.target_projections = list(self.target_projections)
+        self._check_numbers()
+        self._check_projections(self.target_projections)
+        self._check_backend()
+        self._check_file_format()
         if self.expert_indices is not None:
             self.expert_indices = checked_indices(self.expert_indices)
             self.format_version = max(self.format_version, CHOSEN_EXPERTS_VERSION)
-        # not fields, so never written: what was read beside this configuration, what is to be written beside it
+        # two attributes that are no fields, so they are never written to adapter_config.json:
+        # the adapter file that was read beside this configuration
         self._file: AdapterFile | None = None
-        self._description: dict | None = None
+        # the metadata for the adapter file that is about to be written beside it
+        self._description: dict[str, Any] | None = None
 
     def _refuse_unsupported(self) -> None:
+        # older releases of PEFT lack some of the fields
         known = {f.name for f in fields(self)}
-        for name, (off, what) in _NOT_ON_EXPERTS.items():
-            if name in known and getattr(self, name) not in (off, None, False, [], {}):
+        for name, (unused, what) in _NOT_ON_EXPERTS.items():
+            if name not in known:
+                continue
+            value = getattr(self, name)
+            if value not in (unused, None, False, [], {}):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r}: experts do not support {what}; leave {name} unset."
+                    f"{name}={value!r}: experts do not support {what}; leave {name} unset."
                 )
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r}: experts know True (A as nn.Linear, B zero), "
-                '"gaussian" (A normal, B zero) and False (both random).'
+                f"init_lora_weights={self.init_lora_weights!r}: experts support True (A as "
+                'nn.Linear, B zero), "gaussian" (A normal, B zero) and False (both random).'
             )
 
-    def _check_values(self) -> None:
-        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+    def _check_numbers(self) -> None:
+        ranks = {"r": self.r}
+        for key, value in (self.rank_pattern or {}).items():
+            ranks[f"rank_pattern[{key!r}]"] = value
         for name, r in ranks.items():
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {r!r}.")
-        alphas = {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
-        }
+        alphas: dict[str, float] = {"lora_alpha": self.lora_alpha}
+        for key, value in (self.alpha_pattern or {}).items():
+            alphas[f"alpha_pattern[{key!r}]"] = value
         for name, alpha in alphas.items():
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise ValueError(f"{name} must be a finite number, got {alpha!r}.")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
-        wrong = [name for name in self.target_projections if name not in PROJECTIONS]
-        if (
-            wrong
-            or not self.target_projections
-            or len(set(self.target_projections)) < len(self.target_projections)
-        ):
+        dropout = self.lora_dropout
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {dropout!r}.")
+
+    @staticmethod
+    def _check_projections(names: list[str]) -> None:
+        known = all(name in PROJECTIONS for name in names)
+        once = len(set(names)) == len(names)
+        if not (names and known and once):
             raise ValueError(
-                f"target_projections must name {PROJECTIONS} once each, got {self.target_projections!r}."
+                f"target_projections must name one or more of {PROJECTIONS}, each at most once; "
+                f"got {names!r}."
             )
-        if self.backend not in (*BACKENDS, MATERIALIZE):
+
+    def _check_backend(self) -> None:
+        backends = (*BACKENDS, MATERIALIZE)
+        if self.backend not in backends:
+            raise ValueError(f"backend must be one of {backends}, got {self.backend!r}.")
+        if self.backend != MATERIALIZE:
+            return
+        if self.lora_dropout:
             raise ValueError(
-                f"backend must be one of {(*BACKENDS, MATERIALIZE)}, got {self.backend!r}."
+                f'lora_dropout={self.lora_dropout!r}: with backend="{MATERIALIZE}" there is no '
+                "low-rank path whose input could be dropped; leave lora_dropout at 0."
             )
-        if self.backend == MATERIALIZE and self.lora_dropout:
+        if self.recompute:
             raise ValueError(
-                f'lora_dropout={self.lora_dropout!r}: with backend="{MATERIALIZE}" there is no low-rank path whose '
-                "input could be dropped; leave lora_dropout at 0."
+                f'recompute=True: with backend="{MATERIALIZE}" the experts implementation of the '
+                "model decides what is kept for backward; use gradient checkpointing."
             )
-        if self.backend == MATERIALIZE and self.recompute:
-            raise ValueError(
-                f'recompute=True: with backend="{MATERIALIZE}" the experts implementation of the model decides what '
-                "is kept for backward; use gradient checkpointing."
-            )
+
+    def _check_file_format(self) -> None:
         if self.layout != LAYOUT:
             raise ValueError(
-                f"layout={self.layout!r} is not known; this version reads {LAYOUT!r}. If a newer peft_moe_lora wrote "
-                "the adapter, upgrade; if another program did, convert it."
+                f"layout={self.layout!r} is not known; this version reads {LAYOUT!r}. If a newer "
+                "peft_moe_lora wrote the adapter, upgrade; if another program did, convert it."
             )
-        if (
-            not isinstance(self.format_version, int)
-            or not 1 <= self.format_version <= FORMAT_VERSION
-        ):
+        version = self.format_version
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"format_version={self.format_version!r} is not known; this version reads 1 to {FORMAT_VERSION}. "
-                "Upgrade peft_moe_lora to read the adapter."
+                f"format_version={version!r} is not known; this version reads 1 to "
+                f"{FORMAT_VERSION}. Upgrade peft_moe_lora to read the adapter."
             )
+
+    def rank_of(self, key: str) -> int:
+        """The rank of the adapter on the module at this path."""
+        pattern = self.rank_pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), key), self.r)
+
+    def lora_alpha_of(self, key: str) -> float:
+        """The lora_alpha of the adapter on the module at this path."""
+        pattern = self.alpha_pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), key), self.lora_alpha)
 
     def experts_of(self, key: str, num_experts: int) -> tuple[int, ...] | None:
         """Ascending ids of the experts of a module that get an adapter; None for all, () for none.
@@ -183,16 +219,17 @@ class MoELoraConfig(LoraConfig):
             key: path of the experts module.
             num_experts: E, which every id must be below.
         Raises:
-            ValueError: naming the entry of expert_indices that asks for experts the module does not have.
+            ValueError: naming the entry of expert_indices that asks for experts that the module
+                does not have.
         """
         if self.expert_indices is None:
             return None
-        pattern = get_pattern_key(self.expert_indices.keys(), key)
+        pattern = get_pattern_key(list(self.expert_indices), key)
         chosen = tuple(self.expert_indices.get(pattern, ()))
         if chosen and chosen[-1] >= num_experts:
             raise ValueError(
-                f"expert_indices[{pattern!r}] names expert {chosen[-1]}, but {key} has {num_experts} experts, "
-                f"0 to {num_experts - 1}."
+                f"expert_indices[{pattern!r}] names expert {chosen[-1]}, but {key} has "
+                f"{num_experts} experts, 0 to {num_experts - 1}."
             )
         return chosen
 
@@ -201,86 +238,119 @@ class MoELoraConfig(LoraConfig):
         return layout.targeted(self.target_projections or list(PROJECTIONS))
 
     def check_every_entry_matches(self, keys: Iterable[str]) -> None:
-        """Hold expert_indices against the paths of all experts modules that are targeted.
+        """Check that every entry of expert_indices chooses experts of some module.
 
+        Args:
+            keys: the paths of all targeted experts modules.
         Raises:
-            ValueError: naming an entry that decides for none of them.
+            ValueError: naming an entry that matches none of them, or only some that an earlier
+                entry matches too.
         """
-        patterns, keys = self.expert_indices or {}, list(keys)
-        idle = set(patterns) - {get_pattern_key(patterns.keys(), key) for key in keys}
-        if idle:
-            raise ValueError(
-                f"expert_indices: {sorted(idle)[0]!r} matches no targeted experts module that an earlier entry leaves "
-                f"to it; these are {keys[:4] or 'none'}{f' and {len(keys) - 4} more' if keys[4:] else ''}."
-            )
+        patterns = list(self.expert_indices or {})
+        keys = list(keys)
+        used = {get_pattern_key(patterns, key) for key in keys}
+        unused = sorted(set(patterns) - used)
+        if not unused:
+            return
+        listed = str(keys[:4] or "none")
+        if len(keys) > 4:
+            listed += f" and {len(keys) - 4} more"
+        raise ValueError(
+            f"expert_indices: {unused[0]!r} matches no targeted experts module that an earlier "
+            f"entry leaves to it. The targeted experts modules are {listed}."
+        )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """As PEFT's, and reads the adapter file beside the configuration, so that a bad one fails before it is used.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> "MoELoraConfig":
+        """As PEFT's; the adapter file beside the configuration is read and checked as well.
+
+        A bad file is found here, before a model is changed.
 
         Raises:
-            ValueError: if the file is truncated, a pickle, of an unknown layout or version, or not finite.
+            ValueError: if the file is truncated, a pickle, of an unknown layout or version, or
+                holds values that are not finite.
         """
-        config = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
-        path = find_adapter_file(
-            pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0]
-        )
+        # PEFT annotates str, and accepts a Path
+        source: Any = pretrained_model_name_or_path
+        config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        hub_kwargs, *_ = cls._split_kwargs(kwargs)
+        path = find_adapter_file(source, subfolder, **hub_kwargs)
         if path is not None:
             config._file = read_adapter_file(path)
         return config
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As PEFT's, and completes what was saved beside it: the adapter file's metadata and the model card.
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """As PEFT's; also completes the metadata of the adapter file just saved, and its card.
 
         Raises:
             ValueError: if the weights were just saved as a pickle, which is removed.
         """
-        described, self._description = self._description, None
-        if described is not None:
-            complete_adapter_file(save_directory, described)
-        super().save_pretrained(save_directory, **kwargs)
-        if described is not None:
-            write_card(save_directory, OUR_CARD, self.to_dict())
+        # PEFT annotates str, and accepts a Path
+        folder: Any = save_directory
+        description = self._description
+        self._description = None
+        if description is not None:
+            complete_adapter_file(folder, description)
+        super().save_pretrained(folder, **kwargs)
+        if description is not None:
+            write_card(folder, OUR_CARD, self.to_dict())
 
 
-def checked_indices(indices: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def checked_indices(indices: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
     """expert_indices with ascending lists of plain integers.
 
     Raises:
-        ValueError: if it is no dict of patterns to lists of different ids, or chooses no expert at all.
+        ValueError: if it is not a dict from patterns to lists of different ids, or if it chooses no
+            expert at all.
     """
     if not isinstance(indices, Mapping):
         raise ValueError(
-            f"expert_indices must be a dict of layer patterns to lists of expert ids, got {indices!r}."
+            "expert_indices must be a dict of layer patterns to lists of expert ids, got "
+            f"{indices!r}."
         )
-    found = {}
+    checked = {}
     for pattern, experts in indices.items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"expert_indices: {pattern!r} is no path or regular expression ({error})."
-            ) from error
-        ids = (
-            list(experts)
-            if isinstance(experts, Iterable) and not isinstance(experts, str)
-            else None
-        )
-        # index(): numpy's integers and tensors of one number are welcome, and written as numbers
-        if ids is None or not all(hasattr(e, "__index__") and not isinstance(e, bool) for e in ids):
-            raise ValueError(
-                f"expert_indices[{pattern!r}] must be a list of expert ids, got {experts!r}."
-            )
-        ids = sorted(index(e) for e in ids)
-        if len(set(ids)) < len(ids) or (ids and ids[0] < 0):
-            raise ValueError(
-                f"expert_indices[{pattern!r}] must name experts from 0 up, each once, got {experts!r}."
-            )
-        found[pattern] = ids
-    if not any(found.values()):
+        _check_pattern(pattern)
+        checked[pattern] = _checked_ids(pattern, experts)
+    if not any(checked.values()):
         raise ValueError(
             f"expert_indices={indices!r} chooses no expert; leave it unset for every expert."
         )
-    return found
+    return checked
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"expert_indices: {pattern!r} is no path or regular expression ({error})."
+        ) from error
+
+
+def _checked_ids(pattern: str, experts: Iterable[int]) -> list[int]:
+    given: list[int] = []
+    is_list = isinstance(experts, Iterable) and not isinstance(experts, str)
+    if is_list:
+        given = list(experts)
+    if not is_list or not all(_is_integer(expert) for expert in given):
+        raise ValueError(
+            f"expert_indices[{pattern!r}] must be a list of expert ids, got {experts!r}."
+        )
+    ids = sorted(index(expert) for expert in given)
+    repeated = len(set(ids)) < len(ids)
+    if repeated or any(expert < 0 for expert in ids):
+        raise ValueError(
+            f"expert_indices[{pattern!r}] must name experts from 0 up, each once, got {experts!r}."
+        )
+    return ids
+
+
+def _is_integer(value: object) -> bool:
+    """Whether this is a whole number: also one of numpy, or a tensor that holds one number."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)

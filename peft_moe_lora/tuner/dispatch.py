@@ -1,8 +1,9 @@
 """How a call of an experts module reaches its adapter.
 
-A module on transformers' experts interface looks up its implementation by the name in its config. It gets a view of
-that config that names ours, and ours calls the adapter's layer. A module off the interface looks nothing up: its layer
-computes in place of its forward, after `check_contract` has compared the two on the first tokens.
+A module on transformers' experts interface looks up its implementation by a name in its config. It
+gets a view of that config which names the implementation registered here, and that one calls the
+adapter's layer. A module off the interface looks nothing up: its layer computes in place of its
+forward, after `check_contract` has compared the two on the first tokens.
 """
 
 from collections.abc import Mapping
@@ -27,10 +28,11 @@ _CONTRACT_TOKENS = 4
 
 
 class AdaptedExpertsConfig:
-    """A model's config as one adapted experts module sees it: the same except for the experts implementation.
+    """A model's config as one adapted experts module sees it.
 
-    The implementation's name is stored in the config that all modules of a model share. Through this view one module
-    dispatches to its adapter while the adapter is at work, whatever the user sets on the shared config.
+    It differs from the shared config in the name of the experts implementation only. That name is
+    stored in the config that all modules of a model share. Through this view one module dispatches
+    to its adapter while the adapter is at work, whatever the user sets on the shared config.
 
     Args:
         config: the shared config; every other attribute is read from it and written to it.
@@ -40,7 +42,7 @@ class AdaptedExpertsConfig:
     _shared: Any
     _layer: "MoELoraLayer"
 
-    def __init__(self, config: Any, layer: "MoELoraLayer"):
+    def __init__(self, config: Any, layer: "MoELoraLayer") -> None:
         object.__setattr__(self, "_shared", config)
         object.__setattr__(self, "_layer", layer)
 
@@ -75,8 +77,7 @@ def attach(layer: "MoELoraLayer", base_layer: nn.Module) -> None:
     """Make an experts module on transformers' interface dispatch to its layer."""
     if layer.layout.decorated:
         config = AdaptedExpertsConfig(base_layer.config, layer)
-        # a plain attribute: nn.Module's annotations know parameters and submodules only
-        base_layer.config = config  # type: ignore[assignment]
+        base_layer.config = config  # type: ignore[assignment]  # not a parameter
 
 
 def detach(base_layer: nn.Module) -> nn.Module:
@@ -88,7 +89,7 @@ def detach(base_layer: nn.Module) -> nn.Module:
 
 
 def shared_config(base_layer: nn.Module, layout: ExpertsLayout) -> Any:
-    """The model's own config, as the experts module was built with it; None for a module off the interface."""
+    """The config that an experts module was built with; None for a module off the interface."""
     if not layout.decorated:
         return None
     config = base_layer.config
@@ -133,7 +134,8 @@ def check_contract(
         hidden_states: [T, H] float; the first few tokens are compared.
         top_k_index: [T, top_k] integer.
         top_k_weights: [T, top_k] float.
-    Returns: whether the two agree; False as well where no token has known experts only, so that nothing was compared.
+    Returns: True if the two agree; False if nothing was compared, because every token has an id
+        outside 0..E-1.
     Raises:
         UnsupportedExperts: if they disagree.
     """
@@ -152,7 +154,8 @@ def check_contract(
     if (own - assumed).norm() <= _CONTRACT_TOLERANCE * own.norm():
         return True
     raise UnsupportedExperts(
-        f"{type(module).__name__}.forward does not compute the sum of top_k_weights * down(act(gate_up(x))) with the "
-        "activation read from its _apply_gate or act_fn. Give the class an _apply_gate(gate_up) that computes what "
-        "its forward computes, or take the module out of target_modules."
+        f"{type(module).__name__}.forward does not compute the sum of top_k_weights * "
+        "down(act(gate_up(x))) with the activation read from its _apply_gate or act_fn; give it an "
+        "_apply_gate(gate_up) that computes the activation of its forward, or take it out of "
+        "target_modules."
     )

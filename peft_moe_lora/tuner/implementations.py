@@ -1,12 +1,13 @@
-"""backend="materialize": the experts implementation the model was told to run with, on W + scaling * B A.
+"""backend="materialize": the model's own experts implementation, run on W + scaling * B A.
 
-The base module and its parameters stay as they are: the implementation is given a view of the module in which the
-written weights stand in the parameters' place.
+The base module and its parameters stay as they are. The implementation is given a copy of the
+module object in which the updated weights stand in the place of the parameters.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,173 +21,232 @@ logger = logging.getLogger(__name__)
 
 MATERIALIZE = "materialize"
 
-# the experts implementation registered with transformers for the backends that apply A and B beside the weights
+# name of the experts implementation that is registered with transformers: all other backends run
+# by it, and apply A and B beside the weights
 IMPLEMENTATION = "moe_lora"
 
-# hidden_act in the model's config -> what sonicmoe computes for it
+# hidden_act in the model's config -> the fused activations that equal what sonicmoe computes for it
 _SONICMOE_KINDS = {"silu": ("silu",), "gelu": ("gelu", "gelu_tanh"), "relu": ()}
 
 
 def check_implementation(name: str | None, module: nn.Module, layout: ExpertsLayout) -> None:
-    """See that an experts implementation can run here and on this module, before it is asked to.
+    """Check, before its first call, that an experts implementation can run a module here.
 
     Args:
-        name: as in `config._experts_implementation`; None and names we know nothing of are left to transformers.
-        module: the experts module; its shapes, dtypes and attributes are read, never its weights.
-        layout: of the module.
+        name: as in `config._experts_implementation`. None and names that are not known here are
+            left to transformers.
+        module: the experts module; its shapes, dtypes and attributes are read, not its weights.
+        layout: layout of the module.
     Raises:
-        ValueError: if the weights are not plain parameters, the class has a call of its own, or the implementation is
-            ours.
-        RuntimeError: with the reason, if hardware, a package or support for the module's layout is missing.
+        ValueError: if the weights are not plain parameters, the class is not on transformers'
+            experts interface, or the implementation is the one registered here.
+        RuntimeError: with the reason, if hardware, a package or support for the module's layout is
+            missing.
     """
-    if layout.family is not None:
-        raise ValueError(
-            f'backend="{MATERIALIZE}" runs an implementation of transformers\' experts interface, which '
-            f"{type(module).__name__} is not on; use another backend."
-        )
-    for name_of, projection in (("gate_up", layout.gate_up), ("down", layout.down)):
-        plain = projection.weight in module._parameters
-        if not plain or isinstance(layout.weight(module, name_of), QuantizedWeight):
-            raise ValueError(
-                f'backend="{MATERIALIZE}" writes W + scaling * B A in the place of a plain parameter, but '
-                f"{type(module).__name__}.{projection.weight} is none (quantized or parametrized); "
-                "use another backend."
-            )
+    _check_module(module, layout)
     if name == IMPLEMENTATION:
         raise ValueError(
-            f'backend="{MATERIALIZE}" runs the experts implementation of the model\'s config, but that says '
-            f'"{IMPLEMENTATION}"; name one with model.set_experts_implementation(...), or use another backend.'
+            f'backend="{MATERIALIZE}" runs the experts implementation that the model\'s config '
+            f'names, but the config names "{IMPLEMENTATION}"; name another with '
+            "model.set_experts_implementation(...), or use another backend."
         )
-    obstacle = {"sonicmoe": _sonicmoe_obstacle, "deepgemm": _deepgemm_obstacle}.get(
-        name, _no_obstacle
-    )(module, layout)
-    if obstacle:
+    obstacle = None
+    if name == "sonicmoe":
+        obstacle = _sonicmoe_obstacle(module, layout)
+    elif name == "deepgemm":
+        obstacle = _deepgemm_obstacle(module, layout)
+    if obstacle is not None:
         raise RuntimeError(
-            f'backend="{MATERIALIZE}" runs the model\'s own experts implementation, and "{name}" cannot run here: '
-            f"{obstacle} Choose another with model.set_experts_implementation(...), or another backend."
+            f'backend="{MATERIALIZE}" runs the model\'s own experts implementation, and "{name}" '
+            f"cannot run here: {obstacle} Choose another with "
+            "model.set_experts_implementation(...), or use another backend."
         )
+
+
+def _check_module(module: nn.Module, layout: ExpertsLayout) -> None:
+    cls = type(module).__name__
+    if layout.family is not None:
+        raise ValueError(
+            f'backend="{MATERIALIZE}" runs an implementation of transformers\' experts interface, '
+            f"which {cls} is not on; use another backend."
+        )
+    for name, projection in layout.projections.items():
+        plain = projection.weight in module._parameters
+        if not plain or isinstance(layout.weight(module, name), QuantizedWeight):
+            raise ValueError(
+                f'backend="{MATERIALIZE}" writes W + scaling * B A in the place of a plain '
+                f"parameter, but {cls}.{projection.weight} is none (quantized or parametrized); "
+                "use another backend."
+            )
 
 
 def run_implementation(
     module: nn.Module,
     layout: ExpertsLayout,
-    config,
+    config: Any,
     up: Projection,
     down: Projection,
-    *args: torch.Tensor,
+    *rows: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """The module's own forward, as `config` dispatches it, on the updated weights.
+    """The module's own forward on the updated weights.
 
     Args:
-        module: the experts module, unchanged afterwards.
-        layout: of the module.
-        config: the model's, which names the implementation; None where the class does not dispatch.
-        up, down: the projections; one without lora_A stays the module's parameter.
-        args: hidden_states [T, H], top_k_index [T, top_k], top_k_weights [T, top_k], as the module takes them.
-    Returns: [T, H], and the weights that were written.
+        module: the experts module; it is not changed.
+        layout: layout of the module.
+        config: the model's config, which names the implementation; None for a class that does not
+            dispatch to implementations.
+        up: the gate_up projection; without lora_A the module's own parameter is used.
+        down: the down projection; as `up`.
+        rows: hidden_states [T, H], top_k_index [T, top_k] and top_k_weights [T, top_k], as the
+            module takes them.
+    Returns: the module's output [T, H], and the updated weights it was computed with.
     """
-    written = {side.weight: materialize(p) for side, p in ((layout.gate_up, up), (layout.down, down))
-               if p.lora_A is not None}  # fmt: skip
-    _log_cost(tuple((n, tuple(w.shape), w.numel() * w.element_size()) for n, w in written.items()))
-    stored = {n: w.transpose(1, 2) if layout.transposed else w for n, w in written.items()}
-    view = object.__new__(type(module))
-    view.__dict__.update(module.__dict__, _parameters={**module._parameters, **stored})
+    updated = {}
+    for stored, projection in ((layout.gate_up, up), (layout.down, down)):
+        if projection.lora_A is not None:
+            updated[stored.weight] = materialize(projection)
+    _log_cost(
+        tuple(
+            (name, tuple(weight.shape), weight.numel() * weight.element_size())
+            for name, weight in updated.items()
+        )
+    )
+    if layout.transposed:
+        updated = {name: weight.transpose(1, 2) for name, weight in updated.items()}
+    # the same object with other parameters: built without __init__, which would create new ones
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__, _parameters={**module._parameters, **updated})
     if config is not None:
-        view.__dict__["config"] = config
-    return type(module).forward(view, *args), tuple(stored.values())
+        copy.__dict__["config"] = config
+    return type(module).forward(copy, *rows), tuple(updated.values())
 
 
 def check_gradients(
-    out: torch.Tensor, weights, hidden_states, top_k_index, top_k_weights, num_experts: int
+    out: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_experts: int,
 ) -> bool:
-    """Whether it is now known that the implementation differentiates with respect to its weights.
+    """Check that an experts implementation differentiates with respect to its weights.
 
     Args:
-        out: [T, H], what it returned, with gradients enabled.
-        weights: those it was given.
-    Returns: False where nothing can be known: no weight asks for a gradient, or no row was routed to an expert.
+        out: [T, H], what it returned with gradients enabled.
+        weights: the updated weights that it was given.
+        hidden_states: [T, H] float, as it was given.
+        top_k_index: [T, top_k] integer, as it was given.
+        top_k_weights: [T, top_k] float, as it was given.
+        num_experts: E.
+    Returns: True if it does; False if this call cannot tell, because no weight asks for a gradient
+        or no row was routed to an expert.
     Raises:
-        RuntimeError: if out does not depend on the weights, so that A and B would silently stay as they are.
+        RuntimeError: if `out` does not depend on the weights, so that training would never change
+            A and B.
     """
-    wanted = {w.grad_fn for w in weights if w.requires_grad}
+    wanted = {weight.grad_fn for weight in weights if weight.requires_grad}
     if not wanted:
         return False
-    # what stands before the layer is not searched
-    seen = {t.grad_fn for t in (hidden_states, top_k_weights)} - wanted
-    waiting = [out.grad_fn]
-    while waiting and wanted:
+    # the graph before the layer is not searched
+    before = {hidden_states.grad_fn, top_k_weights.grad_fn} - wanted
+    if wanted <= _nodes_behind(out.grad_fn, before, wanted):
+        return True
+    routed = (top_k_index >= 0) & (top_k_index < num_experts)
+    if not routed.any():
+        return False
+    raise RuntimeError(
+        f'backend="{MATERIALIZE}": the model\'s experts implementation has no backward (its output '
+        "does not depend on the weights it was given), so the adapter cannot be trained with it; "
+        "choose another with model.set_experts_implementation(...), or call it under "
+        "torch.no_grad()."
+    )
+
+
+def _nodes_behind(start: Any, excluded: set[Any], wanted: set[Any]) -> set[Any]:
+    """The nodes of `wanted` that the autograd graph leads to from `start`.
+
+    Args:
+        start: a node of the graph; None where nothing asks for a gradient.
+        excluded: nodes at which the search does not go on.
+        wanted: the search ends when all of these are found.
+    """
+    found: set[Any] = set()
+    seen = set(excluded)
+    waiting = [start]
+    while waiting and found != wanted:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        wanted.discard(node)
+        if node in wanted:
+            found.add(node)
         waiting += [following for following, _ in node.next_functions]
-    if not wanted:
-        return True
-    if not ((top_k_index >= 0) & (top_k_index < num_experts)).any():
-        return False
-    raise RuntimeError(
-        f'backend="{MATERIALIZE}": the model\'s experts implementation has no backward (its output does not depend on '
-        "the weights it was given), so the adapter cannot be trained with it; choose another with "
-        "model.set_experts_implementation(...), or call it under torch.no_grad()."
-    )
+    return found
 
 
-def _no_obstacle(module: nn.Module, layout: ExpertsLayout) -> str:
-    return ""
-
-
-def _sonicmoe_obstacle(module: nn.Module, layout: ExpertsLayout) -> str:
+def _sonicmoe_obstacle(module: nn.Module, layout: ExpertsLayout) -> str | None:
+    """Why sonicmoe cannot run a module here; None if it can."""
     from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
+    cls = type(module).__name__
     if not layout.gated:
-        return f"it needs a gate, which {type(module).__name__} has not."
+        return f"it needs a gate, which {cls} does not have."
     if getattr(module, "has_post_expert_norm", False):
-        return f"it knows no norm after the experts, as {type(module).__name__} has."
-    # it computes hidden_act(gate) * up by the config's word and never asks the module
+        return f"it supports no norm after the experts, and {cls} has one."
+    # it computes hidden_act(gate) * up as the config says, and never calls the module's activation
     name = getattr(module.config, "hidden_act", "silu").lower()
-    if layout.activation is None:
-        same = (
-            name in _SONICMOE_KINDS
-            and type(module)._apply_gate.__module__ == "transformers.integrations.moe"
-        )
-    else:
-        interleaved = not module.is_concatenated
-        same = layout.activation in [
-            Activation(kind, interleaved=interleaved) for kind in _SONICMOE_KINDS.get(name, ())
-        ]
-    if not same:
+    if not _is_sonicmoe_activation(name, module, layout):
         own = layout.activation or "a gate of its own"
-        return f"it computes {name}(gate) * up where {type(module).__name__} has {own}."
+        return f"it computes {name}(gate) * up, and {cls} has {own}."
     return _load_obstacle(is_sonicmoe_loadable)
 
 
-def _deepgemm_obstacle(module: nn.Module, layout: ExpertsLayout) -> str:
+def _is_sonicmoe_activation(name: str, module: nn.Module, layout: ExpertsLayout) -> bool:
+    """Whether a module's activation is the one that sonicmoe computes for a hidden_act."""
+    if name not in _SONICMOE_KINDS:
+        return False
+    if layout.activation is None:
+        # the interface's own gate: act_fn(gate) * up
+        gate: Any = type(module)
+        return gate._apply_gate.__module__ == "transformers.integrations.moe"
+    interleaved = not module.is_concatenated
+    same = [Activation(kind, interleaved=interleaved) for kind in _SONICMOE_KINDS[name]]
+    return layout.activation in same
+
+
+def _deepgemm_obstacle(module: nn.Module, layout: ExpertsLayout) -> str | None:
+    """Why DeepGEMM cannot run a module here; None if it can."""
     from transformers.integrations.deepgemm import is_deepgemm_loadable
 
     if getattr(module, "has_post_expert_norm", False):
-        return f"it knows no norm after the experts, as {type(module).__name__} has."
-    dtype = module._parameters[layout.gate_up.weight].dtype
+        return f"it supports no norm after the experts, and {type(module).__name__} has one."
+    dtype = layout.weight(module, "gate_up").dtype
     if dtype != torch.bfloat16:
         return f"it needs bf16 weights, got {dtype}."
     return _load_obstacle(is_deepgemm_loadable)
 
 
-def _load_obstacle(is_loadable: Callable[..., bool]) -> str:
+def _load_obstacle(is_loadable: Callable[..., bool]) -> str | None:
+    """Why a package cannot be loaded; None if it can."""
     try:
         is_loadable(raise_error=True)
     except ImportError as error:
         return str(error)
-    return ""
+    return None
 
 
 @cache
-def _log_cost(written: tuple) -> None:
-    """Once per layer shape."""
+def _log_cost(updated: tuple[tuple[str, tuple[int, ...], int], ...]) -> None:
+    """Log what the updated weights of one layer cost; once for each layer shape.
+
+    Args:
+        updated: (name, shape, bytes) of each weight.
+    """
     logger.warning(
-        'backend="%s" writes %.1f MiB of weights per layer and call (%s) and keeps them until the layer\'s backward, '
-        "which holds as much again as their gradient; gradient checkpointing keeps one layer's at a time.",
+        'backend="%s" writes %.1f MiB of weights per layer and call (%s). They are kept until the '
+        "layer's backward, which holds as much again as their gradient; gradient checkpointing "
+        "keeps the weights of one layer at a time.",
         MATERIALIZE,
-        sum(size for *_, size in written) / 2**20,
-        ", ".join(f"{name} {list(shape)}" for name, shape, _ in written),
+        sum(size for _, _, size in updated) / 2**20,
+        ", ".join(f"{name} {list(shape)}" for name, shape, _ in updated),
     )

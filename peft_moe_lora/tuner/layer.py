@@ -63,7 +63,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         r: int,
         lora_alpha: float,
         experts: tuple[int, ...] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.layout: ExpertsLayout = read_layout(base_layer)
@@ -462,7 +462,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     # ---- the base module -----------------------------------------------------------------------
 
     @property
-    def weight(self) -> torch.Tensor | QuantizedWeight:  # type: ignore[override]  # may be codes
+    def weight(self) -> torch.Tensor | QuantizedWeight:  # type: ignore[override]  # quantized
         """The stacked [E, ., .] weight of the first projection.
 
         PEFT reads a layer's device and dtype from it.

@@ -1,4 +1,4 @@
-"""W[e] + scaling * B[e] A[e] written into the base weights of an experts module, and taken out again.
+"""W[e] + scaling * B[e] A[e] written into the base weights of an experts module, and removed again.
 
 A dense weight is changed in place, expert by expert. A quantized one is replaced: all adapters that
 are merged into it are added to the weight as it was first quantized, and the sum is quantized once.
@@ -121,7 +121,7 @@ def _expert_weights(
             first_row = rows.stop
 
 
-# ---- quantized weights -----------------------------------------------------------------------------
+# ---- quantized weights ---------------------------------------------------------------------------
 
 
 def _quantized(layer: "MoELoraLayer", name: str) -> QuantizedWeight | None:

@@ -1,16 +1,18 @@
-"""Which modules get an adapter: experts a MoELoraLayer, routers a MoELoraRouter, the rest PEFT's own LoRA layers."""
+"""Which modules of a model get an adapter, and which kind of layer each of them becomes.
+
+Experts become a MoELoraLayer, routers a MoELoraRouter, all other targets PEFT's own LoRA layers.
+"""
 
 import logging
-import weakref
-from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
 
-from peft import LoraModel, PeftModel
+import torch
+from peft import LoraModel, PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
@@ -19,192 +21,206 @@ from . import checkpoint
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .router import MoELoraRouter
+from .summary import PrintWithSummary, summarize
 
 logger = logging.getLogger(__name__)
 
 
 class MoELoraModel(LoraModel):
-    """Per-expert LoRA on a model's experts, ordinary LoRA on its other targets, routers among them.
+    """Per-expert LoRA on a model's experts, ordinary LoRA on its other targets, routers included.
 
     Args:
-        model: any model whose targets are experts modules, routers or layers PEFT's LoRA knows; changed in place.
-        config: MoELoraConfig, or adapter name -> MoELoraConfig.
+        model: any model whose targets are experts modules, routers or layers that PEFT's LoRA
+            supports; changed in place.
+        config: MoELoraConfig, or a dict of adapter name -> MoELoraConfig.
         adapter_name: the adapter's name.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
     Raises:
-        ValueError: before anything is changed, if a target matches nothing, an experts module is of an unsupported
-            form, or the adapter file read beside the configuration does not fit the model.
+        ValueError: before anything is changed, if a target matches nothing, an experts module is
+            stored in an unsupported form, or the adapter file read beside the configuration does
+            not fit the model.
     """
 
-    tuner_layer_cls = (LoraLayer, MoELoraLayer)
+    tuner_layer_cls = (LoraLayer, MoELoraLayer)  # type: ignore[assignment]  # isinstance takes both
+
+    # ---- targets -------------------------------------------------------------------------------
 
     def _prepare_adapter_config(
-        self, peft_config: MoELoraConfig, model_config: dict
+        self, peft_config: PeftConfig, model_config: dict[str, Any]
     ) -> MoELoraConfig:
-        """The last step before PEFT changes the model: all that can be wrong with targets and files is found here."""
-        names = [key for key, _ in self.model.named_modules()]
-        if peft_config.target_modules is None:
-            peft_config.target_modules = self._every_experts_module(names)
-        targets = self._targets(peft_config)
-        experts = {
-            key: _layout(module) for key, module in targets.items() if _holds_experts(module)
-        }
-        chosen = {
-            key: peft_config.experts_of(key, layout.num_experts) for key, layout in experts.items()
-        }
-        peft_config.check_every_entry_matches(experts)
-        if peft_config._file is not None:
-            ranked = {key: self._rank(peft_config, key) for key in targets}
-            checkpoint.check_file(
-                peft_config._file,
-                checkpoint.Targets(
-                    {
-                        key: (layout, ranked[key], chosen[key])
-                        for key, layout in experts.items()
-                        if chosen[key] != ()
-                    },
-                    {
-                        key: (_base(module), ranked[key])
-                        for key, module in targets.items()
-                        if key not in experts
-                    },
-                    *self._saved_and_carried(peft_config),
-                ),
-                peft_config,
-            )
-        return peft_config
+        """Check targets and files, all of them before PEFT changes the model."""
+        config = _own(peft_config)
+        if config.target_modules is None:
+            # PEFT annotates a list, and keeps a set
+            names: Any = self._every_experts_module()
+            config.target_modules = names
+        experts = {}
+        others = {}
+        for key, module in self._targets(config).items():
+            r = config.rank_of(key)
+            if _holds_experts(module):
+                layout = _layout(module)
+                chosen = config.experts_of(key, layout.num_experts)
+                experts[key] = checkpoint.ExpertsTarget(layout, r, chosen)
+            else:
+                others[key] = (_base(module), r)
+        config.check_every_entry_matches(experts)
+        if config._file is not None:
+            # an empty choice leaves the module without an adapter
+            adapted = {key: target for key, target in experts.items() if target.chosen != ()}
+            saved, carried = self._saved_and_carried(config)
+            targets = checkpoint.Targets(adapted, others, saved, carried)
+            checkpoint.check_file(config._file, targets, config)
+        return config
 
     def _saved_and_carried(
         self, config: MoELoraConfig
     ) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
-        """Modules a file holds whole, and paths of those whose weights PEFT adds to a file by rules of its own."""
-        saved, carried = {}, []
+        """Modules that a file holds whole, and paths of those that PEFT may add by its own rules.
+
+        Returns: path -> module of the first; paths of the others.
+        """
+        saved = {}
+        carried = []
+        # as PEFT matches them: an entry may be the end of a longer name
+        entries = tuple(config.modules_to_save or ())
         for key, module in self._base_modules():
-            last = key.rpartition(".")[2]
-            # as PEFT matches them: the name may be the end of a longer one
-            if key.endswith(tuple(config.modules_to_save or ())):
+            name = key.rpartition(".")[2]
+            if key.endswith(entries):
                 saved[key] = getattr(module, "original_module", module)
-            elif last in EMBEDDING_LAYER_NAMES or config.bias != "none":
+            elif name in EMBEDDING_LAYER_NAMES or config.bias != "none":
                 carried.append(key)
         return saved, tuple(carried)
 
-    def _every_experts_module(self, names: list[str]) -> set[str]:
+    def _every_experts_module(self) -> set[str]:
+        """Names that match all experts modules of the model and nothing else."""
         experts = [key for key, module in self._base_modules() if is_experts(module)]
         if not experts:
             raise ValueError(
-                "target_modules=None targets every experts module, but the model has none; name the modules to adapt "
-                "in target_modules."
+                "target_modules=None targets every experts module, but the model has none; name "
+                "the modules to adapt in target_modules."
             )
-        # the bare name ("experts") where it means just these modules: it fits any number of layers
-        short = {key.rpartition(".")[2] for key in experts}
-        matched = [key for key in names if key.rpartition(".")[2] in short]
-        return short if sorted(matched) == sorted(experts) else set(experts)
+        # the last name alone ("experts"), if only experts have it: it fits any number of layers
+        short = {_last_name(key) for key in experts}
+        matched = [key for key, _ in self.model.named_modules() if _last_name(key) in short]
+        if sorted(matched) == sorted(experts):
+            return short
+        return set(experts)
 
-    def _base_modules(self):
-        """(path, module) of the model without what adapters added; an adapted module stands for its base."""
-        adapted: list[str] = []
+    def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) of the model as it was before adapters were added to it.
+
+        Modules inside an adapted layer are left out; an adapted experts module is replaced by its
+        base module.
+        """
+        inside: list[str] = []
         for key, module in self.model.named_modules():
-            if not any(key.startswith(prefix) for prefix in adapted):
-                if isinstance(module, BaseTunerLayer):
-                    adapted.append(f"{key}.")
-                yield key, module.get_base_layer() if isinstance(module, MoELoraLayer) else module
+            if key.startswith(tuple(inside)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside.append(f"{key}.")
+            if isinstance(module, MoELoraLayer):
+                yield key, module.get_base_layer()
+            else:
+                yield key, module
 
     def _targets(self, config: MoELoraConfig) -> dict[str, nn.Module]:
-        """Path -> module of all that the configuration targets.
+        """Path -> module of everything that the configuration targets, adapted or not.
+
+        Empty for "all-linear", which PEFT resolves.
 
         Raises:
-            ValueError: naming an entry of target_modules, rank_pattern or alpha_pattern that matches no module.
+            ValueError: naming an entry of target_modules that matches no module.
         """
-        modules = {key: module for key, module in self._base_modules() if key}
-        adapted = dict(self.model.named_modules())
         if config.target_modules == "all-linear":
             return {}
-        targets = {
-            key: adapted[key]
-            for key in modules
-            if _matched(check_target_module_exists(config, key))
-        }
+        modules = {key: module for key, module in self._base_modules() if key}
+        current = dict(self.model.named_modules())
+        targets = {key: current[key] for key in modules if _is_target(config, key)}
         if isinstance(config.target_modules, str):
             return targets
-        for entry in sorted(config.target_modules):
+        for entry in sorted(config.target_modules or ()):
             if not any(key == entry or key.endswith(f".{entry}") for key in modules):
+                names = {_last_name(key) for key, module in modules.items() if is_experts(module)}
+                called = sorted(names) or "nothing here"
                 raise ValueError(
-                    f"target_modules: {entry!r} matches no module of the model; the experts modules are called "
-                    f"{sorted({k.rpartition('.')[2] for k, m in modules.items() if is_experts(m)}) or 'nothing here'}."
+                    f"target_modules: {entry!r} matches no module of the model; the experts "
+                    f"modules are called {called}."
                 )
         return targets
 
-    @staticmethod
-    def _rank(config: MoELoraConfig, key: str) -> int:
-        return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
+    # ---- layers --------------------------------------------------------------------------------
 
-    @staticmethod
-    def _alpha(config: MoELoraConfig, key: str) -> float:
-        return config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha
-        )
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """PEFT's, and all or nothing: a target that turns out not to be adaptable leaves the model as it was."""
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's, and if a target cannot be adapted after all, the model is left as it was."""
         modules = dict(model.named_modules())
-        trainable = {p: p.requires_grad for p in model.parameters()}
+        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            for key, module in list(model.named_modules()):
-                if not isinstance(module, BaseTunerLayer):
-                    continue
-                if modules.get(key) is module:
-                    module.delete_adapter(adapter_name)
-                elif key in modules:
-                    self._replace_module(model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2],
-                                         modules[key], module)  # fmt: skip
+        except BaseException:
+            self._take_back(model, adapter_name, modules)
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad = requires_grad
             raise
 
+    def _take_back(self, model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
+        """Remove an adapter, and every layer that was put into the model for it.
+
+        Args:
+            model: the model.
+            adapter_name: the adapter.
+            before: path -> module, before the adapter was added.
+        """
+        for key, module in list(model.named_modules()):
+            original = before.get(key)
+            if original is None or not isinstance(module, BaseTunerLayer):
+                continue
+            if module is original:
+                module.delete_adapter(adapter_name)
+            else:
+                path, _, name = key.rpartition(".")
+                parent = model.get_submodule(path)
+                self._replace_module(parent, name, original, getattr(parent, name))
+
     def _create_and_replace(
         self,
-        lora_config,
-        adapter_name,
-        target,
-        target_name,
-        parent,
-        current_key,
-        *,
-        parameter_name=None,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
-        r, alpha, chosen = (
-            self._rank(lora_config, current_key),
-            self._alpha(lora_config, current_key),
-            None,
-        )
-        if lora_config.expert_indices is not None and _holds_experts(target):
-            chosen = lora_config.experts_of(current_key, _layout(target).num_experts)
+        config = _own(peft_config)
+        r = config.rank_of(current_key)
+        alpha = config.lora_alpha_of(current_key)
+        chosen = None
+        if config.expert_indices is not None and _holds_experts(target):
+            chosen = config.experts_of(current_key, _layout(target).num_experts)
         if chosen == ():
             return
         if isinstance(target, MoELoraLayer):
-            target.update_layer(adapter_name, lora_config, r, alpha, chosen)
-        elif is_experts(target):
-            layer = MoELoraLayer(target, adapter_name, lora_config, r, alpha, chosen)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(
-                    False
-                )  # adding a further adapter: it is not trained until it is set active
-            self._replace_module(parent, target_name, layer, target)
-        elif is_router(target, parent):
-            router = MoELoraRouter(target, adapter_name, config=lora_config, r=r, lora_alpha=alpha)
-            if adapter_name not in self.active_adapters:
-                router.requires_grad_(False)
-            self._replace_module(parent, target_name, router, target)
-        elif READ_NOT_CALLED.get(type(parent).__name__) == target_name:
+            target.update_layer(adapter_name, config, r, alpha, chosen)
+            return
+        if READ_NOT_CALLED.get(type(parent).__name__) == target_name:
             raise ValueError(
-                f"{type(parent).__name__} reads the weight of its {target_name} and never calls it: a LoRA there "
-                f"would do nothing. Train it whole, modules_to_save=[{target_name!r}], or leave it out."
+                f"{type(parent).__name__} reads the weight of its {target_name} and never calls "
+                "it: a LoRA there would do nothing. Train it whole, "
+                f"modules_to_save=[{target_name!r}], or leave it out."
             )
+        layer: nn.Module
+        if is_experts(target):
+            layer = MoELoraLayer(target, adapter_name, config, r, alpha, chosen)
+        elif is_router(target, parent):
+            # PEFT annotates an int, and takes any number
+            lora_alpha: Any = alpha
+            layer = MoELoraRouter(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
         else:
             super()._create_and_replace(
-                lora_config,
+                config,
                 adapter_name,
                 target,
                 target_name,
@@ -212,100 +228,90 @@ class MoELoraModel(LoraModel):
                 current_key,
                 parameter_name=parameter_name,
             )
+            return
+        if adapter_name not in self.active_adapters:
+            # a further adapter is not trained until it is set active
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         if isinstance(child, MoELoraLayer):
             setattr(parent, child_name, child.release())
         elif isinstance(new_module, MoELoraLayer | MoELoraRouter):
-            # PEFT would move the adapter to where the weight lies, and an offloaded one lies nowhere
+            # PEFT would move the adapter to the weight's device, which is meta if it is offloaded
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _post_injection_hook(
-        self, model: nn.Module, config: MoELoraConfig, adapter_name: str
-    ) -> None:
+    # ---- what the user asks --------------------------------------------------------------------
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         logger.info("adapter %r: %s", adapter_name, self.summary(adapter_name))
-        _PrintWithSummary.install_around(self)
+        PrintWithSummary.install_around(self)
 
     def summary(self, adapter_name: str | None = None) -> str:
-        """What an adapter (the active one by default) is on: experts, routers, other layers, modules saved whole."""
-        names = self.active_adapters if adapter_name is None else [adapter_name]
-        experts, others = (
-            [],
-            {"routers": Counter(), "other layers": Counter(), "modules saved whole": Counter()},
-        )
-        for key, module in self.model.named_modules():
-            if not _names_of_adapters(module).isdisjoint(names):
-                kind = ("modules saved whole" if isinstance(module, ModulesToSaveWrapper) else
-                        "routers" if isinstance(module, MoELoraRouter) else "other layers")  # fmt: skip
-                if isinstance(module, MoELoraLayer):
-                    experts.append(module)
-                else:
-                    others[kind][
-                        ".".join([part for part in key.split(".") if not part.isdigit()][-2:])
-                    ] += 1
-        adapted = [
-            {
-                (p, e)
-                for n in names
-                if n in layer.lora_A
-                for p in layer.lora_A[n]
-                for e in layer.experts_of(n)
-            }
-            for layer in experts
-        ]
-        number, projections = (
-            sum(len({e for _, e in pairs}) for pairs in adapted),
-            sum(map(len, adapted)),
-        )
-        held = sum(layer.layout.num_experts for layer in experts)
-        of_all = "" if held == number else f" of {held:,}"
-        told = [
-            f"{len(experts)} experts modules, {number:,}{of_all} experts, {projections:,} projections adapted"
-        ]
-        for kind, counts in others.items():
-            if counts:
-                listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-                told.append(f"{counts.total()} {kind}: {listed}")
-        return "; ".join(told)
+        """What an adapter is on: experts, routers, other layers, modules saved whole.
 
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        if kwargs.get("adapter_names") is not None and self._has(MoELoraLayer, MoELoraRouter):
+        Args:
+            adapter_name: the adapter; by default the active ones.
+        """
+        names: Collection[str] = self.active_adapters
+        if adapter_name is not None:
+            names = [adapter_name]
+        return summarize(self.model, names)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        mixed = kwargs.get("adapter_names") is not None
+        if mixed and self._has(MoELoraLayer, MoELoraRouter):
             raise ValueError(
-                "adapter_names: experts and routers do not mix adapters within one batch, as their rows are tokens, "
-                "not samples; run one batch per adapter with set_adapter."
+                "adapter_names: experts and routers do not mix adapters within one batch, as their "
+                "rows are tokens, not samples; run one batch per adapter with set_adapter."
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
-    def add_weighted_adapter(self, *args, **kwargs) -> None:
-        """PEFT's, where no experts are adapted.
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, in a model without adapted experts.
 
         Raises:
             ValueError: if experts are adapted; several adapters can be active at once instead.
         """
         if self._has(MoELoraLayer):
             raise ValueError(
-                "add_weighted_adapter does not combine experts' adapters; activate several with set_adapter([...]), "
-                "or merge them one after the other."
+                "add_weighted_adapter does not combine experts' adapters; activate several with "
+                "set_adapter([...]), or merge them one after the other."
             )
         super().add_weighted_adapter(*args, **kwargs)
 
-    def _has(self, *layers: type) -> bool:
+    def _has(self, *layers: type[nn.Module]) -> bool:
         return any(isinstance(module, layers) for module in self.model.modules())
+
+    # ---- checkpoints ---------------------------------------------------------------------------
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model, config, adapter_name, state_dict, unwanted_adapter_names
-    ):
-        # the configuration is saved after the weights and completes their file with this
-        config._description = checkpoint.describe(model, adapter_name)
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # the configuration is saved after the weights, and adds this to the metadata of their file
+        _own(config)._description = checkpoint.describe(model, adapter_name)
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -313,29 +319,14 @@ class MoELoraModel(LoraModel):
         return state_dict
 
 
-class _PrintWithSummary:
-    """`print_trainable_parameters` of one PeftModel, with a second line that says what of the experts is adapted."""
+def _own(config: PeftConfig) -> MoELoraConfig:
+    """A configuration of this tuner, which PEFT's signatures call a PeftConfig."""
+    assert isinstance(config, MoELoraConfig), "the tuner is registered for MoELoraConfig only"
+    return config
 
-    def __init__(self, peft_model: PeftModel):
-        self.peft_model = peft_model
 
-    def __call__(self) -> None:
-        type(self.peft_model).print_trainable_parameters(self.peft_model)
-        print(self.peft_model.base_model.summary())
-
-    @classmethod
-    def install_around(cls, tuner: MoELoraModel) -> None:
-        """Wait for the PeftModel that is about to take the tuner in; PEFT gives a tuner no other way to know it."""
-        waiting = weakref.ref(tuner)
-
-        def on_registration(parent: nn.Module, name: str, child: nn.Module) -> None:
-            if isinstance(parent, PeftModel) and child is waiting():
-                parent.print_trainable_parameters = cls(parent)
-                handle.remove()
-
-        handle = register_module_module_registration_hook(on_registration)
-        # inject_adapter_in_model keeps the model and drops the tuner: nobody takes it in
-        weakref.finalize(tuner, handle.remove)
+def _last_name(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -343,20 +334,19 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _layout(module: nn.Module) -> ExpertsLayout:
-    return module.layout if isinstance(module, MoELoraLayer) else read_layout(module)
+    if isinstance(module, MoELoraLayer):
+        return module.layout
+    return read_layout(module)
 
 
 def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module
 
 
-def _names_of_adapters(module: nn.Module) -> set[str]:
-    """The adapters that have a part of their own in this module."""
-    if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-        return set()
-    return {name for part in module.adapter_layer_names for name in getattr(module, part, ())}
-
-
-def _matched(result) -> bool:
-    """PEFT answers with a bool, a match, None, or an object that says the module is excluded."""
-    return bool(result) and not isinstance(result, _ExcludedModule)
+def _is_target(config: MoELoraConfig, key: str) -> bool:
+    """Whether the configuration targets the module at this path and does not exclude it."""
+    # PEFT answers with a bool, a match, None, or an object that says the module is excluded
+    answer = check_target_module_exists(config, key)
+    return bool(answer) and not isinstance(answer, _ExcludedModule)

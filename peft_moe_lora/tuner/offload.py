@@ -1,8 +1,9 @@
-"""Weights that accelerate offloads: brought to their execution device while they are read, sent back afterwards.
+"""Weights that accelerate offloads: on their execution device while they are read, then sent back.
 
-accelerate attaches a hook to each module. The hook brings the module's weights in before its forward and sends them
-back after its forward has returned. Two cases are left to this file: modules whose weights are read although their
-forward is never called, and a forward that ends with an exception.
+accelerate attaches a hook to each module. The hook brings the module's weights in before its
+forward and sends them back after its forward has returned. Two cases are left to this file: modules
+whose weights are read although their forward is never called, and forwards that end with an
+exception.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,8 @@ from torch import nn
 def fetched(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Within this context the weights of `modules` are on their execution device.
 
-    They are sent back at the end of the context, also when an exception passes through it or when fetching one of them
-    fails. Modules without a hook of accelerate are left alone.
+    They are sent back at the end of the context, also if it ends with an exception, and also if
+    fetching one of them fails. Modules without a hook of accelerate are left as they are.
     """
     offloaded = [module for module in modules if _hook(module) is not None]
     if not offloaded:
@@ -29,9 +30,9 @@ def fetched(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
 def sent_back_after_exception(module: nn.Module) -> AbstractContextManager[None]:
     """An exception within this context sends the weights of `module` back before it passes on.
 
-    accelerate sends them back after a forward that returns. Under non-reentrant checkpointing a recomputed forward
-    ends with an exception as soon as it has what backward needs, so the weights of layer after layer would stay on
-    the device.
+    accelerate sends them back after a forward that returns. Under non-reentrant checkpointing a
+    recomputed forward ends with an exception as soon as it has computed what backward needs, so the
+    weights of one layer after another would stay on the device.
     """
     if _hook(module) is None:
         return nullcontext()
@@ -41,10 +42,10 @@ def sent_back_after_exception(module: nn.Module) -> AbstractContextManager[None]
 def call_between_hooks(
     module: nn.Module, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """function(*args, **kwargs), with the weights of `module` and all its submodules on their execution device.
+    """function(*args, **kwargs) with the weights of `module` and its submodules fetched.
 
-    This is for a function that takes the place of `module.forward`, around which accelerate would have called the
-    hook of `module`: inputs and output are moved as that hook moves them.
+    The function takes the place of `module.forward`, so accelerate does not call the hook of
+    `module`. It is called here: it moves inputs and output between devices as well.
     """
     submodules = [child for child in module.modules() if child is not module]
     hook = _hook(module)
@@ -59,7 +60,7 @@ def call_between_hooks(
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings the weights of an offloaded module; None for a module without such a hook."""
+    """Where accelerate brings the weights of an offloaded module; None if it is not offloaded."""
     for child in module.modules():
         hook = _hook(child)
         # several hooks on one module are held by one SequentialHook

@@ -1,10 +1,13 @@
-"""logits = x W^T + scaling * (x A^T) B^T, for modules that multiply by a weight in a forward of their own.
+"""logits = x W^T + scaling * (x A^T) B^T, for modules that multiply by their weight in a forward of
+their own.
 
-A router of transformers v5 holds a bare [E, H] weight and goes from hidden states to experts in one forward. That
-forward runs as it is; the one product by its weight is caught on the way and gets the low-rank term added.
+A router of transformers v5 holds a bare [E, H] weight, and its forward goes from hidden states to
+chosen experts. That forward runs as it is. Its product by the weight is intercepted, and the
+low-rank term is added to the result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
 
-_PRODUCTS = frozenset(
+_PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     {
         F.linear,
         torch.mm,
@@ -24,8 +27,10 @@ _PRODUCTS = frozenset(
         torch.Tensor.__matmul__,
     }
 )
-# what a forward may do to its weight before the product: another dtype, or the transpose
-_VIEWS = frozenset(
+# `T` and `mT` are properties: a mode sees their getters
+_Tensor: Any = torch.Tensor
+# what a forward may do to its weight before the product: change its dtype or transpose it
+_VIEWS: frozenset[Callable[..., Any]] = frozenset(
     {
         torch.Tensor.type,
         torch.Tensor.to,
@@ -34,75 +39,76 @@ _VIEWS = frozenset(
         torch.Tensor.half,
         torch.Tensor.bfloat16,
         torch.Tensor.t,
-        torch.Tensor.T.__get__,
-        torch.Tensor.mT.__get__,
+        _Tensor.T.__get__,
+        _Tensor.mT.__get__,
         torch.t,
     }
 )
 
 
 class UnsupportedRouter(ValueError):
-    """A module with a weight of its own, but whose forward does not multiply by it once."""
+    """A module that has a weight of its own but does not multiply by it exactly once in forward."""
 
 
 class MoELoraRouter(lora.Linear):
-    """PEFT's linear LoRA layer around a module that is no linear layer: a router.
+    """PEFT's linear LoRA layer around a router, a module that is not a linear layer.
 
     Its parameters, their names, initialisation, dropout, scaling and merging are PEFT's:
     `lora_A.<adapter>.weight` [r, H] and `lora_B.<adapter>.weight` [E, r].
     """
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return linear_features(module)
+        features = linear_features(module)
+        assert features is not None, "only modules that are routers are wrapped"
+        return features
 
-    def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)
         # set for models whose linear layers are stored [K, N]; a router's weight is [E, H]
         self.fan_in_fan_out = False
         for side in (self.lora_A, self.lora_B):
-            side[adapter_name] = _Factor.of(side[adapter_name])
+            side[adapter_name] = _Factor.of(cast(nn.Linear, side[adapter_name]))
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # where accelerate offloads the weight, it is brought to this device for every forward
+        # accelerate brings an offloaded weight to this device for every forward
         hook = getattr(self.base_layer, "_hf_hook", None)
         if device is None and self.base_layer.weight.is_meta and hook is not None:
             device = hook.execution_device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The router's own forward, with the active adapters' low-rank terms in its logits.
 
         Raises:
-            UnsupportedRouter: if that forward multiplies by its weight not at all or several times.
+            UnsupportedRouter: if that forward does not multiply by its weight exactly once.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if (
-            self.disable_adapters
-            or self.merged
-            or not any(name in self.lora_A for name in self.active_adapters)
-        ):
+        active = any(name in self.lora_A for name in self.active_adapters)
+        if self.disable_adapters or self.merged or not active:
             return self.base_layer(*args, **kwargs)
-        product = _ProductOf(self.base_layer, self._low_rank)
+        product = _ProductOf(self.base_layer, self._add_low_rank)
         with product:
             out = self.base_layer(*args, **kwargs)
         if product.count != 1:
             raise UnsupportedRouter(
-                f"{type(self.base_layer).__name__}.forward multiplies by its weight {product.count} times where a "
-                "LoRA needs one product; take it out of target_modules, or train it whole with modules_to_save."
+                f"{type(self.base_layer).__name__}.forward multiplies by its weight "
+                f"{product.count} times, and a LoRA needs exactly one product; take it out of "
+                "target_modules, or train it whole with modules_to_save."
             )
         return out
 
-    def _low_rank(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """logits + scaling * (x A^T) B^T of every active adapter, in the dtype of the logits.
+    def _add_low_rank(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """logits + scaling * (x A^T) B^T of every active adapter.
 
         Args:
             x: [..., H] float, what the router multiplied by its weight.
             logits: [..., E] float, the product.
+        Returns: [..., E], dtype of logits.
         """
-        # a second product, not W + B A: W may be a shard and A and B not
+        # a second product, not W + B A: W may be sharded while A and B are whole
         x = x.to(logits.dtype)
         for name in self.active_adapters:
             if name in self.lora_A:
@@ -112,7 +118,10 @@ class MoELoraRouter(lora.Linear):
 
 
 class _Factor(nn.Linear):
-    """A or B, applied in the dtype of what it is given; a module, so that hooks which bring its weight still run."""
+    """A or B, applied in the dtype of its input.
+
+    It is a module, so that hooks that bring its weight to the device still run.
+    """
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "_Factor":
@@ -125,22 +134,30 @@ class _Factor(nn.Linear):
 
 
 class _ProductOf(TorchFunctionMode):
-    """While entered, whatever is multiplied by a module's weight goes through a function on its way out.
+    """Within this mode, every product by a module's weight is changed by a function.
 
     Args:
-        module: its `weight` is looked at when a product is made, so hooks may replace it before.
-        change: called as change(x, product), gives what the forward sees in place of the product.
+        module: its `weight` is read anew for every product, because hooks may replace it.
+        change: called as change(x, product); its result takes the place of the product.
     """
 
     def __init__(
         self, module: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ):
+    ) -> None:
         super().__init__()
-        self.module, self.change = module, change
+        self.module = module
+        self.change = change
         self.count = 0
+        # the weight in another dtype or transposed, as it was seen so far
         self._seen: list[torch.Tensor] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func in _VIEWS and self._is_weight(args[0]):
@@ -152,5 +169,5 @@ class _ProductOf(TorchFunctionMode):
                 return self.change(x, out)
         return out
 
-    def _is_weight(self, tensor) -> bool:
+    def _is_weight(self, tensor: object) -> bool:
         return tensor is self.module.weight or any(tensor is seen for seen in self._seen)
