@@ -1,0 +1,121 @@
+"""Train the whole of Qwen3-30B-A3B with quantized experts in 24 GB: random weights, a step's time, memory and loss.
+
+The model is built layer by layer and is never dense as a whole. LoRA is on every expert and on attention; gradient
+checkpointing, fp32 AdamW. Memory is that of torch.cuda.max_memory_allocated. On a CPU a tiny model is trained.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cases import QWEN3_30B, TINY_QWEN3
+from models import ATTENTION, build_quantized, set_checkpointing
+from peft_moe_lora import MoELoraConfig
+from timing import seconds_per_call
+
+GIB = 2**30
+
+
+class Memory:
+    """GiB at each stage of a run on a GPU; nothing on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stages: dict[str, dict[str, float]] = {}
+
+    def note(self, stage: str) -> None:
+        """Read what is held now, and the peaks since the last stage."""
+        if self.device.type != "cuda":
+            return
+        torch.cuda.synchronize(self.device)
+        self.stages[stage] = {
+            "held": torch.cuda.memory_allocated() / GIB,
+            "peak": torch.cuda.max_memory_allocated() / GIB,
+            "reserved": torch.cuda.max_memory_reserved() / GIB,
+        }
+        torch.cuda.reset_peak_memory_stats()
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> torch.Tensor:
+    """Cross entropy of the next token.
+
+    Args:
+        ids: [batch, T] token ids.
+        chunk: the logits of so many tokens are formed at a time, in forward and again in backward; None: all.
+    """
+    if chunk is None:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+    inner = model.get_base_model()
+    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+
+    def loss_of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(inner.lm_head(hidden).float(), targets, reduction="sum")
+
+    def losses() -> Iterator[torch.Tensor]:
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            yield checkpoint(loss_of_chunk, h, t, use_reentrant=False)
+
+    return torch.stack(list(losses())).sum() / len(targets)
+
+
+def train(
+    format: str, rank: int, tokens: int, steps: int, loss_chunk: int | None, device: torch.device
+) -> dict[str, Any]:
+    """Train the whole model for some steps on one sequence.
+
+    Args:
+        format: of the experts, a key of `models.FORMATS`.
+        tokens: of the sequence.
+        loss_chunk: see `loss_of`.
+    Returns: sizes, GiB at each stage, ms and loss of every step.
+    """
+    sizes = TINY_QWEN3
+    dtype = torch.float32
+    if device.type == "cuda":
+        sizes = QWEN3_30B
+        dtype = torch.bfloat16
+    memory = Memory(device)
+    base = build_quantized(sizes, format, dtype, device)
+    memory.note("built")
+    targets = ["experts", *ATTENTION]
+    config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    model = get_peft_model(base, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    memory.note("adapter")
+    set_checkpointing(model.get_base_model(), True)
+    model.train()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(sizes["vocab_size"], (1, tokens), device=device)
+    losses = []
+    ms = []
+
+    def step() -> None:
+        loss = loss_of(model, ids, loss_chunk)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+
+    for i in range(steps):
+        ms.append(1e3 * seconds_per_call(step, device, 1))
+        memory.note(f"step {i + 1}")
+    found = {
+        "sizes": sizes,
+        "format": format,
+        "r": rank,
+        "T": tokens,
+        "trained": sum(p.numel() for p in trained),
+        "losses": losses,
+        "ms": ms,
+        "GiB": memory.stages,
+    }
+    if memory.stages:
+        found["peak_GiB"] = max(stage["peak"] for stage in memory.stages.values())
+        found["of_24_GiB"] = found["peak_GiB"] / 24
+    return found
