@@ -28,3 +28,12 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches of kernels, recorded without a GPU: a `helpers.launches.Launches`."""
+    # here, because Triton must not be imported before tests/ops chooses the interpreter
+    from helpers.launches import record_launches
+
+    return record_launches(monkeypatch)

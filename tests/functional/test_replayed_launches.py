@@ -1,39 +1,17 @@
 """A layer's launches on a Hopper GPU, replayed as they were composed; the kernels are fakes, so none is needed."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import triton
-from triton.runtime.jit import JITFunction
 
 from peft_moe_lora.functional import Projection, experts, steps, whole
 from peft_moe_lora.functional.operators import Gradient
 from peft_moe_lora.ops import Activation, Routing, kernels
-from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
+from peft_moe_lora.ops.kernels.launching import launch, replay
 
 E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741  # the intermediate size is I in every formula
-
-
-class Driver:
-    """A Triton driver that has one stream."""
-
-    active = type("", (), {"get_current_stream": staticmethod(lambda device: 0)})
-
-
-class Compiled:
-    """What a launch compiles: run, it notes its arguments."""
-
-    function = packed_metadata = None
-
-    def __init__(self, name, launches):
-        self.name, self.launches = name, launches
-
-    def run(
-        self, gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments
-    ):
-        self.launches.append((self.name, (gx, gy, gz), arguments))
 
 
 def relative(arguments, inputs):
@@ -58,34 +36,6 @@ def relative(arguments, inputs):
                 ("input", *of[0]) if of else ("buffer", order.setdefault(argument, len(order)))
             )
         found.append((argument, fields))
-    return found
-
-
-class Launches(list):
-    """The launches since it was last cleared; by name, kernels whose compilation was asked for, and how."""
-
-    def __init__(self):
-        self.ahead, self.at_launch = [], []
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    found = Launches()
-
-    def run(self, *args, warmup, **kwargs):
-        (found.ahead if warmup else found.at_launch).append(self.__name__)
-        return Compiled(self.__name__, found)
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("peft_moe_lora.ops.kernels.") and hasattr(module, "device_facts"):
-            monkeypatch.setattr(module, "device_facts", lambda device: (90, 132))
-    for module in (launch, graphs):
-        monkeypatch.setattr(module, "driver", Driver)
-    monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(replay, "_kinds", {})
-    for module in (whole, steps):
-        monkeypatch.setattr(module, "ops_for", lambda backend, device: kernels)
     return found
 
 
