@@ -1,19 +1,25 @@
 """`peft-moe-lora`: env, inspect, convert, merge, verify.
 
-Exit codes: 0 done; 1 verify found a difference; 2 wrong usage; 3 an adapter or checkpoint that is damaged, unknown, or
-for another model; 4 refused, because its reader would refuse it or it can be read in two ways; 5 the destination
-exists. Messages go to stderr, one line that begins with "error:"; what was asked for goes to stdout.
+Exit codes:
+    0  done
+    1  verify found a difference
+    2  wrong usage
+    3  an adapter or checkpoint is damaged, unknown, or made for another model
+    4  refused: the program that reads the result would refuse it, or it can be read in two ways
+    5  the destination exists
+
+Results go to stdout. An error goes to stderr, as one line that begins with "error:".
 """
 
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -36,47 +42,53 @@ except ImportError as error:
         f"error: the command line needs typer and rich ({error}): pip install 'peft-moe-lora[cli]'"
     ) from error
 
-DIFFERENT, BAD, REFUSED, EXISTS = 1, 3, 4, 5
+DIFFERENT = 1
+BAD = 3
+REFUSED = 4
+EXISTS = 5
+
+# packages whose versions `env` prints
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="LoRA adapters on the experts of Mixture-of-Experts models: convert, verify, merge, and say what was done.",
-)  # fmt: skip
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LoRA adapters on the experts of Mixture-of-Experts models: inspect, convert, merge and "
+    "verify them.",
+)
 
+BASE_HELP = "The base model: a folder with a config.json, or a name on the hub."
 Adapter = Annotated[Path, typer.Argument(help="Folder of an adapter, in any format.")]
-BaseConfig = Annotated[
-    str | None,
-    typer.Option(help="The base model: a folder with a config.json, or a name on the hub."),
-]
+BaseConfig = Annotated[str | None, typer.Option(help=BASE_HELP)]
 BLayout = Annotated[
     str, typer.Option(help=f"Order of lora_B under PEFT's keys: {', '.join(B_LAYOUTS)}.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace what lies at the destination.")]
+Destination = Annotated[Path, typer.Argument(help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at the destination.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 
 @app.command()
 def env(as_json: AsJson = False) -> None:
-    """Versions, GPU and the backend picked: what an issue report needs."""
-    found = {
+    """Print the versions, the GPU and the backend in use, for bug reports."""
+    found: dict[str, str | None] = {
         "peft_moe_lora": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-    found |= {
-        name: _version(name)
-        for name in ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
-    }
-    cuda = torch.cuda.is_available()
-    found["cuda"] = torch.version.cuda if cuda else None
-    found["gpu"] = None
-    if cuda:
+    for name in PACKAGES:
+        found[name] = _version(name)
+    found |= {"cuda": None, "gpu": None}
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability()
-        found["gpu"] = (
-            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
-        )
-    found["backend"] = select_backend("auto", torch.device("cuda" if cuda else "cpu"))
+        gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        found["cuda"] = torch.version.cuda
+        found["gpu"] = f"{gpus}, capability {major}.{minor}"
+    found["backend"] = select_backend("auto", device)
     _print(found, as_json)
 
 
@@ -87,16 +99,17 @@ def inspect(
     b_layout: BLayout = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """What an adapter holds, and which formats it can be converted to. Reads headers only."""
+    """Print what an adapter holds and which formats it can be converted to; reads headers only."""
     with _exit_codes():
         found = asdict(inspect_adapter(path, base_config, b_layout))
-    _print({**found, "path": str(found["path"])}, as_json)
+    found["path"] = str(found["path"])
+    _print(found, as_json)
 
 
 @app.command()
 def convert(
     src: Adapter,
-    dst: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dst: Destination,
     to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.")] = DEFAULT,
     base_config: BaseConfig = None,
     b_layout: BLayout = "auto",
@@ -104,7 +117,7 @@ def convert(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in another format; per_expert, which most servers and PEFT read, by default."""
+    """Write an adapter in another format; the default is what PEFT and most servers read."""
     with _exit_codes(), _bar("converting", quiet) as progress:
         done = convert_adapter(
             src,
@@ -115,27 +128,30 @@ def convert(
             force=force,
             progress=progress,
         )
-    what = {
-        "path": str(done.path),
-        "from": done.source,
-        "to": done.to,
-        "modules": done.modules,
-        "experts": done.experts,
-    }
-    _print({**what, "notes": done.notes}, as_json)
+    _print(
+        {
+            "path": str(done.path),
+            "from": done.source,
+            "to": done.to,
+            "modules": done.modules,
+            "experts": done.experts,
+            "notes": done.notes,
+        },
+        as_json,
+    )
 
 
 @app.command()
 def merge(
     adapter: Adapter,
     base: Annotated[Path, typer.Argument(help="Folder of the base model, with its safetensors.")],
-    dst: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dst: Destination,
     b_layout: BLayout = "auto",
     force: Force = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base model: a full checkpoint, written shard by shard."""
+    """Merge an adapter into its base model; writes a full checkpoint, shard by shard."""
     with _exit_codes(), _bar("merging", quiet) as progress:
         done = merge_adapter(adapter, base, dst, b_layout=b_layout, force=force, progress=progress)
     _print(
@@ -154,22 +170,19 @@ def merge(
 @app.command()
 def verify(
     path: Adapter,
-    base: Annotated[
-        str,
-        typer.Argument(help="The base model: a folder with a config.json, or a name on the hub."),
-    ],
+    base: Annotated[str, typer.Argument(help=BASE_HELP)],
     other: Annotated[
-        Path | None, typer.Argument(help="A second adapter that should be the same update.")
+        Path | None, typer.Argument(help="A second adapter that should hold the same update.")
     ] = None,
     b_layout: BLayout = "auto",
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative error that passes.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which experts are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random choice of experts.")] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold an adapter against its base model, and the updates of random experts against those of a second adapter."""
+    """Check that an adapter fits its base model, and on random experts equals a second adapter."""
     with _exit_codes(), _bar("verifying", quiet) as progress:
         found = verify_adapter(
             path,
@@ -190,6 +203,7 @@ def verify(
 
 
 def _version(name: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -198,24 +212,31 @@ def _version(name: str) -> str | None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Errors of the package as one line on stderr and an exit code."""
+    """Turn errors of the package into one line on stderr and an exit code."""
     try:
         yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = (
-            EXISTS
-            if isinstance(error, ExistsError)
-            else REFUSED
-            if isinstance(error, RefusedError)
-            else BAD
-        )
-        raise typer.Exit(code) from None
+        raise typer.Exit(_exit_code(error)) from None
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, ExistsError):
+        return EXISTS
+    if isinstance(error, RefusedError):
+        return REFUSED
+    return BAD
 
 
 @contextmanager
 def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr, where there is a terminal to see it."""
+    """A progress bar on stderr, if that is a terminal.
+
+    Args:
+        what: the word before the bar.
+        quiet: show none.
+    Yields: a function that takes (steps done, steps in all), or None.
+    """
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield None
@@ -228,26 +249,37 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield progress
 
 
-def _print(found: dict, as_json: bool) -> None:
-    """A mapping as JSON, or as two columns that can be pasted anywhere."""
+def _print(found: Mapping[str, Any], as_json: bool) -> None:
+    """Print a mapping as JSON, or as two columns of plain text."""
     if as_json:
         print(json.dumps(found))
         return
     width = max(len(name) for name in found)
     for name, value in found.items():
-        for i, line in enumerate(_lines(value)):
-            print(f"{'' if i else name:<{width}}  {line}")
+        # the name stands before the first line only
+        label = name
+        for line in _lines(value):
+            print(f"{label:<{width}}  {line}")
+            label = ""
 
 
-def _lines(value) -> list[str]:
+def _lines(value: object) -> list[str]:
+    """A value as lines of text; "-" for nothing."""
+    lines = [str(value)]
     if isinstance(value, dict):
-        return [f"{name}: {entry}" for name, entry in value.items()] or ["-"]
-    if isinstance(value, list | tuple):
-        return [str(entry) for entry in value] or ["-"]
-    return ["-" if value is None else str(value)]
+        lines = [f"{name}: {entry}" for name, entry in value.items()]
+    elif isinstance(value, list | tuple):
+        lines = [str(entry) for entry in value]
+    elif value is None:
+        lines = []
+    return lines or ["-"]
 
 
 if __name__ == "__main__":
