@@ -1,22 +1,27 @@
-"""The adapter file: safetensors whose metadata says the layout, the format version and each module's shapes.
+"""The adapter file: safetensors with metadata that describe their layout.
 
-Nothing here loads a model. A file is read whole before it is used and replaced whole when it is written.
+The metadata hold the layout, the format version and the shapes of each module. No model is loaded
+here. A file is read whole before it is used, and replaced whole when it is written.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-# the newest version read; 2 may hold some experts of a module only and is written where it does, else 1
+from .tensor_file import FilePath, encoded_header, not_finite, not_whole, read_header
+
+# the newest version that is read. Version 2 can hold only some experts of a module; a file is
+# written as version 2 only if it does, else as version 1
 FORMAT_VERSION = 2
 CHOSEN_EXPERTS_VERSION = 2
 LAYOUT = "expert_major"
@@ -24,34 +29,47 @@ METADATA_KEY = "peft_moe_lora"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 
+Description = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class AdapterFile:
     """What a checked adapter file holds.
 
     Attributes:
-        path: where it lies.
+        path: the file.
         shapes: tensor name -> shape.
-        description: the metadata under METADATA_KEY, {} in a file written without.
+        description: the metadata under METADATA_KEY; {} if the file has none.
     """
 
     path: str
     shapes: dict[str, tuple[int, ...]]
-    description: dict
+    description: Description
 
 
-def find_adapter_file(model_id, subfolder: str | None = None, **hub_kwargs) -> str | None:
-    """Path of the weights of a local or hub adapter; None where a configuration stands alone.
+def find_adapter_file(
+    model_id: FilePath, subfolder: str | None = None, **hub_kwargs: Any
+) -> str | None:
+    """Path of the weights of an adapter; None if there is a configuration without weights.
 
+    Args:
+        model_id: a folder, or a name on the hub, from which the file is downloaded.
+        subfolder: of the adapter in `model_id`.
+        hub_kwargs: for `hf_hub_download`.
     Raises:
         ValueError: if the weights are a pickle.
     """
     folder = Path(model_id, subfolder or "")
     if folder.is_dir():
-        if (folder / WEIGHTS_NAME).is_file():
-            return str(folder / WEIGHTS_NAME)
-        if (folder / PICKLE_NAME).is_file():
-            raise ValueError(_pickle_message(folder / PICKLE_NAME))
+        weights = folder / WEIGHTS_NAME
+        pickle = folder / PICKLE_NAME
+        if weights.is_file():
+            return str(weights)
+        if pickle.is_file():
+            raise ValueError(
+                f"{pickle}: pickled weights are not loaded; save the adapter again as safetensors "
+                f"({WEIGHTS_NAME})."
+            )
         return None
     hub_kwargs.pop("use_auth_token", None)
     try:
@@ -61,69 +79,79 @@ def find_adapter_file(model_id, subfolder: str | None = None, **hub_kwargs) -> s
 
 
 def read_adapter_file(path: str) -> AdapterFile:
-    """Read the header and every value of an adapter file, tensor by tensor.
+    """Read the header and all values of an adapter file, one tensor at a time.
 
     Raises:
-        ValueError: if it is truncated or no safetensors file, of an unknown layout or version, or not finite.
+        ValueError: if it is cut short or not a safetensors file, if its layout or version is
+            unknown, or if a value is NaN or infinite.
     """
+    shapes = {}
     try:
-        with safe_open(path, framework="pt") as f:
-            description = read_description(path, f.metadata() or {})
-            shapes = {}
-            for name in f.keys():
-                tensor = f.get_tensor(name)
+        with safe_open(path, framework="pt") as file:
+            description = read_description(path, file.metadata() or {})
+            for name in file.keys():
+                tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"{path}: tensor {name} holds NaN or infinity; the training run that wrote it diverged or the "
-                        "file is damaged. Load an earlier checkpoint."
-                    )
+                    raise ValueError(not_finite(path, name))
                 shapes[name] = tuple(tensor.shape)
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it was cut short or is of another format. "
-            "Copy or save it again."
-        ) from error
+        raise ValueError(not_whole(path, error)) from error
     return AdapterFile(path, shapes, description)
 
 
-def complete_adapter_file(folder, description: dict) -> None:
-    """Write the description into the metadata of the adapter file just saved in a folder.
+def complete_adapter_file(folder: FilePath, description: Description) -> None:
+    """Write the description into the metadata of the adapter file that was just saved in a folder.
 
     Raises:
-        ValueError: if a pickle was saved instead, which is removed.
+        ValueError: if a pickle was saved instead; it is removed.
     """
-    weights, pickle = Path(folder, WEIGHTS_NAME), Path(folder, PICKLE_NAME)
-    if pickle.is_file() and (
-        not weights.is_file() or pickle.stat().st_mtime_ns > weights.stat().st_mtime_ns
-    ):
+    weights = Path(folder, WEIGHTS_NAME)
+    pickle = Path(folder, PICKLE_NAME)
+    if pickle.is_file() and (not weights.is_file() or _is_newer(pickle, weights)):
         pickle.unlink()
         raise ValueError(
-            "safe_serialization=False: adapters are saved as safetensors only, which carry their layout; "
-            "leave safe_serialization unset."
+            "safe_serialization=False: adapters are saved as safetensors only, which carry their "
+            "layout; leave safe_serialization unset."
         )
     if weights.is_file():
-        _replace_metadata(
-            weights, {"format": "pt", METADATA_KEY: json.dumps(description, sort_keys=True)}
-        )
+        described = json.dumps(description, sort_keys=True)
+        _replace_metadata(weights, {"format": "pt", METADATA_KEY: described})
 
 
-def described_module(num_experts: int, experts: Sequence[int] | None) -> dict:
-    """What the metadata says of one experts module beside its projections: E, and the experts it holds if not all."""
-    return {"num_experts": num_experts} | ({} if experts is None else {"experts": list(experts)})
+def described_module(num_experts: int, experts: Sequence[int] | None) -> Description:
+    """What the metadata say of one experts module, apart from its projections.
+
+    Args:
+        num_experts: E.
+        experts: ids of the experts that have an adapter; None if all have one.
+    """
+    described: Description = {"num_experts": num_experts}
+    if experts is not None:
+        described["experts"] = list(experts)
+    return described
 
 
-def described(modules: dict[str, dict], routers: list[str]) -> dict:
-    """The metadata of a whole file: of its experts modules, and paths of its routers; the oldest version that fits."""
-    some = any("experts" in module for module in modules.values())
-    version = CHOSEN_EXPERTS_VERSION if some else 1
+def described(modules: dict[str, Description], routers: list[str]) -> Description:
+    """The description of a whole file, in the oldest version that can express it.
+
+    Args:
+        modules: path -> description of an experts module.
+        routers: paths of the routers.
+    """
+    version = 1
+    if any("experts" in module for module in modules.values()):
+        version = CHOSEN_EXPERTS_VERSION
     return {"format_version": version, "layout": LAYOUT, "experts": modules, "routers": routers}
 
 
-def read_description(path: str, metadata: dict[str, str]) -> dict:
-    """What a file's metadata says under METADATA_KEY; {} where it says nothing.
+def read_description(path: str, metadata: Mapping[str, str]) -> Description:
+    """What a file's metadata hold under METADATA_KEY; {} if there is nothing.
 
+    Args:
+        path: of the file, for errors.
+        metadata: of the file's header.
     Raises:
-        ValueError: if it is no JSON object, or of an unknown layout or version.
+        ValueError: if it is not a JSON object, or its layout or version is unknown.
     """
     try:
         description = json.loads(metadata.get(METADATA_KEY, "{}"))
@@ -135,41 +163,37 @@ def read_description(path: str, metadata: dict[str, str]) -> dict:
         raise ValueError(
             f"{path}: its metadata under {METADATA_KEY!r} is no JSON object; save it again."
         )
-    layout, version = (
-        description.get("layout", LAYOUT),
-        description.get("format_version", FORMAT_VERSION),
-    )
+    layout = description.get("layout", LAYOUT)
     if layout != LAYOUT:
         raise ValueError(
-            f"{path}: layout {layout!r} is not known, this version reads {LAYOUT!r}; convert the adapter."
+            f"{path}: layout {layout!r} is not known, this version reads {LAYOUT!r}; convert the "
+            "adapter."
         )
+    version = description.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version {version!r} is not known, this version reads 1 to {FORMAT_VERSION}; "
-            "upgrade peft_moe_lora."
+            f"{path}: format_version {version!r} is not known, this version reads 1 to "
+            f"{FORMAT_VERSION}; upgrade peft_moe_lora."
         )
     return description
 
 
+def _is_newer(one: Path, other: Path) -> bool:
+    return one.stat().st_mtime_ns > other.stat().st_mtime_ns
+
+
 def _replace_metadata(path: Path, metadata: dict[str, str]) -> None:
-    """Give a safetensors file another `__metadata__`; the tensors' bytes are copied as they are, the file replaced."""
+    """Replace the `__metadata__` of a safetensors file; the tensors' bytes are copied unchanged."""
     with path.open("rb") as source:
-        length = int.from_bytes(source.read(8), "little")
-        header = json.loads(source.read(length))
+        header = read_header(source)
         header["__metadata__"] = metadata
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the format aligns the first tensor to 8 bytes
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as target:
-                target.write(len(encoded).to_bytes(8, "little") + encoded)
+                target.write(encoded_header(header))
                 shutil.copyfileobj(source, target)
             shutil.copymode(path, temporary)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-
-
-def _pickle_message(path: Path) -> str:
-    return f"{path}: pickled weights are not loaded; save the adapter again as safetensors ({WEIGHTS_NAME})."

@@ -1,6 +1,8 @@
-"""Safetensors one tensor at a time: a header, then bytes in the order of the header; nothing is held in memory.
+"""Safetensors files, read and written one tensor at a time.
 
-Reads go through the file, not through a memory map, so that what was read once does not stay resident.
+A file holds the length of its header (8 bytes), the header (JSON) and the bytes of the tensors.
+Tensors are read with ordinary reads, not through a memory map: what was read and freed does not
+stay in memory.
 """
 
 import json
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,14 +34,18 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Progress = Callable[[int, int], None]
+FilePath = str | os.PathLike[str]
 
 
 class AdapterError(ValueError):
-    """An adapter or checkpoint that cannot be used: damaged, unknown, or made for another model."""
+    """An adapter or checkpoint cannot be used: it is damaged, unknown or made for another model."""
 
 
 class RefusedError(AdapterError):
-    """A whole adapter that the reader it is meant for would refuse, or misread, or that can be read in two ways."""
+    """An undamaged adapter is refused.
+
+    The program it is written for would refuse or misread it, or it can be read in two ways.
+    """
 
 
 class ExistsError(AdapterError):
@@ -47,7 +54,13 @@ class ExistsError(AdapterError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """dtype and shape of a tensor, and the offset of its first byte in the file."""
+    """What the header says of a tensor.
+
+    Attributes:
+        dtype: of its values.
+        shape: of the tensor.
+        offset: of its first byte in the file.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -59,178 +72,188 @@ class TensorInfo:
 
 
 class TensorFile:
-    """A checked safetensors file, opened for every read and closed again.
+    """A checked safetensors file; each read opens it and closes it again.
 
     Args:
         path: the file.
     Attributes:
+        path: the file.
         tensors: name -> TensorInfo, in the order of their bytes.
-        metadata: the header's strings.
+        metadata: the strings under "__metadata__" of the header.
     Raises:
-        AdapterError: if it is cut short, of another format, or holds a dtype that is not known.
+        AdapterError: if it is cut short, in another format, or has a tensor of an unknown dtype.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: FilePath) -> None:
         self.path = Path(path)
         try:
-            with safe_open(
-                self.path, framework="pt"
-            ):  # its checks: a whole header, sane and gapless offsets
+            # safetensors checks that the header is complete and that the offsets leave no gaps
+            with safe_open(self.path, framework="pt"):
                 pass
-            with self.path.open("rb") as f:
-                start = 8 + (length := int.from_bytes(f.read(8), "little"))
-                header = json.loads(f.read(length))
+            with self.path.open("rb") as file:
+                header = read_header(file)
+                start = file.tell()
         except (SafetensorError, OSError, ValueError) as error:
-            raise AdapterError(
-                f"{path} is not a whole safetensors file ({error}); it was cut short or is of another format. "
-                "Copy or save it again."
-            ) from error
+            raise AdapterError(not_whole(path, error)) from error
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        unknown = [
-            f"{name} is {h['dtype']}" for name, h in header.items() if h["dtype"] not in DTYPES
-        ]
-        if unknown:
-            raise AdapterError(
-                f"{path}: {unknown[0]}; known are {', '.join(DTYPES)}. Dequantize it first."
-            )
-        ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-        self.tensors = {
-            name: TensorInfo(DTYPES[h["dtype"]], tuple(h["shape"]), start + h["data_offsets"][0])
-            for name, h in ordered
-        }
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            dtype = DTYPES.get(described["dtype"])
+            if dtype is None:
+                raise AdapterError(
+                    f"{path}: {name} is {described['dtype']}; the known dtypes are "
+                    f"{', '.join(DTYPES)}. Dequantize it first."
+                )
+            first, _ = described["data_offsets"]
+            self.tensors[name] = TensorInfo(dtype, tuple(described["shape"]), start + first)
 
     def load(
         self, name: str, row: int | None = None, check: bool = True, view: tuple[int, ...] = ()
     ) -> torch.Tensor:
-        """A tensor, or one row (index along its first dimension) of it; with `check`, only if it is finite.
+        """Read a tensor, or one row of it.
 
         Args:
             name: of the tensor.
-            row: which row; None for all.
-            check: refuse what is not finite.
-            view: another shape of as many elements to see it in; its own by default.
+            row: index along its first dimension; None reads the whole tensor.
+            check: whether to refuse a tensor with NaN or infinity.
+            view: a shape with as many elements, in which the tensor is read; by default its own.
         Raises:
             AdapterError: if a value is NaN or infinite.
         """
         info = self.tensors[name]
-        shape, offset = view or info.shape, info.offset
+        shape = view or info.shape
+        offset = info.offset
         if row is not None:
             shape = shape[1:]
             offset += row * math.prod(shape) * info.dtype.itemsize
         tensor = torch.empty(shape, dtype=info.dtype)
         if tensor.numel():
-            with self.path.open("rb") as f:
-                f.seek(offset)
-                f.readinto(_bytes(tensor))
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                file.readinto(_bytes(tensor))
         if check and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{self.path}: tensor {name} holds NaN or infinity; the training run that wrote it diverged or the "
-                "file is damaged. Take an earlier checkpoint."
-            )
+            raise AdapterError(not_finite(self.path, name))
         return tensor
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors of one dtype that are made together when their turn comes.
+    """Tensors of one dtype that are computed together, when they are written.
 
     Attributes:
         shapes: name -> shape.
         dtype: of all of them.
-        make: yields their values in the order of `shapes`; a large tensor may come in pieces, in order.
+        make: yields their values in the order of `shapes`. A large tensor may come in several
+            pieces, in the order of its bytes.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     make: Callable[[], Iterable[torch.Tensor]]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(TensorInfo(self.dtype, shape).nbytes for shape in self.shapes.values())
+
 
 def write_tensors(
-    path, blocks: Iterable[Block], metadata: dict[str, str], progress: Progress | None = None
+    path: FilePath,
+    blocks: Iterable[Block],
+    metadata: dict[str, str],
+    progress: Progress | None = None,
 ) -> None:
-    """Write a safetensors file block by block; only one block's tensors are in memory at a time.
+    """Write a safetensors file block by block, with one block's tensors in memory at a time.
 
     Args:
-        path: the file, in a folder that is put in place afterwards (see `new_folder`).
+        path: the file. It is written in place: put it into a `new_folder`.
         blocks: what to write.
         metadata: strings for the header.
         progress: called with (blocks written, blocks in all).
     """
-    # widest dtype first, so that every tensor is aligned to its own size
-    blocks = sorted(blocks, key=lambda block: -block.dtype.itemsize)
-    header, offset = {"__metadata__": metadata}, 0
-    for block in blocks:
-        for name, shape in block.shapes.items():
-            nbytes = TensorInfo(block.dtype, shape).nbytes
-            assert name not in header, f"{name} would be written twice"
-            header[name] = {
-                "dtype": _NAMES[block.dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + nbytes],
-            }
-            offset += nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns the first tensor to 8 bytes
-    with open(path, "wb") as f:
-        f.write(len(encoded).to_bytes(8, "little") + encoded)
-        for done, block in enumerate(blocks, 1):
-            end = f.tell() + sum(
-                TensorInfo(block.dtype, shape).nbytes for shape in block.shapes.values()
-            )
+    # the widest dtype first, so that every tensor is aligned to the size of its elements
+    ordered = sorted(blocks, key=lambda block: -block.dtype.itemsize)
+    with open(path, "wb") as file:
+        file.write(encoded_header(_header(ordered, metadata)))
+        for done, block in enumerate(ordered, 1):
+            end = file.tell() + block.nbytes
             for tensor in block.make():
                 assert tensor.dtype == block.dtype, (
                     f"{block.shapes}: {tensor.dtype} instead of {block.dtype}"
                 )
                 if tensor.numel():
-                    f.write(_bytes(tensor.contiguous()))
-            assert f.tell() == end, (
+                    file.write(_bytes(tensor.contiguous()))
+            assert file.tell() == end, (
                 f"{list(block.shapes)[:2]}: another number of bytes than the header says"
             )
             if progress is not None:
-                progress(done, len(blocks))
+                progress(done, len(ordered))
+
+
+def read_header(file: BinaryIO) -> dict[str, Any]:
+    """The header of an open safetensors file, which is left at the first byte of the tensors.
+
+    Raises:
+        ValueError: if it is not JSON.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    return json.loads(file.read(length))
+
+
+def encoded_header(header: dict[str, Any]) -> bytes:
+    """A header as it stands in a safetensors file, with its length before it."""
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    # the format aligns the first tensor to 8 bytes
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 @contextmanager
-def new_folder(dst, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `dst` that takes its place if all goes well, and vanishes if not.
+def new_folder(dst: FilePath, force: bool = False) -> Iterator[Path]:
+    """A temporary folder that replaces `dst` if the block succeeds, and is removed if it raises.
 
+    Args:
+        dst: the folder to write.
+        force: whether to replace `dst` if it exists.
+    Yields: the temporary folder, in the parent of `dst`.
     Raises:
         ExistsError: if `dst` exists and is not an empty folder, unless `force` is set.
     """
     dst = Path(dst)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())) and not force:
+    is_free = not dst.exists() or (dst.is_dir() and not any(dst.iterdir()))
+    if not is_free and not force:
         raise ExistsError(
             f"{dst} exists; choose another destination, or overwrite it with force (--force)."
         )
     dst.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}-"))
+    new = work / "new"
+    old = work / "old"
     try:
-        folder = work / "new"
-        folder.mkdir()
-        yield folder
+        new.mkdir()
+        yield new
         if dst.exists():
-            os.replace(dst, work / "old")
+            os.replace(dst, old)
         try:
-            os.replace(folder, dst)
+            os.replace(new, dst)
         except OSError:
-            if (work / "old").exists():
-                os.replace(work / "old", dst)
+            if old.exists():
+                os.replace(old, dst)
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def read_json(path) -> dict:
-    """A JSON object from a file.
+def read_json(path: FilePath) -> dict[str, Any]:
+    """Read a JSON object from a file.
 
     Raises:
-        AdapterError: if there is no such file, or it holds something else.
+        AdapterError: if the file does not exist, or holds something else.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(
-            f"{path} does not exist; is its folder an adapter's or a model's?"
+            f"{path} does not exist; is its folder that of an adapter or a model?"
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AdapterError(f"{path} is no JSON file ({error}); copy or save it again.") from error
@@ -239,5 +262,40 @@ def read_json(path) -> dict:
     return content
 
 
+def not_whole(path: FilePath, error: Exception) -> str:
+    """The message for a file that cannot be read."""
+    return (
+        f"{path} is not a whole safetensors file ({error}); it was cut short or is in another "
+        "format. Copy or save it again."
+    )
+
+
+def not_finite(path: FilePath, name: str) -> str:
+    """The message for a tensor with NaN or infinity."""
+    return (
+        f"{path}: tensor {name} holds NaN or infinity; the training run that wrote it diverged or "
+        "the file is damaged. Use an earlier checkpoint."
+    )
+
+
+def _header(blocks: list[Block], metadata: dict[str, str]) -> dict[str, Any]:
+    """The header of a file that holds the blocks' tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for block in blocks:
+        for name, shape in block.shapes.items():
+            assert name not in header, f"{name} would be written twice"
+            end = offset + TensorInfo(block.dtype, shape).nbytes
+            header[name] = {
+                "dtype": _NAMES[block.dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+    return header
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """The bytes of a contiguous tensor; writing to them writes to the tensor."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
