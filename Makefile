@@ -1,5 +1,6 @@
 # make demo       fine-tune a tiny model on this machine, in under two minutes
-# make test       every test that needs no GPU, the notebooks among them
+# make test       the tests that need no GPU, the notebooks among them; without slow duplicates
+# make test-long  every test that needs no GPU
 # make gpu-test   the tests that need a CUDA device, and the kernels' tests on it
 # make lint       ruff (check and format), import-linter (the order of the rooms)
 #
@@ -31,7 +32,7 @@ DEMO_READY = $(VENV)/ready-demo_$(PINNED)
 TEST_READY = $(VENV)/ready-test_$(PINNED)
 LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
 
-.PHONY: demo test gpu-test lint clean
+.PHONY: demo test test-long gpu-test lint clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -39,8 +40,10 @@ demo: $(DEMO_READY)
 # workers of one thread each: two workers of two threads each fight over two cores. A file's tests stay on one worker, so
 # that what they share is made once (xdist 3.8 does not group by mark under pytest 9.2). The kernels' tests go alone:
 # without a GPU they run in Triton's interpreter, which must be chosen before Triton is first imported.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS)
-test: $(TEST_READY)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKED)" -n $(WORKERS)
+test: MARKED = not gpu and not long
+test-long: MARKED = not gpu
+test test-long: $(TEST_READY)
 	$(PYTEST) --dist loadfile --ignore tests/ops
 	$(PYTEST) tests/ops
 

@@ -40,7 +40,7 @@ from peft_moe_lora import MoELoraConfig
 every_family = pytest.mark.parametrize("family", tiny_families())
 
 
-# ---- copies --------------------------------------------------------------------------------------------------------
+# ---- copies --------------------------------------------------------------------------------------
 
 
 def through_pickle(model):
@@ -93,7 +93,7 @@ def test_a_whole_state_dict_loads_back():
     assert torch.equal(outputs(other), outputs(model))
 
 
-# ---- accelerate ----------------------------------------------------------------------------------------------------
+# ---- accelerate ----------------------------------------------------------------------------------
 
 
 @every_family
@@ -171,7 +171,7 @@ def test_nothing_is_read_while_wrapping_under_init_empty_weights():
     assert all(p.is_meta for p in adapter_parameters(model).values())
 
 
-# ---- transformers --------------------------------------------------------------------------------------------------
+# ---- transformers --------------------------------------------------------------------------------
 
 
 @every_family
@@ -225,7 +225,7 @@ def test_gradients_of_the_router_loss_still_flow():
     assert all(p.grad.abs().max() > 0 for p in adapter_parameters(model).values())
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 class LargestNew(TorchDispatchMode):
@@ -342,7 +342,7 @@ def test_a_gradient_for_a_frozen_weight_is_refused_not_forgotten(case):
     model(*random_rows())
 
 
-# ---- import --------------------------------------------------------------------------------------------------------
+# ---- import --------------------------------------------------------------------------------------
 
 
 IMPORT = """

@@ -97,7 +97,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-# ---- SFT -----------------------------------------------------------------------------------------------------------
+# ---- SFT -----------------------------------------------------------------------------------------
 
 
 def say(role, content):
@@ -151,7 +151,7 @@ def test_sft_trainer_trains_the_adapter_and_nothing_else(
     assert all(torch.equal(unloaded[name], tensor) for name, tensor in frozen.items())
 
 
-# ---- DPO -----------------------------------------------------------------------------------------------------------
+# ---- DPO -----------------------------------------------------------------------------------------
 
 
 def preferences(n=16):
@@ -256,7 +256,7 @@ def test_dpo_switches_dropout_off_when_told_to(device, disable, tokenizer, tmp_p
     assert torch.equal(logits(model, device), logits(model, device)) == disable
 
 
-# ---- the example ---------------------------------------------------------------------------------------------------
+# ---- the example ---------------------------------------------------------------------------------
 
 
 def example(*arguments, ok=True):

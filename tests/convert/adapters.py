@@ -77,7 +77,7 @@ def experts_count(base, path):
     return base.get_submodule(path).down_proj.shape[0]
 
 
-# ---- readers, from the promises ------------------------------------------------------------------------------------
+# ---- readers, from the promises ------------------------------------------------------------------
 
 
 def update_of_ours(folder, base):

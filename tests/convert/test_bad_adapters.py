@@ -282,7 +282,7 @@ def test_verify_names_what_only_one_of_two_adapts(qwen, tmp_path):
         verify_adapter(qwen.ours, qwen.config, tmp_path / "less")
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def test_memory_is_that_of_one_projection(tmp_path):

@@ -158,7 +158,7 @@ def test_it_is_a_module_too_and_says_what_is_missing():
     assert "pip install 'peft-moe-lora[cli]'" in done.stderr
 
 
-# ---- the card -------------------------------------------------------------------------------------------------------
+# ---- the card ------------------------------------------------------------------------------------
 
 
 def test_a_saved_adapter_has_a_card(qwen):

@@ -183,7 +183,7 @@ def test_one_projection_is_served_with_the_other_at_zero(qwen, tmp_path, to):
     assert verify_adapter(tmp_path / "ours", qwen.config, tmp_path / to).ok
 
 
-# ---- gate and up with A's of their own ------------------------------------------------------------------------------
+# ---- gate and up with A's of their own -----------------------------------------------------------
 
 
 def per_expert_adapter(
@@ -253,7 +253,7 @@ def test_a_per_expert_adapter_of_others(made, family, shared, tmp_path):
     )
 
 
-# ---- PEFT before 0.19.1 ---------------------------------------------------------------------------------------------
+# ---- PEFT before 0.19.1 --------------------------------------------------------------------------
 
 
 def swap_in_and_out(state, count=E):
@@ -320,7 +320,7 @@ def test_swapped_where_the_shapes_coincide(tmp_path):
         assert not (tmp_path / "unknown").exists()
 
 
-# ---- the order of B -------------------------------------------------------------------------------------------------
+# ---- the order of B ------------------------------------------------------------------------------
 
 
 def reorder_B(state, count=E):
@@ -376,7 +376,7 @@ def test_the_readers_catch_the_same_mistakes(qwen, tmp_path):
         ].abs().max()
 
 
-# ---- scalings, ranks, what travels along ----------------------------------------------------------------------------
+# ---- scalings, ranks, what travels along ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["peft", "per_expert", "vllm_3d", "sglang_3d"])

@@ -116,7 +116,7 @@ def test_saved_modules_replace_the_bases(qwen, tmp_path, name):
     assert_close(outputs(merged), outputs(model), TOLERANCE, "logits")
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_nothing_is_overwritten(qwen, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "merged"]
 
 
-# ---- PEFT's adapters in our layers ----------------------------------------------------------------------------------
+# ---- PEFT's adapters in our layers ---------------------------------------------------------------
 
 
 def test_load_peft_adapter(case, tmp_path):

@@ -160,7 +160,7 @@ def deltas_of(adapters, num_experts, scaling):
     return {name: dense_delta(a, b, num_experts, scaling) for name, (a, b) in adapters.items()}
 
 
-# ---- whole tiny models ---------------------------------------------------------------------------------------------
+# ---- whole tiny models ---------------------------------------------------------------------------
 
 _LAYER = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": H,
           "num_hidden_layers": 2, "initializer_range": 0.2, "max_position_embeddings": 64, "pad_token_id": 0,

@@ -107,7 +107,7 @@ def check_against_oracle(plain, model, rows):
         assert_close(grad, expected_grad, FP32, name)
 
 
-# ---- the walk ------------------------------------------------------------------------------------------------------
+# ---- the walk ------------------------------------------------------------------------------------
 
 
 def test_no_class_is_left_out():
@@ -149,7 +149,7 @@ def test_the_oracle_is_the_plain_module(case):
     )
 
 
-# ---- forward and backward ------------------------------------------------------------------------------------------
+# ---- forward and backward ------------------------------------------------------------------------
 
 
 @every_class
@@ -244,7 +244,7 @@ def test_fp32_routing_weights_go_with_bf16_activations(case):
         assert ((actual.double() - right).norm() / right.norm()).item() < BF16
 
 
-# ---- merge, save, load ---------------------------------------------------------------------------------------------
+# ---- merge, save, load ---------------------------------------------------------------------------
 
 
 @every_class
@@ -307,7 +307,7 @@ def test_frozen_weights_get_no_gradient(case):
         assert (parameter.grad is not None) == (".lora_" in name), name
 
 
-# ---- sizes that break kernels --------------------------------------------------------------------------------------
+# ---- sizes that break kernels --------------------------------------------------------------------
 
 SHAPES = {
     "odd sizes, that no vector load or grouped_mm stride divides": {
@@ -378,7 +378,7 @@ def test_strides_of_the_inputs_do_not_matter(case):
     check_against_oracle(plain, model, rows)
 
 
-# ---- the comparison bites ------------------------------------------------------------------------------------------
+# ---- the comparison bites ------------------------------------------------------------------------
 
 
 @every_kind

@@ -92,7 +92,7 @@ def check(family, plain, model, floats, call, tolerance=FP32):
         assert_close(grad, right, tolerance, f"gradient {i}")
 
 
-# ---- one module ----------------------------------------------------------------------------------------------------
+# ---- one module ----------------------------------------------------------------------------------
 
 
 @every_family
@@ -384,7 +384,7 @@ def test_compiles_into_one_graph_with_the_same_gradients(family):
         assert_close(actual, expected, SAME)
 
 
-# ---- what is special about each ------------------------------------------------------------------------------------
+# ---- what is special about each ------------------------------------------------------------------
 
 
 def test_llama4_computes_no_row_that_nobody_routed(monkeypatch):
@@ -451,7 +451,7 @@ def test_another_class_of_a_known_name_raises():
         wrap(DbrxExperts())
 
 
-# ---- whole models --------------------------------------------------------------------------------------------------
+# ---- whole models --------------------------------------------------------------------------------
 
 every_model = pytest.mark.parametrize("family", CONFIGS)
 
@@ -534,7 +534,7 @@ def test_ranks_by_name(family):
     assert set(ranks.values()) <= {R}
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -577,7 +577,7 @@ def test_a_merged_checkpoint_is_merged_in_memory(family, saved, tmp_path):
         assert_close(weight, right[name], 1e-5, name)
 
 
-# ---- on a GPU ------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
 
 # what rounding leaves where the plain path happens to be exact, relative to the norm
 ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

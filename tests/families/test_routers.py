@@ -203,7 +203,7 @@ class TestEveryRouter:
             assert grad.abs().max() > 0
 
 
-# ---- what a router's forward may look like -----------------------------------------------------------------------
+# ---- what a router's forward may look like -------------------------------------------------------
 
 
 class Handwritten(nn.Module):
@@ -329,7 +329,7 @@ def test_shared_experts_in_stacks_are_no_routed_ones():
     assert is_experts(HandWrittenExperts())
 
 
-# ---- all that PEFT does with a layer -----------------------------------------------------------------------------
+# ---- all that PEFT does with a layer -------------------------------------------------------------
 
 
 @pytest.fixture

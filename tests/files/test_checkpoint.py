@@ -61,7 +61,7 @@ def saved(tmp_path):
     return base, model, tmp_path / "adapter"
 
 
-# ---- what is in the file -------------------------------------------------------------------------------------------
+# ---- what is in the file -------------------------------------------------------------------------
 
 
 def test_file_keys_and_shapes_are_the_documented_ones(saved):
@@ -220,7 +220,7 @@ def test_every_way_to_name_targets_survives_the_file(target_modules, tmp_path):
     assert_close(outputs(loaded), outputs(model), SAME)
 
 
-# ---- who reads it --------------------------------------------------------------------------------------------------
+# ---- who reads it --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny_families())

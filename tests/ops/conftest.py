@@ -1,4 +1,8 @@
-"""Without a CUDA device the kernels run in Triton's interpreter, asked for before Triton is imported."""
+"""Without a CUDA device the kernels run in Triton's interpreter.
+
+It is switched on before Triton is imported, for the whole process. So these tests run in a pytest
+call of their own.
+"""
 
 import os
 import sys
@@ -7,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent
+HERE = Path(__file__).parent
+TOGETHER = """tests/ops and other tests were selected together.
+Without a CUDA device tests/ops switch Triton's interpreter on for the whole process.
+Run two calls: `pytest --ignore tests/ops` and `pytest tests/ops`, or `make test`, which does both."""
 
 
 def pytest_configure(config):
@@ -16,10 +23,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With a CUDA device, all of these are tests of the GPU; without one, those marked gpu go."""
+    """With a CUDA device all tests here are marked gpu; without one those marked gpu are deselected."""
     if torch.cuda.is_available():
         for item in items:
-            if FOLDER in item.path.parents:
+            if HERE in item.path.parents:
                 item.add_marker("gpu")
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -28,30 +35,56 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+def _with_others(session):
+    """Whether other tests are selected too: the interpreter would be on for them as well."""
+    here = [HERE in item.path.parents for item in session.items]
+    return not torch.cuda.is_available() and any(here) and not all(here)
+
+
+def pytest_collection_finish(session):
+    # an error in a worker of xdist would not be shown; there the fixture below shows it
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        return
+    if _with_others(session):
+        raise pytest.UsageError(TOGETHER)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _in_a_call_of_their_own(request):
+    if _with_others(request.session):
+        pytest.fail(TOGETHER, pytrace=False)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """Every float buffer a kernel is given to write comes full of NaN, every int buffer full of wild numbers."""
+    """Every new buffer is full of NaN, or of large numbers if it holds ints."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)
-        return out.fill_(
-            float("nan") if out.is_floating_point() else min(2**30, torch.iinfo(out.dtype).max)
-        )
+        if out.is_floating_point():
+            return out.fill_(float("nan"))
+        return out.fill_(min(2**30, torch.iinfo(out.dtype).max))
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture(autouse=True)
 def _plain_products_in_the_twins(monkeypatch):
-    """One product per expert in the twins on a GPU too: `F.grouped_mm` refuses ranks that are no multiple of 8."""
+    """The twins run one product per expert, on a GPU too.
+
+    `F.grouped_mm` refuses ranks that are not a multiple of 8.
+    """
     monkeypatch.setattr("peft_moe_lora.ops.grouped._grouped_mm_runs", lambda x, weight: False)
 
 
 @pytest.fixture(autouse=True)
 def _a_key_decides_what_is_launched(monkeypatch):
-    """On a GPU a launch finds by its key what an earlier one compiled; the interpreter, which compiles nothing, asks
-    every time, and so it is asked here whether the answer is the one that the key had before."""
+    """Two launches with the same key ask for the same kernel, arguments and constants.
+
+    On a GPU the key finds what an earlier launch compiled. The interpreter compiles nothing and
+    asks at every launch, so the answers can be compared here.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     from peft_moe_lora.ops.kernels.launching import launch
@@ -75,7 +108,7 @@ _ANSWERS = {}
 
 @pytest.fixture
 def ran():
-    """Says whether a compiled kernel was launched under this name since the test began."""
+    """A function that says whether a kernel of this name was launched since the test began."""
     from peft_moe_lora.ops.kernels.launching import launch
 
     launch.forget()

@@ -69,7 +69,7 @@ def bnb_parametrized(shape, dtype, **options):
     return module, before
 
 
-# ---- the formats ---------------------------------------------------------------------------------------------------
+# ---- the formats ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -171,7 +171,7 @@ def test_what_cannot_be_quantized_is_said(stack, options, said):
         quantize(stack, **options)
 
 
-# ---- adapters ------------------------------------------------------------------------------------------------------
+# ---- adapters ------------------------------------------------------------------------------------
 
 
 def pair(family, name, setting, dtype=torch.float32, **config):
@@ -428,7 +428,7 @@ def test_linear_layers_in_four_bits_beside_them():
     assert any("q_proj.lora_A" in n for n in trained)
 
 
-# ---- merging -------------------------------------------------------------------------------------------------------
+# ---- merging -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "name"), FAMILIES[:2])
@@ -489,7 +489,7 @@ def test_merging_two_adapters_one_after_the_other_requantizes_from_the_first_wei
     assert not layer.merged_adapters
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def test_refusals_say_why_and_change_nothing():

@@ -119,7 +119,7 @@ def test_the_trainer_takes_it_and_the_adapter_is_saved(saved, tmp_path):
         load_quantized(tmp_path / "qwen3_moe").save_pretrained(tmp_path / "base")
 
 
-# ---- MXFP4 ---------------------------------------------------------------------------------------------------------
+# ---- MXFP4 ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_adapters_on_packed_and_on_dequantized_gpt_oss_agree(gpt_oss):
         assert_close(found[0][name], expected, 1e-4, name)
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def test_refusals_name_what_came_and_the_remedy(saved, gpt_oss):

@@ -72,7 +72,7 @@ def counted(index, mask, num_experts=E):
     return counts
 
 
-# ---- loads ---------------------------------------------------------------------------------------------------------
+# ---- loads ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -165,7 +165,7 @@ def test_what_cannot_be_counted_is_an_error():
         holder(torch.randn(2, 32), torch.randn(2, 2), torch.randn(2, 2))
 
 
-# ---- while training ------------------------------------------------------------------------------------------------
+# ---- while training ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
@@ -290,7 +290,7 @@ def _recording(method, seen):
     return get_batch_samples
 
 
-# ---- choosing ------------------------------------------------------------------------------------------------------
+# ---- choosing ------------------------------------------------------------------------------------
 
 
 def scores_by_hand(index, weights, mask, score):
@@ -377,7 +377,7 @@ def test_selections_that_mean_nothing_are_refused(options, message):
         select_experts(tiny_model(), [token_ids()], **options)
 
 
-# ---- the picture ---------------------------------------------------------------------------------------------------
+# ---- the picture ---------------------------------------------------------------------------------
 
 
 def test_heatmap_shows_loads_relative_to_the_mean():

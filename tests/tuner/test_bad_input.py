@@ -33,7 +33,7 @@ from peft_moe_lora.experts.families import NOT_YET
 FILE = "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.1.mlp.experts.lora_B.down"
 
-# ---- the config ----------------------------------------------------------------------------------------------------
+# ---- the config ----------------------------------------------------------------------------------
 
 BAD_FIELDS = [
     ("r", 0),
@@ -84,7 +84,7 @@ def test_the_ends_of_the_ranges_are_allowed(field, value):
     assert getattr(MoELoraConfig(**{field: value}), field) == value
 
 
-# ---- the targets ---------------------------------------------------------------------------------------------------
+# ---- the targets ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_bad_second_adapter_leaves_the_first_alone():
         assert torch.equal(outputs(model), expected)
 
 
-# ---- the adapter file ----------------------------------------------------------------------------------------------
+# ---- the adapter file ----------------------------------------------------------------------------
 
 
 def rewrite(directory, change_tensors=None, change_document=None, change_config=None):
@@ -347,7 +347,7 @@ def test_load_adapter_raises_before_anything_changes(fault, broken):
     assert torch.equal(outputs(model), expected)
 
 
-# ---- an adapter of experts, linear layers and a saved head ---------------------------------------------------------
+# ---- an adapter of experts, linear layers and a saved head ---------------------------------------
 
 LINEAR = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 HEAD = "base_model.model.lm_head.weight"
@@ -464,7 +464,7 @@ def test_an_adapter_of_another_family_raises(good_adapter):
     assert torch.equal(outputs(model), expected)
 
 
-# ---- calls ---------------------------------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------
 
 
 def test_safe_merge_of_a_broken_adapter_raises_and_changes_nothing():

@@ -184,7 +184,7 @@ def test_everything_is_saved_loaded_and_merged(family, tmp_path):
     assert torch.equal(outputs(loaded.unload()), outputs(base))
 
 
-# ---- the router's gradient -----------------------------------------------------------------------------------------
+# ---- the router's gradient -----------------------------------------------------------------------
 
 
 @every_family
@@ -220,7 +220,7 @@ def test_the_load_balancing_loss_reaches_the_routers_adapter():
         assert grad.abs().max() > 0
 
 
-# ---- how models are trained ----------------------------------------------------------------------------------------
+# ---- how models are trained ----------------------------------------------------------------------
 
 ROUTED = {"qwen3_moe": ["experts", "gate", "q_proj", "o_proj"], "deepseek_v3": ["experts", "gate", "down_proj"],
           "gpt_oss": ["experts", "router", "v_proj"]}  # fmt: skip
@@ -300,7 +300,7 @@ def test_cpu_offload_of_routers(family, first, tmp_path):
         assert_close(outputs(offloaded), plain, SAME)
 
 
-# ---- whole routers -------------------------------------------------------------------------------------------------
+# ---- whole routers -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_whole_routers_train_are_saved_loaded_and_merged(family, router, tmp_pat
     assert_close(outputs(loaded.merge_and_unload()), trained)
 
 
-# ---- what a name means ---------------------------------------------------------------------------------------------
+# ---- what a name means ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_one_batch_has_one_adapter():
         model(input_ids=token_ids(), adapter_names=["default"] * 2)
 
 
-# ---- on a GPU ------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -67,7 +67,7 @@ def base_of(model):
     return in_double(model.base_model.model.experts.get_base_layer())
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"backend": "materialize"}], ids=str)
@@ -225,7 +225,7 @@ def test_a_model_that_first_ran_in_inference_mode_trains():
     assert all(p.grad.any() for p in adapter_parameters(model).values())
 
 
-# ---- merging, several adapters -------------------------------------------------------------------------------------
+# ---- merging, several adapters -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -305,7 +305,7 @@ def test_adapters_on_other_layers_stand_side_by_side():
     assert_close(outputs(model), alone, 0)
 
 
-# ---- which layers --------------------------------------------------------------------------------------------------
+# ---- which layers --------------------------------------------------------------------------------
 
 
 def held(model):
@@ -388,7 +388,7 @@ def test_a_choice_that_does_not_fit_changes_nothing(indices, message):
     assert_unchanged(base, before)
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def described(folder):

@@ -82,7 +82,7 @@ def assert_same(actual, expected, tolerance=FP32):
         assert_close(a, b, tolerance, f"value {i}")
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def _expected(plain, model, rows):
@@ -164,7 +164,7 @@ def test_rank_pattern_and_rslora_reach_the_written_weights():
     assert_close(outputs(moe_lora(base, backend="materialize", **settings)), expected)
 
 
-# ---- the function itself -------------------------------------------------------------------------------------------
+# ---- the function itself -------------------------------------------------------------------------
 
 
 def _projection(dtype=torch.float64, transposed=False, N=6, K=4, r=2, scaling=0.7):
@@ -233,7 +233,7 @@ def test_base_weights_that_ask_for_a_gradient_are_refused():
         materialize(Projection(p.weight.requires_grad_(), None, p.lora_A, p.lora_B))
 
 
-# ---- other people's implementations --------------------------------------------------------------------------------
+# ---- other people's implementations --------------------------------------------------------------
 
 
 class _KernelMatmul(torch.autograd.Function):
@@ -361,7 +361,7 @@ def test_rows_for_other_ranks_only_are_no_false_alarm(monkeypatch):
         model(hidden_states, top_k_index, top_k_weights)
 
 
-# ---- within a model ------------------------------------------------------------------------------------------------
+# ---- within a model ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny_families())
@@ -435,7 +435,7 @@ def test_what_a_layer_costs_is_said_once_per_shape(caplog):
     assert "gate_up_proj [5, 48, 32], down_proj [5, 32, 24]" in record.getMessage()
 
 
-# ---- what cannot be ------------------------------------------------------------------------------------------------
+# ---- what cannot be ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("field", "value"), [("lora_dropout", 0.1), ("recompute", True)])
@@ -516,7 +516,7 @@ def test_weights_that_are_no_plain_parameters_are_refused():
         )
 
 
-# ---- on a GPU ------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

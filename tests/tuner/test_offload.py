@@ -56,7 +56,7 @@ def assert_everything_is_away(layer):
     assert not here, f"still on the execution device: {here}"
 
 
-# ---- a forward that fails while A and B are here -------------------------------------------------------------------
+# ---- a forward that fails while A and B are here -------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [on_the_interface, off_the_interface])

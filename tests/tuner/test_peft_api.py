@@ -68,7 +68,7 @@ def oracle_output(plain, rows, *deltas):
     return oracle(in_double(plain), rows[0].double(), rows[1], rows[2].double(), total)
 
 
-# ---- what is wrapped -----------------------------------------------------------------------------------------------
+# ---- what is wrapped -----------------------------------------------------------------------------
 
 
 def test_the_doors_are_as_documented():
@@ -155,7 +155,7 @@ def test_repr_shows_the_adapter():
     assert "lora_A" in repr(experts_layer(moe_lora(tiny_model())))
 
 
-# ---- initialisation ------------------------------------------------------------------------------------------------
+# ---- initialisation ------------------------------------------------------------------------------
 
 
 def test_a_is_drawn_as_a_linear_layer_draws_it_and_b_is_zero():
@@ -215,7 +215,7 @@ def test_new_adapter_changes_no_bit_of_our_own_path():
         assert torch.equal(alone(*rows), both(*rows))
 
 
-# ---- settings per layer --------------------------------------------------------------------------------------------
+# ---- settings per layer --------------------------------------------------------------------------
 
 
 def check_against_deltas(model, base, scalings, ranks):
@@ -311,7 +311,7 @@ def test_modules_to_save_are_trained_beside():
     assert head.original_module.weight.grad is None
 
 
-# ---- several adapters ----------------------------------------------------------------------------------------------
+# ---- several adapters ----------------------------------------------------------------------------
 
 
 def two_adapters(plain):
@@ -594,7 +594,7 @@ def test_a_changed_scaling_reaches_the_output():
         assert_close(model(*rows), expected)
 
 
-# ---- dtype and device ----------------------------------------------------------------------------------------------
+# ---- dtype and device ----------------------------------------------------------------------------
 
 
 def test_adapters_of_a_bf16_model_are_fp32_unless_told_otherwise():

@@ -40,7 +40,7 @@ def adapter_grads(model):
     return {name: parameter.grad.clone() for name, parameter in adapter_parameters(model).items()}
 
 
-# ---- gradients against finite differences --------------------------------------------------------------------------
+# ---- gradients against finite differences --------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "name"), FUSED_KINDS)
@@ -56,7 +56,7 @@ def test_gradcheck_of_the_whole_layer(family, name, recompute):
     torch.autograd.gradcheck(lambda *_: model(x, index, weights), inputs, atol=1e-6)
 
 
-# ---- dropout -------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------
 
 
 def test_dropout_is_off_in_eval_mode():
@@ -176,7 +176,7 @@ def test_dropout_gradients_are_those_of_the_drawn_mask():
     torch.autograd.gradcheck(run, inputs, atol=1e-6)
 
 
-# ---- recomputation -------------------------------------------------------------------------------------------------
+# ---- recomputation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -197,7 +197,7 @@ def test_dropout_is_the_same_in_a_recomputed_layer(use_reentrant, recompute):
         assert torch.equal(actual, expected)
 
 
-# ---- loops ---------------------------------------------------------------------------------------------------------
+# ---- loops ---------------------------------------------------------------------------------------
 
 
 def language_loss(model, ids):

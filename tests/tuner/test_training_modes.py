@@ -91,7 +91,7 @@ def test_the_twin_is_the_model(device):
         assert_gradients(gradients(model), twin.gradients(language_loss(twin, ids)), 5 * FP32)
 
 
-# ---- gradient checkpointing ----------------------------------------------------------------------------------------
+# ---- gradient checkpointing ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_checkpointing_repeats_dropout(device, family, use_reentrant):
     assert not torch.allclose(loss, eval_loss, rtol=1e-3), "dropout did nothing"
 
 
-# ---- mixed precision -----------------------------------------------------------------------------------------------
+# ---- mixed precision -----------------------------------------------------------------------------
 
 
 def steady_batch(model, device, batch=3, length=6, of=400):
@@ -289,7 +289,7 @@ def test_a_step_that_overflows_is_skipped_and_the_next_one_is_taken(device, base
         assert not torch.equal(parameter, before[name]), name
 
 
-# ---- accumulation, eval and train ----------------------------------------------------------------------------------
+# ---- accumulation, eval and train ----------------------------------------------------------------
 
 
 @families
@@ -332,7 +332,7 @@ def test_eval_and_train_switch_dropout_and_nothing_else(device):
     assert_gradients(gradients(model), twin.gradients(language_loss(twin, ids)), 5 * FP32)
 
 
-# ---- torch.compile -------------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
 def count_breaks(model, ids):
@@ -406,7 +406,7 @@ def test_a_compiled_model_is_the_eager_one(device, family):
     assert_close(forward(compiled), other)
 
 
-# ---- generation and padding ----------------------------------------------------------------------------------------
+# ---- generation and padding ----------------------------------------------------------------------
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -468,7 +468,7 @@ def test_left_padded_prompts_generate_what_each_generates_alone(device, family, 
         )
 
 
-# ---- accelerate ----------------------------------------------------------------------------------------------------
+# ---- accelerate ----------------------------------------------------------------------------------
 
 
 def assert_runs_and_trains_as(twin, model, ids):
