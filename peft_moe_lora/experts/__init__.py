@@ -1,4 +1,4 @@
-"""What an experts module is, read from the module itself.
+"""What an experts module is and how it stores its weights, read from the module itself.
 
 May import ops.
 """

@@ -84,7 +84,7 @@ class Family:
 
 
 def _llama4(layer: AdaptedLayer, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Every expert computes every token; the routing weight is part of the input.
+    """Every expert gets every token; the routing weight is already part of the input.
 
     The router gives weight 0 to a token that did not select the expert. Its row is all zeros, and
     if act(0) = 0, its output and its gradient are zero too: such rows are skipped.
@@ -144,8 +144,9 @@ def _dbrx(
 # the reason for families whose modules are one projection; also given for an adapter without a base
 ONE_EACH = "each of its modules is a single projection, which other formats cannot describe"
 
-# A row is the class of an experts module with weights or a call of its own. `layout` reads where its
-# weights are, the adapted layer runs its `call`, and conversions refuse it for the reason `exports`.
+# A row is the class of an experts module with weights or a call of its own. `layout` reads where
+# its weights are, the adapted layer runs its `call`, and conversions refuse it if `exports` says
+# why.
 FAMILIES = {
     "Llama4TextExperts": Family(
         arguments=("hidden_states",),
@@ -187,12 +188,12 @@ FAMILIES = {
 }
 
 
-# ---- model types: what published checkpoints and other programs call a family ----
+# ---- model types: how published checkpoints and other programs name and read a family -------------
 
 
 @dataclass(frozen=True)
 class HubNames:
-    """The names of experts in a family's published checkpoints, which transformers 5 renames on loading.
+    """The names of experts in a family's published checkpoints; transformers 5 has others.
 
     Attributes:
         gate, up, down: the projections of one expert.
@@ -207,7 +208,7 @@ class HubNames:
     router: str = "gate"
 
     def to_hub(self, key: str) -> str:
-        """A key with transformers' names, in the published names; the "mlp" of a dense layer stays."""
+        """A key with transformers' names, in the published names; a dense layer's "mlp" stays."""
         return self._rename(key, ("mlp", self.router), (self.block, "gate"))
 
     def from_hub(self, key: str) -> str:
@@ -234,7 +235,8 @@ class HubNames:
 _NUMBERED = HubNames("w1", "w3", "w2")
 _BLOCK_SPARSE = HubNames("w1", "w3", "w2", "block_sparse_moe")
 
-# model types whose published checkpoints have names of their own; all others have the defaults of HubNames
+# A row is a model type whose published checkpoints have names of their own, and these names; all
+# others have the defaults of HubNames. Conversions write and read these names.
 HUB_NAMES = {
     "deepseek_v4": _NUMBERED,
     "kimi_linear": _BLOCK_SPARSE,
@@ -247,12 +249,20 @@ HUB_NAMES = {
     "phimoe": HubNames("w1", "w3", "w2", "block_sparse_moe", "router"),
 }
 
-# what stands before "layers.0" in a path; it differs between a text model and a larger model that contains it
+# What is before "layers.0" in a path. It differs between a text model and a larger model that
+# contains it; conversions compare paths without it.
 TEXT_PREFIX = re.compile(
     r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|model\.)"
 )
 
-# model types whose experts vLLM is known to read in 3-D (its class sets is_3d_moe_weight); others are read per expert
+# A row is a model type whose experts vLLM reads in 3-D, because its class sets is_3d_moe_weight; it
+# reads all others per expert. The formats for vLLM read this table.
 VLLM_3D = frozenset(
-    {"gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+    {
+        "gpt_oss",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_vl_moe",
+        "qwen3_vl_moe_text",
+    }
 )

@@ -1,4 +1,4 @@
-"""Where the router sends tokens: counted, turned into a choice of experts, plotted.
+"""Where the router sends tokens: counting them, selecting experts by the counts, plotting.
 
 May import tuner and below.
 """

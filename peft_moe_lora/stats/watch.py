@@ -266,7 +266,7 @@ def _kept(call: _Call, T: int, device: torch.device) -> torch.Tensor:
 
 
 def _experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path in the base model, module) of every experts module, or of the adapted layer around it."""
+    """(path in the base model, module) of every experts module or adapted layer around one."""
     found: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, MoELoraLayer) and not is_experts(module):
