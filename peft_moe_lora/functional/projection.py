@@ -8,6 +8,7 @@ Legend:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import overload
 
 import torch
 
@@ -15,6 +16,8 @@ from ..ops import QuantizedWeight
 
 # A and B, or what belongs to them; both are None without an adapter
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
+# the same with an adapter
+Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class Projection:
         ]
 
 
+@overload
+def per_expert(lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int) -> Tensors: ...
+@overload
+def per_expert(
+    lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, num_experts: int
+) -> Pair: ...
 def per_expert(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, num_experts: int) -> Pair:
     """An expert-major pair as one matrix per expert.
 
@@ -107,6 +116,22 @@ def whole_pair(
     return whole_A.flatten(0, 1), whole_B.flatten(1)
 
 
+@overload
+def spread(
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    num_experts: int,
+    experts: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Tensors: ...
+@overload
+def spread(
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    num_experts: int,
+    experts: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Pair: ...
 def spread(
     lora_A: torch.Tensor | None,
     lora_B: torch.Tensor | None,
@@ -149,6 +174,20 @@ def whole_gradients(
     return dA, dB
 
 
+@overload
+def gathered(
+    dA: torch.Tensor,
+    dB: torch.Tensor,
+    num_experts: int,
+    experts: Sequence[int] | None,
+) -> Tensors: ...
+@overload
+def gathered(
+    dA: torch.Tensor | None,
+    dB: torch.Tensor | None,
+    num_experts: int,
+    experts: Sequence[int] | None,
+) -> Pair: ...
 def gathered(
     dA: torch.Tensor | None,
     dB: torch.Tensor | None,
