@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from .implementations import (
     run_implementation,
 )
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
+from .projections import projection_of
 
 
 class MoELoraLayer(nn.Module, BaseTunerLayer):
@@ -267,8 +267,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         Returns: [T, H], dtype of hidden_states.
         """
         with fetched([*self._active_parameters(), *decoders(module)]):
-            up = self._projection(module, "gate_up")
-            down = self._projection(module, "down")
+            up = projection_of(self, module, "gate_up")
+            down = projection_of(self, module, "down")
             for projection in (up, down):
                 if isinstance(projection.weight, QuantizedWeight):
                     projection.weight.check_device(hidden_states.device)
@@ -328,98 +328,13 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         """
         (name,) = self.layout.projections
         with fetched(self._active_parameters()):
-            projection = self._projection(module, name)
+            projection = projection_of(self, module, name)
             return rows_linear(rows, expert_size, projection, backend=self.backend)
 
     def _active_parameters(self) -> list[nn.Module]:
         """The modules that hold A and B of the active adapters."""
         sides = (self.lora_A, self.lora_B)
         return [side[name] for side in sides for name in self.active_adapters if name in side]
-
-    # ---- projections ---------------------------------------------------------------------------
-
-    def _projection(self, module: nn.Module, name: str) -> Projection:
-        """A projection of `module` with the update of the active adapters."""
-        base = self._base_projection(module, name)
-        active = [a for a in self.active_adapters if name in self.adapted_projections(a)]
-        if not active:
-            return base
-        base = replace(base, dropout_p=self._common_dropout(active))
-        if len(active) > 1:
-            return self._with_several(base, active, name)
-        (only,) = active
-        A, B = self.pair(only, name)
-        return replace(
-            base, lora_A=A, lora_B=B, scaling=self.scaling[only], experts=self.experts[only]
-        )
-
-    def _base_projection(self, module: nn.Module, name: str) -> Projection:
-        bias = self.layout.bias(module, name)
-        parts = self.layout.parts(module, name)
-        if len(parts) == 1:
-            return Projection(parts[0], bias)
-        # gate and up are stored apart in families whose weights are never quantized
-        gate, up = cast(tuple[torch.Tensor, torch.Tensor], parts)
-        return Projection(gate, bias, up_weight=up)
-
-    def _common_dropout(self, active: list[str]) -> float:
-        """The probability of dropout that adapters have in common; 0 outside of training."""
-        if not self.training:
-            return 0.0
-        found = {cast(nn.Dropout, self.lora_dropout[name]).p for name in active}
-        if len(found) > 1:
-            raise ValueError(
-                f"adapters {active} are active together with different lora_dropout "
-                f"{sorted(found)}; train them one at a time, or give them one value."
-            )
-        return found.pop()
-
-    def _with_several(self, base: Projection, active: list[str], name: str) -> Projection:
-        """A projection with several adapters, whose ranks add up.
-
-        [B1 B2] [A1; A2] = B1 A1 + B2 A2, with each adapter's scaling multiplied into its B.
-        """
-        experts = self._experts_of_any(active)
-        As = []
-        Bs = []
-        for adapter_name in active:
-            A, B = self._pair_of_experts(adapter_name, name, experts)
-            As.append(A)
-            Bs.append(self.scaling[adapter_name] * B)
-        # [S, r1 + r2, K] -> [(r1 + r2) * S, K]
-        lora_A = torch.cat(As, dim=1).flatten(0, 1)
-        # [S, N, r1 + r2] -> [N, (r1 + r2) * S]
-        lora_B = torch.cat(Bs, dim=2).transpose(0, 1).flatten(1)
-        return replace(base, lora_A=lora_A, lora_B=lora_B, scaling=1.0, experts=experts)
-
-    def _experts_of_any(self, adapter_names: list[str]) -> tuple[int, ...] | None:
-        """Ascending ids of the experts that have a pair in at least one adapter; None for all E."""
-        found: set[int] = set()
-        for name in adapter_names:
-            chosen = self.experts[name]
-            if chosen is None:
-                return None
-            found.update(chosen)
-        return tuple(sorted(found))
-
-    def _pair_of_experts(
-        self, adapter_name: str, projection: str, experts: tuple[int, ...] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[S, r, K] of A and [S, N, r] of B, with zeros for experts that have no pair.
-
-        Args:
-            adapter_name: an adapter of this layer.
-            projection: a projection that has a pair in it.
-            experts: ascending ids of the S experts that are wanted; None for all, S = E.
-        """
-        A, B = self.pair_per_expert(adapter_name, projection)
-        if experts == self.experts[adapter_name]:
-            return A, B
-        wanted: Sequence[int] = range(self.layout.num_experts)
-        if experts is not None:
-            wanted = experts
-        held = self.experts_of(adapter_name)
-        return _spread(A, held, wanted), _spread(B, held, wanted)
 
     # ---- merging -------------------------------------------------------------------------------
 
@@ -503,17 +418,3 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             weights = " + ".join(projection.weights)
             parts.append(f"{weights} {projection.in_features}->{projection.out_features}")
         return ", ".join([*parts, f"r={self.r}"])
-
-
-def _spread(stacked: torch.Tensor, held: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-    """The entries of the experts `wanted` from a stack of those `held`; zeros for the others.
-
-    Args:
-        stacked: [S, ., .], one entry for each expert in `held`.
-        held: ids of S experts.
-        wanted: ids of experts.
-    Returns: [len(wanted), ., .].
-    """
-    entries = dict(zip(held, stacked.unbind(0), strict=True))
-    nothing = torch.zeros_like(stacked[0])
-    return torch.stack([entries.get(expert, nothing) for expert in wanted])

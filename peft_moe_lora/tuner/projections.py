@@ -1,0 +1,128 @@
+"""One projection of an experts module together with the active adapters of its layer.
+
+Ranks of several adapters add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from ..functional import Projection
+
+if TYPE_CHECKING:
+    from .layer import MoELoraLayer
+
+
+def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projection:
+    """A projection with the update of the active adapters.
+
+    Args:
+        layer: the layer that adapts `module`.
+        module: the experts module, whose parameters are plain local tensors at this moment.
+        name: name of the projection.
+    Raises:
+        ValueError: in training, if the active adapters have different lora_dropout.
+    """
+    base = _base_projection(layer, module, name)
+    active = [a for a in layer.active_adapters if name in layer.adapted_projections(a)]
+    if not active:
+        return base
+    base = replace(base, dropout_p=_common_dropout(layer, active))
+    if len(active) > 1:
+        return _with_several(layer, base, active, name)
+    (only,) = active
+    A, B = layer.pair(only, name)
+    return replace(
+        base, lora_A=A, lora_B=B, scaling=layer.scaling[only], experts=layer.experts[only]
+    )
+
+
+def _base_projection(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projection:
+    bias = layer.layout.bias(module, name)
+    parts = layer.layout.parts(module, name)
+    if len(parts) == 1:
+        return Projection(parts[0], bias)
+    # gate and up are stored apart only in families whose weights are never quantized
+    gate, up = cast(tuple[torch.Tensor, torch.Tensor], parts)
+    return Projection(gate, bias, up_weight=up)
+
+
+def _common_dropout(layer: "MoELoraLayer", active: list[str]) -> float:
+    """The probability of dropout that adapters have in common; 0 outside of training."""
+    if not layer.training:
+        return 0.0
+    found = {cast(nn.Dropout, layer.lora_dropout[name]).p for name in active}
+    if len(found) > 1:
+        raise ValueError(
+            f"adapters {active} are active together with different lora_dropout "
+            f"{sorted(found)}; train them one at a time, or give them one value."
+        )
+    return found.pop()
+
+
+def _with_several(
+    layer: "MoELoraLayer", base: Projection, active: list[str], name: str
+) -> Projection:
+    """The projection with several adapters; the scaling of each is multiplied into its B."""
+    experts = _experts_of_any(layer, active)
+    As = []
+    Bs = []
+    for adapter_name in active:
+        A, B = _pair_of_experts(layer, adapter_name, name, experts)
+        As.append(A)
+        Bs.append(layer.scaling[adapter_name] * B)
+    # [S, r1 + r2, K] -> [(r1 + r2) * S, K], expert-major
+    lora_A = torch.cat(As, dim=1).flatten(0, 1)
+    # [S, N, r1 + r2] -> [N, (r1 + r2) * S], expert-major
+    lora_B = torch.cat(Bs, dim=2).transpose(0, 1).flatten(1)
+    return replace(base, lora_A=lora_A, lora_B=lora_B, scaling=1.0, experts=experts)
+
+
+def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[int, ...] | None:
+    """Ascending ids of the experts that have a pair in at least one adapter; None for all E."""
+    found: set[int] = set()
+    for name in adapter_names:
+        chosen = layer.experts[name]
+        if chosen is None:
+            return None
+        found.update(chosen)
+    return tuple(sorted(found))
+
+
+def _pair_of_experts(
+    layer: "MoELoraLayer", adapter_name: str, projection: str, experts: tuple[int, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of chosen experts, with zeros for those that have no pair.
+
+    Args:
+        layer: the layer.
+        adapter_name: an adapter of the layer.
+        projection: a projection that has a pair in it.
+        experts: ascending ids of S experts; None for all, S = E.
+    Returns: [S, r, K] and [S, N, r].
+    """
+    A, B = layer.pair_per_expert(adapter_name, projection)
+    if experts == layer.experts[adapter_name]:
+        return A, B
+    wanted: Sequence[int] = range(layer.layout.num_experts)
+    if experts is not None:
+        wanted = experts
+    held = layer.experts_of(adapter_name)
+    return _entries_of(A, held, wanted), _entries_of(B, held, wanted)
+
+
+def _entries_of(stacked: torch.Tensor, held: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    """The entries of the experts `wanted`, with zeros for those that are not among `held`.
+
+    Args:
+        stacked: [S, ., .], the entries of the experts `held`.
+        held: ids of S experts.
+        wanted: ids of experts.
+    Returns: [len(wanted), ., .].
+    """
+    entries = dict(zip(held, stacked.unbind(0), strict=True))
+    nothing = torch.zeros_like(stacked[0])
+    return torch.stack([entries.get(expert, nothing) for expert in wanted])
