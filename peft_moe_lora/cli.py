@@ -26,7 +26,7 @@ import torch
 from . import __version__
 from .convert.base import read_base
 from .convert.convert import convert_adapter
-from .convert.formats import B_LAYOUTS, DEFAULT, FORMATS
+from .convert.formats import B_LAYOUTS, DEFAULT_FORMAT, FORMATS
 from .convert.inspect import inspect_adapter
 from .convert.merge import merge_adapter
 from .convert.verify import verify_adapter
@@ -110,7 +110,9 @@ def inspect(
 def convert(
     src: Adapter,
     dst: Destination,
-    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.")] = DEFAULT,
+    to: Annotated[
+        str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.")
+    ] = DEFAULT_FORMAT,
     base_config: BaseConfig = None,
     b_layout: BLayout = "auto",
     force: Force = False,

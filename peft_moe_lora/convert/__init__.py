@@ -1,4 +1,4 @@
-"""Adapters between formats, on files: read, converted, merged into a base, inspected and compared.
+"""Adapter files: read in any known format, converted, merged, inspected and compared.
 
-May import tuner and below.
+May import from tuner, functional, experts, files and ops.
 """

@@ -1,7 +1,7 @@
 """A base model's checkpoint on disk, and which of its tensors get which update of an adapter.
 
-Experts are stored in stacks of all of them, as transformers 5 has them, or one by one, under the
-names of published checkpoints.
+The experts of a module are stored stacked, as in transformers 5, or with a tensor for each of them,
+under the names of published checkpoints.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,8 +85,8 @@ def shard_paths(base: Path) -> list[Path]:
     different = sorted(held ^ set(named))
     if different:
         raise AdapterError(
-            f"only one of {index} and the files beside it has {different[0]}; download the "
-            "checkpoint again."
+            f"{index} and the files beside it differ on {different[0]}; download the checkpoint "
+            "again."
         )
     return files
 

@@ -1,7 +1,7 @@
-"""Adapters from one format into another, on files alone.
+"""Converts adapters from one format into another; no weight of the base model is loaded.
 
-What cannot be written exactly is refused before anything is written. Only the tensors being
-converted are in memory: one projection of one experts module at a time.
+What the readers of a format would refuse is refused before anything is written. Only the tensors
+being converted are in memory: one projection of one experts module at a time.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from .formats import FORMATS, LEGACY_NAME, Format
 from .model import Adapter, LinearPair, pad, rescale
 from .reading import open_adapter
 
-# how the names begin of the files beside an adapter that are copied with it
+# beginnings of the names of files that are copied with an adapter
 _TRAVELS = (
     "tokenizer",
     "special_tokens_map",

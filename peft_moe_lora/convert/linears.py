@@ -1,4 +1,4 @@
-"""What an adapter holds beside its experts: LoRA of ordinary layers, and tensors saved whole."""
+"""What an adapter holds besides its experts: LoRA of ordinary layers, and tensors saved whole."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from .model import LinearPair
 from .source import Slot, Source
 
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
-# PEFT saves them whole without being asked, where the vocabulary was resized
+# PEFT also saves these whole where the vocabulary was resized
 _SAVED_UNASKED = ("embed_tokens", "lm_head")
 
 
@@ -55,7 +55,7 @@ def _is_saved_whole(source: Source, key: str) -> bool:
     if ".lora_" in key:
         return False
     saved = (*(source.config.get("modules_to_save") or ()), *_SAVED_UNASKED)
-    # PEFT matches these names with the ends of longer ones too
+    # as in PEFT, a name also stands for longer names that end in it
     return key.endswith(".bias") or any(f"{name}." in key for name in saved)
 
 

@@ -22,7 +22,7 @@ from .model import Adapter, Experts, Pair
 from .source import Source
 
 CONFIG_NAME = "adapter_config.json"
-# LoRA's options that change what is computed in ways no format can say
+# options of LoRA that change what is computed, and that no format can express
 _REFUSED_OPTIONS = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
 
 
@@ -84,7 +84,10 @@ def _base(base_config: BaseConfig | None, config: dict[str, Any]) -> BaseModel |
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json, checked; patterns and use_rslora are there, empty or off by default."""
+    """adapter_config.json, checked.
+
+    Missing patterns become empty ones, and use_rslora becomes a boolean.
+    """
     config = read_json(path)
     if config.get("peft_type") not in ("LORA", "MOE_LORA"):
         raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r} is not LoRA.")
@@ -154,7 +157,7 @@ def _check_floating(file: TensorFile) -> None:
 
 
 def _format_of(source: Source) -> tuple[Format, Slots]:
-    """The one format whose expert tensors the file holds, and these."""
+    """The format of the file's expert tensors, and the keys of these tensors."""
     found = []
     for form in READERS:
         slots = form.slots(source)

@@ -47,7 +47,7 @@ class _Layer:
 
     Attributes:
         where: its name, for messages.
-        updates: one pair of tensors after another, each [N, K].
+        updates: yields the two adapters' updates, each [N, K].
     """
 
     where: str

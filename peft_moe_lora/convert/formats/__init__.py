@@ -12,7 +12,16 @@ from .per_expert import PerExpert
 from .sglang_3d import Sglang3d
 from .vllm_3d import Vllm3d
 
-__all__ = ["B_LAYOUTS", "DEFAULT", "FORMATS", "LEGACY_NAME", "OURS", "PREFIX", "READERS", "Format"]
+__all__ = [
+    "B_LAYOUTS",
+    "DEFAULT_FORMAT",
+    "FORMATS",
+    "LEGACY_NAME",
+    "OURS",
+    "PREFIX",
+    "READERS",
+    "Format",
+]
 
 OURS = Ours()
 _PEFT = Peft()
@@ -26,4 +35,4 @@ FORMATS: dict[str, Format] = {
 # what a file's keys are compared with, the most specific pattern first; vllm_3d has peft's keys
 READERS: tuple[Format, ...] = (OURS, _PER_EXPERT, _SGLANG_3D, _PEFT)
 # most servers and PEFT read it
-DEFAULT = _PER_EXPERT.name
+DEFAULT_FORMAT = _PER_EXPERT.name

@@ -1,7 +1,8 @@
 """Our own format: `<experts>.lora_A.<projection>` [r*E, K] and `lora_B` [N, r*E].
 
 Both are expert-major: rows e*r up to (e + 1)*r of A, and columns e*r up to (e + 1)*r of B, are
-expert e. A module has one rank and one scaling. Of some experts only, E counts those in the file.
+expert e. A module has one rank and one scaling. Where the file holds some experts only, E in these
+shapes is their number, and adapter_config.json names them in expert_indices.
 """
 
 import json
@@ -25,7 +26,7 @@ from .format import PREFIX, Format, Read, SlotName, Slots
 
 
 class Ours(Format):
-    """A [r*E, K], B [N, r*E], both expert-major; what only the tuner itself reads."""
+    """A [r*E, K], B [N, r*E], both expert-major; read by this package's tuner only."""
 
     name = "moe_lora"
     key = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.(?P<slot>gate_up|down|linear)")

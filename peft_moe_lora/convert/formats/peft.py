@@ -1,8 +1,8 @@
 """PEFT's target_parameters: `<experts>.base_layer.lora_A/B.weight` and `<experts>.lora_A/B.weight`.
 
-The first is gate_up and the second down; a single target always has the second. A [E*r, K] is
-expert-major, B [N, r*E] is rank-major: column j*E + e is rank j of expert e. To PEFT a router is a
-parameter, `<router>.weight`.
+The first key is that of gate_up, the second that of down. Where only one of them is adapted, it has
+the second key, whichever it is. A [E*r, K] is expert-major; B [N, r*E] is rank-major: column
+j*E + e is rank j of expert e. PEFT adapts a router as a parameter too, `<router>.weight`.
 """
 
 import re
