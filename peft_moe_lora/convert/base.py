@@ -6,7 +6,6 @@ The model is built on the meta device and its modules are read. No weight is loa
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..experts.families import HUB_NAMES, TEXT_PREFIX, HubNames
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router, linear_features
 from ..experts.stored import UnsupportedExperts
-from ..files.tensor_file import AdapterError, RefusedError
+from ..files.tensor_file import AdapterError, FilePath, RefusedError
 
 # what a model class may raise when it is built from a config that is not its own
 _BUILDING_ERRORS = (
@@ -117,7 +116,7 @@ class BaseModel:
 
 
 # how a caller names a base model: a folder, a config file, a name on the hub, a config, or its dict
-BaseConfig = BaseModel | PreTrainedConfig | dict[str, Any] | str | PathLike[str]
+BaseConfig = BaseModel | PreTrainedConfig | dict[str, Any] | FilePath
 
 
 def need_base(base: BaseModel | None, why: str) -> BaseModel:
@@ -198,7 +197,7 @@ def _renamings(model: nn.Module) -> tuple[WeightRenaming, ...]:
 
 
 def _read_config(
-    base_config: PreTrainedConfig | dict[str, Any] | str | PathLike[str],
+    base_config: PreTrainedConfig | dict[str, Any] | FilePath,
 ) -> tuple[str, PreTrainedConfig]:
     """The base model's name for messages, and its config."""
     if isinstance(base_config, PreTrainedConfig):

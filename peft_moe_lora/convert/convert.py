@@ -7,7 +7,6 @@ being converted are in memory: one projection of one experts module at a time.
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from ..experts.families import ONE_EACH
 from ..experts.layout import PROJECTIONS
 from ..files.adapter_file import WEIGHTS_NAME
 from ..files.card import write_card
-from ..files.tensor_file import Block, Progress, RefusedError, new_folder, write_tensors
+from ..files.tensor_file import Block, FilePath, Progress, RefusedError, new_folder, write_tensors
 from .base import BaseConfig
 from .fit import fill_in, make_uniform
 from .formats import FORMATS, LEGACY_NAME, Format
@@ -56,8 +55,8 @@ class Conversion:
 
 
 def convert_adapter(
-    src: str | PathLike[str],
-    dst: str | PathLike[str],
+    src: FilePath,
+    dst: FilePath,
     *,
     to: str,
     base_config: BaseConfig | None = None,

@@ -3,11 +3,10 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from os import PathLike
 from pathlib import Path
 
 from ..experts.layout import EVERY_PROJECTION
-from ..files.tensor_file import RefusedError
+from ..files.tensor_file import FilePath, RefusedError
 from .base import BaseConfig
 from .convert import prepare
 from .formats import FORMATS, Format
@@ -54,7 +53,7 @@ class Inspection:
 
 
 def inspect_adapter(
-    path: str | PathLike[str], base_config: BaseConfig | None = None, b_layout: str = "auto"
+    path: FilePath, base_config: BaseConfig | None = None, b_layout: str = "auto"
 ) -> Inspection:
     """Say what an adapter holds and which formats it can be converted to; reads headers only.
 

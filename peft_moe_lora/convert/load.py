@@ -1,13 +1,13 @@
 """An adapter in any known format, loaded into a model as one of ours."""
 
 import tempfile
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
+from ..files.tensor_file import FilePath
 from .base import describe_base
 from .convert import convert_adapter
 from .formats import OURS
@@ -15,7 +15,7 @@ from .formats import OURS
 
 def load_peft_adapter(
     model: nn.Module,
-    path: str | PathLike[str],
+    path: FilePath,
     adapter_name: str = "default",
     *,
     is_trainable: bool = False,

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from ..files.tensor_file import (
     AdapterError,
     Block,
+    FilePath,
     Progress,
     RefusedError,
     TensorFile,
@@ -101,9 +101,9 @@ class Merge:
 
 
 def merge_adapter(
-    adapter: str | PathLike[str],
-    base: str | PathLike[str],
-    dst: str | PathLike[str],
+    adapter: FilePath,
+    base: FilePath,
+    dst: FilePath,
     *,
     b_layout: str = "auto",
     force: bool = False,

@@ -7,12 +7,11 @@ files' metadata are compared with the tensors, so that files that do not belong 
 import math
 import re
 from collections.abc import Iterable
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME
-from ..files.tensor_file import AdapterError, RefusedError, TensorFile, read_json
+from ..files.tensor_file import AdapterError, FilePath, RefusedError, TensorFile, read_json
 from ..tuner.config import checked_indices
 from .base import BaseConfig, BaseModel, read_base
 from .formats import PREFIX, READERS, Format
@@ -27,7 +26,7 @@ _REFUSED_OPTIONS = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
 
 
 def open_adapter(
-    path: str | PathLike[str], base_config: BaseConfig | None = None, b_layout: str = "auto"
+    path: FilePath, base_config: BaseConfig | None = None, b_layout: str = "auto"
 ) -> Adapter:
     """Read what an adapter's two files say.
 

@@ -5,11 +5,10 @@ scaling * B[e] A[e]          of some experts e of every projection, computed fro
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os import PathLike
 
 import torch
 
-from ..files.tensor_file import AdapterError, Progress
+from ..files.tensor_file import AdapterError, FilePath, Progress
 from .base import BaseConfig
 from .model import Adapter, LinearPair, Pair
 from .reading import open_adapter
@@ -55,9 +54,9 @@ class _Layer:
 
 
 def verify_adapter(
-    path: str | PathLike[str],
+    path: FilePath,
     base: BaseConfig,
-    other: str | PathLike[str] | None = None,
+    other: FilePath | None = None,
     *,
     b_layout: str = "auto",
     tolerance: float | None = None,

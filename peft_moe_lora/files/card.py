@@ -6,13 +6,13 @@ text of our own format stands here, because saving a model writes it too.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from .servers import SGLANG, VLLM, Server
+from .tensor_file import FilePath
 
 _BEGIN = "<!-- peft_moe_lora: begin -->"
 _END = "<!-- peft_moe_lora: end -->"
@@ -59,7 +59,7 @@ OUR_CARD = CardText(
 
 
 def write_card(
-    folder: str | PathLike[str],
+    folder: FilePath,
     card: CardText,
     config: Mapping[str, Any],
     notes: Iterable[str] = (),
