@@ -85,8 +85,8 @@ def _probe(gated: bool, limit: float | None) -> torch.Tensor:
     points = torch.linspace(-reach, reach, POINTS, dtype=torch.float64, device="cpu")
     if not gated:
         return points[:, None]
-    # every gate value meets every up value. With two columns each, [g0, g1, u0, u1], it also shows
-    # whether gate and up alternate
+    # [g0, g1, u0, u1], every gate value with every up value. Two columns of each show whether the
+    # module takes gate and up as halves or as alternating columns
     pairs = torch.cartesian_prod(points, points)
     return torch.stack((pairs, pairs.roll(7, 0)), -1).flatten(1)
 

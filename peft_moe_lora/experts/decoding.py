@@ -38,7 +38,7 @@ class Decoding(nn.Module):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> "Decoding":
-        """Move the scales, but never cast them: a cast of the module casts what is decoded."""
+        """Move the scales, but never cast them: a cast sets the dtype of the decoded weights."""
         before = [self._part(i) for i in range(self.count)]
         super()._apply(fn, recurse)
         for i, tensor in enumerate(before):

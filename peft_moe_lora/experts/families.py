@@ -188,7 +188,7 @@ FAMILIES = {
 }
 
 
-# ---- model types: how published checkpoints and other programs name and read a family -------------
+# ---- model types: how published checkpoints and other programs name and read a family ------------
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .decoding import Decoding, parametrizations
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FP8 = torch.float8_e4m3fn
 # values that share a scale in MXFP4
-_MX_BLOCK = 32
+MXFP4_BLOCKSIZE = 32
 
 Weight = torch.Tensor | QuantizedWeight
 
@@ -166,10 +166,10 @@ def _packed_e2m1(
     """Two codes in each int8 [E, R, C / 2]; scales [E, R, C / 32]."""
     E, R, columns = packed.shape
     C = 2 * columns
-    if scales.shape != (E, R, C // _MX_BLOCK):
+    if scales.shape != (E, R, C // MXFP4_BLOCKSIZE):
         raise UnsupportedExperts(
-            f"{where}: 4-bit codes need scales [E, R, C / {_MX_BLOCK}] = "
-            f"{[E, R, C // _MX_BLOCK]}, got {list(scales.shape)}."
+            f"{where}: 4-bit codes need scales [E, R, C / {MXFP4_BLOCKSIZE}] = "
+            f"{[E, R, C // MXFP4_BLOCKSIZE]}, got {list(scales.shape)}."
         )
     return Codes4bit(
         format="mxfp4",
@@ -178,7 +178,7 @@ def _packed_e2m1(
         packed=packed.view(torch.uint8).view(-1),
         code=code_of("mxfp4", packed.device),
         scales=scales.reshape(-1),
-        blocksize=_MX_BLOCK,
+        blocksize=MXFP4_BLOCKSIZE,
         low_first=True,
     )
 

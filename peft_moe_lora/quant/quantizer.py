@@ -18,13 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from ..experts.decoding import parametrizations, store
 from ..experts.families import FAMILIES, STACKS
 from ..experts.layout import is_experts
+from ..experts.stored import MXFP4_BLOCKSIZE
 from ..ops.quantize import code_of, quantize
 from ..ops.quantized import Codes4bit, QuantizedWeight
 
 METHOD = "peft_moe_lora"
 MXFP4 = "mxfp4"
-# values that share a scale in MXFP4
-_MX_BLOCK = 32
 
 # what the loader hands over: parameter name -> tensor, or a list with one
 Tensors = MutableMapping[str, torch.Tensor | list[torch.Tensor]]
@@ -217,13 +216,13 @@ class _KeepPacked(ConversionOps):
         E, N, groups, _ = blocks.shape
         weight = Codes4bit(
             format=MXFP4,
-            stored_shape=(E, N, _MX_BLOCK * groups),
+            stored_shape=(E, N, MXFP4_BLOCKSIZE * groups),
             dtype=parameter.dtype,
             transposed=module.is_transposed,
             packed=blocks.contiguous().view(-1),
             code=code_of(MXFP4, blocks.device),
             scales=scales.contiguous().view(-1),
-            blocksize=_MX_BLOCK,
+            blocksize=MXFP4_BLOCKSIZE,
             low_first=True,
         )
         if weight.shape != tuple(parameter.shape):
