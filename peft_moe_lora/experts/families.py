@@ -67,7 +67,8 @@ class Family:
         arguments: names of the arguments of its forward. A class of the same name whose forward
             takes others is not this one.
         weights: projection -> names of its parameters. Their rows, one parameter after the other,
-            are the N rows of the projection. A 2-D parameter is the [E, n, K] stack as [E * n, K].
+            are the N rows of the projection. A parameter is [E, n, K], or [E, K, n] if transposed;
+            if it is 2-D, the first two of these dimensions are one.
         call: (layer, module, *arguments) -> what the module's own forward returns, computed with
             the layer's adapters.
         transposed: the projections whose parameters are stored as [E, K, N].

@@ -30,8 +30,9 @@ class ProjectionLayout:
 
     Attributes:
         weights: names of the parameters; one in most families. Their rows, one parameter after the
-            other, are the N rows. Each is [E, n, K], or [E, K, n] if transposed, or [E * n, K].
-            What a parameter holds beyond the E experts is not part of the projection.
+            other, are the N rows. Each is [E, n, K], or [E, K, n] if transposed; if it is 2-D, the
+            first two of these dimensions are one. What a parameter holds beyond the E experts is
+            not part of the projection.
         bias: name of the [E, N] bias parameter, or None.
         in_features: K.
         out_features: N.
