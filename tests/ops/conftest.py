@@ -14,7 +14,7 @@ import torch
 HERE = Path(__file__).parent
 TOGETHER = """tests/ops and other tests were selected together.
 Without a CUDA device tests/ops switch Triton's interpreter on for the whole process.
-Run two calls: `pytest --ignore tests/ops` and `pytest tests/ops`, or `make test`, which does both."""
+Run two calls: `pytest --ignore tests/ops` and `pytest tests/ops`. `make test` does both."""
 
 
 def pytest_configure(config):
@@ -23,7 +23,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With a CUDA device all tests here are marked gpu; without one those marked gpu are deselected."""
+    """With a CUDA device all tests here are marked gpu; without one the marked are deselected."""
     if torch.cuda.is_available():
         for item in items:
             if HERE in item.path.parents:
@@ -104,6 +104,14 @@ def _a_key_decides_what_is_launched(monkeypatch):
 
 
 _ANSWERS = {}
+
+
+@pytest.fixture
+def kernels():
+    # imported here, after the interpreter is switched on
+    from peft_moe_lora.ops import kernels
+
+    return kernels
 
 
 @pytest.fixture

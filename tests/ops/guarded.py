@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from ops.test_kernels import SHAPES, Problem, layer, layer_arguments
+from ops.problems import SHAPES, Problem, layer, layer_arguments
 from peft_moe_lora.ops import Activation, kernels
 from peft_moe_lora.ops.kernels.codes import product_4bit
 from peft_moe_lora.ops.quantize import quantize

@@ -3,25 +3,25 @@
 import pytest
 import torch
 
-from ops.test_kernels import (
+from ops.problems import (
     ACTIVATIONS,
+    CUT_ROWS,
     DEVICE,
     SHAPES,
     Problem,
     assert_within,
     dtypes,
-    kernels,  # noqa: F401
+    hopper,
+    out_of,
     random,
     small_shapes,
     wide,
 )
-from ops.test_linear_roles import hopper
-from ops.test_shrink_outer import ROWS, out_of
 from peft_moe_lora.ops import Activation, Dropout, RankRows, composed, reference
 
 
-def check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options):  # noqa: E741, F811
-    """Hold every result to the rule of `test_kernels`; returns them."""
+def check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options):  # noqa: E741
+    """Hold every result to the rule of `problems`; returns them."""
     draw, pre, routing, weights, right, xa = operands
     E, N, results = lora_B.shape[0], lora_B.shape[1], []
     for ops, widen in ((reference, lambda t: t), (reference, wide), (kernels, lambda t: t)):
@@ -48,7 +48,7 @@ def check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options):
 @dtypes
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("beside", [False, True], ids=["", "bias and dropout"])
-def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside):  # noqa: F811
+def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside):
     p = Problem(shape, dtype)
     routing, N = kernels.route(p.index, shape.E), shape.I * (1 + activation.gated)
     operands = p.rows(shape.I), p.rows(N), routing, p.weights, p.rows(shape.r), p.xa
@@ -73,7 +73,7 @@ def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside): 
 
 @dtypes
 @pytest.mark.parametrize("biased", [False, True])
-def test_panels_add_up(kernels, dtype, biased):  # noqa: F811
+def test_panels_add_up(kernels, dtype, biased):
     """The second kernel of the one reading, which runs anywhere: five halves of panels, the sixth is nobody's."""
     one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.sum_panels")
     p = Problem(SHAPES[1], dtype)
@@ -116,9 +116,9 @@ def test_panels_add_up(kernels, dtype, biased):  # noqa: F811
         (64, 16, Activation("gelu", True, True), False),
     ],
 )
-def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741, F811
-    # beside those of `ROWS`: a step cut in its first half, there, behind it
-    rows = [*ROWS, 32, 33, 95, 96, 97, 160, 161]
+def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741
+    # beside those of `CUT_ROWS`: a step cut in its first half, there, behind it
+    rows = [*CUT_ROWS, 32, 33, 95, 96, 97, 160, 161]
     # the last expert ends within a step: behind it are rows that nobody routed
     rows += [256] * (95 - len(rows)) + [165]
     ids = torch.cat([torch.full((n,), e) for e, n in enumerate([*rows, 37])])
@@ -150,7 +150,7 @@ def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E7
         (16, Activation(), 0.4),
     ],
 )
-def test_what_the_one_reading_does_not_do_the_operations_do(kernels, ran, r, activation, dropout):  # noqa: F811
+def test_what_the_one_reading_does_not_do_the_operations_do(kernels, ran, r, activation, dropout):
     E, M, I, N = 4, 512, 64, 64 * (1 + activation.gated)  # noqa: E741
     routing = kernels.route(torch.randint(E, (M, 1), device=DEVICE), E)
     operands = (

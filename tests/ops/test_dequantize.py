@@ -7,19 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.test_kernels import (  # noqa: F401
-    CUDA,
-    DEVICE,
-    DTYPES,
-    SHAPES,
-    Problem,
-    Shape,
-    assert_within,
-    ids,
-    kernels,
-    outputs,
-    wide,
-)
+from ops.problems import CUDA, DEVICE, DTYPES, SHAPES, Problem, Shape, assert_within, outputs, wide
 from peft_moe_lora.ops import Activation, Dropout, reference
 from peft_moe_lora.ops.quantize import BLOCKSIZES, code_of, quantize
 from peft_moe_lora.ops.quantized import Codes4bit, Codes8bit, QuantizedWeight
@@ -100,7 +88,7 @@ def decoded(ops, weight, first, count, rows):
 
 @weights
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_bits_are_the_twins(kernels, name, dtype):  # noqa: F811
+def test_bits_are_the_twins(kernels, name, dtype):
     weight = replace(WEIGHTS[name](), dtype=dtype)
     rows = [3, 0, 1, 7, 0]
     for first, count in ((0, E), (1, 3)):
@@ -117,7 +105,7 @@ def test_bits_are_the_twins(kernels, name, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_every_blocksize(kernels, blocksize, nested):  # noqa: F811
+def test_every_blocksize(kernels, blocksize, nested):
     for shape in ((3, 64, 96), (3, 31, 34)):
         weight = quantize(
             stack(shape, torch.float16), "nf4", blocksize=blocksize, double_quant=nested
@@ -127,7 +115,7 @@ def test_every_blocksize(kernels, blocksize, nested):  # noqa: F811
         assert torch.equal(actual, decoded(reference, weight, 0, 3, [1, 1, 1]))
 
 
-def test_eight_bit_floats_are_what_they_are_defined_as(kernels):  # noqa: F811
+def test_eight_bit_floats_are_what_they_are_defined_as(kernels):
     weight = fp8((1, 2, 128), tile=(2, 128))
     weight = replace(weight, scales=torch.ones_like(weight.scales))
     expected = torch.tensor(
@@ -142,7 +130,7 @@ def test_eight_bit_floats_are_what_they_are_defined_as(kernels):  # noqa: F811
     assert decoded(kernels, nan, 0, 1, [1]).isnan().all()
 
 
-def test_the_least_exponent_is_no_zero(kernels):  # noqa: F811
+def test_the_least_exponent_is_no_zero(kernels):
     weight = replace(
         mxfp4(EVEN),
         scales=torch.zeros(EVEN[0] * EVEN[1] * EVEN[2] // 32, dtype=torch.uint8, device=DEVICE),
@@ -152,14 +140,14 @@ def test_the_least_exponent_is_no_zero(kernels):  # noqa: F811
     assert torch.equal(decoded(kernels, weight, 0, E, [1] * E), weight.dense())
 
 
-def test_experts_that_share_a_byte_are_refused(kernels):  # noqa: F811
+def test_experts_that_share_a_byte_are_refused(kernels):
     weight = quantize(stack((3, 5, 7)), "nf4")
     with pytest.raises(ValueError, match="share bytes in nf4"):
         decoded(kernels, weight, 0, 3, [1, 1, 1])
     assert torch.equal(decoded(reference, weight, 0, 3, [1, 1, 1]), weight.dense())
 
 
-# -------------------------------------------------------------------------------------------------- products in parts
+# ---- products in parts ---------------------------------------------------------------------------
 
 
 def transposed(weight):
@@ -178,7 +166,7 @@ def quantized_as(format, dense):
     )  # fmt: skip
 
 
-def check(kernels, name, problem, weight, *args, at=1, **kwargs):  # noqa: F811
+def check(kernels, name, problem, weight, *args, at=1, **kwargs):
     """Kernel and twin on quantized weights, against fp64 on what these stand for."""
     actual = outputs(kernels, name, *args[:at], weight, *args[at:], **kwargs)
     twin = outputs(reference, name, *args[:at], weight, *args[at:], **kwargs)
@@ -203,7 +191,7 @@ PARTS += [
 @pytest.mark.parametrize(
     ("shape", "format", "experts_of_a_part"), PARTS, ids=lambda v: v if type(v) is str else None
 )
-def test_products_in_parts_are_whole(kernels, monkeypatch, shape, format, experts_of_a_part):  # noqa: F811
+def test_products_in_parts_are_whole(kernels, monkeypatch, shape, format, experts_of_a_part):
     dtype = DTYPES[-1]
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
@@ -238,7 +226,7 @@ def test_products_in_parts_are_whole(kernels, monkeypatch, shape, format, expert
     )
 
 
-def test_parts_number_their_experts_from_zero_and_cover_every_row_once(kernels):  # noqa: F811
+def test_parts_number_their_experts_from_zero_and_cover_every_row_once(kernels):
     from peft_moe_lora.ops.kernels.routing import part_tables
 
     for shape in SHAPES:
@@ -259,7 +247,7 @@ def test_parts_number_their_experts_from_zero_and_cover_every_row_once(kernels):
             assert found == whole
 
 
-# ------------------------------------------------------------------------------------- codes decoded by their product
+# ---- codes decoded by their product --------------------------------------------------------------
 
 
 def transposed_storage(weight):
@@ -321,18 +309,18 @@ DECODING_DTYPES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
     "dtype", DECODING_DTYPES if CUDA else [torch.float16], ids=lambda d: str(d)[6:]
 )
 @pytest.mark.parametrize("case", FEW_ROWS)
-def test_products_of_few_rows_decode_their_codes(kernels, no_scratch, case, dtype):  # noqa: F811
+def test_products_of_few_rows_decode_their_codes(kernels, no_scratch, case, dtype):
     check_products_of_few_rows(kernels, case, dtype)
 
 
-def test_products_of_few_rows_in_fp32(kernels, request):  # noqa: F811
+def test_products_of_few_rows_in_fp32(kernels, request):
     """Decoded in the interpreter; on a GPU, whose table has no such row, into the scratch."""
     if not CUDA:
         request.getfixturevalue("no_scratch")
     check_products_of_few_rows(kernels, "K and N no multiples of a block", torch.float32)
 
 
-def check_products_of_few_rows(kernels, case, dtype):  # noqa: F811
+def check_products_of_few_rows(kernels, case, dtype):
     shape, quantized = FEW_ROWS[case]
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
@@ -369,7 +357,7 @@ def check_products_of_few_rows(kernels, case, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_products_decode_the_bits_of_the_twin(kernels, no_scratch, blocksize, nested):  # noqa: F811
+def test_products_decode_the_bits_of_the_twin(kernels, no_scratch, blocksize, nested):
     """Columns of a unit matrix, one row an expert, read the weight itself."""
     dtype, shape = torch.float16, (6, 64, 192)
     weight = quantize(stack(shape, dtype), "nf4", blocksize=blocksize, double_quant=nested)
@@ -381,7 +369,7 @@ def test_products_decode_the_bits_of_the_twin(kernels, no_scratch, blocksize, ne
         assert torch.equal(y, w.dense()[range(6), :, at])
 
 
-def test_which_weights_their_products_decode(kernels):  # noqa: F811
+def test_which_weights_their_products_decode(kernels):
     from peft_moe_lora.ops.kernels.codes.product_4bit import MAX_BLOCK_M, decodes_in_kernel
 
     half = torch.float16
@@ -398,7 +386,7 @@ def test_which_weights_their_products_decode(kernels):  # noqa: F811
     assert not decodes_in_kernel(weight.dense(), 16)
 
 
-def test_the_scratch_is_bounded_and_one_for_all_parts(kernels, monkeypatch):  # noqa: F811
+def test_the_scratch_is_bounded_and_one_for_all_parts(kernels, monkeypatch):
     from peft_moe_lora.ops.kernels import parts
 
     weight = quantize(stack((7, 16, 32)), "nf4")
@@ -421,7 +409,7 @@ def test_a_quantized_weight_is_known_by_its_shape():
     assert torch.equal(weight.transpose(1, 2)[3], weight.dense()[3].T)
 
 
-def test_bits_that_bitsandbytes_wrote(kernels):  # noqa: F811
+def test_bits_that_bitsandbytes_wrote(kernels):
     """What it stored and what it decoded, kept in a file: it need not be installed where a GPU is."""
     from safetensors import safe_open
 
@@ -451,7 +439,7 @@ LAYERS = [("nf4", SHAPES[1]), ("int8", SHAPES[1]), ("nf4", FEW_ROWS["one token, 
 
 
 @pytest.mark.parametrize(("format", "shape"), LAYERS, ids=["nf4", "int8", "one token"])
-def test_a_layer_and_its_gradients(kernels, monkeypatch, format, shape):  # noqa: F811
+def test_a_layer_and_its_gradients(kernels, monkeypatch, format, shape):
     """The two backends on quantized experts, whole layers."""
     from peft_moe_lora.functional import Projection, experts
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ops.test_kernels import kernels  # noqa: F401
-
 NAMES = ["linear_roles", "shrink_outer", "act_backward_outer"]
 
 SHARED = [
@@ -22,7 +20,7 @@ SHARED = [
 
 
 @pytest.fixture
-def choice(kernels, monkeypatch):  # noqa: F811
+def choice(kernels, monkeypatch):
     """The module that chooses, its imports undone."""
     from peft_moe_lora.ops.kernels.sm90 import in_gluon as choice
 

@@ -5,13 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from ops.test_kernels import ACTIVATIONS, check, kernels, random  # noqa: F401
+from ops.problems import ACTIVATIONS, check, hopper, random
 from peft_moe_lora.ops import Activation
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-# -------------------------------------------------------------------------------------------------------- the choice
+# ---- the choice ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -31,7 +28,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
     ],
 )
 def test_the_table_knows_where_roles_pay(
-    kernels,  # noqa: F811
+    kernels,
     arch,
     itemsize,
     block_m,
@@ -46,9 +43,8 @@ def test_the_table_knows_where_roles_pay(
         assert (tile._blocks(op, arch, itemsize, block_m, K, True, size) is not None) == chosen
 
 
-# ------------------------------------------------------------------------------------------------------- the numbers
+# ---- the numbers ---------------------------------------------------------------------------------
 
-hopper = pytest.mark.skipif(not HOPPER, reason="wgmma is compute capability 9.0's alone")
 # rows of each expert
 ROWS = {
     # 35 tiles of rows; halves that are full, cut or absent; behind full tiles 1 and 32 rows that go with them, and 33
@@ -73,7 +69,7 @@ SIZES = {
 class Product:
     """The operands of one product over experts of these rows, behind sentinels' rows; what nobody routed is NaN."""
 
-    def __init__(self, kernels, rows, N, K, r, bias, transposed, dtype):  # noqa: F811
+    def __init__(self, kernels, rows, N, K, r, bias, transposed, dtype):
         E = len(rows)
         # so many sentinels that tiles have 128 rows even where nobody is routed
         ids = torch.cat(
@@ -114,7 +110,7 @@ class Product:
 
 
 @pytest.fixture
-def product(kernels):  # noqa: F811
+def product(kernels):
     def make(rows, size, transposed=False, dtype=torch.bfloat16, sizes=SIZES):
         return Product(kernels, ROWS[rows], *sizes[size], transposed, dtype)
 
@@ -142,7 +138,7 @@ def test_the_bits_of_linear_ordered(product, rows, size, transposed, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_what_the_twin_says(kernels, product, size, transposed, dtype):  # noqa: F811
+def test_what_the_twin_says(kernels, product, size, transposed, dtype):
     from peft_moe_lora.ops.kernels.launching import launch
 
     p = product("tails", size, transposed, dtype)
@@ -154,7 +150,7 @@ def test_what_the_twin_says(kernels, product, size, transposed, dtype):  # noqa:
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("rows", ROWS)
-def test_every_product_finds_the_queue_at_its_beginning(kernels, product, rows):  # noqa: F811
+def test_every_product_finds_the_queue_at_its_beginning(kernels, product, rows):
     p = product(rows, "even")
     narrow = random(len(ROWS[rows]), 72, 512, dtype=p.dtype)
     first = kernels.expert_linear(*p.operands, **p.rest)
@@ -169,7 +165,7 @@ def test_every_product_finds_the_queue_at_its_beginning(kernels, product, rows):
 
 @pytest.mark.gpu
 @hopper
-def test_a_captured_product_follows_its_rows(kernels, product):  # noqa: F811
+def test_a_captured_product_follows_its_rows(kernels, product):
     p = product("skewed", "a tile of eight columns, ranks short of a step")
     kernels.expert_linear(*p.operands, **p.rest)
     graph = torch.cuda.CUDAGraph()
@@ -187,7 +183,7 @@ def test_a_captured_product_follows_its_rows(kernels, product):  # noqa: F811
 
 @pytest.mark.gpu
 @hopper
-def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):  # noqa: F811
+def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):
     from peft_moe_lora.ops.kernels.launching import launch, replay
 
     # poisoned buffers are written to, which a recording takes for work that it cannot replay
@@ -210,7 +206,7 @@ def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):  #
 
 @pytest.mark.gpu
 @hopper
-def test_tables_of_some_experts_have_queues_of_their_own(kernels, product):  # noqa: F811
+def test_tables_of_some_experts_have_queues_of_their_own(kernels, product):
     from peft_moe_lora.ops.kernels.routing import part_tables
     from peft_moe_lora.ops.kernels.sm90.by_roles import by_roles
 
@@ -223,7 +219,7 @@ def test_tables_of_some_experts_have_queues_of_their_own(kernels, product):  # n
     assert torch.equal(y[: p.valid], whole[: p.valid])
 
 
-# --------------------------------------------------------------------------------------------------- rows gathered
+# ---- rows gathered -------------------------------------------------------------------------------
 
 # N, K, r, bias
 GATHERED = {
@@ -248,7 +244,7 @@ def gathered(product):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size", GATHERED)
 @pytest.mark.parametrize("rows", ROWS)
-def test_gathered_rows(kernels, gathered, ran, rows, size, transposed, dtype):  # noqa: F811
+def test_gathered_rows(kernels, gathered, ran, rows, size, transposed, dtype):
     p = gathered(rows, size, transposed, dtype)
     check(kernels, "expert_linear", p, p.tokens, p.weight, p.routing, gather=True, **p.rest)
     assert ran("linear_roles")
@@ -262,7 +258,7 @@ def test_gathered_rows(kernels, gathered, ran, rows, size, transposed, dtype):  
 @pytest.mark.parametrize(
     "activation", [*ACTIVATIONS, Activation("relu2", interleaved=True)], ids=str
 )
-def test_an_activation_of_gathered_rows(kernels, gathered, ran, activation, size, dtype):  # noqa: F811
+def test_an_activation_of_gathered_rows(kernels, gathered, ran, activation, size, dtype):
     # gate and up halves of a transposed weight are no box
     for transposed in (False, True) if activation.interleaved or not activation.gated else (False,):
         p = gathered("tails", size, transposed, dtype)
@@ -286,7 +282,7 @@ def test_an_activation_of_gathered_rows(kernels, gathered, ran, activation, size
 @pytest.mark.parametrize(
     "activation", [None, Activation(), Activation("silu", interleaved=True)], ids=str
 )
-def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, rows, activation):  # noqa: F811
+def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, rows, activation):
     from peft_moe_lora.ops.kernels import linear, linear_act
 
     p = gathered(rows, "even")
@@ -311,7 +307,7 @@ def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, r
 @pytest.mark.parametrize(
     "why", ["a step of K is cut", "rows begin off sixteen bytes", "halves end off sixteen bytes"]
 )
-def test_gathered_rows_that_roles_do_not_take(kernels, ran, why):  # noqa: F811
+def test_gathered_rows_that_roles_do_not_take(kernels, ran, why):
     N, K = (552 if why.startswith("halves") else 512), (264 if why.startswith("a step") else 256)
     p = Product(kernels, ROWS["tails"], N, K, 16, True, False, torch.bfloat16)
     tokens = p.tokens

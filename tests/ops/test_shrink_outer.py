@@ -3,20 +3,23 @@
 import pytest
 import torch
 
-from ops.test_kernels import DEVICE, Problem, assert_within, dtypes, kernels, random, shapes, wide  # noqa: F401
-from ops.test_linear_roles import hopper
+from ops.problems import (
+    CUT_ROWS,
+    DEVICE,
+    Problem,
+    assert_within,
+    dtypes,
+    hopper,
+    out_of,
+    random,
+    shapes,
+    wide,
+)
 from peft_moe_lora.ops import composed, reference
 
 
-def out_of(E, K, r, of_B):
-    """An out [E, K, r], laid out as the gradient of an expert-major B [K, r * E], or of its own; poisoned."""
-    size = (K, E, r) if of_B else (E, K, r)
-    out = torch.full(size, float("nan"), device=DEVICE)
-    return out.permute(1, 0, 2) if of_B else out
-
-
-def check(kernels, valid, x, lora_A, right, routing, out, dtype, **options):  # noqa: F811
-    """Hold both results to the rule of `test_kernels`; returns them."""
+def check(kernels, valid, x, lora_A, right, routing, out, dtype, **options):
+    """Hold both results to the rule of `problems`; returns them."""
     results = []
     for ops, widen in ((kernels, lambda t: t), (reference, lambda t: t), (reference, wide)):
         outer = out if ops is kernels else torch.full_like(widen(out), float("nan"))
@@ -33,7 +36,7 @@ def check(kernels, valid, x, lora_A, right, routing, out, dtype, **options):  # 
 @shapes
 @dtypes
 @pytest.mark.parametrize("of_B", [True, False])
-def test_both_are_what_the_twins_say(kernels, shape, dtype, of_B):  # noqa: F811
+def test_both_are_what_the_twins_say(kernels, shape, dtype, of_B):
     p = Problem(shape, dtype)
     E, routing = shape.E, kernels.route(p.index, shape.E)
     out = out_of(E, shape.H, shape.r, of_B)
@@ -43,38 +46,11 @@ def test_both_are_what_the_twins_say(kernels, shape, dtype, of_B):  # noqa: F811
     check(kernels, p.valid, p.rows(2 * shape.I), p.up_B.transpose(1, 2), p.xa, routing, out, dtype)
 
 
-# rows of the first experts: none, one, a chunk cut, full, and one more, of tiles of 64 and of 128 rows; many chunks
-ROWS = [
-    0,
-    1,
-    63,
-    64,
-    65,
-    127,
-    128,
-    129,
-    191,
-    192,
-    193,
-    255,
-    256,
-    257,
-    319,
-    320,
-    321,
-    384,
-    385,
-    640,
-    641,
-    9000,
-]
-
-
 class Pair:
-    """The operands of a call over 96 experts, `even` rows on those past ROWS; what nobody routed is NaN."""
+    """The operands of a call over 96 experts, `even` rows on those past CUT_ROWS; what nobody routed is NaN."""
 
-    def __init__(self, kernels, even, K, r, gather, weighted, dtype):  # noqa: F811
-        rows = [*ROWS, *[even] * (96 - len(ROWS))]
+    def __init__(self, kernels, even, K, r, gather, weighted, dtype):
+        rows = [*CUT_ROWS, *[even] * (96 - len(CUT_ROWS))]
         ids = torch.cat([torch.full((n,), e) for e, n in enumerate([*rows, 37])])
         self.routing = kernels.route(ids[torch.randperm(len(ids))][:, None].to(DEVICE), 96)
         self.valid, M = sum(rows), len(ids)
@@ -108,7 +84,7 @@ class Pair:
         (256, 7, False, False, False),
     ],
 )
-def test_rows_read_once(kernels, ran, dtype, even, block_m, K, r, gather, weighted, of_B):  # noqa: F811
+def test_rows_read_once(kernels, ran, dtype, even, block_m, K, r, gather, weighted, of_B):
     p = Pair(kernels, even, K, r, gather, weighted, dtype)
     assert p.routing.block_m == block_m
     first = check(kernels, p.valid, *p.operands, out_of(96, K, r, of_B), dtype, **p.options)
@@ -126,7 +102,7 @@ def test_rows_read_once(kernels, ran, dtype, even, block_m, K, r, gather, weight
 @pytest.mark.parametrize(
     "why", ["a step of K is cut", "rows begin off sixteen bytes", "ranks past a tile", "few chunks"]
 )
-def test_rows_that_are_read_twice(kernels, ran, monkeypatch, why):  # noqa: F811
+def test_rows_that_are_read_twice(kernels, ran, monkeypatch, why):
     K, r = 264 if why.startswith("a step") else 256, 17 if why.startswith("ranks") else 16
     p = Pair(kernels, 256, K, r, False, True, torch.bfloat16)
     if why.startswith("rows"):
