@@ -1,4 +1,4 @@
-"""Whether the routes that train a whole model compute the same: their logits and gradients, on the same adapter."""
+"""Whether the routes that train a whole model give the same logits and the same gradients."""
 
 import sys
 from typing import NamedTuple
@@ -12,18 +12,30 @@ from routes import to_expert_major, to_rank_major
 
 
 class Bounds(NamedTuple):
-    """logits: |ours - PEFT's| / |PEFT's - base's|, the median token's; gradients: |ours - PEFT's| / |PEFT's|, each."""
+    """How far a route may be from PEFT's.
+
+    Attributes:
+        logits: of |ours - PEFT's| / |PEFT's - base's| of the median token.
+        gradients: of |ours - PEFT's| / |PEFT's| of every gradient.
+    """
 
     logits: float
     gradients: float
 
 
-# in bf16 rounding sends some tokens to other experts in one route than in another; in fp32 sums differ in their order
+# in bf16, rounding sends some tokens to other experts in one route than in another; in fp32 only
+# the order of summation differs
 BOUNDS = {torch.float32: Bounds(1e-3, 1e-3), torch.bfloat16: Bounds(0.1, 0.35)}
 
 
 class Result(NamedTuple):
-    """What one step gives: fp32 logits [batch, T, V], the loss, gradients by name, those of B expert-major."""
+    """What one step gives.
+
+    Attributes:
+        logits: [batch, T, V] fp32.
+        loss: the mean over the tokens.
+        gradients: by the parameter's name; those of B are expert-major.
+    """
 
     logits: torch.Tensor
     loss: float
@@ -36,7 +48,7 @@ def fill_adapter(route: ModelRoute, rank: int, base: nn.Module) -> None:
     generator = torch.Generator(next(iter(route.trained.values())).device).manual_seed(1)
     for name, parameter in route.trained.items():
         K = route.trained[name.replace("lora_B", "lora_A")].shape[1]
-        # base weights are drawn with this deviation: W x is about std * sqrt(K) |x|, A x about |x|, scaling is 2
+        # W x is about initializer_range * sqrt(K) |x|, A x about |x|, and scaling is 2
         std = 0.25 * base.config.initializer_range * (K / rank) ** 0.5
         if "lora_A" in name:
             std = K**-0.5
@@ -76,7 +88,7 @@ def result_of(route: ModelRoute, ids: torch.Tensor, rank: int) -> Result:
 def check(
     routes: dict[str, ModelRoute], base: nn.Module, rank: int, ids: torch.Tensor
 ) -> dict[str, float]:
-    """Give every route with an adapter the same random one, and compare each with the first of them.
+    """Give the routes that have an adapter the same one, and compare them with the first of them.
 
     Args:
         base: the model without an adapter.
@@ -89,7 +101,7 @@ def check(
     adapted = {name: route for name, route in routes.items() if route.trained}
     if not adapted:
         return {}
-    # an expert-major one where there is one, so that PEFT's values come from another order than its own
+    # expert-major where there is such a route, so that PEFT's values come from another order
     source = min(adapted.values(), key=lambda route: route.rank_major)
     fill_adapter(source, rank, base)
     for route in adapted.values():
@@ -111,7 +123,7 @@ def check(
 def compare_results(
     name: str, result: Result, first: str, right: Result, plain: torch.Tensor, bounds: Bounds
 ) -> None:
-    """Compare a route with the first one, and say on stderr how far their logits and gradients are apart.
+    """Compare a route with the first one, and say on stderr how far apart they are.
 
     Args:
         name, result: the route's.

@@ -1,4 +1,4 @@
-"""What is timed: the shapes of named models, the cases of the layer benchmark, and a case's random tensors.
+"""What is timed: the shapes of named models, the cases of the layer benchmark, random tensors.
 
 Each shape is stated here once; every benchmark takes it from here.
 """
@@ -38,7 +38,12 @@ SHAPES = GPU_SHAPES | CPU_SHAPES
 
 
 class Goal(NamedTuple):
-    """What moe_lora is held to: the step's time over the roofline, and the MiB that forward keeps for backward."""
+    """What moe_lora is held to.
+
+    Attributes:
+        x_roof: the step's time over the roofline.
+        kept: MiB that forward keeps for backward.
+    """
 
     x_roof: float
     kept: int
@@ -104,6 +109,13 @@ def shape_of(name: str) -> Shape:
     return Shape(*map(int, sizes))
 
 
+def default_device() -> str:
+    """The first GPU where there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name without its module, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
@@ -151,7 +163,9 @@ class Case:
 
 
 class Problem:
-    """Random inputs, base weights and adapter of a case. The adapter adds about half of what the base gives a row.
+    """Random inputs, base weights and adapter of a case.
+
+    The adapter adds to a row about half of what the base gives it.
 
     Attributes:
         x: [T, H] leaf.
@@ -159,8 +173,8 @@ class Problem:
         top_k_weights: [T, top_k] leaf, dtype of x.
         dout: [T, H], the gradient of the output.
         weights: {"gate_up": [E, 2I, H], "down": [E, H, I]}, frozen.
-        adapter: {"lora_A.gate_up": [r*E, H], "lora_B.gate_up": [2I, r*E], ...}, fp32, expert-major: rows of A and
-            columns of B e*r up to (e + 1)*r are expert e.
+        adapter: {"lora_A.gate_up": [r*E, H], "lora_B.gate_up": [2I, r*E], ...}, fp32, expert-major:
+            rows of A and columns of B e*r up to (e + 1)*r are expert e.
         scaling: lora_alpha / r.
     """
 

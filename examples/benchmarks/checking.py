@@ -1,4 +1,4 @@
-"""Whether a route computes the layer: its output and every gradient against a reference in higher precision."""
+"""Whether a route computes the layer: its output and gradients, against higher precision."""
 
 import math
 import time
@@ -10,7 +10,8 @@ from cases import PROJECTIONS, Problem
 from routes import Route, renew, step, to_expert_major
 from timing import synchronize
 
-# |a - ref| / |ref|: 8 and 11 bits of mantissa through two products and an activation; fp32 tells IEEE from tf32
+# of |a - ref| / |ref|: 8 and 11 bits of mantissa go through two products and an activation; the
+# bound of float32 is one that tf32 does not meet
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 # rows of one expert that the reference takes at a time
 ROWS = 4096
@@ -28,7 +29,7 @@ def relative_error(a: torch.Tensor, ref: torch.Tensor) -> float:
 
 
 def relative_errors(result: dict[str, torch.Tensor | None], expected: Tensors) -> dict[str, float]:
-    """The relative error of everything in `result`; infinite for what is missing or has another shape."""
+    """The relative error of each result; infinite for one that is missing or has another shape."""
     errors = {}
     for name, a in result.items():
         ref = expected[name]
@@ -53,7 +54,8 @@ def check(errors: dict[str, float], bound: float) -> None:
 def first_step(problem: Problem, route: Route) -> tuple[float, dict[str, torch.Tensor | None]]:
     """Run a step, compilation included.
 
-    Returns: its seconds; its output and gradients under the names of `reference`, those of B expert-major.
+    Returns: its seconds; its output and gradients under the names of `reference`. Those of B are
+        expert-major.
     """
     case = problem.case
     renew(problem, route)
@@ -86,11 +88,12 @@ def check_route(problem: Problem, route: Route, expected: Tensors) -> None:
 
 
 def reference(problem: Problem, scaling: float) -> Tensors:
-    """The layer's output and gradients in fp32 (fp64 for a float32 case), one expert after the other.
+    """The layer's output and gradients in fp32 (fp64 for a float32 case), expert by expert.
 
     Args:
         scaling: of the update; 0 gives the layer without an adapter.
-    Returns: "out", "d x" [T, H]; "d top_k_weights" [T, top_k]; "d lora_A.gate_up" and so on, shaped as A and B.
+    Returns: "out" and "d x" [T, H]; "d top_k_weights" [T, top_k]; "d lora_A.gate_up" and so on, of
+        the shapes of A and B.
     """
     case = problem.case
     dtype = torch.float32

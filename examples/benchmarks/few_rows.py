@@ -1,4 +1,4 @@
-"""A layer with few rows an expert: products decode 4-bit codes themselves, or they are decoded before."""
+"""A layer with few rows an expert: its 4-bit codes are decoded in the product, or before it."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,7 +16,12 @@ from timing import Timer
 
 
 class Way(NamedTuple):
-    """A route, and up to how many rows of a tile its products decode codes themselves (None: as the package does)."""
+    """A route, and where its codes are decoded.
+
+    Attributes:
+        max_block_m: products over tiles of at most so many rows decode their codes themselves; None
+            leaves the package's own bound.
+    """
 
     route: Route
     max_block_m: int | None
@@ -24,7 +29,7 @@ class Way(NamedTuple):
 
 @contextmanager
 def decoding(max_block_m: int | None) -> Iterator[None]:
-    """Within it, products decode their codes themselves up to tiles of so many rows."""
+    """Within it, products over tiles of at most so many rows decode their codes themselves."""
     if max_block_m is None:
         yield
         return
@@ -43,7 +48,11 @@ def decoding(max_block_m: int | None) -> Iterator[None]:
 
 
 def use_blocks(blocks: dict[str, Any]) -> None:
-    """Give every row of the table for products of codes these settings, such as {"BLOCK_K": 32, "num_warps": 8}."""
+    """Give every row of the table for products of codes these settings.
+
+    Args:
+        blocks: such as {"BLOCK_K": 32, "num_warps": 8}.
+    """
     from peft_moe_lora.ops.kernels.launching import table
     from table_rows import forget
 
@@ -54,7 +63,7 @@ def use_blocks(blocks: dict[str, Any]) -> None:
 
 
 def ways_to_decode(problem: Problem, format: str) -> dict[str, Way]:
-    """The dense layer, and the quantized one with every way to decode: on a GPU two, elsewhere one."""
+    """The dense layer, and the quantized one in two ways on a GPU, in one on a CPU."""
     codes = quantize_problem(problem, format)
     ways = {"dense": Way(moe_lora_route(problem), None)}
     route = quantized_route(problem, codes)

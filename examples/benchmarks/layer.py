@@ -1,21 +1,22 @@
-"""Time one experts layer with LoRA, forward and backward, beside its peers and the roofline of the machine.
+"""Time one experts layer with LoRA, forward and backward, beside its peers and the roofline.
 
     python examples/benchmarks/layer.py            the goals' shapes on a GPU, small ones on a CPU
     python examples/benchmarks/layer.py --json speed.json --plot speed.png
-    python examples/benchmarks/layer.py --shapes qwen3-30b 64,4096,1024,6 --tokens 2048 8192 --rank 16
+    python examples/benchmarks/layer.py --shapes qwen3-30b 64,4096,1024,6 --tokens 2048 --rank 16
 
 Routes, all in one run on one machine, on the same inputs, frozen base weights and fp32 adapters:
-    moe_lora              `get_peft_model(model, MoELoraConfig(...))` on transformers' experts, wrapper and all
+    moe_lora              `get_peft_model(model, MoELoraConfig(...))` on transformers' experts
     moe_lora-recompute    the same with recompute=True
     moe_lora-torch        the same with backend="torch"
-    moe_lora-materialize  the same with backend="materialize": transformers' grouped_mm on W + scaling * B A
-    peft                  PEFT's `LoraConfig(target_parameters=...)` on the same experts, grouped_mm
-    torch                 plain PyTorch: sort, gather, grouped_mm for the base and for both rank-r products
-    base                  transformers' grouped_mm experts without an adapter: what the adapter is added to
+    moe_lora-materialize  the same with backend="materialize": grouped_mm on W + scaling * B A
+    peft                  PEFT's `LoraConfig(target_parameters=...)` on the same experts
+    torch                 plain PyTorch: sort, gather, grouped_mm for all products
+    base                  transformers' experts on grouped_mm, without an adapter
 
-The output and every gradient of a route are first compared with a reference in higher precision: a route that fails
-has its name in the table and no number. Before every timed step the L2 cache is flushed, and A and B get new versions,
-as an optimizer step gives them, so that what a route prepares once per version is part of its time.
+The output and every gradient of a route are first compared with a reference in higher precision.
+A route that fails is named in the table and has no number. Before every timed step the L2 cache is
+flushed, and A and B get new versions, as an optimizer step gives them: what a route prepares once
+per version is part of its time.
 """
 
 import gc
@@ -28,18 +29,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cases import CPU_CASES, DTYPES, GPU_CASES, SHAPES, Case, shape_of
-from comparison import LEGEND, Row, Setup, run_case
-from options import fill, parse
+from cases import CPU_CASES, DTYPES, GPU_CASES, SHAPES, Case, default_device, shape_of
+from comparison import Setup, run_case
+from layer_row import LEGEND, Row
+from options import parse
 from report import Column, describe_machine, format_table, machine_line, plot, write_json
 from roofline import FORMULA, Ceilings, Probe, measure_ceilings
 from routes import ROUTES
 from timing import Timer
 
-GPU_DEFAULTS = {"dtype": "bfloat16", "repeat": 24, "routes": ["moe_lora", "peft", "torch"]}
 CPU_DEFAULTS = {"dtype": "float32", "repeat": 12, "routes": ["moe_lora", "base", "torch"]}
 
 COLUMNS = {
@@ -65,13 +67,6 @@ COLUMNS = {
 }
 
 
-def default_device() -> str:
-    """The first GPU where there is one."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
-
-
 @dataclass
 class Arguments:
     """The command line."""
@@ -86,12 +81,13 @@ class Arguments:
     rank: list[int] = field(
         default_factory=lambda: [16], metadata={"metavar": "r", "help": "ranks (default: 16)"}
     )
-    routes: list[str] | None = field(
-        default=None,
+    routes: list[str] = field(
+        default_factory=lambda: ["moe_lora", "peft", "torch"],
         metadata={
             "metavar": "ROUTE",
             "choices": list(ROUTES),
-            "help": f"of: {', '.join(ROUTES)}",
+            "help": f"of: {', '.join(ROUTES)} "
+            "(default: moe_lora peft torch, on a CPU moe_lora base torch)",
         },
     )
     skip_peft: bool = field(default=False, metadata={"help": "leave the slowest peer out"})
@@ -104,8 +100,8 @@ class Arguments:
             "help": "share of the rows on one expert (default: 0, alone: 0.9)",
         },
     )
-    dtype: str | None = field(
-        default=None,
+    dtype: str = field(
+        default="bfloat16",
         metadata={
             "choices": list(DTYPES),
             "help": "of base and activations (default: bfloat16, on a CPU float32)",
@@ -114,8 +110,8 @@ class Arguments:
     device: str = field(
         default_factory=default_device, metadata={"help": "default: cuda where there is one"}
     )
-    repeat: int | None = field(
-        default=None,
+    repeat: int = field(
+        default=24,
         metadata={"help": "timed steps per route and case (default: 24, on a CPU 12)"},
     )
     rest: float = field(
@@ -143,13 +139,16 @@ class Arguments:
         return self.device.startswith("cuda")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """The command line, with the defaults of the device filled in."""
-    parser, args = parse(Arguments, __doc__, argv)
+def device_defaults(args: Arguments) -> dict[str, Any]:
+    """What is otherwise by default on the device of the options."""
     if args.on_gpu:
-        fill(args, GPU_DEFAULTS)
-    else:
-        fill(args, CPU_DEFAULTS)
+        return {}
+    return CPU_DEFAULTS
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """The command line, with the defaults of its device."""
+    parser, args = parse(Arguments, __doc__, argv, device_defaults)
     if args.skip_peft:
         args.routes = [name for name in args.routes if name != "peft"]
     if not args.routes:
@@ -202,7 +201,7 @@ def empty_triton_cache() -> Iterator[None]:
 
 
 def run(args: Arguments, report: dict[str, object], setup: Setup) -> list[Row]:
-    """Every case; the report is written after each, so that an interrupted run leaves what it has."""
+    """Run every case. The report is written after each, so an interrupted run leaves one too."""
     rows: list[Row] = []
     seen: set[str] = set()
     for case in list_cases(args):

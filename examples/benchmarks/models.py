@@ -1,4 +1,4 @@
-"""Whole Qwen3-MoE models with random weights, dense or with quantized experts, and the adapters trained on them."""
+"""Whole Qwen3-MoE models with random weights, dense or quantized, and adapters to train on them."""
 
 import copy
 import warnings
@@ -32,7 +32,7 @@ FORMATS = {
 }
 
 
-# ---- the frozen base ---------------------------------------------------------------------------------------
+# ---- the frozen base ---------------------------------------------------------------------------
 
 
 def build_dense(sizes: dict, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -48,7 +48,7 @@ def build_dense(sizes: dict, dtype: torch.dtype, device: torch.device) -> nn.Mod
 def build_quantized(
     sizes: dict, format: str, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """A frozen model, never dense as a whole: its experts are quantized one projection at a time."""
+    """A frozen model whose experts are quantized one projection at a time: it is never dense."""
     config = Qwen3MoeConfig(**sizes)
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -94,7 +94,7 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
         getattr(model, f"{word}_checkpointing_disable")()
 
 
-# ---- the adapters ------------------------------------------------------------------------------------------
+# ---- the adapters ------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,14 +1,18 @@
-"""Time LoRA on quantized experts beside LoRA on the dense weights they stand for, and train a 30B model in 24 GB.
+"""Time LoRA on quantized experts beside LoRA on dense ones, and train a 30B model in 24 GB.
 
-    python examples/benchmarks/quantized.py                        one layer: step, peak, decoding
-    python examples/benchmarks/quantized.py --scratch 32 128 1024  the same with several bounds of the scratch, in MiB
-    python examples/benchmarks/quantized.py --tokens 1 64 512      few rows: decoded in the product, or before it
-    python examples/benchmarks/quantized.py --model                48 layers of Qwen3-30B-A3B, random NF4 experts
+    python examples/benchmarks/quantized.py
+        one layer: its step, its peak, and how long its codes take to decode
+    python examples/benchmarks/quantized.py --scratch 32 128 1024
+        the same with several bounds of the scratch for decoded weights, in MiB
+    python examples/benchmarks/quantized.py --tokens 1 64 512
+        few rows: codes decoded in the product, or before it
     python examples/benchmarks/quantized.py --model --loss-chunk 512 --rank 16
+        48 layers of Qwen3-30B-A3B, random NF4 experts
 
-The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and quantized in turns in
-one run; outputs and gradients are first compared with a reference in higher precision. The model: see
-`quantized_model.py`. On a CPU all sizes are small. bitsandbytes is not needed.
+The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and
+quantized in turns in one run; outputs and gradients are first compared with a reference in higher
+precision. The model: see `quantized_model.py`. On a CPU all sizes are small. bitsandbytes is not
+needed.
 """
 
 import json
@@ -18,10 +22,10 @@ from typing import Any
 
 import torch
 
-from cases import DTYPES, MIB, SHAPES, Case, shape_of
+from cases import DTYPES, MIB, SHAPES, Case, default_device, shape_of
 from few_rows import time_few_rows, use_blocks
 from models import FORMATS
-from options import fill, parse
+from options import parse
 from quantized_layer import time_layer
 from quantized_model import train
 from report import Column, format_table, write_json
@@ -37,9 +41,9 @@ LAYER_COLUMNS = {
     "weights": Column("weights MiB", "{:.0f}"),
     "decode_ms": Column("decoding ms", "{:.3f}"),
 }
-CPU_DEFAULTS = {"shape": "many-small", "dtype": "float32", "tokens": [256], "rank": 16}
-GPU_DEFAULTS = {"shape": "qwen3-30b", "dtype": "bfloat16", "tokens": [8192], "rank": 16}
-MODEL_DEFAULTS = {False: {"tokens": [64], "rank": 4}, True: {"tokens": [2048], "rank": 4}}
+CPU_DEFAULTS = {"shape": "many-small", "dtype": "float32", "tokens": [256]}
+MODEL_DEFAULTS = {"tokens": [2048], "rank": 4}
+CPU_MODEL_DEFAULTS = {"tokens": [64], "rank": 4}
 
 
 @dataclass
@@ -49,18 +53,19 @@ class Arguments:
     model: bool = field(
         default=False, metadata={"help": "train the whole model instead of timing a layer"}
     )
-    shape: str | None = field(
-        default=None,
+    shape: str = field(
+        default="qwen3-30b",
         metadata={
-            "help": f"E,H,I,top_k or of: {', '.join(SHAPES)} (default: qwen3-30b, many-small on a CPU)"
+            "help": f"E,H,I,top_k or of: {', '.join(SHAPES)} "
+            "(default: qwen3-30b, many-small on a CPU)"
         },
     )
     formats: list[str] = field(
         default_factory=lambda: ["nf4"],
         metadata={"choices": list(FORMATS), "help": "(default: nf4)"},
     )
-    tokens: list[int] | None = field(
-        default=None,
+    tokens: list[int] = field(
+        default_factory=lambda: [8192],
         metadata={
             "help": "(default: 8192 for a layer, 2048 for the model; 256, 64 on a CPU); "
             "several: times each with codes decoded in the product and into a scratch"
@@ -70,11 +75,9 @@ class Arguments:
         default=None,
         metadata={"help": "with several --tokens: settings of the products, as JSON"},
     )
-    rank: int | None = field(
-        default=None, metadata={"help": "(default: 16 for a layer, 4 for the model)"}
-    )
-    dtype: str | None = field(
-        default=None,
+    rank: int = field(default=16, metadata={"help": "(default: 16 for a layer, 4 for the model)"})
+    dtype: str = field(
+        default="bfloat16",
         metadata={
             "choices": list(DTYPES),
             "help": "of a layer (default: bfloat16, float32 on a CPU)",
@@ -95,16 +98,21 @@ class Arguments:
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """The command line, with the defaults of the machine filled in."""
-    parser, args = parse(Arguments, __doc__, argv)
-    cuda = torch.cuda.is_available()
+def other_defaults(args: Arguments) -> dict[str, Any]:
+    """What is otherwise by default for a model, and on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    if args.model and on_gpu:
+        return MODEL_DEFAULTS
     if args.model:
-        fill(args, MODEL_DEFAULTS[cuda])
-    if cuda:
-        fill(args, GPU_DEFAULTS)
-    else:
-        fill(args, CPU_DEFAULTS)
+        return CPU_MODEL_DEFAULTS
+    if on_gpu:
+        return {}
+    return CPU_DEFAULTS
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """The command line, with the defaults of the machine."""
+    parser, args = parse(Arguments, __doc__, argv, other_defaults)
     try:
         shape_of(args.shape)
     except ValueError as error:
@@ -129,9 +137,12 @@ def compare_ways(case: Case, args: Arguments) -> list[dict[str, Any]]:
 
 
 def compare_formats(case: Case, args: Arguments) -> list[dict[str, Any]]:
-    """One layer: time every format with every bound of the scratch, and print a table of each bound."""
+    """One layer: time every format, and print a table for every bound of the scratch."""
     found = []
-    for scratch in args.scratch or [None]:
+    bounds: list[int | None] = [None]
+    if args.scratch:
+        bounds = [*args.scratch]
+    for scratch in bounds:
         if scratch is not None:
             from peft_moe_lora.ops.kernels import parts
 
@@ -150,7 +161,8 @@ def compare_formats(case: Case, args: Arguments) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Time a layer, or train the model; print what was found."""
     args = parse_arguments(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
+    found: Any
     if args.model:
         found = train(
             args.formats[0], args.rank, args.tokens[0], args.steps, args.loss_chunk, device

@@ -1,4 +1,4 @@
-"""One layer on quantized experts beside the dense layer they stand for: checked, then timed in turns."""
+"""One layer on quantized experts beside the same layer on dense ones: checked, timed in turns."""
 
 import statistics
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class LayerRow:
         weights: MiB of the base weights.
         dense_step: ms of the dense layer, timed in turns with this one.
         x_step, x_peak: step and peak over those of that dense layer.
-        decode: by projection, ms and GB/s (codes read, dense weights written) of decoding every expert at once.
+        decode: by projection, ms and GB/s of decoding every expert at once, see `decoding_speed`.
     """
 
     case: str
@@ -130,8 +130,9 @@ def time_format(
 def decoding_speed(
     problem: Problem, codes: Codes, timer: Timer, repeat: int
 ) -> dict[str, dict[str, float]]:
-    """ms and GB/s (codes read, dense weights written) of decoding every expert of each projection, on a GPU.
+    """How fast a GPU decodes every expert of each projection.
 
+    Returns: by projection "ms" and "GB/s", counting codes read and dense weights written.
     Raises:
         SystemExit: if the kernel's weights are not bit for bit those of its twin.
     """

@@ -1,7 +1,8 @@
-"""Train the whole of Qwen3-30B-A3B with quantized experts in 24 GB: random weights, a step's time, memory and loss.
+"""Train the whole of Qwen3-30B-A3B with quantized experts in 24 GB, on random weights.
 
-The model is built layer by layer and is never dense as a whole. LoRA is on every expert and on attention; gradient
-checkpointing, fp32 AdamW. Memory is that of torch.cuda.max_memory_allocated. On a CPU a tiny model is trained.
+The model is built layer by layer and is never dense as a whole. LoRA is on every expert and on
+attention; gradient checkpointing, fp32 AdamW. Memory is that of torch.cuda.max_memory_allocated. On
+a CPU a tiny model is trained.
 """
 
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ def loss_of(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> torch.Ten
 
     Args:
         ids: [batch, T] token ids.
-        chunk: the logits of so many tokens are formed at a time, in forward and again in backward; None: all.
+        chunk: the logits of so many tokens are formed at a time, in forward and again in backward;
+            None forms all of them at once.
     """
     if chunk is None:
         return model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -14,11 +14,16 @@ import torch
 Rows = Sequence[dict[str, Any]]
 
 
-# ---- the table ---------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------
 
 
 class Column(NamedTuple):
-    """Its title, the format of its values, and whether it says which row this is: a failed row keeps those alone."""
+    """A column of a table.
+
+    Attributes:
+        form: the format of its values.
+        is_label: whether it says which row this is; a failed row has its labels and no other value.
+    """
 
     title: str
     form: str = "{}"
@@ -26,10 +31,10 @@ class Column(NamedTuple):
 
 
 def format_table(rows: Rows, columns: dict[str, Column]) -> str:
-    """The rows as plain text, without the columns that no row has a value for; rich may be missing where this runs.
+    """The rows as plain text, because rich may be missing; columns without any value are left out.
 
     Args:
-        rows: values by column; where "failed" says why a row failed, that stands in place of its numbers.
+        rows: values by column; "failed" says why a row has no numbers.
     """
     columns = {
         key: column
@@ -39,16 +44,18 @@ def format_table(rows: Rows, columns: dict[str, Column]) -> str:
     lines = [[column.title for column in columns.values()]]
     lines += [format_cells(row, columns) for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    ends = [""] + [f"  FAILED: {row['failed']}" if row.get("failed") else "" for row in rows]
     text = []
-    for cells, end in zip(lines, ends, strict=True):
+    for cells, row in zip(lines, [{}, *rows], strict=True):
         padded = []
         for cell, width, column in zip(cells, widths, columns.values(), strict=True):
             if column.is_label:
                 padded.append(cell.ljust(width))
             else:
                 padded.append(cell.rjust(width))
-        text.append("  ".join(padded).rstrip() + end)
+        line = "  ".join(padded).rstrip()
+        if row.get("failed"):
+            line += f"  FAILED: {row['failed']}"
+        text.append(line)
     return "\n".join(text)
 
 
@@ -66,7 +73,7 @@ def format_cells(row: dict[str, Any], columns: dict[str, Column]) -> list[str]:
     return cells
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
 
 
 def write_json(path: Path | None, content: object) -> None:
@@ -76,7 +83,7 @@ def write_json(path: Path | None, content: object) -> None:
 
 
 def plot(rows: Rows, path: Path, title: str) -> None:
-    """Bars of forward + backward over the roofline: a group per case, a colour per route, a line at each goal."""
+    """Bars of forward + backward over the roofline, a group per case, with a line at each goal."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,7 +100,8 @@ def plot(rows: Rows, path: Path, title: str) -> None:
         of_case = [found.get((*case, name), {}) for case in cases]
         heights = [row.get("x_roof") or math.nan for row in of_case]
         bars = axes.bar(at, heights, width, label=name)
-        axes.bar_label(bars, ["" if math.isnan(h) else f"{h:.1f}" for h in heights], fontsize=7)
+        labels = [f"{height:.1f}".replace("nan", "") for height in heights]
+        axes.bar_label(bars, labels, fontsize=7)
         for x, row in zip(at, of_case, strict=True):
             if row.get("goal_x_roof"):
                 left, right = x - width / 2, x + width / 2
@@ -107,7 +115,7 @@ def plot(rows: Rows, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-# ---- the machine -------------------------------------------------------------------------------------------
+# ---- the machine -------------------------------------------------------------------------------
 
 
 def describe_machine(device: torch.device) -> dict[str, str | None]:

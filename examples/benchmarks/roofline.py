@@ -1,13 +1,13 @@
-"""The time no layer can fall below: compulsory FLOPs and bytes at what the machine reaches in the same run.
+"""The time no layer can fall below: compulsory FLOPs and bytes at what the machine reaches.
 
-    time = max(FLOPs / peak, bytes / bandwidth), for forward and for backward; roof is their sum in ms
+    roof = sum over forward and backward of max(FLOPs / peak, bytes / bandwidth)
 
     forward   FLOPs 2M*3IH + 2Mr(2H + 3I)     bytes W + 2s*TH + 4s*MI
     backward  FLOPs 2M*3IH + 4Mr(2H + 3I)     bytes W + 4s*TH + 6s*MI
 
 M = T*top_k rows, s bytes per element, W = s*min(E, M)*3*I*H bytes of weights. peak is that of a
 large matrix product on random data (8192^3 on a GPU), bandwidth that of a large copy (2 GiB on a
-GPU), whose bytes read and bytes written are both counted.
+GPU), whose bytes read and bytes written are both counted; both are measured in the same run.
 """
 
 import inspect
@@ -25,7 +25,12 @@ FORMULA = inspect.cleandoc(__doc__)
 
 
 class Ceilings(NamedTuple):
-    """What the machine reaches: FLOP/s of a matrix product, bytes/s of a copy (read and written)."""
+    """What the machine reaches.
+
+    Attributes:
+        flops: FLOP/s of a matrix product.
+        bandwidth: bytes/s of a copy, read and written.
+    """
 
     flops: float
     bandwidth: float
@@ -62,7 +67,7 @@ def roof(case: Case, ceilings: Ceilings) -> float:
 
 
 class Probe:
-    """A large matrix product on random data and a large copy: they tell the ceilings whenever they are timed.
+    """A large matrix product on random data and a large copy, whose times give the ceilings.
 
     Attributes:
         n: the product is [n, n] @ [n, n].

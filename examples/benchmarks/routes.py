@@ -1,7 +1,7 @@
 """The ways to compute one experts layer with LoRA, and how any of them runs a step.
 
-Every route works on the same inputs and the same frozen base weights, those of a `Problem`, and starts with the values
-of its adapter.
+Every route works on the inputs and the frozen base weights of a `Problem`, and starts with the
+values of its adapter.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,8 @@ class Route:
 
     Attributes:
         forward: (x, top_k_index, top_k_weights) -> [T, H].
-        adapter: its trainable parameters under the names of `Problem.adapter`; empty for a route without adapter.
+        adapter: its trainable parameters under the names of `Problem.adapter`; empty for a route
+            without an adapter.
         rank_major: whether its B are rank-major, see `to_rank_major`.
     """
 
@@ -83,21 +84,24 @@ def measure_memory(problem: Problem, route: Route) -> Memory:
     return Memory(held / MIB, kept / MIB, peak / MIB)
 
 
-# ---- the adapter's parameters ------------------------------------------------------------------------------
+# ---- the adapter's parameters ------------------------------------------------------------------
 
 
 def to_rank_major(B: torch.Tensor, r: int) -> torch.Tensor:
-    """[N, r*E] from our expert-major order (column e*r + j) to PEFT's rank-major one (column j*E + e)."""
+    """[N, r*E]: column e*r + j, our expert-major order, becomes column j*E + e, PEFT's order."""
     return B.unflatten(1, (-1, r)).transpose(1, 2).flatten(1)  # [N, E, r] -> [N, r, E]
 
 
 def to_expert_major(B: torch.Tensor, r: int) -> torch.Tensor:
-    """[N, r*E] from PEFT's rank-major order (column j*E + e) to our expert-major one (column e*r + j)."""
+    """[N, r*E]: column j*E + e, PEFT's rank-major order, becomes column e*r + j, our order."""
     return B.unflatten(1, (r, -1)).transpose(1, 2).flatten(1)  # [N, r, E] -> [N, E, r]
 
 
 def moe_lora_parameters(model: nn.Module) -> Parameters:
-    """A and B of a model that peft_moe_lora adapts: <module>.lora_A.<projection>, or .weight at a linear layer."""
+    """A and B of a model that peft_moe_lora adapts.
+
+    Returns: parameters by <module>.lora_A.<projection>, at a linear layer <module>.lora_A.weight.
+    """
     return {
         name.removeprefix("base_model.model.").replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
@@ -106,7 +110,7 @@ def moe_lora_parameters(model: nn.Module) -> Parameters:
 
 
 def peft_parameters(model: nn.Module) -> Parameters:
-    """A and B of a model that PEFT adapts, under the same names as `moe_lora_parameters` gives them."""
+    """A and B of a model that PEFT adapts, under the names of `moe_lora_parameters`."""
     found = {}
     for path, module in model.named_modules():
         if not hasattr(module, "lora_A") or "default" not in module.lora_A:
@@ -124,7 +128,7 @@ def of_the_experts(parameters: Parameters, problem: Problem) -> Parameters:
     return {name: parameters[f"experts.{name}"] for name in problem.adapter}
 
 
-# ---- the routes --------------------------------------------------------------------------------------------
+# ---- the routes --------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -142,7 +146,7 @@ class Block(nn.Module):
 
 
 def transformers_block(problem: Problem) -> Block:
-    """transformers' Qwen3-MoE experts of the case's sizes on the problem's own weights, frozen, grouped_mm."""
+    """transformers' Qwen3-MoE experts on the problem's own weights, frozen, on grouped_mm."""
     case = problem.case
     config = Qwen3MoeConfig(
         num_experts=case.E,
@@ -215,7 +219,7 @@ def low_rank(
 
 
 def torch_route(problem: Problem) -> Route:
-    """What one writes by hand: the base product, the update beside it, every step an operation of its own."""
+    """What one writes by hand: the base product, the update beside it, one operation a step."""
     case = problem.case
     adapter = {name: p.clone().requires_grad_() for name, p in problem.adapter.items()}
 

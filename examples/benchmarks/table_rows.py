@@ -1,4 +1,4 @@
-"""The rows of the table of block sizes, `peft_moe_lora/ops/kernels/launching/table.py`: find, vary and write them."""
+"""Find, vary and write rows of the table of block sizes, `ops/kernels/launching/table.py`."""
 
 import ast
 from pathlib import Path

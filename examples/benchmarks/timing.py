@@ -30,9 +30,10 @@ class Series(NamedTuple):
 
 
 class Timer:
-    """Times calls one by one, the L2 cache flushed before each: device events on a GPU, the wall clock on a CPU.
+    """Times calls one by one, by device events on a GPU and by the wall clock on a CPU.
 
-    triton.testing.do_bench cannot take its place: it can neither renew A and B before a step nor time the host.
+    The L2 cache is flushed before each call. triton.testing.do_bench cannot take its place, because
+    it can neither renew A and B before a step nor time the host.
 
     Attributes:
         rest: seconds in which the device is left idle before each series of calls.
@@ -93,7 +94,7 @@ class Timer:
 
 
 def seconds_per_call(call: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """The mean of `repeat` calls in a row, by the clock: the host may run ahead within them, as in training."""
+    """The mean of `repeat` calls in a row. The host may run ahead of them, as in training."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeat):
@@ -129,7 +130,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def cpu_allocations(call: Callable[[], object]) -> list[int]:
-    """Bytes of CPU memory taken (> 0) and given back (< 0) during a call, in order; its result stays alive."""
+    """Bytes of CPU memory taken (> 0) and given back (< 0) during a call, in order.
+
+    The result of the call stays alive until then.
+    """
     # the profiler writes two lines to stderr each time it starts, unless told not to
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]

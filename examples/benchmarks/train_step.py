@@ -1,12 +1,13 @@
-"""Time whole training steps of a slice of Qwen3-30B-A3B: without an adapter, with PEFT's own, with peft_moe_lora.
+"""Time whole training steps of a slice of Qwen3-30B-A3B: no adapter, PEFT's own, peft_moe_lora's.
 
-    python examples/benchmarks/train_step.py           8 layers at real widths, on a GPU of 48 GiB or more
-    python examples/benchmarks/train_step.py --tiny    the same steps of a tiny model on a CPU, in seconds
+    python examples/benchmarks/train_step.py         8 layers at real widths, on a GPU of 48 GiB
+    python examples/benchmarks/train_step.py --tiny  the same steps of a tiny model on a CPU
 
-A step is forward, backward and AdamW on the adapters (LoRA of rank 16 on experts, q, k, v and o; fp32 on a bf16 base;
-sdpa, experts on grouped_mm). Every route runs on the same weights in memory, and in every route the embeddings' output
-requires a gradient, so that backward goes through every layer; `base` has nothing to train and no optimizer. Before
-anything is timed PEFT's adapter is set to ours, and both must give the same logits and gradients.
+A step is forward, backward and AdamW on the adapters (LoRA of rank 16 on experts, q, k, v and o;
+fp32 on a bf16 base; sdpa, experts on grouped_mm). Every route runs on the same weights in memory,
+and in every route the embeddings' output requires a gradient, so that backward goes through every
+layer; `base` has nothing to train and no optimizer. Before anything is timed, PEFT's adapter gets
+the values of ours, and both must give the same logits and gradients.
 """
 
 import gc
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +26,7 @@ from agreement import check
 from cases import MIB, QWEN3_30B, TINY_QWEN3, dtype_name
 from checking import CheckFailed
 from models import MODEL_ROUTES, ModelRoute, build_dense, set_checkpointing
-from options import fill, parse
+from options import parse
 from report import Column, describe_machine, format_table, machine_line, write_json
 from timing import peak_bytes, seconds_per_call
 
@@ -37,16 +38,9 @@ TINY_DEFAULTS = {
     "rounds": 2,
     "steps": 1,
 }
-DEFAULTS = {
-    "device": "cuda",
-    "layers": 8,
-    "batches": ["4x2048", "1x2048"],
-    "rounds": 6,
-    "steps": 5,
-}
 
 
-# what moe_lora is held to on an H200: how many times as fast as PEFT, by batch; its peak over PEFT's
+# what moe_lora is held to on an H200: by batch, how many times as fast as PEFT; peak over PEFT's
 GOAL_SPEED = {"4x2048": 1.6, "1x2048": 2.0}
 GOAL_PEAK = 0.4
 
@@ -62,7 +56,7 @@ class Row:
         batch: sequences x tokens.
         ckpt: whether every layer is checkpointed.
         failed: why the route has no numbers.
-        ms: of a step: the median over the rounds, in each of which the mean of several steps is taken.
+        ms: of a step: the median over the rounds of each round's mean.
         tok_s: tokens per second.
         peak: MiB, the most allocated during a step above the base weights: the route's adapter,
             gradients and optimizer state are included.
@@ -109,7 +103,7 @@ COLUMNS = {
 YES_NO = {False: "no", True: "yes"}
 
 
-# ---- the command line --------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -127,10 +121,10 @@ class Arguments:
     """The command line."""
 
     tiny: bool = field(default=False, metadata={"help": "a tiny model in fp32 on a CPU"})
-    device: str | None = field(default=None, metadata={"help": "default: cuda, with --tiny cpu"})
-    layers: int | None = field(default=None, metadata={"help": "default: 8, with --tiny 2"})
-    batches: list[str] | None = field(
-        default=None,
+    device: str = field(default="cuda", metadata={"help": "default: cuda, with --tiny cpu"})
+    layers: int = field(default=8, metadata={"help": "default: 8, with --tiny 2"})
+    batches: list[str] = field(
+        default_factory=lambda: ["4x2048", "1x2048"],
         metadata={"metavar": "BxT", "help": "sequences x tokens (default: 4x2048 1x2048)"},
     )
     rank: int = field(default=16, metadata={"help": "r; lora_alpha is 2 r (default: 16)"})
@@ -141,12 +135,12 @@ class Arguments:
     checkpointing: list[str] = field(
         default_factory=lambda: ["no", "yes"], metadata={"choices": ["no", "yes"]}
     )
-    rounds: int | None = field(
-        default=None,
+    rounds: int = field(
+        default=6,
         metadata={"help": "in each every route takes its turn (default: 6, with --tiny 2)"},
     )
-    steps: int | None = field(
-        default=None, metadata={"help": "timed in a row per turn (default: 5, with --tiny 1)"}
+    steps: int = field(
+        default=5, metadata={"help": "timed in a row per turn (default: 5, with --tiny 1)"}
     )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "write every number here"}
@@ -173,7 +167,7 @@ class Arguments:
             ValueError: if one is not written as sequences x tokens, or has less than two tokens.
         """
         batches = []
-        for text in self.batches or []:
+        for text in self.batches:
             sequences, _, length = text.partition("x")
             batch = Batch(int(sequences), int(length))
             if batch.sequences < 1 or batch.length < 2:
@@ -182,13 +176,16 @@ class Arguments:
         return batches
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """The command line, with the defaults that depend on --tiny filled in."""
-    parser, args = parse(Arguments, __doc__, argv)
+def model_defaults(args: Arguments) -> dict[str, Any]:
+    """What is otherwise by default for the model of the options."""
     if args.tiny:
-        fill(args, TINY_DEFAULTS)
-    else:
-        fill(args, DEFAULTS)
+        return TINY_DEFAULTS
+    return {}
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """The command line, with the defaults of its model."""
+    parser, args = parse(Arguments, __doc__, argv, model_defaults)
     if min(args.layers, args.rank, args.rounds, args.steps) < 1:
         parser.error("--layers, --rank, --rounds and --steps must be at least 1")
     try:
@@ -198,7 +195,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     return args
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------
 
 
 def batch_of(args: Arguments, batch: Batch, seed: int = 0) -> torch.Tensor:
@@ -209,7 +206,7 @@ def batch_of(args: Arguments, batch: Batch, seed: int = 0) -> torch.Tensor:
 
 
 def peak_of_step(route: ModelRoute, ids: torch.Tensor) -> int:
-    """Bytes allocated at most during a step, above the base weights: with the adapter and the optimizer's state."""
+    """Bytes allocated at most during a step, above the base weights; the adapter is included."""
     return peak_bytes(partial(route.step, ids), ids.device) + route.static_bytes()
 
 

@@ -1,10 +1,12 @@
-"""Time the operations and the whole layer that they make on one GPU, with the table's rows or with other settings.
+"""Time the operations on one GPU, and the layer that they make; tune the settings of one of them.
 
     python examples/benchmarks/tune_kernels.py --shapes qwen3-30b olmoe
-    python examples/benchmarks/tune_kernels.py --op shrink --calls "shrink x" --vary '{"BLOCK_M": [64, 128]}' --write
+    python examples/benchmarks/tune_kernels.py --op shrink --calls "shrink x" \\
+        --vary '{"BLOCK_M": [64, 128]}' --write
 
-Without --op, every operation is checked against its twin and timed. With --op, the settings of one are varied; --write
-puts the best into the table of `peft_moe_lora/ops/kernels/launching/table.py`, with the machine and the date.
+Without --op, every operation is checked against its twin and timed with the settings of the table
+in `peft_moe_lora/ops/kernels/launching/table.py`. With --op, the settings of one operation are
+varied; --write puts the best into that table, with the machine and the date.
 """
 
 import itertools
@@ -45,17 +47,17 @@ BOUND = 0.03
 SETTING_ERRORS = (TritonError, RuntimeError, ValueError)
 
 Settings = dict[str, Any]
-T_ = TypeVar("T_")
+Result = TypeVar("Result")
 Call = Callable[[str, Callable[[], Any]], Any]
 
 
-def run_call(name: str, function: Callable[[], T_]) -> T_:
+def run_call(name: str, function: Callable[[], Result]) -> Result:
     """Run an operation and do nothing else."""
     return function()
 
 
 def device_ms(function: Callable[[], object]) -> float:
-    """Median device time of one call: many calls in one CUDA graph, so that the host is not what is timed."""
+    """Median device time of one call, of many in one CUDA graph: the host takes no part in it."""
     return do_bench_cudagraph(function, return_mode="median")
 
 
@@ -70,13 +72,13 @@ class TimedCalls:
         self.names = names
         self.ms: dict[str, float] = {}
 
-    def __call__(self, name: str, function: Callable[[], T_]) -> T_:
+    def __call__(self, name: str, function: Callable[[], Result]) -> Result:
         if self.names is None or name in self.names:
             self.ms[name] = device_ms(function)
         return function()
 
 
-# ---- the layer ---------------------------------------------------------------------------------------------
+# ---- the layer ---------------------------------------------------------------------------------
 
 
 class Layer:
@@ -115,7 +117,8 @@ class Layer:
 
         Args:
             ops: the kernels or the twins.
-            call: is given each operation's name and the function that runs it, and returns what that returns.
+            call: is given each operation's name and the function that runs it, and returns the
+                function's result.
         Returns: the output, and the gradients of x, of the routing weights, and of A and B.
         """
         R = call("route", lambda: ops.route(self.index, self.E))
@@ -181,7 +184,7 @@ def worst_error(layer: Layer) -> float:
     return max(relative_error(a, ref.float()) for a, ref in zip(actual, expected, strict=True))
 
 
-# ---- every operation ---------------------------------------------------------------------------------------
+# ---- every operation ---------------------------------------------------------------------------
 
 OP_COLUMNS = {
     "op": Column("operation", is_label=True),
@@ -191,7 +194,7 @@ OP_COLUMNS = {
 
 
 def print_times(case: Case, ceilings: Ceilings, checked: bool) -> None:
-    """Print the layer's time, eager and from a CUDA graph, over the roof, and each operation's time."""
+    """Print the layer's time, eager and from a CUDA graph, and each operation's."""
     torch.cuda.reset_peak_memory_stats()
     layer = Layer(case)
     error = math.nan
@@ -224,7 +227,7 @@ def print_times(case: Case, ceilings: Ceilings, checked: bool) -> None:
     print(format_table(rows, OP_COLUMNS), flush=True)
 
 
-# ---- one operation's settings ------------------------------------------------------------------------------
+# ---- one operation's settings ------------------------------------------------------------------
 
 
 def variants(vary: dict[str, list]) -> list[Settings]:
@@ -237,7 +240,7 @@ def sweep(
 ) -> tuple[Row, list[float]]:
     """Print the time of the named calls under each of the settings of `op`, best first.
 
-    Returns: the row that was varied, and the us of all calls together by setting, in the order of `settings`.
+    Returns: the row that was varied; for each of `settings`, the us of all calls together.
     Raises:
         LookupError: if the layer does not run by that row, so that its settings change nothing.
     """
@@ -273,7 +276,7 @@ def sweep(
 
 
 def tune(cases: list[Case], args: "Arguments") -> None:
-    """Sweep over every case; print the best setting of each row, and write it where that is asked for."""
+    """Sweep over every case; print the best setting of each row, and write it with --write."""
     settings = variants(json.loads(args.vary))
     rows: dict[int, Row] = {}
     totals: dict[int, list[float]] = {}
@@ -292,7 +295,7 @@ def tune(cases: list[Case], args: "Arguments") -> None:
             write_row(Path(table.__file__), row, {**row.blocks, **settings[best]}, source)
 
 
-# ---- the command line --------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------
 
 
 @dataclass

@@ -14,7 +14,8 @@ import comparison
 import layer
 import timing
 from cases import Case, Problem, shape_of
-from comparison import NUMBERS, Candidate, Setup, new_row
+from comparison import Candidate, Setup
+from layer_row import NUMBERS, new_row
 from roofline import Ceilings, Probe, roof
 from routes import ROUTES, Route, base_route, torch_route
 from timing import Series, Timer
