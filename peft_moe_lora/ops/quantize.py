@@ -169,7 +169,7 @@ def _scaled(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.T
 
 
 def _nearest(scaled: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """uint8 index of the value of `code` nearest to each scaled value; of two equally near, the lower."""
+    """uint8 index of the nearest value of `code`; of two equally near values, the lower one."""
     ascending, order = torch.sort(code, stable=True)
     midpoints = (ascending[:-1] + ascending[1:]) / 2
     return order.to(torch.uint8)[torch.bucketize(scaled, midpoints, out_int32=True)]

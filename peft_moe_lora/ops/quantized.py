@@ -1,8 +1,8 @@
-"""W[e] = codes * scales: a frozen projection stored in 4 or 8 bits, decoded by expert or as a whole.
+"""W[e] = codes * scales: a frozen projection stored in 4 or 8 bits.
 
-A quantized weight takes the place of a dense [E, N, K] tensor. It has the shape, dtype and device of
-that tensor, `transpose` sets a flag, and weight[e] is the dense [N, K] of expert e. It keeps no dense
-copy.
+A quantized weight takes the place of a dense [E, N, K] tensor. It has the shape, dtype and device
+of that tensor, `transpose` sets a flag, and weight[e] is the dense [N, K] of expert e. It keeps no
+dense copy.
 
 There is one class for each way of storing codes: `Codes4bit` (nf4, fp4, mxfp4) and `Codes8bit`
 (int8, fp8). Each decodes itself in plain PyTorch; `kernels/dequantize.py` lists the Triton kernels.
@@ -98,8 +98,8 @@ class QuantizedWeight:
         places = {t.device for t in self.tensors()}
         if places != {device}:
             raise ValueError(
-                f"hidden_states are on {device} and {self.format} weights on {sorted(map(str, places))}; "
-                "move the model to one device."
+                f"hidden_states are on {device} and {self.format} weights on "
+                f"{sorted(map(str, places))}; move the model to one device."
             )
 
     def transpose(self, dim0: int, dim1: int) -> Self:
@@ -137,8 +137,11 @@ class QuantizedWeight:
 class Codes4bit(QuantizedWeight):
     """value = code[q] * scale of its block; blocks run over the flat stack and may cross experts.
 
-    Scales are stored in one of three ways. As fp32. As exponents e of 2**(e - 127), uint8 (mxfp4).
-    Or nested, uint8 codes s: scale = nested_code[s] * nested_scales of its block of scales + offset.
+    Scales are stored in one of three ways:
+        as fp32;
+        as uint8 exponents e, where scale = 2**(e - 127) (mxfp4);
+        nested, as uint8 codes s, where scale = nested_code[s] * nested_scales of the block of
+            scales + offset.
 
     Attributes:
         packed: [E * R * C / 2, rounded up] uint8, two codes q a byte.

@@ -1,11 +1,12 @@
-"""dpre = activation.backward(pre, w * draw); act = activation(pre); dw = <act, draw>, the gradient of w.
+"""dpre = activation.backward(pre, w * draw), act = activation(pre), dw = <act, draw>.
 
-draw is the gradient of act before the routing weight w, so the down output itself need not be kept. One pass over
-whole rows, apart from the product that gives draw: in that product's epilogue the reads of pre find nothing to hide
-behind (700 us in one kernel, 510 in two). And it stays elementwise here: with the shrink of dpre in it, which would
-save that one 55 us, it took 253 us instead of 146 (M=65536, H=2048, I=768; NVIDIA H200, 2026-11-21). Interleaved, with
-the clamp, 153 us for 150 (M=32768, I=2880: 306 for 302, their bytes 265; 2026-11-24).
-`sm90.act_backward_outer` has another way.
+draw is the gradient of act before it is multiplied by the routing weight w, whose gradient is dw;
+so dw needs act, but not the output of the down projection. One program computes whole rows, a block
+of columns at a time.
+
+The product that gives draw is a kernel of its own: with this pass in its epilogue it took 700 us,
+apart 510 us (H200, 2026-11-21; docs/performance.md). `sm90.act_backward_outer` is another way,
+which also computes the rank-r products of dpre and act.
 """
 
 import torch
@@ -23,13 +24,15 @@ from .tiles.tile import strides_or_zeros
 
 @triton.jit(do_not_specialize=["M"])
 def _act_backward_kernel(
-    draw_ptr, pre_ptr, top_k_weights_ptr, bias_ptr, dout_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
+    draw_ptr, pre_ptr, top_k_weights_ptr, bias_ptr, dout_ptr, row_token_ptr, row_slot_ptr,
+    expert_offsets_ptr,
     dpre_ptr, dw_ptr, M, E, I, H,  # noqa: E741
     stride_prem, stride_pren, stride_biase, stride_biasn, stride_dm, stride_dh,
-    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Grid [M / BLOCK_M]: rows at full width; act takes the place of draw. A sentinel's row leaves dw 0."""
+    """Grid [M / BLOCK_M]: whole rows. act is written over draw; dw of a sentinel's row is 0."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     routed = offs_m < tl.load(expert_offsets_ptr + E)
     slots = tl.load(row_slot_ptr + offs_m, mask=offs_m < M, other=0)
@@ -45,7 +48,7 @@ def _act_backward_kernel(
         if GATED:
             pre_ptrs = pre_ptr + rows * stride_prem
             if INTERLEAVED:
-                # pairs at once: each of them alone is two bytes of every four
+                # one load of (gate, up) pairs: a load of each would use every second element
                 pair_cols = (2 * i + tl.arange(0, 2 * BLOCK_I))[None, :]
                 mask_pairs = routed[:, None] & (pair_cols < 2 * I)
                 pairs = tl.load(pre_ptrs + pair_cols * stride_pren, mask=mask_pairs, other=0.0)
@@ -56,11 +59,11 @@ def _act_backward_kernel(
             act, dgate, dup = activate_backward(
                 gate.to(tl.float32), up.to(tl.float32), w * draw, KIND, LIMIT, ALPHA, UP_SHIFT
             )
-            dgate, dup = dgate.to(dpre_ptr.dtype.element_ty), dup.to(dpre_ptr.dtype.element_ty)
+            dgate = dgate.to(dpre_ptr.dtype.element_ty)
+            dup = dup.to(dpre_ptr.dtype.element_ty)
             if INTERLEAVED:
-                tl.store(
-                    dpre_ptr + rows * N + pair_cols, tl.interleave(dgate, dup), mask=mask_pairs
-                )
+                dpairs = tl.interleave(dgate, dup)
+                tl.store(dpre_ptr + rows * N + pair_cols, dpairs, mask=mask_pairs)
             else:
                 tl.store(dpre_ptr + rows * N + cols, dgate, mask=mask)
                 tl.store(dpre_ptr + rows * N + I + cols, dup, mask=mask)
@@ -73,8 +76,8 @@ def _act_backward_kernel(
     dw = tl.sum(dw, axis=1)
     if bias_ptr is not None:
         dw += bias_times_dout(
-            bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, offs_m, routed, E, H, stride_biase, stride_biasn,
-            stride_dm, stride_dh, E_PADDED, BLOCK_I,
+            bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, offs_m, routed, E, H,
+            stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED, BLOCK_I,
         )  # fmt: skip
     tl.store(dw_ptr + slots, dw, mask=offs_m < M)
 
@@ -89,34 +92,40 @@ def expert_act_backward(
     dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the gradient of act, before the routing weight, to those of the pre-activation and the routing weights.
+    """The gradients of the pre-activation and of the routing weights, and act once more.
 
     Args:
-        draw: [M, I] = W[e]^T dout[t] of the down projection and its low-rank term; act takes its memory.
-        pre: [M, N] kept by forward.
+        draw: [M, I], the gradient of act before the routing weight: W[e]^T dout[t] of the down
+            projection, with its low-rank term. act is written into its memory.
+        pre: [M, N], the pre-activation that forward kept.
         top_k_weights: [T, top_k] float.
-        dout: [T, H], with bias: [E, H], the down bias.
-    Returns: dpre [M, N], act [M, I] (dtype of pre), d_top_k_weights [T, top_k] fp32, 0 for sentinels.
+        dout: [T, H], needed with a bias.
+        bias: [E, H], the bias of the down projection.
+    Returns: dpre [M, N], act [M, I], both in the dtype of pre, and d_top_k_weights [T, top_k] in
+        fp32, 0 for sentinels.
     Twin: `reference.expert_act_backward`.
     """
-    (M, I), E = draw.shape, routing.num_experts  # noqa: E741
+    M, I = draw.shape  # noqa: E741
+    E = routing.num_experts
     dpre = torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
     d_top_k_weights = torch.empty(top_k_weights.shape, dtype=torch.float32, device=pre.device)
     if M == 0:
         return dpre, draw, d_top_k_weights
+    H = 0
     if bias is None:
         dout = None
-    H = 0 if bias is None else bias.shape[1]
-    blocks = find("act_backward", device_facts(pre.device)[0], pre.element_size(), 16)
+    else:
+        H = bias.shape[1]
+    arch, _ = device_facts(pre.device)
+    blocks = find("act_backward", arch, pre.element_size(), 16)
     if activation.interleaved:
-        # pairs come in one load, which is to be no wider than that of a half
+        # a load of pairs is as wide as a load of one half is elsewhere
         blocks = {**blocks, "BLOCK_I": blocks["BLOCK_I"] // 2}
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         strides = *pre.stride(), *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
-        return (E, I, H, *strides), activation_constants(activation) | {
-            "E_PADDED": power_of_2(E)
-        } | blocks
+        constants = activation_constants(activation) | {"E_PADDED": power_of_2(E)} | blocks
+        return (E, I, H, *strides), constants
 
     key = "act_backward", facts(pre, dout, bias), top_k_weights.dtype, E, I, H, activation
     tensors = (

@@ -1,6 +1,7 @@
-"""out[t] = sum over j of w[t, j] * y[slot_row[t, j]]: rows back to tokens, each gathering its own, in slot order.
+"""out[t] = sum over the slots j of w[t, j] * y[slot_row[t, j]]: from rows back to tokens.
 
-Its gradients: dy[m] = w[slot] * dout[token], dw[slot] = <y[m], dout[token]>.
+One program gathers the rows of a token and adds them in slot order, so there are no atomics.
+Gradients: dy[m] = w[slot] * dout[t], dw[slot] = <y[m], dout[t]>.
 """
 
 import torch
@@ -10,17 +11,18 @@ import triton.language as tl
 from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, find, power_of_2
+from .tiles.tile import strides_or_zeros
 
-# slots whose loads are in flight together
+# slots whose rows are loaded at the same time
 UNROLLED = 8
 
 
 @triton.jit
 def _combine_kernel(
-    y_ptr, top_k_weights_ptr, slot_row_ptr, out_ptr, N, top_k, stride_ym, stride_yn, stride_wt, stride_wk,
-    UNROLLED: tl.constexpr, BLOCK_N: tl.constexpr,
+    y_ptr, top_k_weights_ptr, slot_row_ptr, out_ptr, N, top_k, stride_ym, stride_yn, stride_wt,
+    stride_wk, UNROLLED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid [T, tiles of N]."""
+    """Grid [T, tiles of N]: one token each."""
     t = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -28,16 +30,13 @@ def _combine_kernel(
         for u in tl.static_range(UNROLLED):
             slot = t * top_k + j0 + u
             row = tl.load(slot_row_ptr + slot, mask=slot < (t + 1) * top_k, other=-1).to(tl.int64)
-            # a sentinel's row may hold anything, so it is not read, never multiplied by zero
+            # a sentinel's row may hold NaN, so it is not read: to multiply it by zero is no way out
             mask_y = offs_n < tl.where(row >= 0, N, 0)
             y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_y, other=0.0)
             y = y.to(tl.float32)
             if top_k_weights_ptr is not None:
-                w = tl.load(
-                    top_k_weights_ptr + t * stride_wt + (j0 + u) * stride_wk,
-                    mask=row >= 0,
-                    other=0.0,
-                )
+                w_ptr = top_k_weights_ptr + t * stride_wt + (j0 + u) * stride_wk
+                w = tl.load(w_ptr, mask=row >= 0, other=0.0)
                 y *= w.to(tl.float32)
             acc += y
     tl.store(out_ptr + t * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)
@@ -48,9 +47,10 @@ def _combine_backward_kernel(
     dout_ptr, y_ptr, top_k_weights_ptr, slot_row_ptr, dy_ptr, dw_ptr, N, top_k,
     stride_dt, stride_dn, stride_ym, stride_yn, stride_wt, stride_wk, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid [T * top_k]: one slot."""
+    """Grid [T * top_k]: one slot each. A sentinel has no row; its dw is 0."""
     slot = tl.program_id(0).to(tl.int64)
-    t, j = slot // top_k, slot % top_k
+    t = slot // top_k
+    j = slot % top_k
     row = tl.load(slot_row_ptr + slot).to(tl.int64)
     dw = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if row >= 0:
@@ -58,12 +58,10 @@ def _combine_backward_kernel(
         for n in range(0, N, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
-            dout = tl.load(
-                dout_ptr + t * stride_dt + offs_n * stride_dn, mask=mask_n, other=0.0
-            ).to(tl.float32)
-            y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_n, other=0.0).to(
-                tl.float32
-            )
+            dout_ptrs = dout_ptr + t * stride_dt + offs_n * stride_dn
+            dout = tl.load(dout_ptrs, mask=mask_n, other=0.0).to(tl.float32)
+            y_ptrs = y_ptr + row * stride_ym + offs_n * stride_yn
+            y = tl.load(y_ptrs, mask=mask_n, other=0.0).to(tl.float32)
             tl.store(dy_ptr + row * N + offs_n, (w * dout).to(dy_ptr.dtype.element_ty), mask=mask_n)
             dw += y * dout
     tl.store(dw_ptr + slot, tl.sum(dw, axis=0))
@@ -75,23 +73,26 @@ def combine(
     top_k_weights: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot], summed in fp32.
+    """out[t] = sum over the slots j of top_k_weights[t, j] * y[slot_row[t, j]], summed in fp32.
 
     Args:
         y: [M, N] float rows in expert order.
         top_k_weights: [T, top_k] float; None for ones.
-        dtype: of the result; that of y by default.
+        dtype: dtype of the result; by default that of y.
     Returns: [T, N]; a sentinel slot adds nothing.
     Twin: `reference.combine`.
     """
-    T, N, top_k = routing.num_tokens, y.shape[1], routing.top_k
+    T = routing.num_tokens
+    N = y.shape[1]
+    top_k = routing.top_k
     out = torch.empty(T, N, dtype=dtype or y.dtype, device=y.device)
     if out.numel() == 0:
         return out
-    blocks = find("combine", device_facts(y.device)[0], y.element_size(), 16)
+    arch, _ = device_facts(y.device)
+    blocks = find("combine", arch, y.element_size(), 16)
 
-    def rest():
-        strides = (0, 0) if top_k_weights is None else top_k_weights.stride()
+    def rest() -> tuple[tuple, dict]:
+        strides = strides_or_zeros(top_k_weights, 2)
         constants = {"UNROLLED": min(UNROLLED, power_of_2(top_k)), **blocks}
         return (N, top_k, *y.stride(), *strides), constants
 
@@ -116,15 +117,18 @@ def combine_backward(
     Returns: dy [M, N] (dtype of y), d_top_k_weights [T, top_k] fp32, 0 for sentinels.
     Twin: `reference.combine_backward`.
     """
-    M, N, top_k = routing.num_rows, y.shape[1], routing.top_k
+    M = routing.num_rows
+    N = y.shape[1]
+    top_k = routing.top_k
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dw = torch.empty(top_k_weights.shape, dtype=torch.float32, device=y.device)
     if M == 0:
         return dy, dw
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
+        arch, _ = device_facts(y.device)
         fixed = N, top_k, *dout.stride(), *y.stride(), *top_k_weights.stride()
-        return fixed, find("combine", device_facts(y.device)[0], y.element_size(), 16)
+        return fixed, find("combine", arch, y.element_size(), 16)
 
     key = "combine_backward", facts(dout, y, top_k_weights), N, top_k
     tensors = dout, y, top_k_weights, routing.slot_row, dy, dw

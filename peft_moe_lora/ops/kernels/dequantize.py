@@ -1,4 +1,4 @@
-"""out[j] = W[first + j]: experts decoded from the form in which they are stored into dense weights."""
+"""out[j] = W[first + j]: quantized experts decoded into dense weights."""
 
 from collections.abc import Callable
 

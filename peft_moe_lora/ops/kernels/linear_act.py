@@ -1,6 +1,9 @@
-"""pre[m] = W[e] x[row] + bias[e] + B[e] xa[m], act[m] = f(gate) * (up + up_shift) of its halves: one pass.
+"""pre[m] = W[e] x[row] + bias[e] + B[e] xa[m]; act[m] = f(gate) * (up + up_shift).
 
-A tile holds the same columns of the gate and of the up half, so that the activation needs no second kernel.
+gate and up are the halves of pre, or its alternate columns; row = row_token[m] where x is gathered, else m.
+
+A tile holds the same columns of the gate half and of the up half, so the activation is part of the
+product's epilogue.
 """
 
 import torch
@@ -8,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..activation import Activation
+from ..quantized import Codes4bit, QuantizedWeight
 from ..routing import Routing
 from .codes.product_4bit import weight_operands
 from .launching.launch import facts, launch
@@ -20,6 +24,7 @@ from .tiles.tile import (
     halves,
     launch_facts,
     position,
+    rank_of,
     strides_or_zeros,
     table_line,
     table_size,
@@ -30,29 +35,31 @@ from .tiles.tile import (
 
 @triton.jit
 def _linear_act_tile(
-    x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
-    e, first_row, end, n, N, K, r,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
-    stride_biase, stride_biasn,
-    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr, HALVES: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
-    FORMAT: tl.constexpr,
+    x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr,
+    row_token_ptr, e, first_row, end, n, N, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
+    stride_bn, stride_br, stride_biase, stride_biasn,
+    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr, HALVES: tl.constexpr, GATHER: tl.constexpr,
+    R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """Rows first_row up to min(first_row + BLOCK_M, end) of expert e, the n-th BLOCK_N columns (of each half)."""
+    """Column tile n of expert e, for rows first_row up to min(first_row + BLOCK_M, end)."""
     BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     offs_m = first_row + tl.arange(0, BLOCK_M)
-    # a row past the expert's last computes the last again, unmasked, and is not stored
+    # past the expert's last row, that last row is computed again without a mask, and not stored
     rows = tl.minimum(offs_m, end - 1)
-    x_rows = tl.load(row_token_ptr + rows) if GATHER else rows
+    x_rows = rows
+    if GATHER:
+        x_rows = tl.load(row_token_ptr + rows)
     n0 = n * (BLOCK_N // HALVES)
     cols, mask_n = tile_columns(n0, N // HALVES, BLOCK_N, HALVES)
     acc = tile_product(
         x_ptr, None, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, None, None,
         e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
-        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
-        stride_biase, stride_biasn, 0.0, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
-        FORMAT,
+        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
+        stride_bn, stride_br, stride_biase, stride_biasn, 0.0, R, PRECISION, BLOCK_M, BLOCK_N,
+        BLOCK_K, EVEN_K, K_UNIT, FORMAT,
     )  # fmt: skip
     mask_m = (offs_m < end)[:, None]
     rows_out = offs_m.to(tl.int64)[:, None]
@@ -62,38 +69,38 @@ def _linear_act_tile(
     mask_i = mask_m & (offs_i < I)[None, :]
     act_ptrs = act_ptr + rows_out * I + offs_i[None, :]
     if not GATED:
-        tl.store(
-            pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :]
-        )
+        pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
+        tl.store(pre_ptrs, acc.to(dtype), mask=mask_m & mask_n[None, :])
         tl.store(act_ptrs, activate_plain(acc, KIND, ALPHA).to(dtype), mask=mask_i)
     else:
         if INTERLEAVED:
-            tl.store(
-                pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_m & mask_n[None, :]
-            )
+            pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
+            tl.store(pre_ptrs, acc.to(dtype), mask=mask_m & mask_n[None, :])
             gate, up = tl.split(acc.reshape(BLOCK_M, BLOCK_I, 2))
         else:
             gate, up = halves(acc, BLOCK_M, BLOCK_I)
             tl.store(pre_ptr + rows_out * N + offs_i[None, :], gate.to(dtype), mask=mask_i)
             tl.store(pre_ptr + rows_out * N + (I + offs_i)[None, :], up.to(dtype), mask=mask_i)
-        # rounded as stored: fewer registers than both in fp32
-        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+        # act is computed from the rounded values that are stored: both in fp32 need more registers
+        gate = gate.to(dtype).to(tl.float32)
+        up = up.to(dtype).to(tl.float32)
         tl.store(act_ptrs, activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT).to(dtype), mask=mask_i)
 
 
 @triton.jit(do_not_specialize=["lines"])
 def _linear_act_kernel(
-    weight_desc, x_ptr, weight_ptr, scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr,
-    bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr, tiles_ptr, lines, N, K, r,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
-    stride_biase, stride_biasn,
-    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    K_UNIT: tl.constexpr, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr,
+    weight_desc, x_ptr, weight_ptr, scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr,
+    offset_ptr, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr, tiles_ptr, lines, N,
+    K, r, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
+    stride_bn, stride_br, stride_biase, stride_biasn,
+    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr,
     LOW_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Persistent grid: each program takes every num_programs-th output tile."""
+    """Persistent grid: each program computes every num_programs-th output tile."""
     codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
     FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
     HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
@@ -102,36 +109,42 @@ def _linear_act_kernel(
     total = num_tiles * num_n
     tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)
     e, first_row, end = table_line(tiles_ptr, tl.maximum(tile, 0))
-    # what is hoisted out of this loop holds registers that the steps of large ranks need
+    # nothing is hoisted out of the loop where ranks are large: it would hold registers they need
     LARGE_RANK: tl.constexpr = R > 16 and not INTERLEAVED
     for t in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=LARGE_RANK):
-        # the next tile's line is on its way while this tile is computed
+        # the table line of the next tile is loaded while this tile is computed
         next_tile, next_n = position(
             tl.minimum(t + tl.num_programs(0), total - 1), num_tiles, num_n, GROUP
         )
         next_e, next_first_row, next_end = table_line(tiles_ptr, next_tile)
         if TAIL and end - first_row <= BLOCK_M // 2:
+            # an expert's last rows, if they fill at most half a tile
             _linear_act_tile(
-                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
-                e, first_row, end, n, N, K, r, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam,
-                stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED,
-                LIMIT, ALPHA, UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
-                FORMAT,
+                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr,
+                act_ptr, row_token_ptr, e, first_row, end, n, N, K, r, stride_xm, stride_xk,
+                stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn,
+                stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED, LIMIT, ALPHA,
+                UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K,
+                K_UNIT, FORMAT,
             )  # fmt: skip
         else:
             _linear_act_tile(
-                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr, row_token_ptr,
-                e, first_row, end, n, N, K, r, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam,
-                stride_xar, stride_be, stride_bn, stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED,
-                LIMIT, ALPHA, UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
+                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr,
+                act_ptr, row_token_ptr, e, first_row, end, n, N, K, r, stride_xm, stride_xk,
+                stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn,
+                stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED, LIMIT, ALPHA,
+                UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
                 FORMAT,
             )  # fmt: skip
-        e, first_row, end, n = next_e, next_first_row, next_end, next_n
+        e = next_e
+        first_row = next_first_row
+        end = next_end
+        n = next_n
 
 
 def expert_linear_act(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     routing: Routing,
     activation: Activation,
     *,
@@ -144,37 +157,54 @@ def expert_linear_act(
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
-        weight: [E, N, K] dtype of x, any strides, fast where one of the last two is 1; or quantized.
+        weight: [E, N, K], quantized or in the dtype of x. Any strides; fast if the stride of N or
+            of K is 1.
         bias: [E, N].
-        xa: [M, r], dtype of x, with its lora_B [E, N, r], any strides and float dtype.
+        xa: [M, r], dtype of x.
+        lora_B: [E, N, r], any strides and float dtype; given with xa.
+        gather: whether row m reads token row_token[m].
     Returns: pre [M, N], act [M, I], dtype of x.
     Twin: `reference.expert_linear_act`.
     """
     routing = with_tiles(routing)
-    M, N = routing.num_rows, weight.shape[1]
+    M = routing.num_rows
+    N = weight.shape[1]
     pre = torch.empty(M, N, dtype=x.dtype, device=x.device)
     act = torch.empty(M, activation.width(N), dtype=x.dtype, device=x.device)
     if M > 0:
-        for experts, held, part in parts(weight, routing):
-            low_rank = xa, of_experts(lora_B, experts)
-            _linear_act(
-                x, held, part, activation, of_experts(bias, experts), *low_rank, gather, pre, act
-            )
+        for experts, part_weight, part in parts(weight, routing):
+            part_bias = of_experts(bias, experts)
+            part_B = of_experts(lora_B, experts)
+            _linear_act(x, part_weight, part, activation, part_bias, xa, part_B, gather, pre, act)
     return pre, act
 
 
-def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, act) -> None:
+def _linear_act(
+    x: torch.Tensor,
+    weight: torch.Tensor | Codes4bit,
+    routing: Routing,
+    activation: Activation,
+    bias: torch.Tensor | None,
+    xa: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    gather: bool,
+    pre: torch.Tensor,
+    act: torch.Tensor,
+) -> None:
     """Write the rows of pre and act that belong to the routing's tiles."""
     packed = not isinstance(weight, torch.Tensor)
     if not packed and by_roles(x, weight, routing, bias, xa, lora_B, pre, gather, activation, act):
         return
     _, N, K = weight.shape
-    r, precision = 0 if xa is None else xa.shape[1], dot_precision(x.dtype)
-    op = "linear_act_4bit" if packed else "linear_act"
+    r = rank_of(xa)
+    precision = dot_precision(x.dtype)
+    op = "linear_act"
+    if packed:
+        op = "linear_act_4bit"
     programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m, activation.halves)
     weight_tensors, codes = weight_operands(weight, blocks, activation.halves)
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         strides = (
             *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
             *strides_or_zeros(bias, 2),
@@ -183,16 +213,9 @@ def _linear_act(x, weight, routing, activation, bias, xa, lora_B, gather, pre, a
         return (N, K, r, *strides), activation_constants(activation) | constants | blocks | codes
 
     key = (
-        "linear_act", facts(x, weight, bias, xa, lora_B), N, K, r, activation, gather, precision, routing.block_m,
-        weight_desc is None, *codes.values(),
+        "linear_act", facts(x, weight, bias, xa, lora_B), N, K, r, activation, gather, precision,
+        routing.block_m, weight_desc is None, *codes.values(),
     )  # fmt: skip
     tensors = x, *weight_tensors, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles
-    launch(
-        key,
-        _linear_act_kernel,
-        (programs, 1, 1),
-        tensors,
-        rest,
-        (routing.tiles.shape[0],),
-        (weight_desc,),
-    )
+    lines = routing.tiles.shape[0]
+    launch(key, _linear_act_kernel, (programs, 1, 1), tensors, rest, (lines,), (weight_desc,))

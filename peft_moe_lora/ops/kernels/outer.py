@@ -1,10 +1,11 @@
 """out[e, p, q] = sum over the rows m of e of w[m] * left[m, p] * mask[m, q] * right[m, q].
 
-All LoRA weight gradients are this one product: dA from (dY @ B, X) and dB from (dY, X @ A^T). One side is the rank,
-small, and the other wide; the row weight is applied to the small side.
-Legend: an expert's rows are cut in chunks of CHUNK. Chunk c < E is the first of expert c, so that few programs have to
-search for their rows; from E on stand the further chunks, expert by expert.
-    partial_ptr [max_chunks, small, wide] fp32: the sums of one chunk, where its expert has more than one
+All LoRA weight gradients are this product: dA of (dY @ B, X) and dB of (dY, X @ A^T). One side has
+the width of the rank and is called small, the other wide; the routing weight w is multiplied into
+the small side.
+
+A program sums over one chunk of an expert's rows, for one tile [wide, small] of the output;
+`chunks` says what a chunk is, and adds the sums of experts with several.
 """
 
 import torch
@@ -16,28 +17,31 @@ from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, dot_precision, find, power_of_2
 from .tiles.chunks import chunk_of, chunk_rows, sum_chunks
-from .tiles.dropout import dropout_mask
+from .tiles.dropout import dropout_mask, probability_and_seed
 
-# elements of a program's tile of sums, which it holds in registers
+# elements of a program's output tile, which is held in registers
 SUMS = 128 * 64
 
 
 @triton.jit
 def _of_rows(ptr, rows, end):
-    """What stands at each row, 0 from `end` on."""
+    """ptr[rows], and 0 for rows from `end` on."""
     return tl.load(ptr + rows, mask=rows < end, other=0)
 
 
 @triton.jit
 def _outer_kernel(
-    small_ptr, wide_ptr, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, partial_ptr,
-    out_ptr, E, SMALL, WIDE, num_s,
+    small_ptr, wide_ptr, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
+    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s,
     stride_sm, stride_ss, stride_wm, stride_ww, stride_oe, stride_os, stride_ow,
-    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, GATHER_SMALL: tl.constexpr, GATHER_WIDE: tl.constexpr,
-    P: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, GATHER_SMALL: tl.constexpr,
+    GATHER_WIDE: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of wide * tiles of small, max_chunks]: an expert of one chunk or no row goes straight to out."""
+    """Grid [tiles of wide * tiles of small, max_chunks].
+
+    The sums of an expert with one chunk, or without rows, go to out, those of others to partial.
+    """
     chunk = tl.program_id(1)
     e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
     if e >= E:
@@ -50,21 +54,22 @@ def _outer_kernel(
 
     offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
     offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    mask_s, mask_w = offs_s < SMALL, offs_w < WIDE
+    mask_s = offs_s < SMALL
+    mask_w = offs_w < WIDE
     rows = start + tl.arange(0, BLOCK_M)
-    # what says where to load from is there a block ahead: a load that waits for another waits for memory twice
+    # tokens, slots and weights are loaded one block of rows ahead of the rows that they select: a
+    # load whose address has just been loaded would wait for memory twice
     if GATHER_SMALL or GATHER_WIDE:
         tokens = _of_rows(row_token_ptr, rows, end)
     if row_weights_ptr is not None or P > 0:
-        slots, next_slots = (
-            _of_rows(row_slot_ptr, rows, end),
-            _of_rows(row_slot_ptr, rows + BLOCK_M, end),
-        )
+        slots = _of_rows(row_slot_ptr, rows, end)
+        next_slots = _of_rows(row_slot_ptr, rows + BLOCK_M, end)
     if row_weights_ptr is not None:
         w = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
     acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
     for _ in range(start, end, BLOCK_M):
-        mask_m, next_rows = rows < end, rows + BLOCK_M
+        mask_m = rows < end
+        next_rows = rows + BLOCK_M
         if GATHER_SMALL or GATHER_WIDE:
             next_tokens = _of_rows(row_token_ptr, next_rows, end)
         if row_weights_ptr is not None:
@@ -76,32 +81,27 @@ def _outer_kernel(
         small = tl.load(small_ptrs, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [M, small]
         wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_w[None, :], other=0.0)  # [M, wide]
         if row_weights_ptr is not None:
-            small = (small.to(tl.float32) * w.to(tl.float32)[:, None]).to(
-                small_ptr.dtype.element_ty
-            )
+            small = small.to(tl.float32) * w.to(tl.float32)[:, None]
+            small = small.to(small_ptr.dtype.element_ty)
             w = next_w
         if P > 0:
-            wide = (wide.to(tl.float32) * dropout_mask(seed_ptr, slots, offs_w, P)).to(
-                wide_ptr.dtype.element_ty
-            )
-        acc = tl.dot(
-            wide.trans(), small, acc, input_precision=PRECISION
-        )  # [wide, M] @ [M, small] -> [wide, small]
+            wide = wide.to(tl.float32) * dropout_mask(seed_ptr, slots, offs_w, P)
+            wide = wide.to(wide_ptr.dtype.element_ty)
+        # [wide, M] @ [M, small] -> [wide, small]
+        acc = tl.dot(wide.trans(), small, acc, input_precision=PRECISION)
         if GATHER_SMALL or GATHER_WIDE:
             tokens = next_tokens
         if row_weights_ptr is not None or P > 0:
-            slots, next_slots = next_slots, _of_rows(row_slot_ptr, next_rows + BLOCK_M, end)
+            slots = next_slots
+            next_slots = _of_rows(row_slot_ptr, next_rows + BLOCK_M, end)
         rows = next_rows
 
     mask = mask_w[:, None] & mask_s[None, :]
     if one_chunk:
         # int64: an expert index times a stride passes 2**31
         out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
-        tl.store(
-            out_ptrs + offs_w.to(tl.int64)[:, None] * stride_ow,
-            acc.to(out_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        out_ptrs += offs_w.to(tl.int64)[:, None] * stride_ow
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         partial_ptrs = (
             partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
@@ -120,71 +120,75 @@ def expert_outer(
     gather_right: bool = False,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """Write the sum of outer products of each expert's rows into `out`, and return it.
+    """Write the sum of the outer products of each expert's rows into `out`, and return it.
 
     Args:
-        left: [M, P], or [T, P] with gather_left.
-        right: [M, Q], or [T, Q] with gather_right, dtype of left.
-        out: [E, P, Q] fp32, any strides; every element is written, zeros for an expert without rows.
+        left: [M, P] rows, or [T, P] tokens with gather_left.
+        right: [M, Q] rows, or [T, Q] tokens with gather_right; dtype of left.
+        out: [E, P, Q] fp32, any strides. Every element is written; an expert without rows gets
+            zeros.
         row_weights: [T, top_k] float; None for ones.
         dropout: masks right.
     Twin: `reference.expert_outer`.
     """
-    M, (E, P, Q) = routing.num_rows, out.shape
+    M = routing.num_rows
+    E, P, Q = out.shape
     if M == 0:
         return out.zero_()
-    # the mask is computed on the wide side
+    # the mask is computed on the wide side, so right is the wide side where there is dropout
     if dropout is not None or P <= Q:
-        small, wide, gather_small, gather_wide, strides = (
-            left,
-            right,
-            gather_left,
-            gather_right,
-            out.stride(),
-        )
+        small = left
+        wide = right
+        gather_small = gather_left
+        gather_wide = gather_right
+        strides = out.stride()
     else:
-        small, wide, gather_small, gather_wide = right, left, gather_right, gather_left
+        small = right
+        wide = left
+        gather_small = gather_right
+        gather_wide = gather_left
         strides = out.stride(0), out.stride(2), out.stride(1)
-    (SMALL, WIDE), arch = (small.shape[1], wide.shape[1]), device_facts(left.device)[0]
-    op = "outer_gathered" if gather_wide else "outer"
+    SMALL = small.shape[1]
+    WIDE = wide.shape[1]
+    arch, _ = device_facts(left.device)
+    op = "outer"
+    if gather_wide:
+        op = "outer_gathered"
     blocks = dict(find(op, arch, left.element_size(), 16))
     blocks["BLOCK_SMALL"] = min(64, max(16, power_of_2(SMALL)))
     blocks["BLOCK_WIDE"] = min(blocks["BLOCK_WIDE"], SUMS // blocks["BLOCK_SMALL"])
     num_s = ceil_div(SMALL, blocks["BLOCK_SMALL"])
     tiles = ceil_div(WIDE, blocks["BLOCK_WIDE"]) * num_s
     chunk = chunk_rows(M, E, tiles, blocks["BLOCK_M"], arch)
-    # no more than a chunk's rows: no expert has a second chunk
+    # if all rows fit into one chunk, no expert has several
     several = M > chunk
     max_chunks = E + several * (M // chunk)
     partial = torch.empty(several * max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
-    shared = {"CHUNK": chunk, "E_PADDED": power_of_2(E)}
     precision = dot_precision(left.dtype)
-    p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
-    weights = None if row_weights is None else row_weights.contiguous()
+    p, seed = probability_and_seed(dropout)
+    weights = None
+    if row_weights is not None:
+        weights = row_weights.contiguous()
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         constants = {
             "GATHER_SMALL": gather_small,
             "GATHER_WIDE": gather_wide,
             "P": p,
             "PRECISION": precision,
+            "CHUNK": chunk,
+            "E_PADDED": power_of_2(E),
+            **blocks,
         }
-        return (
-            E,
-            SMALL,
-            WIDE,
-            num_s,
-            *small.stride(),
-            *wide.stride(),
-            *strides,
-        ), constants | shared | blocks
+        return (E, SMALL, WIDE, num_s, *small.stride(), *wide.stride(), *strides), constants
 
     key = (
-        "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"], facts(small, wide, weights),
-        gather_small, gather_wide, p, precision,
+        "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"],
+        facts(small, wide, weights), gather_small, gather_wide, p, precision,
     )  # fmt: skip
     tensors = (
-        small, wide, weights, seed, routing.row_token, routing.row_slot, routing.expert_offsets, partial, out,
+        small, wide, weights, seed, routing.row_token, routing.row_slot, routing.expert_offsets,
+        partial, out,
     )  # fmt: skip
     launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
     if several:

@@ -1,4 +1,4 @@
-"""A product with a quantized weight in parts: decode some experts, multiply their rows, then the next.
+"""A product with a quantized weight in parts: decode some experts, multiply their rows, repeat.
 
 Where the product decodes the weight itself (`product_4bit`), all experts are one part.
 

@@ -1,12 +1,16 @@
-"""row[slot] = expert_offsets[e] + number of earlier slots of expert e: a stable counting sort, and its tile table.
+"""row[slot] = expert_offsets[e] + number of earlier slots of expert e: a stable counting sort.
 
-Three launches: count each block of slots by expert; scan the counts over the blocks; place every slot.
-Legend: S slots = T * top_k, blocks of BLOCK slots, id E stands for every sentinel.
-    counts_ptr [blocks, E + 1]: per block, then exclusive over the blocks, then the row where the block's slots begin
+Three launches: count the slots of each expert in each block of slots; sum these counts over the
+blocks; write the row of every slot. The last launch also writes the offsets and the tile table.
+
+Legend: S = T * top_k slots, in blocks of BLOCK. A sentinel (an id outside 0..E-1) counts as id E.
+    counts_ptr [blocks, E + 1]: slots of each expert in a block; after the scan, in all earlier
+        blocks; while slots are placed, the row of the block's first slot of each expert
     totals_ptr [E + 1]: slots of each expert
-    tiles_ptr [max_tiles + 3, 2]: (expert, first row); past the last tile (-1, rows routed), so that a tile ends where
-        the next line begins; the last line but one is (-1, number of tiles), the last one (-1, 0): the 0 is a counter
-        for a kernel whose programs take output tiles from a queue, and which leaves it 0
+    tiles_ptr [max_tiles + 3, 2]: the tile table, (expert, first row) of each row tile. A tile ends
+        where the next line begins, so after the last tile come lines (-1, number of routed rows).
+        The last two lines are (-1, number of tiles) and (-1, 0). The 0 is the counter of kernels
+        whose programs take output tiles from a queue; they set it back to 0 when they end.
 """
 
 from dataclasses import replace
@@ -25,7 +29,7 @@ TILES_BLOCK = 32
 
 @triton.jit
 def _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k):
-    """Expert of each slot, E for a sentinel; -1 past the last slot, which matches nothing."""
+    """The expert of each slot: E for a sentinel, -1 past the last slot, which equals no id."""
     offsets = (slots // top_k).to(tl.int64) * stride_t + (slots % top_k) * stride_k
     ids = tl.load(top_k_index_ptr + offsets, mask=slots < S, other=-1)
     ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
@@ -34,21 +38,13 @@ def _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k):
 
 @triton.jit(do_not_specialize=["S"])
 def _count_kernel(
-    top_k_index_ptr,
-    counts_ptr,
-    S,
-    E,
-    top_k,
-    stride_t,
-    stride_k,
-    BLOCK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Grid [blocks]."""
+    top_k_index_ptr, counts_ptr, S, E, top_k, stride_t, stride_k,
+    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Grid [blocks]: counts of one block, BLOCK_E experts at a time."""
     pid = tl.program_id(0)
-    ids = _load_ids(
-        top_k_index_ptr, pid * BLOCK + tl.arange(0, BLOCK), S, E, top_k, stride_t, stride_k
-    )
+    slots = pid * BLOCK + tl.arange(0, BLOCK)
+    ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
     for e0 in range(0, E + 1, BLOCK_E):
         experts = e0 + tl.arange(0, BLOCK_E)
         counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
@@ -57,7 +53,7 @@ def _count_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def _scan_kernel(counts_ptr, totals_ptr, blocks, E, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Grid [experts / BLOCK_E]: counts become exclusive sums over the blocks, in place."""
+    """Grid [experts / BLOCK_E]: counts become exclusive prefix sums over the blocks, in place."""
     experts = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     before = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for b0 in range(0, blocks, BLOCK_B):
@@ -74,12 +70,17 @@ def _scan_kernel(counts_ptr, totals_ptr, blocks, E, BLOCK_B: tl.constexpr, BLOCK
 def _write_tiles(
     totals, base, tiles_ptr, first_tile, lines, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr
 ):
-    """Lines first_tile up to first_tile + TILES_BLOCK of the table: totals [E] rows of each expert, from row base."""
+    """Write lines first_tile up to first_tile + TILES_BLOCK of a tile table.
+
+    totals [experts]: rows of each expert. base: first row of the first of them. lines: of the
+        table.
+    """
     tiles_end = tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, axis=0)
     rows_end = tl.cumsum(totals, axis=0)
     num_tiles = tl.max(tiles_end, axis=0)
     t = first_tile + tl.arange(0, TILES_BLOCK)
-    # experts whose tiles all stand before t: their number is t's expert, their rows and tiles end where it begins
+    # the experts all of whose tiles come before t: their number is the expert of t, and where their
+    # rows and tiles end, those of t's expert begin
     passed = tiles_end[None, :] <= t[:, None]
     expert = tl.sum(passed.to(tl.int32), axis=1)
     first_row = tl.max(tl.where(passed, rows_end[None, :], 0), axis=1)
@@ -93,30 +94,28 @@ def _write_tiles(
 
 @triton.jit(do_not_specialize=["S", "blocks", "lines"])
 def _place_kernel(
-    top_k_index_ptr, counts_ptr, totals_ptr, expert_offsets_ptr, row_token_ptr, row_slot_ptr, slot_row_ptr, tiles_ptr,
-    S, blocks, lines, E, top_k, stride_t, stride_k,
+    top_k_index_ptr, counts_ptr, totals_ptr, expert_offsets_ptr, row_token_ptr, row_slot_ptr,
+    slot_row_ptr, tiles_ptr, S, blocks, lines, E, top_k, stride_t, stride_k,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [blocks + 1 + tile blocks]: the slots of each block, then the offsets, then the tile table."""
+    """Grid [blocks + 1 + tile blocks]: a block of slots, the offsets, a block of table lines."""
     pid = tl.program_id(0)
     if pid < blocks:
         slots = pid * BLOCK + tl.arange(0, BLOCK)
         ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
         mask = slots < S
-        # where this block's rows of each expert begin, by way of memory: every slot looks its expert up there
+        # the first row of this block for each expert goes through memory, since each slot has to
+        # look up its expert, and Triton does not index one tensor by another
         experts = tl.arange(0, E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
         starts_ptr = counts_ptr + pid * (E + 1)
-        starts = (
-            tl.load(starts_ptr + experts, mask=experts < E, other=0)
-            + tl.cumsum(totals, axis=0)
-            - totals
-        )
+        earlier_blocks = tl.load(starts_ptr + experts, mask=experts < E, other=0)
+        starts = earlier_blocks + tl.cumsum(totals, axis=0) - totals
         tl.store(starts_ptr + experts, starts, mask=experts < E)
         tl.debug_barrier()
         row = tl.load(starts_ptr + ids, mask=mask, other=0)
-        # all rows of experts stand before a sentinel's
+        # sentinels come after the rows of all experts
         row += tl.where(ids < E, 0, tl.sum(totals, axis=0))
         for j in range(0, BLOCK, BLOCK_E):
             others = pid * BLOCK + j + tl.arange(0, BLOCK_E)
@@ -143,7 +142,7 @@ def _tiles_kernel(
     expert_offsets_ptr, tiles_ptr, lines, E,
     E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tile blocks]: the tile table of a routing that has offsets only."""
+    """Grid [tile blocks]: the tile table of a routing that has only offsets."""
     experts = tl.arange(0, E_PADDED)
     start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
@@ -155,9 +154,10 @@ def _tiles_kernel(
 @triton.jit(do_not_specialize=["lines"])
 def _part_tables_kernel(
     expert_offsets_ptr, tiles_ptr, lines, E,
-    COUNT: tl.constexpr, COUNT_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, TILES_BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, COUNT_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tile blocks, parts]: a table for every COUNT experts, which it numbers from 0."""
+    """Grid [tile blocks, parts]: a tile table for each COUNT experts, numbered from 0."""
     first = tl.program_id(1) * COUNT
     j = tl.arange(0, COUNT_PADDED)
     mask = (j < COUNT) & (first + j < E)
@@ -171,27 +171,33 @@ def _part_tables_kernel(
 
 
 def _lines(M: int, E: int, block_m: int) -> int:
-    """max_tiles + 3; max_tiles bounds the sum over experts of rows / block_m, rounded up: no shape depends on data."""
+    """Lines of a tile table: max_tiles + 3.
+
+    max_tiles is the most tiles that any routing of M rows can have, so that shapes do not depend on
+    the data.
+    """
     return M // block_m + min(E, M) + 3
 
 
 def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
-    """A stable counting sort of the slots by expert, with the table of tiles that the kernels run over.
+    """Sort the slots by expert, in a stable order, and make the tile table of the kernels.
 
     Args:
         top_k_index: [T, top_k] integer expert ids; an id outside 0..E-1 is a sentinel.
         num_experts: E.
     Twin: `reference.route`.
     """
-    (T, top_k), E = top_k_index.shape, num_experts
+    T, top_k = top_k_index.shape
+    E = num_experts
     S = T * top_k
-    block_m = block_m_for(S, E, device_facts(top_k_index.device)[0])
+    arch, _ = device_facts(top_k_index.device)
+    block_m = block_m_for(S, E, arch)
     lines = _lines(S, E, block_m)
     blocks = ceil_div(S, BLOCK)
     sizes = E + 1, S, S, S, 2 * lines, blocks * (E + 1), E + 1
     index = [torch.empty(n, dtype=torch.int32, device=top_k_index.device) for n in sizes]
-    expert_offsets, row_token, row_slot, slot_row, tiles, counts, totals = index
-    tiles = tiles.view(-1, 2)
+    expert_offsets, row_token, row_slot, slot_row, flat_tiles, counts, totals = index
+    tiles = flat_tiles.view(-1, 2)
     routing = Routing(expert_offsets, row_token, row_slot, slot_row, top_k, tiles, block_m)
     if S == 0:
         expert_offsets.zero_()
@@ -208,47 +214,55 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
         ("scan", E), _scan_kernel, (ceil_div(E + 1, 16), 1, 1), (counts, totals),
         lambda: ((E,), {"BLOCK_B": 256, "BLOCK_E": 16, "num_warps": 8}), (blocks,),
     )  # fmt: skip
-    constants = {"BLOCK": BLOCK, "BLOCK_E": 32, "E_PADDED": power_of_2(E), "BLOCK_M": block_m}
+    constants = {
+        "BLOCK": BLOCK,
+        "BLOCK_E": 32,
+        "E_PADDED": power_of_2(E),
+        "BLOCK_M": block_m,
+        "TILES_BLOCK": TILES_BLOCK,
+    }
     tensors = top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles
     grid = blocks + 1 + ceil_div(lines, TILES_BLOCK), 1, 1
     launch(
         ("place", *key), _place_kernel, grid, tensors,
-        lambda: (slots, constants | {"TILES_BLOCK": TILES_BLOCK}), (S, blocks, lines),
+        lambda: (slots, constants), (S, blocks, lines),
     )  # fmt: skip
     return routing
 
 
 def with_tiles(routing: Routing) -> Routing:
-    """The routing itself, or one with a tile table where it has none."""
+    """The routing with a tile table: itself if it has one."""
     if routing.tiles is not None:
         return routing
-    M, E, offsets = routing.num_rows, routing.num_experts, routing.expert_offsets
-    block_m = block_m_for(M, E, device_facts(offsets.device)[0])
+    M = routing.num_rows
+    E = routing.num_experts
+    offsets = routing.expert_offsets
+    arch, _ = device_facts(offsets.device)
+    block_m = block_m_for(M, E, arch)
     lines = _lines(M, E, block_m)
     tiles = torch.empty(lines, 2, dtype=torch.int32, device=offsets.device)
     constants = {"E_PADDED": power_of_2(E), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
     grid = ceil_div(lines, TILES_BLOCK), 1, 1
-    launch(
-        ("tiles", E, block_m),
-        _tiles_kernel,
-        grid,
-        (offsets, tiles),
-        lambda: ((E,), constants),
-        (lines,),
-    )
+    key = "tiles", E, block_m
+    launch(key, _tiles_kernel, grid, (offsets, tiles), lambda: ((E,), constants), (lines,))
     return replace(routing, tiles=tiles, block_m=block_m)
 
 
 def part_tables(routing: Routing, count: int) -> list[Routing]:
-    """Routings of `count` experts each: their tiles number these experts from 0, and their rows are all rows' own.
+    """Routings of `count` experts each.
+
+    In the tile table of a part its experts count from 0; row numbers are those of the whole
+    routing.
 
     Args:
         routing: with tiles.
-        count: experts of a part; the last may have fewer.
+        count: experts of a part; the last part may have fewer.
     """
-    M, E, offsets = routing.num_rows, routing.num_experts, routing.expert_offsets
+    M = routing.num_rows
+    E = routing.num_experts
+    offsets = routing.expert_offsets
     block_m = routing.block_m
-    # even, so that every table begins at a multiple of sixteen bytes
+    # an even number, so that every table begins at a multiple of 16 bytes
     lines = ceil_div(_lines(M, count, block_m), 2) * 2
     number = ceil_div(E, count)
     tables = torch.empty(number, lines, 2, dtype=torch.int32, device=offsets.device)

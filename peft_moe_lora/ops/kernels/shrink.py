@@ -1,4 +1,7 @@
-"""xa[m, j] = scaling * sum over k of A[e, j, k] * mask[m, k] * x[row, k], row = row_token[m] if gathered, else m."""
+"""xa[m, j] = scaling * sum over k of A[e, j, k] * mask[m, k] * x[row, k].
+
+row = row_token[m] where x is gathered, else m. A program computes all r columns of a tile of rows.
+"""
 
 import torch
 import triton
@@ -9,10 +12,10 @@ from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import device_facts, dot_precision, find, padded_rank
 from .routing import with_tiles
-from .tiles.dropout import dropout_mask
+from .tiles.dropout import dropout_mask, probability_and_seed
 from .tiles.tile import table_line
 
-# up to this K a program's loop is short, and many in flight beat a deep pipeline
+# up to this K the loop is short, and more programs at a time are worth more than pipeline stages
 SHORT_K = 2048
 
 
@@ -20,10 +23,10 @@ SHORT_K = 2048
 def _shrink_kernel(
     x_ptr, lora_A_ptr, xa_ptr, seed_ptr, row_token_ptr, row_slot_ptr, tiles_ptr, K, r, scaling,
     stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
-    PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid [lines * PARTS]: a tile of the table is PARTS tiles of BLOCK_M rows here."""
+    """Grid [max_tiles * PARTS]: each tile of the tile table is PARTS tiles of BLOCK_M rows here."""
     e, first_row, end = table_line(tiles_ptr, tl.program_id(0) // PARTS)
     first_row += tl.program_id(0) % PARTS * BLOCK_M
     if e < 0 or first_row >= end:
@@ -31,10 +34,13 @@ def _shrink_kernel(
     # int64: an expert index times a stride passes 2**31
     e = e.to(tl.int64)
     offs_m = first_row + tl.arange(0, BLOCK_M)
-    # a row past the expert's last computes the last again, unmasked, and is not stored
+    # past the expert's last row, that last row is computed again without a mask, and not stored
     rows = tl.minimum(offs_m, end - 1)
-    x_rows = tl.load(row_token_ptr + rows) if GATHER else rows
-    offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, R)
+    x_rows = rows
+    if GATHER:
+        x_rows = tl.load(row_token_ptr + rows)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, R)
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
     # int64: a column of a transposed B times r * E passes 2**31
     lora_A_ptrs = lora_A_ptr + e * stride_ae + offs_r.to(tl.int64)[None, :] * stride_ar
@@ -51,12 +57,10 @@ def _shrink_kernel(
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             lora_A = tl.load(lora_A_ptrs, mask=mask_k[:, None] & (offs_r < r)[None, :], other=0.0)
         if P > 0:
-            x = (x.to(tl.float32) * dropout_mask(seed_ptr, slots, k + offs_k, P)).to(
-                x_ptr.dtype.element_ty
-            )
-        acc = tl.dot(
-            x, lora_A.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION
-        )  # [M, K] @ [K, R] -> [M, R]
+            x = x.to(tl.float32) * dropout_mask(seed_ptr, slots, k + offs_k, P)
+            x = x.to(x_ptr.dtype.element_ty)
+        lora_A = lora_A.to(x_ptr.dtype.element_ty)
+        acc = tl.dot(x, lora_A, acc, input_precision=PRECISION)  # [M, K] @ [K, R] -> [M, R]
         x_ptrs += BLOCK_K * stride_xk
         lora_A_ptrs += BLOCK_K * stride_ak
     xa_ptrs = xa_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :]
@@ -77,37 +81,50 @@ def expert_shrink(
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
-        lora_A: [E, r, K], any strides and float dtype; cast to the dtype of x tile by tile, never copied.
+        lora_A: [E, r, K], any strides and float dtype; the kernel casts its tiles to the dtype of
+            x.
         scaling: lora_alpha / r.
+        gather: whether row m reads token row_token[m].
+        dropout: masks x.
     Returns: [M, r], dtype of x.
     Twin: `reference.expert_shrink`.
     """
     routing = with_tiles(routing)
-    M, (_, r, K) = routing.num_rows, lora_A.shape
+    M = routing.num_rows
+    _, r, K = lora_A.shape
     xa = torch.empty(M, r, dtype=x.dtype, device=x.device)
     if M == 0:
         return xa
-    op = "shrink_short" if K <= SHORT_K else "shrink"
-    blocks = dict(find(op, device_facts(x.device)[0], x.element_size(), routing.block_m))
+    op = "shrink"
+    if K <= SHORT_K:
+        op = "shrink_short"
+    arch, _ = device_facts(x.device)
+    blocks = dict(find(op, arch, x.element_size(), routing.block_m))
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], routing.block_m)
     parts = routing.block_m // blocks["BLOCK_M"]
-    # the tile of A grows with the rank: less of it in flight, and more threads to hold the sums
+    # the tile of A grows with the rank: fewer stages of it, and more threads to hold the sums
     if r > 64:
         blocks |= {"BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
     elif r > 16:
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 64)
     precision = dot_precision(x.dtype)
-    p, seed = (dropout.p, dropout.seed) if dropout else (0.0, None)
+    p, seed = probability_and_seed(dropout)
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         constants = {
-            "PARTS": parts, "GATHER": gather, "P": p, "R": padded_rank(r), "PRECISION": precision,
-            "EVEN_K": K % blocks["BLOCK_K"] == 0, **blocks,
-        }  # fmt: skip
+            "PARTS": parts,
+            "GATHER": gather,
+            "P": p,
+            "R": padded_rank(r),
+            "PRECISION": precision,
+            "EVEN_K": K % blocks["BLOCK_K"] == 0,
+            **blocks,
+        }
         return (K, r, scaling, *x.stride(), *lora_A.stride()), constants
 
     key = "shrink", facts(x, lora_A), K, r, scaling, gather, p, precision, routing.block_m
     tensors = x, lora_A, xa, seed, routing.row_token, routing.row_slot, routing.tiles
-    # the last three lines of a table are no tiles
-    launch(key, _shrink_kernel, ((routing.tiles.shape[0] - 3) * parts, 1, 1), tensors, rest)
+    # the last three lines of the table are never tiles
+    max_tiles = routing.tiles.shape[0] - 3
+    launch(key, _shrink_kernel, (max_tiles * parts, 1, 1), tensors, rest)
     return xa

@@ -1,4 +1,4 @@
-"""value[i] = code[q[i]] * scale[i // blocksize] for every expert that has rows, in one pass.
+"""value[i] = code[q[i]] * scale[i // blocksize] for every expert that has rows.
 
 Legend:
     expert: R * C values in the order of their bytes; a byte holds the codes of two values
@@ -19,8 +19,8 @@ from .decode_4bit import code_operands, decoded_scales, decoded_values, load_sca
 
 @triton.jit(do_not_specialize=["first"])
 def _dequantize_4bit_kernel(
-    packed_ptr, scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr, out_ptr, expert_offsets_ptr,
-    first, groups,
+    packed_ptr, scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr, out_ptr,
+    expert_offsets_ptr, first, groups,
     BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr,
     LOW_FIRST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""value[r, c] = code[r, c] * scale of its tile (* unit), for every expert that has rows, in one pass.
+"""value[r, c] = code[r, c] * scale of its tile * unit, for every expert that has rows.
 
 Legend:
     code: int8, or a float8 of kind e4m3, given as its bits
@@ -17,8 +17,8 @@ from ..launching.table import ceil_div, device_facts, find
 @triton.jit(do_not_specialize=["first"])
 def _dequantize_8bit_kernel(
     codes_ptr, out_ptr, scales_ptr, expert_offsets_ptr, first, R, C, tiles_r, tiles_c,
-    TILE_R: tl.constexpr, TILE_C: tl.constexpr, FLOATS: tl.constexpr, UNIT: tl.constexpr, EXPONENTS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE_R: tl.constexpr, TILE_C: tl.constexpr, FLOATS: tl.constexpr, UNIT: tl.constexpr,
+    EXPONENTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks of an expert, experts]. An expert without rows is not written."""
     e = first + tl.program_id(1)

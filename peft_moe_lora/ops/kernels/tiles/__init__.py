@@ -1,4 +1,4 @@
-"""The pieces that kernels are made of.
+"""Functions that several kernels call, on one tile, and the host functions that go with them.
 
 May import codes, launching and ops.
 """

@@ -1,6 +1,8 @@
-"""act = f(gate) * (up + up_shift) and its gradient, on tiles in fp32 registers.
+"""act = f(gate) * (up + up_shift) and its gradient, computed in fp32 on tiles in registers.
 
-Twin: `activation.Activation`, whose fields are the constexprs here; LIMIT is None for no clamp.
+The constexprs KIND, LIMIT, ALPHA and UP_SHIFT are the fields of `Activation`, which is also the
+twin. LIMIT is None where nothing is clamped.
+A new kind of activation is a branch of `_f_and_df` here and one in `Activation`.
 """
 
 import triton
@@ -13,6 +15,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _approximate(x, INSTRUCTION: tl.constexpr):
+    """A PTX instruction with one fp32 operand, applied to every element."""
     return tl.inline_asm_elementwise(
         INSTRUCTION + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -20,18 +23,20 @@ def _approximate(x, INSTRUCTION: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + 2^(-x log2 e)) by instructions whose relative error is 2^-22, and which take denormals for 0: to scale
-    these there and back, as Triton's own exp and division do, is a quarter of what an activation's gradient takes."""
+    """1 / (1 + 2^(-x log2 e)) by approximate instructions with a relative error of 2^-22.
+
+    They flush denormals to 0. Triton's exp and division handle denormals by scaling before and
+    after, which made up a quarter of the instructions of an activation's gradient.
+    """
     if INTERPRETED:
         return tl.sigmoid(x)
-    return _approximate(
-        1.0 + _approximate(x * -1.4426950408889634, "ex2.approx.ftz.f32"), "rcp.approx.ftz.f32"
-    )
+    power = _approximate(x * -1.4426950408889634, "ex2.approx.ftz.f32")
+    return _approximate(1.0 + power, "rcp.approx.ftz.f32")
 
 
 @triton.jit
 def _f_and_df(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
-    """f(x) and f'(x); whichever the caller leaves unused is not computed."""
+    """f(x) and f'(x); the compiler drops the one that the caller does not use."""
     if KIND == "silu":
         sigmoid = _sigmoid(ALPHA * x)
         f = x * sigmoid
@@ -45,7 +50,7 @@ def _f_and_df(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
         f = x * cdf
         df = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     else:
-        tl.static_assert(KIND == "gelu_tanh", "an activation the kernels do not know")
+        tl.static_assert(KIND == "gelu_tanh", "the kernels do not have this kind of activation")
         # tanh(z) = 2 sigmoid(2 z) - 1
         tanh = 2.0 * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1.0
         f = 0.5 * x * (1.0 + tanh)
@@ -76,22 +81,19 @@ def activate_plain(pre, KIND: tl.constexpr, ALPHA: tl.constexpr):
 
 @triton.jit
 def activate_backward(
-    gate,
-    up,
-    dact,
-    KIND: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr,
-):
-    """(act, dgate, dup) from gate, up and dact, all [M, I]; zero gradient where a clamp bites."""
-    raw_gate, raw_up = gate, up
+    gate, up, dact,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """(act, dgate, dup) from gate, up and dact, all [M, I]; clamped values get gradient 0."""
+    raw_gate = gate
+    raw_up = up
     if LIMIT is not None:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
     f, df = _f_and_df(gate, KIND, ALPHA)
     act = f * (up + UP_SHIFT)
-    dgate, dup = dact * df * (up + UP_SHIFT), dact * f
+    dgate = dact * df * (up + UP_SHIFT)
+    dup = dact * f
     if LIMIT is not None:
         dgate = tl.where(raw_gate > LIMIT, 0.0, dgate)
         dup = tl.where(tl.abs(raw_up) > LIMIT, 0.0, dup)
@@ -100,14 +102,18 @@ def activate_backward(
 
 @triton.jit
 def activate_plain_backward(pre, dact, KIND: tl.constexpr, ALPHA: tl.constexpr):
-    """(act, dpre) of an ungated pre-activation."""
+    """(act, dpre) from an ungated pre-activation and dact, all [M, I]."""
     f, df = _f_and_df(pre, KIND, ALPHA)
     return f, dact * df
 
 
 def activation_constants(activation: Activation) -> dict:
-    """The constexprs that say an activation to a kernel."""
+    """The fields of an activation as a kernel's constexprs."""
     return {
-        "KIND": activation.kind, "GATED": activation.gated, "INTERLEAVED": activation.interleaved,
-        "LIMIT": activation.limit, "ALPHA": activation.alpha, "UP_SHIFT": activation.up_shift,
-    }  # fmt: skip
+        "KIND": activation.kind,
+        "GATED": activation.gated,
+        "INTERLEAVED": activation.interleaved,
+        "LIMIT": activation.limit,
+        "ALPHA": activation.alpha,
+        "UP_SHIFT": activation.up_shift,
+    }

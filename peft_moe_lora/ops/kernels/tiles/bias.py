@@ -1,4 +1,4 @@
-"""<bias[e], dout[t]> of each row: what the down projection's bias adds to the gradient of a routing weight."""
+"""<bias[e], dout[t]> of each row: the part of the down bias in the gradient of a routing weight."""
 
 import triton
 import triton.language as tl
@@ -9,9 +9,13 @@ def bias_times_dout(
     bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
     stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """<bias[e], dout[t]> of each of `rows`: what the down bias has in the gradient of its routing weight."""
+    """<bias[e], dout[t]> [M] in fp32 of rows [M]; 0 where `routed` [M] is false.
+
+    BLOCK columns of bias [E, H] and dout [T, H] are read at a time.
+    """
     experts = tl.arange(0, E_PADDED)
     ends = tl.load(expert_offsets_ptr + 1 + experts, mask=experts < E, other=2**31 - 1)
+    # the expert of a row is the number of experts whose rows end before it
     e = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1).to(tl.int64)[:, None]
     tokens = tl.load(row_token_ptr + rows, mask=routed, other=0).to(tl.int64)[:, None]
     products = tl.zeros((rows.shape[0], BLOCK), dtype=tl.float32)

@@ -1,4 +1,4 @@
-"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, laid out as the weight beside it."""
+"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, in the memory order of the weight beside it."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ import triton.language as tl
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
 
-# of a tile, whatever the rank
+# elements of a tile, for any rank
 ELEMENTS = 4096
 
 
@@ -30,24 +30,30 @@ def _cast_kernel(
 
 
 def cast_as_weight(lora_B: torch.Tensor, dtype: torch.dtype, k_unit: bool) -> torch.Tensor:
-    """lora_B in `dtype` with its r stride 1 where k_unit, else its N stride; itself where it is so already.
+    """lora_B in `dtype`, with stride 1 along r where k_unit, else along N.
 
-    Cast in every call, not once per version of the parameter: an optimizer that writes through a raw pointer (paged
-    and 8-bit ones do) leaves the version as it was, and the copy would go on training with old numbers. It moves about
-    two hundredths of the bytes that the product does.
+    If lora_B is so already, it is returned. B is cast in every call: a copy kept for each version
+    of the parameter could go stale, because paged and 8-bit optimizers write through a raw pointer,
+    which leaves the version as it was. The cast moves about 2 % of the bytes of the product.
 
     Args:
         lora_B: [E, N, r], any strides and float dtype.
+        k_unit: whether the weight [E, N, K] beside it has stride 1 along K.
     """
     E, N, r = lora_B.shape
-    if lora_B.dtype == dtype and lora_B.stride(2 if k_unit else 1) == 1:
+    contiguous = 1
+    if k_unit:
+        contiguous = 2
+    if lora_B.dtype == dtype and lora_B.stride(contiguous) == 1:
         return lora_B
-    out = torch.empty((E, N, r) if k_unit else (E, r, N), dtype=dtype, device=lora_B.device)
-    out = out if k_unit else out.transpose(1, 2)
+    if k_unit:
+        out = torch.empty(E, N, r, dtype=dtype, device=lora_B.device)
+    else:
+        out = torch.empty(E, r, N, dtype=dtype, device=lora_B.device).transpose(1, 2)
     R = power_of_2(r)
     block_n = max(1, ELEMENTS // R)
 
-    def rest():
+    def rest() -> tuple[tuple, dict]:
         constants = {"R": R, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
         return (N, r, *lora_B.stride(), *out.stride()), constants
 

@@ -1,14 +1,16 @@
-"""out[e] = sum over the chunks c of e of partial[c]: an expert's rows are cut in chunks, whose sums are added.
+"""out[e] = sum over the chunks c of expert e of partial[c]: sums over an expert's rows, in parts.
 
-An operation that sums over the rows of each expert gives one program one chunk of rows, so that an expert with most of
-the rows is the work of many programs. An expert of one chunk is written to the output directly. The chunks of the
-others leave partial sums, which a second kernel adds in a fixed order: no atomics, so a result repeats bit by bit.
+The rows of each expert are cut into chunks, and a chunk is the work of one program (for each output
+tile). So an expert with most of the rows is the work of many programs. An expert with a single
+chunk is written to the output directly. The programs of other experts write partial sums, and a
+second kernel adds these in a fixed order, without atomics: results are the same in every run.
 
 Legend:
-    chunk c < E: the first chunk of expert c, found without a search. From E on the further chunks follow, expert by
-        expert. There are at most E + M // CHUNK chunks, whatever the routing.
-    CHUNK: rows of the largest chunk
-    partial_ptr [max_chunks, small, wide] fp32: sums of the chunks of experts that have more than one
+    chunk c < E: the first chunk of expert c, whose program finds its rows without a search
+    chunks c >= E: the further chunks, ordered by expert. There are at most E + M // CHUNK chunks
+        for any routing.
+    CHUNK: most rows of a chunk
+    partial_ptr [max_chunks, small, wide] fp32: the sums of each chunk, of experts with several
 """
 
 import torch
@@ -19,11 +21,11 @@ from ...routing import Routing
 from ..launching.launch import launch
 from ..launching.table import ceil_div, power_of_2
 
-# elements of a program's tile of sums: several chunks of it are in registers at once
+# elements of an output tile of one program, which holds this tile of several chunks in registers
 SUM_ELEMENTS = 128 * 16
-# chunks that are loaded while as many are added: an expert with most of the rows has hundreds
+# chunks that are added while the same number is being loaded
 TOGETHER = tl.constexpr(4)
-# programs that fill the device several times over, with products and with sums
+# programs that keep a large GPU busy: of the kernels that leave partial sums, and of their sum
 PROGRAMS = 1024
 SUM_PROGRAMS = 1024
 
@@ -39,8 +41,9 @@ def _further_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.con
 
 @triton.jit
 def chunk_of(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
-    """(expert, E for none; which of its chunks) of a chunk."""
-    e, index = chunk, 0
+    """(expert, index among its chunks) of a chunk; the expert is E if there is no such chunk."""
+    e = chunk
+    index = 0
     if chunk >= E:
         further_end = tl.cumsum(_further_chunks(expert_offsets_ptr, E, CHUNK, E_PADDED), axis=0)
         passed = further_end <= chunk - E
@@ -51,7 +54,10 @@ def chunk_of(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.con
 
 @triton.jit
 def _parts(partial_ptrs, e, second_chunk, first, chunks, offs_w, WIDE, mask_s, stride_pc):
-    """TOGETHER chunks of an expert, from its `first` on; zeros past its last."""
+    """TOGETHER tiles of partial sums of expert e, from its chunk `first` on; zeros past its last.
+
+    second_chunk: number of the expert's second chunk. chunks: how many it has.
+    """
     parts = ()
     for u in tl.static_range(TOGETHER):
         c = first + u
@@ -68,12 +74,12 @@ def _sum_chunks_kernel(
     CHUNK: tl.constexpr, E_PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_SMALL: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of wide * tiles of small, E / EXPERTS]: an expert's chunks in order, where it has several."""
+    """Grid [tiles of wide * tiles of small, E / EXPERTS]: one tile of EXPERTS experts."""
     first = tl.program_id(1) * EXPERTS
     experts = first + tl.arange(0, EXPERTS)
     starts = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    # most programs, where the routing is even
+    # where routing is even, most programs end here
     if tl.max(ends - starts, axis=0) <= CHUNK:
         return
     further = _further_chunks(expert_offsets_ptr, E, CHUNK, E_PADDED)
@@ -106,16 +112,22 @@ def _sum_chunks_kernel(
 
 
 def chunk_rows(M: int, E: int, tiles: int, block_m: int, arch: int) -> int:
-    """Rows of a chunk: an expert's, which leaves no partial sums; fewer where that leaves too few programs.
+    """CHUNK: enough rows that most experts have one chunk, but few enough that programs fill a GPU.
 
     Args:
-        M: rows of E experts.
-        tiles: programs of a chunk.
-        block_m: the least.
-        arch: 0 for the interpreter, where small experts have several chunks.
+        M: rows of all E experts.
+        tiles: output tiles, each of which is a program of every chunk.
+        block_m: lower bound of the result.
+        arch: compute capability times ten; 0 for the interpreter, where small experts, too, are to
+            have several chunks. Elsewhere 256 rows are the least.
     """
-    even, filling = 2 * ceil_div(M, E), 2 * ceil_div(M * tiles, PROGRAMS)
-    return max(block_m, power_of_2(min(even, filling)), 256 if arch else 1)
+    # twice an expert's rows when routing is even; twice a program's rows when PROGRAMS run
+    even = 2 * ceil_div(M, E)
+    filling = 2 * ceil_div(M * tiles, PROGRAMS)
+    least = 1
+    if arch:
+        least = 256
+    return max(block_m, power_of_2(min(even, filling)), least)
 
 
 def sum_chunks(
@@ -125,30 +137,31 @@ def sum_chunks(
     strides: tuple[int, int, int],
     chunk: int,
 ) -> None:
-    """Write the sums of the experts that have several chunks of rows into out.
+    """Add the partial sums of every expert that has several chunks, and write them to out.
 
     Args:
-        partial: [max_chunks, small, wide] fp32, either of the last two contiguous.
+        partial: [max_chunks, small, wide] fp32; one of the last two dimensions is contiguous.
         strides: of out by expert, by small and by wide index.
-        chunk: rows of the largest.
+        chunk: CHUNK, most rows of a chunk.
     """
-    E, (_, SMALL, WIDE) = routing.num_experts, partial.shape
+    E = routing.num_experts
+    _, SMALL, WIDE = partial.shape
     block_small = min(64, max(16, power_of_2(SMALL)))
     block_wide = SUM_ELEMENTS // block_small
     num_s = ceil_div(SMALL, block_small)
     tiles = ceil_div(WIDE, block_wide) * num_s
     experts = power_of_2(ceil_div(E * tiles, SUM_PROGRAMS))
-    constants = {
-        "CHUNK": chunk, "E_PADDED": power_of_2(E), "EXPERTS": experts, "BLOCK_SMALL": block_small,
-        "BLOCK_WIDE": block_wide,
-    }  # fmt: skip
+
+    def rest() -> tuple[tuple, dict]:
+        constants = {
+            "CHUNK": chunk,
+            "E_PADDED": power_of_2(E),
+            "EXPERTS": experts,
+            "BLOCK_SMALL": block_small,
+            "BLOCK_WIDE": block_wide,
+        }
+        return (E, SMALL, WIDE, num_s, *partial.stride(), *strides), constants
+
     key = "sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk, experts
     tensors = routing.expert_offsets, partial, out
-    fixed = E, SMALL, WIDE, num_s, *partial.stride(), *strides
-    launch(
-        key,
-        _sum_chunks_kernel,
-        (tiles, ceil_div(E, experts), 1),
-        tensors,
-        lambda: (fixed, constants),
-    )
+    launch(key, _sum_chunks_kernel, (tiles, ceil_div(E, experts), 1), tensors, rest)

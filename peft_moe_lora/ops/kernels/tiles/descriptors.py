@@ -1,15 +1,29 @@
-"""Tensor descriptors of what a linear kernel reads: rows x and xa, the weight, and B laid out as the weight."""
+"""Tensor descriptors of a linear kernel's operands: x [M, K], xa [M, r], W [E, N, K], B [E, N, r].
+
+A descriptor lets the GPU's copy engine load a box of a tensor. It needs an address and strides that
+are multiples of 16 bytes, and a last stride of 1; where an operand has others, no descriptor is
+made.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .cast import cast_as_weight
 
+# (tensor, shape, strides, box) -> descriptor; Triton and Gluon have a class each
+Make = Callable[[torch.Tensor, list[int], list[int], list[int]], Any]
 
-def make_descriptor(t: torch.Tensor, shape, strides, box, make):
-    """make(t, shape, strides, box), or None where the copy engine does not take these strides or this address."""
-    size = t.element_size()
-    if strides[-1] != 1 or t.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
+
+def make_descriptor(
+    t: torch.Tensor, shape: list[int], strides: list[int], box: list[int], make: Make
+) -> Any | None:
+    """make(t, shape, strides, box), or None where the address or the strides forbid it."""
+    if strides[-1] != 1 or t.data_ptr() % 16:
+        return None
+    if any(stride <= 0 or stride * t.element_size() % 16 for stride in strides[:-1]):
         return None
     return make(t, shape, strides, box)
 
@@ -20,52 +34,74 @@ def weight_descriptor(
     halves: int,
     block_n: int,
     block_k: int,
-    make=TensorDescriptor,
-):
-    """A descriptor of weight [E, N, K] that loads one tile, or None where its strides, alignment or halves forbid.
+    make: Make = TensorDescriptor,
+) -> Any | None:
+    """A descriptor of the weight [E, N, K] whose box is one tile, or None where there can be none.
 
     Args:
-        k_unit: whether a tile comes as [block_n, block_k], which asks for a K stride of 1, or as [block_k, block_n].
-        make: gives the descriptor of (tensor, shape, strides, box) that the kernel's language takes.
+        k_unit: whether the weight has stride 1 along K. If so, the descriptor is 4-D,
+            [E, halves, N / halves, K], and a tile [block_n, block_k]; else it is 3-D, [E, K, N], a
+            tile is [block_k, block_n], and halves must be 1.
+        halves: 2 where a tile has block_n / 2 columns of the gate half and as many of the up half.
+        make: the class of the descriptor, or a function that makes one.
     """
-    (E, N, K), (stride_e, stride_n, stride_k) = weight.shape, weight.stride()
+    E, N, K = weight.shape
+    stride_e, stride_n, stride_k = weight.stride()
     if k_unit:
+        shape = [E, halves, N // halves, K]
         strides = [stride_e, N // halves * stride_n, stride_n, stride_k]
         box = [1, halves, block_n // halves, block_k]
-        return make_descriptor(weight, [E, halves, N // halves, K], strides, box, make)
+        return make_descriptor(weight, shape, strides, box, make)
     if halves == 1:
-        return make_descriptor(
-            weight, [E, K, N], [stride_e, stride_k, stride_n], [1, block_k, block_n], make
-        )
+        strides = [stride_e, stride_k, stride_n]
+        return make_descriptor(weight, [E, K, N], strides, [1, block_k, block_n], make)
     return None
 
 
-def row_descriptor(x: torch.Tensor, block_m: int, block_k: int, make=TensorDescriptor):
-    """A descriptor of rows x [M, K] that loads one tile, or None where strides or alignment forbid."""
+def row_descriptor(
+    x: torch.Tensor, block_m: int, block_k: int, make: Make = TensorDescriptor
+) -> Any | None:
+    """A descriptor of rows x [M, K] whose box is [block_m, block_k], or None if impossible."""
     return make_descriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], make)
 
 
 def operand_descriptors(
-    x, weight, xa, lora_B, k_unit, halves, rows, block_n, block_k, make=TensorDescriptor
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    xa: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    k_unit: bool,
+    halves: int,
+    rows: int,
+    block_n: int,
+    block_k: int,
+    make: Make = TensorDescriptor,
 ) -> tuple | None:
-    """Descriptors of x, weight, xa and B, or None: one cannot be made. None in place of what there is not.
+    """(x, weight, xa, B) as descriptors, None for an absent operand; None if one cannot be made.
+
+    B is cast to the dtype of xa, in the memory order of the weight (`cast_as_weight`).
 
     Args:
         x: None where rows are gathered.
-        halves: of the columns of a tile, as for `weight_descriptor`.
-        rows: of a box of x and xa.
+        halves: as for `weight_descriptor`.
+        rows: rows of a box of x and xa.
         make: as for `weight_descriptor`.
     """
-    rank = xa is not None and xa.shape[1] > 0
-    columns = k_unit, halves, block_n, block_k, make
-    found = [
-        None if x is None else row_descriptor(x, rows, block_k, make),
-        weight_descriptor(weight, *columns),
-    ]
-    if (found[0] is None and x is not None) or found[1] is None:
+    tile = k_unit, halves, block_n, block_k, make
+    x_desc = None
+    if x is not None:
+        x_desc = row_descriptor(x, rows, block_k, make)
+        if x_desc is None:
+            return None
+    weight_desc = weight_descriptor(weight, *tile)
+    if weight_desc is None:
         return None
-    if not rank:
-        return *found, None, None
+    if xa is None or xa.shape[1] == 0:
+        return x_desc, weight_desc, None, None
     xa_desc = row_descriptor(xa, rows, block_k, make)
-    factor = xa_desc and weight_descriptor(cast_as_weight(lora_B, xa.dtype, k_unit), *columns)
-    return factor and (*found, xa_desc, factor)
+    if xa_desc is None:
+        return None
+    lora_B_desc = weight_descriptor(cast_as_weight(lora_B, xa.dtype, k_unit), *tile)
+    if lora_B_desc is None:
+        return None
+    return x_desc, weight_desc, xa_desc, lora_B_desc

@@ -1,15 +1,19 @@
-"""mask[m, k] = 0 or 1 / (1 - p), a function of (seed, slot of row m, column k) alone: nothing is stored.
+"""mask[m, k] = 0 or 1 / (1 - p), computed from (seed, slot of row m, column k), never stored.
 
 Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
 Twin: `reference.dropout_mask`.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from ...dropout import Dropout
 
 
 @triton.jit
 def _mix(h):
+    """lowbias32 of uint32 h."""
     h = h ^ (h >> 16)
     h = h * 0x7FEB352D
     h = h ^ (h >> 15)
@@ -23,7 +27,14 @@ def dropout_mask(seed_ptr, slots, columns, P: tl.constexpr):
     seed = tl.load(seed_ptr).to(tl.uint32)
     row_hash = _mix(slots.to(tl.uint32) ^ seed)
     h = _mix(columns.to(tl.uint32)[None, :] ^ row_hash[:, None])
-    # through int64: as a literal the threshold's type would change with its size
+    # compared as int64: the type of a literal threshold would depend on its size
     keep = h.to(tl.int64) >= tl.full((), P * 4294967296.0, tl.float64).to(tl.int64)
     scale: tl.constexpr = 1.0 / (1.0 - P)
     return tl.where(keep, scale, 0.0)
+
+
+def probability_and_seed(dropout: Dropout | None) -> tuple[float, torch.Tensor | None]:
+    """(P, the tensor of seed_ptr) of a dropout; (0.0, None) without one."""
+    if dropout is None:
+        return 0.0, None
+    return dropout.p, dropout.seed

@@ -1,37 +1,50 @@
-"""acc[m, n] = mask * (B[e] xa[m]) + bias[e] + W[e] x[row]: one tile of one expert, shared by the three linear kernels.
+"""acc[m, n] = mask * (B[e] xa[m]) + bias[e] + W[e] x[row]: one output tile of one expert.
+
+Shared by `linear` and `linear_act`; other linear kernels use the same order of tiles and tile table.
 
 Legend, of one tile:
-    e: expert             rows [BLOCK_M]: rows of xa and of the output, clamped to the expert's last
-    x_rows [BLOCK_M]: rows of x, tokens where it is gathered    cols [BLOCK_N]: columns of weight, bias and lora_B
-    HALVES: 2 where a tile holds the same BLOCK_N / 2 columns of a gate half and of an up half, else 1
-    n0: first column within a half              width: columns of a half
-    weight_desc: 4-D descriptor [E, HALVES, width, K] where K_UNIT, else 3-D [E, K, N]; None to load by pointers
-    codes: as in `decode_4bit`, where weight_ptr points to packed bytes; its first is None where W is dense
-With a mask the low-rank term stands first: the accumulator it leaves is masked, and the K loop goes on with it.
+    e: the tile's expert
+    rows [BLOCK_M]: rows of xa and of the output; past the expert's last row, that last row again
+    x_rows [BLOCK_M]: rows of x, which are tokens where x is gathered
+    cols [BLOCK_N]: columns of weight, bias and lora_B
+    HALVES: 2 where a tile holds BLOCK_N / 2 columns of the gate half and as many of the up half
+    width: columns of a half       n0: the tile's first column within a half
+    weight_desc: descriptor [E, HALVES, width, K] where K_UNIT, else [E, K, N]; None: pointers
+    codes, FORMAT: as in `decode_4bit`, where weight_ptr points to packed bytes; codes[0] is None
+        for a dense weight
+With dropout the low-rank term is computed first and masked in the accumulator, to which the K loop
+then adds.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from ...quantized import QuantizedWeight
 from ..codes.product_4bit import add_product_4bit
 from ..launching.table import device_facts, lookup
 from .descriptors import weight_descriptor
 from .dropout import dropout_mask
 
-# bytes of an expert's weight past which it is no small one, of which many stay in L2 at once, and past which it is a
-# large one, that does not stay there while its rows pass: then tiles of many rows go together
+# an expert is small up to the first number of bytes, and large above the second. L2 holds several
+# small experts; it does not hold a large one until all of its row tiles have read it. The table has
+# a GROUP for small, middle-sized and large experts
 EXPERT_BYTES = 12 * 2**20, 32 * 2**20
-# past this K half tiles do not pay: programs that end early fall out of step, and rows leave L2 before their sharers
-# come (K=7168: 6.5 ms without, 7.1 with; K=2048 to 4096: 1 to 7 % less with; NVIDIA H200, 2026-11-21)
+# half tiles (TAIL) are used up to this K: K=7168 took 7.1 ms with them and 6.5 without (NVIDIA
+# H200, 2026-11-21; docs/performance.md)
 TAIL_MAX_K = 5120
 
 
 @triton.jit
 def position(t, num_tiles, num_n, GROUP: tl.constexpr):
-    """(row tile, column tile) of output tile t: GROUP row tiles share each weight tile before the next one is read."""
+    """(row tile, column tile) of output tile t.
+
+    GROUP consecutive row tiles take the same column tile, so that they share a weight tile in L2,
+    before all of them go on to the next column tile.
+    """
     first = t // (GROUP * num_n) * GROUP
     size = tl.maximum(tl.minimum(num_tiles - first, GROUP), 1)
     within = t % (GROUP * num_n)
@@ -40,20 +53,20 @@ def position(t, num_tiles, num_n, GROUP: tl.constexpr):
 
 @triton.jit
 def table_size(tiles_ptr, lines):
-    """Number of row tiles in a table of so many lines."""
+    """Number of row tiles in a tile table of `lines` lines."""
     return tl.load(tiles_ptr + 2 * lines - 3)
 
 
 @triton.jit
 def table_line(tiles_ptr, tile):
-    """(expert, first row, end) of a row tile."""
+    """(expert, first row, end of rows) of a row tile, from the tile table."""
     line = tiles_ptr + 2 * tile
     return tl.load(line), tl.load(line + 1), tl.load(line + 3)
 
 
 @triton.jit
 def tile_columns(n0, width, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
-    """Columns [BLOCK_N] of a tile, and which of them exist."""
+    """Columns [BLOCK_N] of the tile that begins at n0 in each half, and which of them exist."""
     j = tl.arange(0, BLOCK_N)
     if HALVES == 1:
         return n0 + j, n0 + j < width
@@ -63,16 +76,19 @@ def tile_columns(n0, width, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The left and the right half [ROWS, WIDTH] of a tile's columns."""
+    """The left and the right half, [ROWS, WIDTH] each, of a tile [ROWS, 2 * WIDTH]."""
     return tl.split(tile.reshape(ROWS, 2, WIDTH).permute(0, 2, 1))
 
 
 @triton.jit
 def _low_rank_factors(
-    xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
-    BLOCK_R: tl.constexpr,
+    xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn,
+    stride_br, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Ranks r0 up to r0 + BLOCK_R of xa [M, R] and of B [R, N], undefined past r; which ranks exist."""
+    """xa [M, BLOCK_R], B [BLOCK_R, N] and the mask [BLOCK_R] of ranks r0 up to r0 + BLOCK_R.
+
+    The mask is false from rank r on, where xa and B are undefined.
+    """
     offs_r = r0 + tl.arange(0, BLOCK_R)
     xa_ptrs = xa_ptr + rows.to(tl.int64)[:, None] * stride_xam + offs_r[None, :] * stride_xar
     # int64: a column times r * E passes 2**31
@@ -85,7 +101,7 @@ def _low_rank_factors(
 
 @triton.jit
 def _add_low_rank(acc, xa, lora_B, mask_r, PRECISION: tl.constexpr):
-    """acc + B xa.  [M, R] @ [R, N] -> [M, N]"""
+    """acc + B xa over the ranks of mask_r.  [M, R] @ [R, N] -> [M, N]"""
     xa = tl.where(mask_r[None, :], xa, 0.0)
     lora_B = tl.where(mask_r[:, None], lora_B.to(xa.dtype), 0.0)
     return tl.dot(xa, lora_B, acc, input_precision=PRECISION)
@@ -93,32 +109,33 @@ def _add_low_rank(acc, xa, lora_B, mask_r, PRECISION: tl.constexpr):
 
 @triton.jit
 def tile_product(
-    x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr, row_slot_ptr,
-    e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
-    stride_biase, stride_biasn,
-    P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
+    x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr,
+    row_slot_ptr, e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
+    stride_bn, stride_br, stride_biase, stride_biasn,
+    P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] fp32 of the formula above."""
+    """acc [BLOCK_M, BLOCK_N] in fp32: the formula of this file."""
     expert = e
     # int64: an expert index times a stride passes 2**31
     e = e.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # small factors are loaded ahead of the K loop, which hides their latency, and multiplied after it
+    # factors of rank 16 are loaded before the K loop, which hides the latency, and used after it
     LATE: tl.constexpr = xa_ptr is not None and P == 0 and R == 16
     BLOCK_R: tl.constexpr = min(R, 32)
     if LATE:
         xa, lora_B, mask_r = _low_rank_factors(
-            xa_ptr, lora_B_ptr, e, rows, cols, mask_n, 0, r, stride_xam, stride_xar, stride_be, stride_bn, stride_br,
-            BLOCK_R,
+            xa_ptr, lora_B_ptr, e, rows, cols, mask_n, 0, r, stride_xam, stride_xar, stride_be,
+            stride_bn, stride_br, BLOCK_R,
         )  # fmt: skip
     elif xa_ptr is not None:
-        # not unrolled: the compiler would load all ranks at once, and spill
+        # not unrolled: the compiler would load all ranks at once and spill registers
         for r0 in tl.range(0, R, BLOCK_R, num_stages=2):
             xa, lora_B, mask_r = _low_rank_factors(
-                xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn,
-                stride_br, BLOCK_R,
+                xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar,
+                stride_be, stride_bn, stride_br, BLOCK_R,
             )  # fmt: skip
             acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
         if P > 0:
@@ -131,8 +148,8 @@ def tile_product(
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
     if codes[0] is not None:
         acc = add_product_4bit(
-            acc, x_ptrs, weight_ptr, codes, e, cols, mask_n, K, stride_xk, stride_we, stride_wn, stride_wk, PRECISION,
-            BLOCK_N, BLOCK_K, K_UNIT, FORMAT,
+            acc, x_ptrs, weight_ptr, codes, e, cols, mask_n, K, stride_xk, stride_we, stride_wn,
+            stride_wk, PRECISION, BLOCK_N, BLOCK_K, K_UNIT, FORMAT,
         )  # fmt: skip
     else:
         weight_ptrs = weight_ptr + e * stride_we + cols.to(tl.int64)[None, :] * stride_wn
@@ -161,31 +178,56 @@ def tile_product(
 
 
 @cache
-def _blocks(op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, size: int):
-    """(programs a multiprocessor, whether by descriptor, constexprs), or None: no row for this K or these experts."""
+def _blocks(
+    op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, size: int
+) -> tuple[int, bool, dict] | None:
+    """(programs of a multiprocessor, whether by descriptor, constexprs) of a linear kernel.
+
+    Args:
+        size: 0 for small experts, 1, 2 for large ones (`EXPERT_BYTES`).
+    Returns: None if the table has no row for this K and these experts.
+    """
     row = lookup(op, arch, itemsize, block_m)
     if row is None or K > row.get("MAX_K", K) or row["GROUP"][size] is None:
         return None
     blocks = {name: value for name, value in row.items() if name != "MAX_K"}
-    per_sm, by_descriptor = blocks.pop("PER_SM"), blocks.pop("DESCRIPTOR")
+    per_sm = blocks.pop("PER_SM")
+    by_descriptor = blocks.pop("DESCRIPTOR")
     blocks |= {"BLOCK_M": block_m, "GROUP": blocks["GROUP"][size], "K_UNIT": k_unit}
     if "TAIL" in blocks:
         blocks |= {"TAIL": blocks["TAIL"] and K <= TAIL_MAX_K, "EVEN_K": K % blocks["BLOCK_K"] == 0}
     return per_sm, by_descriptor, blocks
 
 
-def linear_blocks(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int):
-    """(programs, whether by descriptor, constexprs) of a linear kernel over this x and weight, or None: no row."""
-    arch, sms = device_facts(x.device)
+def linear_blocks(
+    op: str, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, block_m: int
+) -> tuple[int, bool, dict] | None:
+    """(programs, whether by descriptor, constexprs) of a linear kernel over x and weight [E, N, K].
+
+    Returns: None if the table has no row for them.
+    """
+    arch, multiprocessors = device_facts(x.device)
     stride_e, _, stride_k = weight.stride()
-    size = sum(stride_e * weight.dtype.itemsize > bytes_ for bytes_ in EXPERT_BYTES)
+    expert_bytes = stride_e * weight.dtype.itemsize
+    size = sum(expert_bytes > bound for bound in EXPERT_BYTES)
     found = _blocks(op, arch, x.element_size(), block_m, weight.shape[2], stride_k == 1, size)
-    return found and (sms * found[0], *found[1:])
+    if found is None:
+        return None
+    per_sm, by_descriptor, blocks = found
+    return multiprocessors * per_sm, by_descriptor, blocks
 
 
-def launch_facts(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int, halves: int = 1):
-    """(programs, constexprs, weight descriptor) of a linear kernel over this x and weight."""
-    programs, by_descriptor, blocks = linear_blocks(op, x, weight, block_m)
+def launch_facts(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    block_m: int,
+    halves: int = 1,
+) -> tuple[int, dict, Any | None]:
+    """(programs, constexprs, weight descriptor or None) of a linear kernel over x and weight."""
+    found = linear_blocks(op, x, weight, block_m)
+    assert found is not None, f"{op} has no row for compute capability and dtype"
+    programs, by_descriptor, blocks = found
     descriptor = None
     if by_descriptor:
         descriptor = weight_descriptor(
@@ -195,5 +237,14 @@ def launch_facts(op: str, x: torch.Tensor, weight: torch.Tensor, block_m: int, h
 
 
 def strides_or_zeros(t: torch.Tensor | None, ndim: int) -> tuple[int, ...]:
-    """The strides of an argument that may be absent."""
-    return (0,) * ndim if t is None else t.stride()
+    """The strides of an argument that may be None; zeros for None."""
+    if t is None:
+        return (0,) * ndim
+    return t.stride()
+
+
+def rank_of(xa: torch.Tensor | None) -> int:
+    """r of xa [M, r]; 0 without a low-rank term."""
+    if xa is None:
+        return 0
+    return xa.shape[1]
