@@ -48,7 +48,7 @@ def _act_backward_kernel(
         if GATED:
             pre_ptrs = pre_ptr + rows * stride_prem
             if INTERLEAVED:
-                # one load of (gate, up) pairs: a load of each would use every second element
+                # gate and up are loaded as pairs: a load of one would use every second element
                 pair_cols = (2 * i + tl.arange(0, 2 * BLOCK_I))[None, :]
                 mask_pairs = routed[:, None] & (pair_cols < 2 * I)
                 pairs = tl.load(pre_ptrs + pair_cols * stride_pren, mask=mask_pairs, other=0.0)
@@ -119,7 +119,7 @@ def expert_act_backward(
     arch, _ = device_facts(pre.device)
     blocks = find("act_backward", arch, pre.element_size(), 16)
     if activation.interleaved:
-        # a load of pairs is as wide as a load of one half is elsewhere
+        # half as many columns, because a load of pairs is twice as wide
         blocks = {**blocks, "BLOCK_I": blocks["BLOCK_I"] // 2}
 
     def rest() -> tuple[tuple, dict]:

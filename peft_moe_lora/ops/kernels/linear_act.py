@@ -1,6 +1,7 @@
 """pre[m] = W[e] x[row] + bias[e] + B[e] xa[m]; act[m] = f(gate) * (up + up_shift).
 
-gate and up are the halves of pre, or its alternate columns; row = row_token[m] where x is gathered, else m.
+gate and up are the halves of pre, or its alternate columns; row = row_token[m] where x is gathered,
+else m.
 
 A tile holds the same columns of the gate half and of the up half, so the activation is part of the
 product's epilogue.

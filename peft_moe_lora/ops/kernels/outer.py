@@ -8,6 +8,8 @@ A program sums over one chunk of an expert's rows, for one tile [wide, small] of
 `chunks` says what a chunk is, and adds the sums of experts with several.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -74,8 +76,14 @@ def _outer_kernel(
             next_tokens = _of_rows(row_token_ptr, next_rows, end)
         if row_weights_ptr is not None:
             next_w = tl.load(row_weights_ptr + next_slots, mask=next_rows < end, other=0.0)
-        small_rows = (tokens if GATHER_SMALL else rows).to(tl.int64)
-        wide_rows = (tokens if GATHER_WIDE else rows).to(tl.int64)
+        small_rows = rows
+        wide_rows = rows
+        if GATHER_SMALL:
+            small_rows = tokens
+        if GATHER_WIDE:
+            wide_rows = tokens
+        small_rows = small_rows.to(tl.int64)
+        wide_rows = wide_rows.to(tl.int64)
         small_ptrs = small_ptr + small_rows[:, None] * stride_sm + offs_s[None, :] * stride_ss
         wide_ptrs = wide_ptr + wide_rows[:, None] * stride_wm + offs_w[None, :] * stride_ww
         small = tl.load(small_ptrs, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [M, small]
@@ -109,6 +117,43 @@ def _outer_kernel(
         tl.store(partial_ptrs, acc, mask=mask)
 
 
+class _Sides(NamedTuple):
+    """left and right by their width, and the strides of out by expert, small and wide index."""
+
+    small: torch.Tensor
+    wide: torch.Tensor
+    gather_small: bool
+    gather_wide: bool
+    strides: tuple[int, int, int]
+
+
+def _sides(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    out: torch.Tensor,
+    gather_left: bool,
+    gather_right: bool,
+    dropout: Dropout | None,
+) -> _Sides:
+    """Which of left and right is the small side, and which the wide one."""
+    stride_e, stride_p, stride_q = out.stride()
+    # the kernel computes the mask on the wide side, so with dropout right is the wide side
+    if dropout is not None or left.shape[1] <= right.shape[1]:
+        return _Sides(left, right, gather_left, gather_right, (stride_e, stride_p, stride_q))
+    return _Sides(right, left, gather_right, gather_left, (stride_e, stride_q, stride_p))
+
+
+def _block_sizes(sides: _Sides, arch: int) -> dict:
+    """The constexprs of the kernel's blocks: the table's, fitted to the rank."""
+    op = "outer"
+    if sides.gather_wide:
+        op = "outer_gathered"
+    blocks = dict(find(op, arch, sides.small.element_size(), 16))
+    blocks["BLOCK_SMALL"] = min(64, max(16, power_of_2(sides.small.shape[1])))
+    blocks["BLOCK_WIDE"] = min(blocks["BLOCK_WIDE"], SUMS // blocks["BLOCK_SMALL"])
+    return blocks
+
+
 def expert_outer(
     left: torch.Tensor,
     right: torch.Tensor,
@@ -132,31 +177,15 @@ def expert_outer(
     Twin: `reference.expert_outer`.
     """
     M = routing.num_rows
-    E, P, Q = out.shape
+    E = out.shape[0]
     if M == 0:
         return out.zero_()
-    # the mask is computed on the wide side, so right is the wide side where there is dropout
-    if dropout is not None or P <= Q:
-        small = left
-        wide = right
-        gather_small = gather_left
-        gather_wide = gather_right
-        strides = out.stride()
-    else:
-        small = right
-        wide = left
-        gather_small = gather_right
-        gather_wide = gather_left
-        strides = out.stride(0), out.stride(2), out.stride(1)
+    sides = _sides(left, right, out, gather_left, gather_right, dropout)
+    small, wide, gather_small, gather_wide, strides = sides
     SMALL = small.shape[1]
     WIDE = wide.shape[1]
     arch, _ = device_facts(left.device)
-    op = "outer"
-    if gather_wide:
-        op = "outer_gathered"
-    blocks = dict(find(op, arch, left.element_size(), 16))
-    blocks["BLOCK_SMALL"] = min(64, max(16, power_of_2(SMALL)))
-    blocks["BLOCK_WIDE"] = min(blocks["BLOCK_WIDE"], SUMS // blocks["BLOCK_SMALL"])
+    blocks = _block_sizes(sides, arch)
     num_s = ceil_div(SMALL, blocks["BLOCK_SMALL"])
     tiles = ceil_div(WIDE, blocks["BLOCK_WIDE"]) * num_s
     chunk = chunk_rows(M, E, tiles, blocks["BLOCK_M"], arch)
@@ -166,9 +195,8 @@ def expert_outer(
     partial = torch.empty(several * max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
     precision = dot_precision(left.dtype)
     p, seed = probability_and_seed(dropout)
-    weights = None
     if row_weights is not None:
-        weights = row_weights.contiguous()
+        row_weights = row_weights.contiguous()
 
     def rest() -> tuple[tuple, dict]:
         constants = {
@@ -184,11 +212,11 @@ def expert_outer(
 
     key = (
         "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"],
-        facts(small, wide, weights), gather_small, gather_wide, p, precision,
+        facts(small, wide, row_weights), gather_small, gather_wide, p, precision,
     )  # fmt: skip
     tensors = (
-        small, wide, weights, seed, routing.row_token, routing.row_slot, routing.expert_offsets,
-        partial, out,
+        small, wide, row_weights, seed, routing.row_token, routing.row_slot,
+        routing.expert_offsets, partial, out,
     )  # fmt: skip
     launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
     if several:

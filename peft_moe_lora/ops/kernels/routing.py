@@ -79,8 +79,8 @@ def _write_tiles(
     rows_end = tl.cumsum(totals, axis=0)
     num_tiles = tl.max(tiles_end, axis=0)
     t = first_tile + tl.arange(0, TILES_BLOCK)
-    # the experts all of whose tiles come before t: their number is the expert of t, and where their
-    # rows and tiles end, those of t's expert begin
+    # passed: experts whose tiles all come before tile t. Their number is the expert of t, whose
+    # rows and tiles begin where theirs end
     passed = tiles_end[None, :] <= t[:, None]
     expert = tl.sum(passed.to(tl.int32), axis=1)
     first_row = tl.max(tl.where(passed, rows_end[None, :], 0), axis=1)
@@ -105,8 +105,8 @@ def _place_kernel(
         slots = pid * BLOCK + tl.arange(0, BLOCK)
         ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
         mask = slots < S
-        # the first row of this block for each expert goes through memory, since each slot has to
-        # look up its expert, and Triton does not index one tensor by another
+        # the block's first row of each expert is written to memory and read back, because every
+        # slot looks up its own expert's, and Triton does not index one tensor by another
         experts = tl.arange(0, E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
         starts_ptr = counts_ptr + pid * (E + 1)

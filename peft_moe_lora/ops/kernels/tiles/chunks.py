@@ -121,7 +121,7 @@ def chunk_rows(M: int, E: int, tiles: int, block_m: int, arch: int) -> int:
         arch: compute capability times ten; 0 for the interpreter, where small experts, too, are to
             have several chunks. Elsewhere 256 rows are the least.
     """
-    # twice an expert's rows when routing is even; twice a program's rows when PROGRAMS run
+    # twice the rows of an expert when routing is even, and of a program when PROGRAMS of them run
     even = 2 * ceil_div(M, E)
     filling = 2 * ceil_div(M * tiles, PROGRAMS)
     least = 1
