@@ -1,7 +1,7 @@
 """mask[m, k] = 0 or 1 / (1 - p), computed from (seed, slot of row m, column k), never stored.
 
 Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
-Twin: `reference.dropout_mask`.
+Twin: `ops.dropout.dropout_mask`.
 """
 
 import torch
