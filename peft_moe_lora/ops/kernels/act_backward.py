@@ -62,8 +62,8 @@ def _act_backward_kernel(
             dgate = dgate.to(dpre_ptr.dtype.element_ty)
             dup = dup.to(dpre_ptr.dtype.element_ty)
             if INTERLEAVED:
-                dpairs = tl.interleave(dgate, dup)
-                tl.store(dpre_ptr + rows * N + pair_cols, dpairs, mask=mask_pairs)
+                dpre_ptrs = dpre_ptr + rows * N + pair_cols
+                tl.store(dpre_ptrs, tl.interleave(dgate, dup), mask=mask_pairs)
             else:
                 tl.store(dpre_ptr + rows * N + cols, dgate, mask=mask)
                 tl.store(dpre_ptr + rows * N + I + cols, dup, mask=mask)

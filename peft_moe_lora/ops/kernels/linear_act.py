@@ -70,13 +70,15 @@ def _linear_act_tile(
     mask_i = mask_m & (offs_i < I)[None, :]
     act_ptrs = act_ptr + rows_out * I + offs_i[None, :]
     if not GATED:
+        mask_pre = mask_m & mask_n[None, :]
         pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
-        tl.store(pre_ptrs, acc.to(dtype), mask=mask_m & mask_n[None, :])
+        tl.store(pre_ptrs, acc.to(dtype), mask=mask_pre)
         tl.store(act_ptrs, activate_plain(acc, KIND, ALPHA).to(dtype), mask=mask_i)
     else:
         if INTERLEAVED:
+            mask_pre = mask_m & mask_n[None, :]
             pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
-            tl.store(pre_ptrs, acc.to(dtype), mask=mask_m & mask_n[None, :])
+            tl.store(pre_ptrs, acc.to(dtype), mask=mask_pre)
             gate, up = tl.split(acc.reshape(BLOCK_M, BLOCK_I, 2))
         else:
             gate, up = halves(acc, BLOCK_M, BLOCK_I)
