@@ -290,3 +290,15 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
         if not re.match(r"\w+:", target):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_names_of_the_glossary_are_used():
+    used = set()
+    for file in PACKAGE.rglob("*.py"):
+        used |= set(re.findall(r"\w+", file.read_text(encoding="utf-8")))
+    for table in (
+        table for found in tables(ROOT / "docs" / "glossary.md").values() for table in found
+    ):
+        for row in table:
+            for name in re.findall(r"`(\w+)`", row["name"]):
+                assert name in used, f"nothing is called {name}"
