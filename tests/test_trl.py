@@ -3,10 +3,7 @@
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -26,9 +23,9 @@ from helpers import (
     moe_lora,
     tiny_model,
 )
+from helpers.scripts import EXAMPLES, run_example
 from peft_moe_lora import MoELoraConfig
 
-ROOT = Path(__file__).parents[1]
 TARGETS = ["experts", "q_proj", "v_proj"]
 NAMES = SFTConfig.__dataclass_fields__
 CHECKPOINTING = (
@@ -46,7 +43,7 @@ def device(request):
 @pytest.fixture
 def tokenizer(monkeypatch):
     """One token a byte, and a chat template."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(EXAMPLES)
     made = importlib.import_module("tiny").make_tokenizer(["a"], vocab_size=257)
     made.chat_template = (
         "{% for m in messages %}{{ m['role'][0] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -259,15 +256,7 @@ def test_dpo_switches_dropout_off_when_told_to(device, disable, tokenizer, tmp_p
 # ---- the example ---------------------------------------------------------------------------------
 
 
-def example(*arguments, ok=True):
-    """Run the example as its users do, from a shell."""
-    command = [sys.executable, str(ROOT / "examples" / "trl_sft.py"), *map(str, arguments)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
+example = partial(run_example, "trl_sft.py")
 
 
 @pytest.mark.timeout(600)

@@ -2,33 +2,23 @@
 
 import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from helpers.scripts import EXAMPLES, run_example
+
 pytestmark = pytest.mark.timeout(600)
 
-ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
 
 
-def finetune(*arguments, ok: bool = True) -> subprocess.CompletedProcess:
-    """Run the example as its users do, from a shell."""
-    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, arguments)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
+finetune = partial(run_example, "finetune.py")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +124,7 @@ def test_a_model_of_your_own_learns_your_data_and_resumes_where_it_stopped(real,
 @pytest.fixture
 def texts(monkeypatch):
     """The module examples/texts.py, which the examples import from their own folder."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("texts")
 
 

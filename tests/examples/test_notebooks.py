@@ -1,15 +1,13 @@
 """Every notebook runs from top to bottom, without a word on stderr that a reader would have to explain away."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from helpers.scripts import ROOT, run
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -17,24 +15,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook, tmp_path):
     copy = Path(shutil.copy(notebook, tmp_path))
-    nbmake = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--nbmake",
-        "--overwrite",
-        "--nbmake-timeout=480",
-        "-q",
-        str(copy),
-    ]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    # its own worker and rootdir: what pytest was told outside is not meant for it
-    for name in [name for name in env if name.startswith("PYTEST_")]:
-        del env[name]
-    done = subprocess.run(
-        nbmake, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    nbmake = ["-m", "pytest", "--nbmake", "--overwrite", "--nbmake-timeout=480", "-q", copy]
+    run(nbmake, cwd=tmp_path)
 
     cells = [cell for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells), "a cell did not run"

@@ -1,32 +1,17 @@
 """The example on quantized experts learns, saves, loads and merges; its benchmark runs and checks itself."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from helpers.scripts import run_example
 
 # the tests of examples run one after the other, on one worker
 pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(script, *arguments) -> str:
-    """Run an example as its users do, from a shell."""
-    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
 
 def test_the_example_learns_on_quantized_experts(tmp_path):
-    printed = run("qlora.py", "--output", tmp_path, "--pretrain-steps", 120, "--steps", 50)
+    done = run_example("qlora.py", "--output", tmp_path, "--pretrain-steps", 120, "--steps", 50)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["after"] < results["before"] - 0.08
     # 260,000 weights in fp32 are 1.0 MiB; most of them are experts'
@@ -35,12 +20,12 @@ def test_the_example_learns_on_quantized_experts(tmp_path):
     assert results["reloaded"] < 1e-4
     # what quantizing changed of the experts is all that is left
     assert results["merged"] < 0.5 * results["base"]
-    assert "2 experts modules, 16 experts, 32 projections adapted" in printed
+    assert "2 experts modules, 16 experts, 32 projections adapted" in done.stdout
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
 def test_the_benchmark_of_a_layer_checks_what_it_times(tmp_path):
-    run(
+    run_example(
         "benchmarks/quantized.py",
         "--formats",
         "nf4",
@@ -59,7 +44,9 @@ def test_the_benchmark_of_a_layer_checks_what_it_times(tmp_path):
 
 
 def test_the_benchmark_of_few_rows_times_every_way(tmp_path):
-    run("benchmarks/quantized.py", "--tokens", 1, 4, "--repeat", 1, "--json", tmp_path / "o")
+    run_example(
+        "benchmarks/quantized.py", "--tokens", 1, 4, "--repeat", 1, "--json", tmp_path / "o"
+    )
     found = json.loads((tmp_path / "o").read_text())
     assert [row["tokens"] for row in found] == [1, 4]
     for row in found:
@@ -68,7 +55,7 @@ def test_the_benchmark_of_few_rows_times_every_way(tmp_path):
 
 
 def test_the_benchmark_of_a_model_trains_it(tmp_path):
-    run(
+    run_example(
         "benchmarks/quantized.py",
         "--model",
         "--steps",

@@ -7,53 +7,26 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from helpers import FUSED_KINDS, Holder, build_experts
-from peft_moe_lora import MoELoraConfig
+from gpu.layers import (
+    ATOL,
+    FAMILIES,
+    TOP_K,
+    E,
+    H,
+    I,
+    R,
+    T,
+    adapted,
+    inputs,
+    no_wait_for_the_device,
+    step,
+)
 from peft_moe_lora.ops import kernels
 from peft_moe_lora.ops.kernels.launching import graphs, replay
 from peft_moe_lora.ops.routing import Routing
 from peft_moe_lora.stats.watch import RoutingWatch
 
 pytestmark = pytest.mark.gpu
-
-E, H, I, R, TOP_K, T = 8, 256, 128, 16, 2, 300  # noqa: E741
-# and gelu
-FAMILIES = [*FUSED_KINDS, ("gemma4", "Gemma4TextExperts")]
-# what rounding leaves where the plain path happens to be exact, relative to the largest value
-ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def adapted(family, name, dtype, **config):
-    """An experts module on the GPU with a random adapter whose share of the output is of order one."""
-    from peft import get_peft_model
-
-    experts = build_experts(family, name, H, I, E).to("cuda", dtype)
-    settings = {"r": R, "lora_alpha": R, "target_modules": ["experts"], **config}
-    model = get_peft_model(Holder(experts), MoELoraConfig(**settings))
-    layer = model.base_model.model.experts
-    with torch.no_grad():
-        for side, pairs in (("A", layer.lora_A), ("B", layer.lora_B)):
-            for p in pairs["default"].values():
-                fan_in = p.shape[1] if side == "A" else R
-                p.copy_(torch.randn_like(p) * fan_in**-0.5)
-    return model, layer
-
-
-def inputs(dtype, tokens=T, weights_dtype=torch.float32):
-    x = torch.randn(tokens, H, device="cuda", dtype=dtype)
-    index = torch.rand(tokens, E, device="cuda").topk(TOP_K).indices
-    return x, index, torch.rand(tokens, TOP_K, device="cuda", dtype=weights_dtype)
-
-
-def step(model, layer, x, index, weights):
-    """Output and gradients of one forward and backward, by name."""
-    x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
-    layer.zero_grad()
-    out = model(x, index, weights)
-    torch.manual_seed(7)
-    out.backward(torch.randn_like(out))
-    found = {"output": out.detach(), "x": x.grad, "top_k_weights": weights.grad}
-    return found | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -95,12 +68,8 @@ def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
     )
     args = inputs(dtype)
     fused = step(model, layer, *args)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_device():
         again = step(model, layer, *args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(fused[key], again[key]) for key in fused)
     layer.backend = "torch"
     plain = step(model, layer, *args)
@@ -198,12 +167,8 @@ def test_counting_rows_waits_for_nothing():
     with RoutingWatch(model) as watch:
         step(model, layer, *args)  # kernels are compiled
         watch.take()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_wait_for_the_device():
             step(model, layer, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         (counts,) = watch.take().values()
     assert torch.equal(counts, args[1].flatten().bincount(minlength=E).cpu())
 
@@ -219,12 +184,8 @@ def test_nothing_waits_for_the_device():
     model, layer = adapted(*FAMILIES[0], torch.bfloat16)
     args = inputs(torch.bfloat16)
     step(model, layer, *args)  # kernels are compiled
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_device():
         step(model, layer, *args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_compiled_layer_is_one_graph_with_the_same_numbers():

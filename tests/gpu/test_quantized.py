@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gpu.test_layer import ATOL, FAMILIES, E, H, I, R, adapted, inputs, step
+from gpu.layers import ATOL, FAMILIES, E, H, I, R, adapted, inputs, no_wait_for_the_device, step
 from helpers import Holder, build_experts
 from peft_moe_lora import dequantize_experts, quantize_experts
 from peft_moe_lora.ops import kernels
@@ -93,12 +93,8 @@ def test_nothing_waits_for_the_device(monkeypatch, tokens):
     (model, layer), _ = quantized(*FAMILIES[0], torch.bfloat16)
     args = inputs(torch.bfloat16, tokens)
     step(model, layer, *args)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_device():
         step(model, layer, *args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("tokens", [1, 300])

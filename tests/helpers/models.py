@@ -196,3 +196,16 @@ def outputs(model, ids=None):
     """[batch, length, VOCAB] logits, or the last hidden state where there is no head."""
     out = model(input_ids=token_ids() if ids is None else ids, use_cache=False)
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def train(model, ids, steps=8):
+    """The loss of each of `steps` steps of AdamW on one batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

@@ -9,6 +9,10 @@ import torch
 from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
 from peft_moe_lora.ops.kernels.launching.replay import replayed
 
+# Triton calls a compiled kernel with the grid in x, y and z, the stream, the function, its metadata,
+# the launch's metadata and the hooks on entering and leaving, then with the kernel's own arguments
+BEFORE_ARGUMENTS = 9
+
 
 class Add:
     """A compiled kernel that is none: out = a + b + n over `size` floats."""
@@ -16,29 +20,12 @@ class Add:
     function = packed_metadata = None
     runs = 0
 
-    def run(
-        self,
-        gx,
-        gy,
-        gz,
-        stream,
-        function,
-        metadata,
-        launch_metadata,
-        enter,
-        leave,
-        a,
-        b,
-        out,
-        size,
-        n,
-    ):
+    def run(self, *launched):
+        a, b, out, size, n = launched[BEFORE_ARGUMENTS:]
         self.runs += 1
-        a, b, out = (
-            None if p is None else (ctypes.c_float * size).from_address(p) for p in (a, b, out)
-        )
+        a, b, out = (p and (ctypes.c_float * size).from_address(p) for p in (a, b, out))
         for i in range(size):
-            out[i] = a[i] + (0.0 if b is None else b[i]) + n
+            out[i] = a[i] + (b[i] if b else 0.0) + n
 
 
 class NoDriver:
@@ -138,9 +125,8 @@ def test_arguments_off_sixteen_bytes_are_composed(add):
     for _ in range(4):
         replayed(compose, memory[:16])
     assert isinstance(next(iter(replay._kinds.values())), replay._Replay)
-    with pytest.raises(
-        TypeError, match="NoneType"
-    ):  # the launch that Triton would specialize; there is no Triton here
+    # Triton would specialize this launch; there is no Triton here
+    with pytest.raises(TypeError, match="NoneType"):
         replayed(compose, memory[1:17])
 
 
@@ -227,37 +213,11 @@ def test_descriptors_come_again_in_their_class_at_another_address(kernel):
     seen = []
 
     class Described(Add):
-        def run(
-            self,
-            gx,
-            gy,
-            gz,
-            stream,
-            function,
-            metadata,
-            launch_metadata,
-            enter,
-            leave,
-            left,
-            none,
-            right,
-            *rest,
-        ):
+        def run(self, *launched):
+            left, none, right, *rest = launched[BEFORE_ARGUMENTS:]
             seen.append((type(left), left.block_shape, none, type(right), right.block_shape))
             addresses = left.base.data_ptr(), right.base.data_ptr()
-            super().run(
-                gx,
-                gy,
-                gz,
-                stream,
-                function,
-                metadata,
-                launch_metadata,
-                enter,
-                leave,
-                *addresses,
-                *rest,
-            )
+            super().run(*launched[:BEFORE_ARGUMENTS], *addresses, *rest)
 
     described = Described()
     launch._plans[("described",), -1] = described, described.run, (1.0,)

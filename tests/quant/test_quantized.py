@@ -23,6 +23,7 @@ from helpers import (
     random_rows,
     tiny_model,
     token_ids,
+    train,
     wrap,
 )
 from peft_moe_lora import dequantize_experts, quantize_experts
@@ -310,15 +311,7 @@ def test_checkpointing_and_a_whole_model_train():
     )
     assert_close(outputs(model), outputs(plain))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    model.train()
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model.train(), ids)
     assert losses[-1] < 0.8 * losses[0]
 
 

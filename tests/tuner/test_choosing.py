@@ -36,6 +36,7 @@ from helpers import (
     snapshot,
     tiny_model,
     token_ids,
+    train,
     wrap,
 )
 from peft_moe_lora import MoELoraConfig
@@ -471,13 +472,6 @@ def test_a_model_trains_on_its_choice():
     model = moe_lora(
         tiny_model(), randomize=False, expert_indices={FIRST: CHOSEN, SECOND: [0, 2]}
     ).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids, losses = token_ids(4), []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, token_ids(4))
     assert losses[-1] < losses[0] - 0.05
     assert set(held(model)) == set(experts_paths(tiny_model()))
