@@ -76,8 +76,9 @@ def _new_config_view() -> AdaptedExpertsConfig:
 def attach(layer: "MoELoraLayer", base_layer: nn.Module) -> None:
     """Make an experts module on transformers' interface dispatch to its layer."""
     if layer.layout.decorated:
-        config = AdaptedExpertsConfig(base_layer.config, layer)
-        base_layer.config = config  # type: ignore[assignment]  # not a parameter
+        # nn.Module annotates its attributes as tensors and modules
+        module: Any = base_layer
+        module.config = AdaptedExpertsConfig(module.config, layer)
 
 
 def detach(base_layer: nn.Module) -> nn.Module:
@@ -130,7 +131,7 @@ def check_contract(
 
     Args:
         module: the experts module, its weights on the device of the rows.
-        layout: of the module.
+        layout: layout of the module.
         hidden_states: [T, H] float; the first few tokens are compared.
         top_k_index: [T, top_k] integer.
         top_k_weights: [T, top_k] float.

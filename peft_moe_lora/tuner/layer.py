@@ -82,7 +82,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.merge_errors: dict[str, float] = {}
         self.backend = config.backend
         self.recompute = config.recompute
-        # nothing is assumed of a module that runs its own forward, and the tests check the families
+        # there is nothing to check where transformers' interface or the table of families says what
+        # the module computes, or where its own forward runs
         self._contract_holds = (
             self.layout.decorated or self.layout.family is not None or self.backend == MATERIALIZE
         )
@@ -377,7 +378,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     # ---- the base module -----------------------------------------------------------------------
 
     @property
-    def weight(self) -> torch.Tensor | QuantizedWeight:  # type: ignore[override]  # quantized
+    def weight(self) -> torch.Tensor | QuantizedWeight:  # type: ignore[override]  # PEFT: dense
         """The stacked [E, ., .] weight of the first projection.
 
         PEFT reads a layer's device and dtype from it.

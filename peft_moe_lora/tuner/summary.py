@@ -114,8 +114,8 @@ class PrintWithSummary:
         def on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
             if isinstance(parent, PeftModel) and child is waiting():
                 # for this instance only: other PeftModels keep PEFT's method
-                printer = cls(parent)
-                parent.print_trainable_parameters = printer  # type: ignore[method-assign]  # of one
+                peft_model: Any = parent
+                peft_model.print_trainable_parameters = cls(parent)
                 handle.remove()
 
         handle = register_module_module_registration_hook(on_registration)

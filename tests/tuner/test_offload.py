@@ -6,9 +6,11 @@ from accelerate import cpu_offload
 from torch import nn
 
 from helpers import (
+    SAME,
     E,
     H,
     HandWrittenExperts,
+    assert_close,
     build_experts,
     fill,
     modeling_module,
@@ -120,3 +122,16 @@ def test_a_forward_after_one_that_failed_gives_the_same_numbers():
     with pytest.raises(ValueError, match="hidden_states"):
         layer(rows[0][:, 1:], *rows[1:])
     assert torch.equal(layer(*rows), expected)
+
+
+@pytest.mark.parametrize("build", [on_the_interface, off_the_interface])
+def test_a_compiled_layer_fetches_and_sends_back(build):
+    experts = build()
+    layer = adapted_and_offloaded(experts)
+    rows = random_rows()
+    expected = layer(*rows)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager")
+    for _ in range(2):
+        assert_close(compiled(*rows), expected, SAME)
+        assert_everything_is_away(layer)
