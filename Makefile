@@ -2,7 +2,7 @@
 # make test       the tests that need no GPU, the notebooks among them; without slow duplicates
 # make test-long  every test that needs no GPU
 # make gpu-test   the tests that need a CUDA device, and the kernels' tests on it
-# make lint       ruff (check and format), import-linter (the order of the rooms)
+# make lint       ruff (check and format), import-linter (the order of the rooms), mypy (types)
 #
 # Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
 #   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 PYTHON=python3.12
@@ -48,12 +48,14 @@ test test-long: $(TEST_READY)
 	$(PYTEST) tests/ops
 
 gpu-test: $(TEST_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist load --maxschedchunk 1
 
-lint: $(LINT_READY)
+# mypy reads the types of torch, transformers and peft, so it needs them installed
+lint: $(TEST_READY) $(LINT_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) moe-lora-demo moe-lora-trl

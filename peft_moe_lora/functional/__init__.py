@@ -5,8 +5,8 @@ alone. `backends` chooses the operations, `whole` and `steps` write the gradient
 weights are frozen: no function here forms a gradient for them or materialises W + scaling * B A.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -76,10 +76,18 @@ def experts(
 
 
 def _run(
-    hidden_states, top_k_index, top_k_weights, up, down, activation, post_norm, backend, recompute
-):
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: Projection,
+    down: Projection,
+    activation: Activation | Callable[[torch.Tensor], torch.Tensor],
+    post_norm: Callable[[torch.Tensor], torch.Tensor] | None,
+    backend: str,
+    recompute: bool,
+) -> torch.Tensor:
     x = hidden_states.to(up.weight.dtype)
-    seed = _draw_seeds(x.device) if up.dropout_p or down.dropout_p else None
+    seed = _draw_seeds(x.device, up, down)
     with _on_device_of(x), _without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             out = fused_experts(
@@ -97,7 +105,11 @@ _run_uncompiled = torch.compiler.disable(_run)
 
 
 def rows_linear(
-    x: torch.Tensor, expert_size, projection: Projection, *, backend: str = "auto"
+    x: torch.Tensor,
+    expert_size: Sequence[int] | torch.Tensor,
+    projection: Projection,
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] x[m], for rows in expert order.
 
@@ -118,7 +130,7 @@ def rows_linear(
             f"got {tuple(x.shape)} and {tuple(sizes.shape)}."
         )
     _check_frozen(projection)
-    seed = _draw_seeds(x.device) if projection.dropout_p else None
+    seed = _draw_seeds(x.device, projection)
     with _on_device_of(x), _without_autocast(x.device.type):
         expert = torch.repeat_interleave(
             torch.arange(E, device=x.device), sizes, output_size=x.shape[0]
@@ -127,7 +139,13 @@ def rows_linear(
     return y.to(x.dtype)
 
 
-def _check(hidden_states, top_k_index, top_k_weights, up: Projection, down: Projection) -> None:
+def _check(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: Projection,
+    down: Projection,
+) -> None:
     E, _, H = up.weight.shape
     if hidden_states.ndim != 2 or hidden_states.shape[1] != H or down.weight.shape[:2] != (E, H):
         raise ValueError(
@@ -153,31 +171,32 @@ def _check_frozen(*projections: Projection) -> None:
         )
 
 
-def _on_device_of(x: torch.Tensor):
+def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
     """Make the device of x the current one: kernels start there.
 
     The layers of one model may lie on several devices.
     """
     # compiled code sets the device itself
-    if (
-        torch.compiler.is_compiling()
-        or not x.is_cuda
-        or x.get_device() == torch.cuda.current_device()
-    ):
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return nullcontext()
+    if x.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device_of(x)
 
 
-def _without_autocast(device_type: str):
+def _without_autocast(device_type: str) -> AbstractContextManager:
     """The operations fix their own dtypes: autocast would round inside them."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
-def _draw_seeds(device: torch.device) -> torch.Tensor:
+def _draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor | None:
     """Two seeds from the default generator, so that recomputation repeats the masks.
 
-    Returns: [2, 2] int64, one seed a row.
+    Returns: [2, 2] int64, one seed a row; None where no projection has dropout.
     """
+    if not any(p.dropout_p for p in projections):
+        return None
     # rows of sixteen bytes, on which kernels want their tensors to begin
     return torch.randint(2**31 - 1, (2, 2), device=device)

@@ -50,7 +50,7 @@ def flatten(groups: Iterable[Any]) -> list[Any]:
     return values
 
 
-def unflatten(kinds: Iterable[type], values: Iterable[Any]) -> list[Any]:
+def unflatten(kinds: Iterable[type[Any]], values: Iterable[Any]) -> list[Any]:
     """The inverse of `flatten`.
 
     Args:
@@ -78,14 +78,14 @@ class Operator:
     def __init__(
         self,
         name: str,
-        groups: tuple[type, ...],
-        results: type,
+        groups: tuple[type[Any], ...],
+        results: type[Any],
         run: Callable[..., Any],
         fake: Callable[..., Any],
     ):
         self.qualified_name = f"peft_moe_lora::{name}"
         self.groups, self.results, self.run = groups, results, run
-        defaults = results._field_defaults  # type: ignore[attr-defined]  # a named tuple's
+        defaults = results._field_defaults
         self._num_returned = len(results.__match_args__) - len(defaults)
         arguments = [
             f"{_SCHEMA[hint]} {field}"
@@ -175,6 +175,8 @@ def differentiable(
         setup_context=setup_context,
     )
 
+    backward_in_eager = formula(backward_operator.run)
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> torch.Tensor:
@@ -183,7 +185,10 @@ def differentiable(
             _save(ctx, keep(*groups, results))
             return results[0]
 
-        backward = staticmethod(once_differentiable(formula(backward_operator.run)))
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+            return backward_in_eager(ctx, gradient)
 
     # the name that a graph of autograd shows
     Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]

@@ -158,6 +158,12 @@ def gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None)
     return parameter.new_empty(shape or parameter.shape, dtype=dtype)
 
 
+def pair_like(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None) -> Tensors:
+    """Uninitialised gradients of a pair, as `gradient_like` makes them."""
+    assert lora_A is not None and lora_B is not None, "only a pair that is there has a gradient"
+    return gradient_like(lora_A), gradient_like(lora_B)
+
+
 def whole_gradients(
     lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int, experts: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from .operators import Gradient, Operator, as_stored, differentiable
 from .projection import (
     Projection,
     gathered,
-    gradient_like,
+    pair_like,
     per_expert,
     spread,
     transposed,
@@ -91,7 +91,15 @@ class Index(NamedTuple):
 def route(top_k_index: torch.Tensor, num_experts: int, backend: str) -> Routing:
     """The routing of top_k_index [T, top_k] to num_experts experts."""
     index = _route(Selected(top_k_index, num_experts), Backend(backend))
-    return Routing(*index[:4], top_k_index.shape[1], index.tiles, index.block_m)
+    return Routing(
+        index.expert_offsets,
+        index.row_token,
+        index.row_slot,
+        index.slot_row,
+        top_k_index.shape[1],
+        index.tiles,
+        index.block_m,
+    )
 
 
 def _run_route(selected: Selected, backend: Backend) -> Index:
@@ -108,9 +116,13 @@ def _run_route(selected: Selected, backend: Backend) -> Index:
 
 
 def _fake_route(selected: Selected, backend: Backend) -> Index:
-    M = selected.top_k_index.numel()
-    lengths = selected.num_experts + 1, M, M, M
-    return Index(*(selected.top_k_index.new_empty(n, dtype=torch.int32) for n in lengths))
+    top_k_index = selected.top_k_index
+    M = top_k_index.numel()
+
+    def index(length: int) -> torch.Tensor:
+        return top_k_index.new_empty(length, dtype=torch.int32)
+
+    return Index(index(selected.num_experts + 1), index(M), index(M), index(M))
 
 
 _route = Operator("route", (Selected, Backend), Index, _run_route, _fake_route)
@@ -253,10 +265,12 @@ def _run_linear_backward(
     dropout = _dropout(inputs, plan)
     dx = dA = dB = A_out = B_out = None
     if needs.needs_lora:
+        assert inputs.lora_A is not None and inputs.lora_B is not None, "an adapter is trained"
         dA, dB = whole_gradients(inputs.lora_A, inputs.lora_B, E, plan.experts)
         A_out, B_out = per_expert(dA, dB, E)
     yb = composed.expert_shrink_outer(ops, dy, transposed(B), kept.xa, routing, plan.scaling, B_out)
     if needs.needs_lora:
+        assert yb is not None and A_out is not None, "an adapter is trained"
         ops.expert_outer(yb, inputs.x, routing, A_out, gather_right=plan.gather, dropout=dropout)
         dA, dB = gathered(dA, dB, E, plan.experts)
     if needs.needs_x:
@@ -280,17 +294,22 @@ def _fake_linear_backward(
     if needs.needs_x:
         dx = torch.empty_like(inputs.x)
     if needs.needs_lora:
-        dA, dB = gradient_like(inputs.lora_A), gradient_like(inputs.lora_B)
+        dA, dB = pair_like(inputs.lora_A, inputs.lora_B)
     return Gradients(dx, dA, dB)
 
 
 def _linear_gradients(
-    backward: Callable[..., Gradients], dy: torch.Tensor, asked: Inputs, inputs: Inputs, *kept: Any
+    backward: Callable[..., Gradients],
+    dy: torch.Tensor,
+    asked: Any,
+    inputs: Inputs,
+    kept: Kept,
+    routing: Routing,
+    plan: Plan,
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of `Inputs`' first fields, in the dtypes of the tensors they belong to."""
-    extra, routing, plan = kept
     needs = Needs(asked.x, asked.lora_A or asked.lora_B)
-    found = backward(Gradient(dy), inputs, extra, routing, needs, plan)
+    found = backward(Gradient(dy), inputs, kept, routing, needs, plan)
     dA, dB = as_stored(found.lora_A, inputs.lora_A), as_stored(found.lora_B, inputs.lora_B)
     return found.x, dA, dB
 
@@ -303,7 +322,7 @@ def _pair(inputs: Inputs, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor
 
 
 def _dropout(inputs: Inputs, plan: Plan) -> Dropout | None:
-    return Dropout(plan.dropout_p, inputs.seed) if plan.dropout_p else None
+    return None if inputs.seed is None else Dropout(plan.dropout_p, inputs.seed)
 
 
 _linear = differentiable(
@@ -369,7 +388,7 @@ def _fake_combine_backward(
 def _combine_gradients(
     backward: Callable[..., Rows],
     dout: torch.Tensor,
-    asked: Rows,
+    asked: Any,
     rows: Rows,
     routing: Routing,
     backend: Backend,

@@ -20,7 +20,7 @@ from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed
 from ..ops.composed import RankRows
 from .backends import ops_for
 from .operators import Gradient, Operator, as_stored, differentiable, flatten, unflatten
-from .projection import Projection, gathered, gradient_like, per_expert, transposed, whole_pair
+from .projection import Projection, gathered, pair_like, per_expert, transposed, whole_pair
 
 
 class Inputs(NamedTuple):
@@ -237,19 +237,24 @@ def _fake_forward(
     E, N, _ = inputs.up.shape
     M = selected.top_k_index.numel()
 
-    def rank_r(lora_A: torch.Tensor | None, experts: tuple[int, ...] | None) -> Any:
+    def rank_r(lora_A: torch.Tensor | None, experts: tuple[int, ...] | None) -> torch.Tensor | None:
         if lora_A is None:
             return None
         num_pairs = E if experts is None else len(experts)
         return x.new_empty(M, lora_A.shape[0] // num_pairs)
 
-    index = [x.new_empty(length, dtype=torch.int32) for length in (E + 1, M, M, M)]
+    def index(length: int) -> torch.Tensor:
+        return x.new_empty(length, dtype=torch.int32)
+
     return Results(
         torch.empty_like(x),
         None if plan.recompute else x.new_empty(M, N),
         rank_r(inputs.up_A, plan.up_experts),
         rank_r(inputs.down_A, plan.down_experts),
-        *index,
+        index(E + 1),
+        index(M),
+        index(M),
+        index(M),
     )
 
 
@@ -330,6 +335,7 @@ def _backward(*values: Any) -> Gradients:
     del draw, rows
     dx = None
     if needs.needs_up:
+        assert yb is not None and dup_A is not None, "an adapter is trained"
         ops.expert_outer(yb, inputs.x, routing, dup_A, gather_right=True, dropout=up_dropout)
     if needs.needs_x:
         dx_rows = ops.expert_linear(
@@ -366,21 +372,23 @@ def _fake_backward(
 def _gradients(
     backward: Callable[..., Gradients],
     dout: torch.Tensor,
-    asked: Inputs,
+    asked: Any,
     inputs: Inputs,
-    *kept: Any,
+    kept: Kept,
+    routing: Routing,
+    activation: Activation,
+    plan: Plan,
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of `Inputs`' first fields, in the dtypes of the tensors they belong to.
 
     Args:
         backward: `_run_backward`, or its operator.
         dout: [T, H].
-        asked: of each field, whether its gradient is asked for.
-        kept: the other groups of `_keep`.
+        asked: an `Inputs` that says of each field whether its gradient is asked for.
+        inputs, kept, routing, activation, plan: the groups of `_keep`.
     """
-    extra, routing, activation, plan = kept
     needs = Needs(asked.x, asked.up_A or asked.up_B, asked.down_A or asked.down_B)
-    found = backward(Gradient(dout), inputs, extra, routing, needs, activation, plan)
+    found = backward(Gradient(dout), inputs, kept, routing, needs, activation, plan)
     return tuple(as_stored(g, getattr(inputs, name)) for name, g in found._asdict().items())
 
 
@@ -416,14 +424,16 @@ def _new_gradients(inputs: Inputs, needs: Needs) -> Pairs:
     """Uninitialised gradients of the pairs, expert-major, where they are asked for."""
     up_A = up_B = down_A = down_B = None
     if needs.needs_up:
-        up_A, up_B = gradient_like(inputs.up_A), gradient_like(inputs.up_B)
+        up_A, up_B = pair_like(inputs.up_A, inputs.up_B)
     if needs.needs_down:
-        down_A, down_B = gradient_like(inputs.down_A), gradient_like(inputs.down_B)
+        down_A, down_B = pair_like(inputs.down_A, inputs.down_B)
     return Pairs(up_A, up_B, down_A, down_B)
 
 
 def _dropouts(inputs: Inputs, plan: Plan) -> tuple[Dropout | None, Dropout | None]:
     """The dropout of x and that of act."""
+    if inputs.seed is None:
+        return None, None
     up = down = None
     if plan.up_dropout:
         up = Dropout(plan.up_dropout, inputs.seed[0, :1])

@@ -71,7 +71,10 @@ class Activation:
         return dpre.to(pre.dtype)
 
     def _split(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (pre[..., ::2], pre[..., 1::2]) if self.interleaved else pre.chunk(2, dim=-1)
+        if self.interleaved:
+            return pre[..., ::2], pre[..., 1::2]
+        gate, up = pre.chunk(2, dim=-1)
+        return gate, up
 
     def _clamped(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.limit is None:

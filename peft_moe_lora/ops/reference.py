@@ -6,6 +6,9 @@ weight [E, N, K]; lora_A [E, r, K] and lora_B [E, N, r], views of the expert-maj
 strides, cast to the dtype of x.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .activation import Activation
@@ -32,7 +35,7 @@ __all__ = [
 ]
 
 
-def replayed(function, *arguments):
+def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
     """function(*arguments), which composes operations.
 
     The kernels' form repeats what the host decided before.
@@ -102,7 +105,7 @@ def expert_shrink(
 
 def expert_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     routing: Routing,
     *,
     bias: torch.Tensor | None = None,
@@ -123,7 +126,7 @@ def expert_linear(
     y = grouped_mm(_rows(x, routing, gather), weight.transpose(1, 2), routing.expert_offsets)
     if bias is not None:
         y += bias[_row_expert(routing)]
-    if xa is not None:
+    if xa is not None and lora_B is not None:
         B = lora_B.to(xa.dtype).transpose(1, 2)  # [E, r, N]
         if dropout is None:
             grouped_addmm_(y, xa, B, routing.expert_offsets)
@@ -134,7 +137,7 @@ def expert_linear(
 
 def expert_linear_act(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     routing: Routing,
     activation: Activation,
     *,
@@ -174,7 +177,7 @@ def expert_act_backward(
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(draw.dtype)
     dpre = activation.backward(pre, w[:, None] * draw)
     dw = (_wide(act) * _wide(draw)).sum(-1)
-    if bias is not None:
+    if bias is not None and dout is not None:
         dw += (_wide(bias[_row_expert(routing)]) * _wide(_rows(dout, routing, gather=True))).sum(-1)
     return dpre, act, _slots(dw, routing)
 

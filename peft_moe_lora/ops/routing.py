@@ -46,14 +46,3 @@ class Routing:
     @property
     def num_tokens(self) -> int:
         return self.num_rows // self.top_k if self.top_k else 0
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The index tensors in field order, without `tiles` where there is none."""
-        kept = [self.expert_offsets, self.row_token, self.row_slot, self.slot_row]
-        return kept if self.tiles is None else [*kept, self.tiles]
-
-    @classmethod
-    def from_tensors(cls, tensors, top_k: int, block_m: int) -> "Routing":
-        """The inverse of `tensors`."""
-        tiles = tensors[4] if len(tensors) > 4 else None
-        return cls(*tensors[:4], top_k=top_k, tiles=tiles, block_m=block_m)

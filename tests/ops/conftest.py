@@ -12,6 +12,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+# many kernels compiled in one test, or fp64 twins of many experts
+LONG_FILES = {"test_table.py", "test_shrink_outer.py", "test_act_backward_outer.py"}
 TOGETHER = """tests/ops and other tests were selected together.
 Without a CUDA device tests/ops switch Triton's interpreter on for the whole process.
 Run two calls: `pytest --ignore tests/ops` and `pytest tests/ops`. `make test` does both."""
@@ -28,6 +30,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker("gpu")
+        # the longest first, so that parallel processes end together
+        items.sort(key=lambda item: item.path.name not in LONG_FILES)
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
