@@ -151,7 +151,9 @@ def _activate_quarter(
     """
     dtype: gl.constexpr = act_smem.dtype
     w = w_smem.load(gl.SliceLayout(1, BY_ELEMENTS))
-    side0, side1, draw = staged[0].index(s), staged[1].index(s), staged[2].index(s)
+    side0 = staged[0].index(s)
+    side1 = staged[1].index(s)
+    draw = staged[2].index(s)
     rows = h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
     mask_m = (rows < left) & (col + c * COLS < I)
     dpre_ptrs += h * HALF * 2 * I + c * COLS * (1 + INTERLEAVED)
@@ -168,13 +170,15 @@ def _activate_quarter(
             gl.sum(product, axis=1), gl.SliceLayout(1, BY_ELEMENTS), assert_trivial=True
         )
     else:
-        gate, up = side0.load(BY_ELEMENTS).to(gl.float32), side1.load(BY_ELEMENTS).to(gl.float32)
+        gate = side0.load(BY_ELEMENTS).to(gl.float32)
+        up = side1.load(BY_ELEMENTS).to(gl.float32)
         draw = draw.load(BY_ELEMENTS).to(gl.float32)
         act, dgate, dup = activate_backward(
             gate, up, w[:, None] * draw, KIND, LIMIT, ALPHA, UP_SHIFT
         )
         dw = gl.sum(act * draw, axis=1)
-        dgate, dup = dgate.to(dtype), dup.to(dtype)
+        dgate = dgate.to(dtype)
+        dup = dup.to(dtype)
         gl.store(dpre_ptrs, dgate, mask=mask_m[:, None])
         gl.store(dpre_ptrs + I, dup, mask=mask_m[:, None])
         side0_smem.store(dgate)
@@ -215,6 +219,68 @@ def _store_sums(out_ptrs, acc, first, inside, r, stride_k, stride_r):
     gl.store(ptrs, acc, mask=(offs_r < r)[None, :] & (offs_k >= 0)[:, None] & inside)
 
 
+@gluon.jit
+def _first_columns(panel, I, INTERLEAVED: gl.constexpr):  # noqa: E741
+    """Where a panel's columns lie: (col, other, n00, n01, n10, n11).
+
+    col is its first column in act, and other says whether its second half exists. n<s><c> is the
+    first column in pre of side s of its half c.
+    """
+    col = panel * 2 * COLS
+    other = panel * 2 * COLS + COLS < I
+    n00 = col * (1 + INTERLEAVED)
+    n01 = n00 + COLS * (1 + INTERLEAVED)
+    if INTERLEAVED:
+        n10 = n00 + COLS
+        n11 = n01 + COLS
+    else:
+        n10 = n00 + I
+        n11 = n01 + I
+    return col, other, n00, n01, n10, n11
+
+
+@gluon.jit
+def _reinterpreted(smem, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory in another shape."""
+    if REINTERPRETS:
+        view = smem.reinterpret(dtype, shape, layout)
+    else:
+        view = smem._reinterpret(dtype, shape, layout)
+    return view
+
+
+@gluon.jit
+def _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at):
+    """yb [ROWS, RANKS] of a step, and the sums of dB and dA with the step's products added.
+
+    at: 0, as `_opaque_zero` gives it.
+    """
+    dB00, dB01, dB10, dB11, dA0, dA1 = sums
+    side00 = halves0.index(at)
+    side01 = halves0.index(at + 1)
+    side10 = halves1.index(at)
+    side11 = halves1.index(at + 1)
+    x = xa.index(at)
+    y = right.index(at)
+    yb = gl.zeros([ROWS, RANKS], gl.float32, SUMS)
+    # [M, K] @ [K, R] -> [M, R]
+    yb = warpgroup_mma(side00, B0.index(at), yb, is_async=True)
+    yb = warpgroup_mma(side01, B0.index(at + 1), yb, is_async=True)
+    yb = warpgroup_mma(side10, B1.index(at), yb, is_async=True)
+    yb = warpgroup_mma(side11, B1.index(at + 1), yb, is_async=True)
+    # [K, M] @ [M, R] -> [K, R]
+    dB00 = warpgroup_mma(side00.permute([1, 0]), x, dB00, is_async=True)
+    dB01 = warpgroup_mma(side01.permute([1, 0]), x, dB01, is_async=True)
+    dB10 = warpgroup_mma(side10.permute([1, 0]), x, dB10, is_async=True)
+    dB11 = warpgroup_mma(side11.permute([1, 0]), x, dB11, is_async=True)
+    dA0 = warpgroup_mma(act_halves.index(at).permute([1, 0]), y, dA0, is_async=True)
+    dA1 = warpgroup_mma(act_halves.index(at + 1).permute([1, 0]), y, dA1, is_async=True)
+    yb, dB00, dB01, dB10, dB11, dA0, dA1 = warpgroup_mma_wait(
+        0, deps=[yb, dB00, dB01, dB10, dB11, dA0, dA1]
+    )
+    return yb, (dB00, dB01, dB10, dB11, dA0, dA1)
+
+
 @gluon.jit(do_not_specialize=["M"])
 def _act_backward_outer_kernel(
     draw_ptr, pre_ptr, top_k_weights_ptr, right_ptr, xa_ptr, lora_B_ptr, row_slot_ptr,
@@ -242,19 +308,7 @@ def _act_backward_outer_kernel(
     end = gl.minimum(end, start + CHUNK)
     # int64: an expert index times a stride passes 2**31
     e = e.to(gl.int64)
-    # the panel's first column in act, and whether its second half exists
-    col = panel * 2 * COLS
-    other = panel * 2 * COLS + COLS < I
-    # first columns in pre, of side s of half c: n<s><c>
-    n00 = col * (1 + INTERLEAVED)
-    n01 = n00 + COLS * (1 + INTERLEAVED)
-    if INTERLEAVED:
-        n10 = n00 + COLS
-        n11 = n01 + COLS
-    else:
-        n10 = n00 + I
-        n11 = n01 + I
-
+    col, other, n00, n01, n10, n11 = _first_columns(panel, I, INTERLEAVED)
     # layout of draw
     COLUMNS: gl.constexpr = BY_PAIRS if INTERLEAVED else BY_ELEMENTS
     draw_m = start + gl.arange(0, HALF, gl.SliceLayout(1, COLUMNS))
@@ -282,23 +336,15 @@ def _act_backward_outer_kernel(
     acts = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     # the same memory, as [64, 64] of each half of the panel
     shape: gl.constexpr = [2, ROWS, COLS]
-    if REINTERPRETS:
-        halves0 = sides0.reinterpret(dtype, shape, WIDE)
-        halves1 = sides1.reinterpret(dtype, shape, WIDE)
-        act_halves = acts.reinterpret(dtype, shape, WIDE)
-    else:
-        halves0 = sides0._reinterpret(dtype, shape, WIDE)
-        halves1 = sides1._reinterpret(dtype, shape, WIDE)
-        act_halves = acts._reinterpret(dtype, shape, WIDE)
+    halves0 = _reinterpreted(sides0, dtype, shape, WIDE)
+    halves1 = _reinterpreted(sides1, dtype, shape, WIDE)
+    act_halves = _reinterpreted(acts, dtype, shape, WIDE)
     B0 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
     B1 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
     xa = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     right = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     ws = gl.allocate_shared_memory(gl.float32, [2, HALF], FLAT)
-    if REINTERPRETS:
-        ws_flat = ws.reinterpret(gl.float32, [ROWS], FLAT)
-    else:
-        ws_flat = ws._reinterpret(gl.float32, [ROWS], FLAT)
+    ws_flat = _reinterpreted(ws, gl.float32, [ROWS], FLAT)
     # all loads before all stores to shared memory, so that their latencies overlap
     rows = gl.arange(0, ROWS, BY_ROW)
     slots = gl.load(row_slot_ptr + start + rows, mask=start + rows < end, other=0)
@@ -332,8 +378,9 @@ def _act_backward_outer_kernel(
         + yb_r[None, :]
     )
 
-    none = gl.zeros([COLS, RANKS], gl.float32, SUMS)
-    s0, s1, s2, s3, s4, s5 = none, none, none, none, none, none
+    zeros = gl.zeros([COLS, RANKS], gl.float32, SUMS)
+    # of dB at columns n00, n01, n10 and n11, of dA at col and col + 64
+    sums = zeros, zeros, zeros, zeros, zeros, zeros
     s = zero
     for step in range(gl.cdiv(end - start, ROWS)):
         at = _opaque_zero(step)
@@ -370,23 +417,7 @@ def _act_backward_outer_kernel(
         fence_async_shared()
         barrier()
         ws_flat.store(next_w.to(gl.float32))
-        side00, side01 = halves0.index(at), halves0.index(at + 1)
-        side10, side11 = halves1.index(at), halves1.index(at + 1)
-        x, y = xa.index(at), right.index(at)
-        yb = gl.zeros([ROWS, RANKS], gl.float32, SUMS)
-        # [M, K] @ [K, R] -> [M, R]
-        yb = warpgroup_mma(side00, B0.index(at), yb, is_async=True)
-        yb = warpgroup_mma(side01, B0.index(at + 1), yb, is_async=True)
-        yb = warpgroup_mma(side10, B1.index(at), yb, is_async=True)
-        yb = warpgroup_mma(side11, B1.index(at + 1), yb, is_async=True)
-        # [K, M] @ [M, R] -> [K, R]
-        s0 = warpgroup_mma(side00.permute([1, 0]), x, s0, is_async=True)
-        s1 = warpgroup_mma(side01.permute([1, 0]), x, s1, is_async=True)
-        s2 = warpgroup_mma(side10.permute([1, 0]), x, s2, is_async=True)
-        s3 = warpgroup_mma(side11.permute([1, 0]), x, s3, is_async=True)
-        s4 = warpgroup_mma(act_halves.index(at).permute([1, 0]), y, s4, is_async=True)
-        s5 = warpgroup_mma(act_halves.index(at + 1).permute([1, 0]), y, s5, is_async=True)
-        yb, s0, s1, s2, s3, s4, s5 = warpgroup_mma_wait(0, deps=[yb, s0, s1, s2, s3, s4, s5])
+        yb, sums = _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at)
         # the products have read what the next step replaces
         barrier()
         gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < r)[None, :])
@@ -398,7 +429,8 @@ def _act_backward_outer_kernel(
         ranks += ROWS * (r // 2)
         yb_ptrs += ROWS * r
 
-    base_A, base_B = dA_ptr + e * stride_ae, dB_ptr + e * stride_de
+    base_A = dA_ptr + e * stride_ae
+    base_B = dB_ptr + e * stride_de
     if several:
         base_A = partial_A_ptr + chunk.to(gl.int64) * I * r
         base_B = partial_B_ptr + chunk.to(gl.int64) * 2 * I * r
@@ -406,12 +438,13 @@ def _act_backward_outer_kernel(
     step_B = gl.where(several, r, stride_dk).to(gl.int64)
     rank_A = gl.where(several, 1, stride_ar).to(gl.int64)
     rank_B = gl.where(several, 1, stride_dr).to(gl.int64)
-    _store_sums(base_B, s0, n00, True, r, step_B, rank_B)
-    _store_sums(base_B, s1, n01, other, r, step_B, rank_B)
-    _store_sums(base_B, s2, n10, True, r, step_B, rank_B)
-    _store_sums(base_B, s3, n11, other, r, step_B, rank_B)
-    _store_sums(base_A, s4, col, True, r, step_A, rank_A)
-    _store_sums(base_A, s5, col + COLS, other, r, step_A, rank_A)
+    dB00, dB01, dB10, dB11, dA0, dA1 = sums
+    _store_sums(base_B, dB00, n00, True, r, step_B, rank_B)
+    _store_sums(base_B, dB01, n01, other, r, step_B, rank_B)
+    _store_sums(base_B, dB10, n10, True, r, step_B, rank_B)
+    _store_sums(base_B, dB11, n11, other, r, step_B, rank_B)
+    _store_sums(base_A, dA0, col, True, r, step_A, rank_A)
+    _store_sums(base_A, dA1, col + COLS, other, r, step_A, rank_A)
 
 
 def act_backward_outer(

@@ -75,7 +75,9 @@ def _multiply_step(
     wait_full(full, step, STAGES)
     if COPIED:
         fence_async_shared()
-    x, weight, tail = rows[0].index(2 * s + HALF), columns.index(s), rows[1].index(s)
+    x = rows[0].index(2 * s + HALF)
+    weight = columns.index(s)
+    tail = rows[1].index(s)
     if WIDTH < BLOCK_K:
         x = x.slice(0, WIDTH, 1)
         weight = weight.slice(0, WIDTH, 1 if K_UNIT else 0)
@@ -108,13 +110,15 @@ def _consume(
     """Four warps that multiply and store one half of every tile, until there are no more tiles."""
     y, act, bias = output
     bias_ptr, stride_biase, stride_biasn = bias
-    full, empty = stages[2], stages[3]
+    full = stages[2]
+    empty = stages[3]
     WIDTH: gl.constexpr = BLOCK_N // HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BOX_M.value, 16])
     k_steps = gl.cdiv(K, BLOCK_K)
     # how many steps and messages there were
-    step, message = 0, 0
+    step = 0
+    message = 0
     e, first_row, end, n = receive(messages, message)
     while e >= 0:
         tail_end = end
@@ -197,8 +201,10 @@ def _linear_roles_kernel(
     box1 = gl.allocate_shared_memory(dtype, [HALF_M, 64], WIDE)
     # arrivals that make a stage full: one for TMA and, where rows are gathered, one of each thread
     full, empty = make_barriers(STAGES, 129 if GATHER else 1, 2)
-    stages, messages = ((row_halves, row_tails), columns, full, empty), make_messages(2)
-    operands, x = (x_desc, weight_desc, xa_desc, lora_B_desc), (x_ptr, row_token_ptr, stride_xm)
+    stages = (row_halves, row_tails), columns, full, empty
+    messages = make_messages(2)
+    operands = x_desc, weight_desc, xa_desc, lora_B_desc
+    x = x_ptr, row_token_ptr, stride_xm
     output = (y_desc, y_ptr), (act_desc, act_ptr), (bias_ptr, stride_biase, stride_biasn)
     gl.warp_specialize(
         [
@@ -248,6 +254,37 @@ def _output_descriptor(y: torch.Tensor, parts: int) -> TensorDescriptor | None:
     return make_descriptor(y, [parts, M, N // parts], [N // parts, N, 1], box, _descriptor)
 
 
+def _descriptors(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    xa: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    y: torch.Tensor,
+    gather: bool,
+    activation: Activation | None,
+    act: torch.Tensor | None,
+) -> tuple | None:
+    """Descriptors of x, weight, xa, B, y and act, None for what is not read so; None if one fails."""
+    parts = 1
+    if activation is not None:
+        parts = activation.halves
+    y_desc = _output_descriptor(y, parts)
+    act_desc = None
+    if act is not None:
+        act_desc = _output_descriptor(act, 1)
+    if y_desc is None or (act is not None and act_desc is None):
+        return None
+    box = BOX_M.value, BLOCK_N.value, BLOCK_K.value
+    k_unit = weight.stride(2) == 1
+    rows = None
+    if not gather:
+        rows = x
+    operands = operand_descriptors(rows, weight, xa, lora_B, k_unit, parts, *box, _descriptor)
+    if operands is None:
+        return None
+    return *operands, y_desc, act_desc
+
+
 def _gathers(x: torch.Tensor) -> bool:
     """Whether rows of x can be gathered by copies of 16 bytes, without a mask."""
     if x.shape[1] % BLOCK_K.value or x.stride(1) != 1:
@@ -281,49 +318,39 @@ def linear_roles(
     Returns: whether it was done; not where strides or alignment forbid TMA, and then nothing is
         written.
     """
+    if gather and not _gathers(x):
+        return False
+    descriptors = _descriptors(x, weight, xa, lora_B, y, gather, activation, act)
+    if descriptors is None:
+        return False
     _, N, K = weight.shape
-    k_unit = blocks["K_UNIT"]
     r = 0
     if xa is not None:
         r = xa.shape[1]
-    parts = 1
-    constants = NO_ACTIVATION
-    if activation is not None:
-        parts = activation.halves
-        constants = activation_constants(activation)
-    if gather and not _gathers(x):
-        return False
-    # the same rows, by descriptor or by pointers
-    boxed: torch.Tensor | None = x
-    gathered: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    stride_xm = 0
-    if gather:
-        boxed = None
-        gathered = (x, routing.row_token)
-        stride_xm = x.stride(0)
-    outputs = [_output_descriptor(y, parts), None]
-    if act is not None:
-        outputs[1] = _output_descriptor(act, 1)
-    if outputs[0] is None or (act is not None and outputs[1] is None):
-        return False
-    box = BOX_M.value, BLOCK_N.value, BLOCK_K.value
-    operands = operand_descriptors(boxed, weight, xa, lora_B, k_unit, parts, *box, _descriptor)
-    if operands is None:
-        return False
     r_steps = ceil_div(r, BLOCK_K.value)
     r_width = min(BLOCK_K.value, padded_rank(r))
-    constants = {"GATHER": gather, "R_STEPS": r_steps, "R_WIDTH": r_width, **blocks, **constants}
+    constants = {"GATHER": gather, "R_STEPS": r_steps, "R_WIDTH": r_width, **blocks}
+    if activation is None:
+        constants |= NO_ACTIVATION
+    else:
+        constants |= activation_constants(activation)
+    # ordered rows are read by their descriptor
+    x_and_tokens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    stride_xm = 0
+    if gather:
+        x_and_tokens = (x, routing.row_token)
+        stride_xm = x.stride(0)
     key = (
-        "linear_roles", facts(bias), N, K, x.dtype, r_steps, r_width, k_unit, blocks["GROUP"],
-        gather, stride_xm, activation,
+        "linear_roles", facts(bias), N, K, x.dtype, r_steps, r_width, blocks["K_UNIT"],
+        blocks["GROUP"], gather, stride_xm, activation,
     )  # fmt: skip
     launch(
         key,
         _linear_roles_kernel,
         (programs, 1, 1),
-        (y, act, gathered[0], bias, gathered[1], routing.tiles),
+        (y, act, x_and_tokens[0], bias, x_and_tokens[1], routing.tiles),
         lambda: ((N, K, stride_xm, *strides_or_zeros(bias, 2)), constants),
         (routing.tiles.shape[0],),
-        (*operands, *outputs),
+        descriptors,
     )
     return True

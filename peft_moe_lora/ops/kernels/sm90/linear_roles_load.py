@@ -150,7 +150,8 @@ def produce(
     num_n = gl.cdiv(N, BLOCK_N)
     total = num_tiles * num_n
     # how many steps and messages there were
-    step, message = 0, 0
+    step = 0
+    message = 0
     t = gl.program_id(0)
     while t < total:
         tile, n = position(t, num_tiles, num_n, GROUP)

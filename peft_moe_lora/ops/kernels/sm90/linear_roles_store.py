@@ -26,8 +26,8 @@ def _store_rows(t, ptr, first_row, end, half, col, width, stride_m):
     offs_m = first_row + gl.arange(0, t.shape[0], gl.SliceLayout(1, t.type.layout))
     offs_n = col + gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
     ptrs = ptr + offs_m.to(gl.int64)[:, None] * stride_m + (half * width + offs_n)[None, :]
-    rows = t.to(ptr.dtype.element_ty)
-    gl.store(ptrs, rows, mask=(offs_m < end)[:, None] & (offs_n < width)[None, :])
+    mask = (offs_m < end)[:, None] & (offs_n < width)[None, :]
+    gl.store(ptrs, t.to(ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -102,11 +102,13 @@ def store_half(
     left, right = halves(acc, HALF_M, 128)
     if HALVES == 2:
         # the left half of the tile is gate, the right half is up: two chunks of each
-        gates, ups = halves(left, HALF_M, 64), halves(right, HALF_M, 64)
+        gates = halves(left, HALF_M, 64)
+        ups = halves(right, HALF_M, 64)
         I = N // 2  # noqa: E741
         for i in gl.static_range(2):
             col = n * 128 + i * 64
-            gate, up = gates[i].to(dtype), ups[i].to(dtype)
+            gate = gates[i].to(dtype)
+            up = ups[i].to(dtype)
             _store_chunk(gate, y, box, first_row, end, 0, col, I, N)
             _store_chunk(up, y, box, first_row, end, 1, col, I, N)
             result = activate(gate.to(gl.float32), up.to(gl.float32), KIND, LIMIT, ALPHA, UP_SHIFT)

@@ -47,7 +47,8 @@ def chunk_of(
 
     e is E where there is no such chunk.
     """
-    e, index = chunk, 0
+    e = chunk
+    index = 0
     if chunk >= E:
         experts = gl.arange(0, E_PADDED, BY_EXPERTS)
         start = gl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)

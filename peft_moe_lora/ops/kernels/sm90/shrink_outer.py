@@ -147,7 +147,8 @@ def _shrink_outer_kernel(
     acc_tail = gl.zeros([TAIL, RANKS], gl.float32, SUMS)
     steps = K // BLOCK_K
     for i in range(steps):
-        s, ahead = i % STAGES, i + STAGES - 1
+        s = i % STAGES
+        ahead = i + STAGES - 1
         lora_A.index(s).store(a.to(dtype))
         async_copy.wait_group(STAGES - 2)
         # wgmma sees what threads wrote before the fence; after the barrier all products of the step
@@ -161,7 +162,8 @@ def _shrink_outer_kernel(
         tail_ptrs += BLOCK_K
         a_ptrs += BLOCK_K * stride_ak
         a = gl.load(a_ptrs, mask=(a_r < r) & (a_k < K - (i + 1) * BLOCK_K), other=0.0)
-        x, tail = rows.index(s), tails.index(s)
+        x = rows.index(s)
+        tail = tails.index(s)
         # [M, K] @ [K, R] -> [M, R]
         acc = warpgroup_mma(x, lora_A.index(s), acc, is_async=True)
         acc_tail = warpgroup_mma(tail, lora_A.index(s), acc_tail, is_async=True)
