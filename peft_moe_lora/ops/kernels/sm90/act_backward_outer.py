@@ -447,6 +447,14 @@ def _act_backward_outer_kernel(
     _store_sums(base_A, dA1, col + COLS, other, r, step_A, rank_A)
 
 
+def _aligned(draw: torch.Tensor, pre: torch.Tensor, right: torch.Tensor, xa: torch.Tensor) -> bool:
+    """Whether rows can be copied 16 bytes at a time, and rank-r rows read in pairs."""
+    r = xa.shape[1]
+    if r > RANKS.value or r % 2 or pre.stride(1) != 1 or pre.stride(0) % 16:
+        return False
+    return all(t.data_ptr() % 16 == 0 for t in (draw, pre, right, xa))
+
+
 def act_backward_outer(
     blocks: dict,
     draw: torch.Tensor,
@@ -458,37 +466,35 @@ def act_backward_outer(
     dout: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """`expert_act_backward_outer` without dropout, or None where activation, ranks, strides or alignment forbid.
+    """`expert_act_backward_outer` without dropout.
 
     Args:
         blocks: constexprs of the table's row.
+        rows: no field is None.
+    Returns: dpre [M, N], yb [M, r], d_top_k_weights [T, top_k] fp32; None where the activation, the
+        rank, strides or alignment forbid it, and then nothing is written.
     """
-    right, dA, xa, lora_B, scaling, dB = rows
-    (M, I), (E, N, r) = draw.shape, lora_B.shape  # noqa: E741
-    right, xa, weights = right.contiguous(), xa.contiguous(), top_k_weights.contiguous()
-    # quarters are copied 16 bytes at a time, rank-r rows read in pairs
-    aligned = not (pre.data_ptr() | draw.data_ptr() | right.data_ptr() | xa.data_ptr()) % 16
-    aligned = aligned and pre.stride(1) == 1 and pre.stride(0) % 16 == 0
-    if not activation.gated or r > RANKS.value or r % 2 or I % COLS.value or not aligned:
+    right = rows.down_yb.contiguous()
+    xa = rows.xa.contiguous()
+    _, dA, _, lora_B, scaling, dB = rows
+    weights = top_k_weights.contiguous()
+    M, I = draw.shape  # noqa: E741
+    E, N, r = lora_B.shape
+    if not activation.gated or I % COLS.value or not _aligned(draw, pre, right, xa):
         return None
     panels = ceil_div(I, 2 * COLS.value)
     chunk = chunk_rows(M, E, panels, ROWS.value, arch=90)
+    # if all rows fit into one chunk, no expert has several
     several = M > chunk
-    max_chunks = E
-    num_partial = 0
-    if several:
-        max_chunks = num_partial = E + M // chunk
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=pre.device)
-
-    dpre = empty(M, N, dtype=pre.dtype)
-    yb = empty(M, r, dtype=pre.dtype)
-    dw = empty(*top_k_weights.shape)
-    partial_yb = empty(panels, M, r)
-    partial_dw = empty(2 * panels, M)
-    partial_A = empty(num_partial, I, r)
-    partial_B = empty(num_partial, N, r)
+    max_chunks = E + several * (M // chunk)
+    dpre = torch.empty(M, N, dtype=pre.dtype, device=pre.device)
+    yb = torch.empty(M, r, dtype=pre.dtype, device=pre.device)
+    fp32 = {"dtype": torch.float32, "device": pre.device}
+    dw = torch.empty(*top_k_weights.shape, **fp32)
+    partial_yb = torch.empty(panels, M, r, **fp32)
+    partial_dw = torch.empty(2 * panels, M, **fp32)
+    partial_A = torch.empty(several * max_chunks, I, r, **fp32)
+    partial_B = torch.empty(several * max_chunks, N, r, **fp32)
 
     def rest() -> tuple[tuple, dict]:
         constants = activation_constants(activation)
@@ -502,10 +508,7 @@ def act_backward_outer(
         draw, pre, weights, right, xa, lora_B, routing.row_slot, routing.expert_offsets, dpre,
         partial_dw, partial_yb, partial_A, dA, partial_B, dB,
     )  # fmt: skip
-    grid = max_chunks * panels, 1, 1
-    launch(key, _act_backward_outer_kernel, grid, tensors, rest, (M,))
-    if bias is None:
-        dout = None
+    launch(key, _act_backward_outer_kernel, (max_chunks * panels, 1, 1), tensors, rest, (M,))
     sum_panels(partial_yb, partial_dw, routing, scaling, dout, bias, I, yb, dw)
     if several:
         sum_chunks(partial_A.transpose(1, 2), routing, dA, dA.stride(), chunk)

@@ -264,7 +264,10 @@ def _descriptors(
     activation: Activation | None,
     act: torch.Tensor | None,
 ) -> tuple | None:
-    """Descriptors of x, weight, xa, B, y and act, None for what is not read so; None if one fails."""
+    """Descriptors of x, weight, xa, B, y and act, or None if one of them cannot be made.
+
+    None stands for gathered x and for what is absent.
+    """
     parts = 1
     if activation is not None:
         parts = activation.halves
@@ -283,6 +286,14 @@ def _descriptors(
     if operands is None:
         return None
     return *operands, y_desc, act_desc
+
+
+def _low_rank_steps(xa: torch.Tensor | None) -> tuple[int, int]:
+    """Number of steps of the low-rank term, and the columns that each of them multiplies."""
+    r = 0
+    if xa is not None:
+        r = xa.shape[1]
+    return ceil_div(r, BLOCK_K.value), min(BLOCK_K.value, padded_rank(r))
 
 
 def _gathers(x: torch.Tensor) -> bool:
@@ -324,11 +335,7 @@ def linear_roles(
     if descriptors is None:
         return False
     _, N, K = weight.shape
-    r = 0
-    if xa is not None:
-        r = xa.shape[1]
-    r_steps = ceil_div(r, BLOCK_K.value)
-    r_width = min(BLOCK_K.value, padded_rank(r))
+    r_steps, r_width = _low_rank_steps(xa)
     constants = {"GATHER": gather, "R_STEPS": r_steps, "R_WIDTH": r_width, **blocks}
     if activation is None:
         constants |= NO_ACTIVATION

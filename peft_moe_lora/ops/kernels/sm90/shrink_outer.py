@@ -210,13 +210,11 @@ def shrink_outer(
     aligned = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     if r > RANKS.value or K % BLOCK_K.value or not aligned:
         return None
+    # if all rows fit into one chunk, no expert has several
     several = M > chunk
-    max_chunks = E
-    num_partial = 0
-    if several:
-        max_chunks = num_partial = E + M // chunk
+    max_chunks = E + several * (M // chunk)
     xa = torch.empty(M, r, dtype=x.dtype, device=x.device)
-    partial = torch.empty(num_partial, K, r, dtype=torch.float32, device=x.device)
+    partial = torch.empty(several * max_chunks, K, r, dtype=torch.float32, device=x.device)
     right = right.contiguous()
     weights = row_weights
     if row_weights is not None:

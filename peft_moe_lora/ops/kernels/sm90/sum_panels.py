@@ -71,7 +71,7 @@ def sum_panels(
         partial_yb: [panels, M, r] fp32, contiguous; sums over the columns of one panel.
         partial_dw: [2 * panels, M] fp32, contiguous; sums over the columns of half a panel. Where
             I ends with the first half of a panel, the last row is not read.
-        dout: [T, H], and bias: [E, H], of the down projection; None for both without a bias.
+        dout: [T, H], read with bias: [E, H], the down bias, or None.
         I: columns of act.
         yb: [M, r], contiguous, receives scaling times the sums.
         dw: [T, top_k] fp32, contiguous, receives the gradient of the routing weights.
@@ -79,7 +79,9 @@ def sum_panels(
     M, r = yb.shape
     E = routing.num_experts
     H = 0
-    if bias is not None:
+    if bias is None:
+        dout = None
+    else:
         H = bias.shape[1]
     halves = I // HALF_PANEL
 
