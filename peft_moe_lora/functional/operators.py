@@ -12,6 +12,7 @@ Legend:
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -84,7 +85,9 @@ class Operator:
         fake: Callable[..., Any],
     ):
         self.qualified_name = f"peft_moe_lora::{name}"
-        self.groups, self.results, self.run = groups, results, run
+        self.groups = groups
+        self.results = results
+        self.run = run
         defaults = results._field_defaults
         self._num_returned = len(results.__match_args__) - len(defaults)
         arguments = [
@@ -161,21 +164,16 @@ def differentiable(
         results = forward_operator.results(*_none_where_absent(returned))
         _save(ctx, keep(*unflatten(kinds, inputs), results))
 
-    def formula(call: Callable[..., Any]) -> Callable[..., tuple]:
-        def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple:
-            needs = differentiated(*ctx.needs_input_grad[:num_inputs])
-            found = gradients(call, gradient.contiguous(), needs, *_saved(ctx))
-            return *found, *[None] * (num_arguments - len(found))
-
-        return backward
+    def backward_by(call: Callable[..., Any], ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple:
+        needs = differentiated(*ctx.needs_input_grad[:num_inputs])
+        found = gradients(call, gradient.contiguous(), needs, *_saved(ctx))
+        return *found, *[None] * (num_arguments - len(found))
 
     torch.library.register_autograd(
         forward_operator.qualified_name,
-        formula(backward_operator.compiled),
+        partial(backward_by, backward_operator.compiled),
         setup_context=setup_context,
     )
-
-    backward_in_eager = formula(backward_operator.run)
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -188,7 +186,7 @@ def differentiable(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-            return backward_in_eager(ctx, gradient)
+            return backward_by(backward_operator.run, ctx, gradient)
 
     # the name that a graph of autograd shows
     Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]

@@ -143,6 +143,16 @@ def spread(
     return per_expert(*whole_pair(lora_A, lora_B, num_experts, experts, dtype), num_experts)
 
 
+def rank_of(lora_A: torch.Tensor, num_experts: int, experts: Sequence[int] | None) -> int:
+    """r, the rank of one expert's update.
+
+    Args:
+        lora_A, num_experts, experts: as in `whole_pair`.
+    """
+    num_pairs = num_experts if experts is None else len(experts)
+    return lora_A.shape[0] // num_pairs
+
+
 def transposed(weight: torch.Tensor | None) -> torch.Tensor | None:
     """View [E, K, N] of a weight [E, N, K]; None for None."""
     return None if weight is None else weight.transpose(1, 2)
@@ -172,9 +182,7 @@ def whole_gradients(
     Args:
         lora_A, lora_B, num_experts, experts: as in `whole_pair`.
     """
-    total_rank = lora_A.shape[0]
-    if experts is not None:
-        total_rank = total_rank // len(experts) * num_experts
+    total_rank = num_experts * rank_of(lora_A, num_experts, experts)
     dA = gradient_like(lora_A, (total_rank, lora_A.shape[1]))
     dB = gradient_like(lora_B, (lora_B.shape[0], total_rank))
     return dA, dB

@@ -19,6 +19,7 @@ from .projection import (
     gathered,
     pair_like,
     per_expert,
+    rank_of,
     spread,
     transposed,
     whole_gradients,
@@ -45,7 +46,7 @@ def unfused_experts(
     halves = [
         expert_linear(x, half, routing, seed, 0, backend, gather=True) for half in up.halves()
     ]
-    pre = halves[0] if len(halves) == 1 else torch.cat(halves, -1)
+    pre = torch.cat(halves, -1) if len(halves) > 1 else halves[0]
     y = expert_linear(activation(pre), down, routing, seed, 1, backend)
     if post_norm is not None:
         y = post_norm(y)
@@ -242,8 +243,7 @@ def _fake_linear(inputs: Inputs, routing: Routing, plan: Plan) -> Results:
     M = routing.row_token.shape[0]
     xa = None
     if inputs.lora_A is not None:
-        num_pairs = E if plan.experts is None else len(plan.experts)
-        xa = x.new_empty(M, inputs.lora_A.shape[0] // num_pairs)
+        xa = x.new_empty(M, rank_of(inputs.lora_A, E, plan.experts))
     return Results(x.new_empty(M, N), xa)
 
 
@@ -310,7 +310,8 @@ def _linear_gradients(
     """The gradients of `Inputs`' first fields, in the dtypes of the tensors they belong to."""
     needs = Needs(asked.x, asked.lora_A or asked.lora_B)
     found = backward(Gradient(dy), inputs, kept, routing, needs, plan)
-    dA, dB = as_stored(found.lora_A, inputs.lora_A), as_stored(found.lora_B, inputs.lora_B)
+    dA = as_stored(found.lora_A, inputs.lora_A)
+    dB = as_stored(found.lora_B, inputs.lora_B)
     return found.x, dA, dB
 
 

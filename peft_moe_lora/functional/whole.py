@@ -20,7 +20,7 @@ from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed
 from ..ops.composed import RankRows
 from .backends import ops_for
 from .operators import Gradient, Operator, as_stored, differentiable, flatten, unflatten
-from .projection import Projection, gathered, pair_like, per_expert, transposed, whole_pair
+from .projection import Projection, gathered, pair_like, per_expert, rank_of, transposed, whole_pair
 
 
 class Inputs(NamedTuple):
@@ -240,8 +240,7 @@ def _fake_forward(
     def rank_r(lora_A: torch.Tensor | None, experts: tuple[int, ...] | None) -> torch.Tensor | None:
         if lora_A is None:
             return None
-        num_pairs = E if experts is None else len(experts)
-        return x.new_empty(M, lora_A.shape[0] // num_pairs)
+        return x.new_empty(M, rank_of(lora_A, E, experts))
 
     def index(length: int) -> torch.Tensor:
         return x.new_empty(length, dtype=torch.int32)
@@ -356,11 +355,12 @@ def _fake_backward(
     plan: Plan,
 ) -> Gradients:
     """Tensors of the shapes and dtypes of `_run_backward`."""
-    x, top_k_weights = inputs.x, inputs.top_k_weights
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    top_k_weights = inputs.top_k_weights
+    dtype = torch.promote_types(inputs.x.dtype, torch.float32)
+    dx = torch.empty_like(inputs.x) if needs.needs_x else None
     new = _new_gradients(inputs, needs)
     return Gradients(
-        torch.empty_like(x) if needs.needs_x else None,
+        dx,
         top_k_weights.new_empty(top_k_weights.shape, dtype=dtype),
         new.up_A,
         new.up_B,
@@ -406,7 +406,8 @@ class Pairs(NamedTuple):
 
 def _of_all_experts(inputs: Inputs, plan: Plan) -> Inputs:
     """The inputs with pairs of all E experts: zeros for experts that have none."""
-    E, dtype = inputs.up.shape[0], inputs.x.dtype
+    E = inputs.up.shape[0]
+    dtype = inputs.x.dtype
     up_A, up_B = whole_pair(inputs.up_A, inputs.up_B, E, plan.up_experts, dtype)
     down_A, down_B = whole_pair(inputs.down_A, inputs.down_B, E, plan.down_experts, dtype)
     return inputs._replace(up_A=up_A, up_B=up_B, down_A=down_A, down_B=down_B)

@@ -42,8 +42,8 @@ class Activation:
     def __call__(self, pre: torch.Tensor) -> torch.Tensor:
         """[M, N] pre-activation to [M, I] act, computed in fp32 (fp64 for fp64), dtype of pre."""
         if not self.gated:
-            return self._f(_wide(pre)).to(pre.dtype)
-        gate, up = self._clamped(*self._split(_wide(pre)))
+            return self._f(wide(pre)).to(pre.dtype)
+        gate, up = self._clamped(*self._split(wide(pre)))
         return (self._f(gate) * (up + self.up_shift)).to(pre.dtype)
 
     def backward(self, pre: torch.Tensor, dact: torch.Tensor) -> torch.Tensor:
@@ -54,12 +54,13 @@ class Activation:
             dact: [M, I].
         Returns: [M, N], dtype of pre; zero where a value was clamped.
         """
-        dact = dact.to(_wide(pre).dtype)
+        dact = dact.to(wide(pre).dtype)
         if not self.gated:
-            return (dact * self._df(_wide(pre))).to(pre.dtype)
-        raw_gate, raw_up = self._split(_wide(pre))
+            return (dact * self._df(wide(pre))).to(pre.dtype)
+        raw_gate, raw_up = self._split(wide(pre))
         gate, up = self._clamped(raw_gate, raw_up)
-        dgate, dup = dact * self._df(gate) * (up + self.up_shift), dact * self._f(gate)
+        dgate = dact * self._df(gate) * (up + self.up_shift)
+        dup = dact * self._f(gate)
         if self.limit is not None:
             dgate = dgate.masked_fill(raw_gate > self.limit, 0.0)
             dup = dup.masked_fill(raw_up.abs() > self.limit, 0.0)
@@ -95,14 +96,14 @@ class Activation:
         if self.kind == "relu2":
             return 2 * torch.relu(x)
         if self.kind == "gelu":
-            return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(
-                -0.5 * x * x
-            ) / math.sqrt(2 * math.pi)
+            density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+            return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
         c = math.sqrt(2 / math.pi)
         tanh = torch.tanh(c * (x + 0.044715 * x**3))
-        return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * 0.044715 * x * x)
+        slope = (1 - tanh * tanh) * c * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * (1 + tanh) + 0.5 * x * slope
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     """fp32 for half precision, unchanged for fp32 and fp64."""
     return x.float() if x.dtype.itemsize < 4 else x

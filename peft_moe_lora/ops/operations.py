@@ -1,9 +1,11 @@
 """The operations: what the Triton kernels and their twins in plain PyTorch both offer.
 
-Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r
-total rank. x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m];
-weight [E, N, K]; lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any
-strides, cast to the dtype of x.
+Legend:
+    T tokens; M = T * top_k rows in expert order; E experts; K and N in- and out-features; r rank
+    x: [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m]
+    weight: [E, N, K], any strides, or quantized
+    lora_A [E, r, K], lora_B [E, N, r]: views of the expert-major parameters, any strides; they are
+        cast to the dtype of x
 """
 
 from collections.abc import Callable

@@ -1,9 +1,6 @@
 """The operations in plain PyTorch: the twins of the kernels, and the path without Triton.
 
-Legend: T tokens, M = T * top_k rows in expert order, E experts, K and N in- and out-features, r
-total rank. x [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m];
-weight [E, N, K]; lora_A [E, r, K] and lora_B [E, N, r], views of the expert-major parameters, any
-strides, cast to the dtype of x.
+`operations` says what the arguments and the results are.
 """
 
 from collections.abc import Callable
@@ -11,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .activation import Activation
+from .activation import Activation, wide
 from .dropout import Dropout, dropout_mask
 from .grouped import grouped_addmm_, grouped_mm, grouped_outer
 from .operations import RankRows
@@ -36,20 +33,12 @@ __all__ = [
 
 
 def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
-    """function(*arguments), which composes operations.
-
-    The kernels' form repeats what the host decided before.
-    """
+    """function(*arguments), which composes operations."""
     return function(*arguments)
 
 
 def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
-    """A stable counting sort of the slots by expert.
-
-    Args:
-        top_k_index: [T, top_k] integer expert ids; an id outside 0..E-1 is a sentinel.
-        num_experts: E.
-    """
+    """A stable counting sort of the slots by expert."""
     ids = top_k_index.reshape(-1)
     ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
     sorted_ids, order = torch.sort(ids, stable=True)
@@ -77,12 +66,7 @@ def with_tiles(routing: Routing) -> Routing:
 def dequantize(
     weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """out[j] = W[first + j], in the order in which it is stored; where that expert has rows alone.
-
-    Args:
-        expert_offsets: [E + 1] int32.
-        out: [count, R, C].
-    """
+    """out[j] = W[first + j], in the order in which it is stored, for experts that have rows."""
     for e in (expert_offsets[1:] > expert_offsets[:-1]).nonzero()[:, 0].tolist():
         if first <= e < first + out.shape[0]:
             out[e - first] = weight.decode(e, 1)[0]
@@ -114,15 +98,7 @@ def expert_linear(
     gather: bool = False,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """y[m] = W[e] x[m] + bias[e] + drop(B[e] xa[m]).
-
-    Args:
-        bias: [E, N].
-        xa: [M, r], dtype of x, with its lora_B [E, N, r].
-        dropout: masks the low-rank term at the output: the input gradient of a layer that dropped
-            its input.
-    Returns: [M, N], dtype of x.
-    """
+    """y[m] = W[e] x[m] + bias[e] + drop(B[e] xa[m])."""
     y = grouped_mm(_rows(x, routing, gather), weight.transpose(1, 2), routing.expert_offsets)
     if bias is not None:
         y += bias[_row_expert(routing)]
@@ -161,24 +137,13 @@ def expert_act_backward(
     dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the gradient of act to those of the pre-activation and of the routing weights.
-
-    d top_k_weights = <act, draw> + <bias, dout>, so the down output itself need not be kept.
-
-    Args:
-        draw: [M, I] = W[e]^T dout[t] of the down projection and its low-rank term.
-        pre: [M, N] kept by forward.
-        top_k_weights: [T, top_k] float.
-        dout: [T, H], with bias: [E, H], the down bias.
-    Returns: dpre [M, N], act [M, I] (dtype of pre), d_top_k_weights [T, top_k] fp32 (fp64 for
-        fp64), 0 for sentinels.
-    """
+    """From the gradient of act to those of the pre-activation and of the routing weights."""
     act = activation(pre)
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(draw.dtype)
     dpre = activation.backward(pre, w[:, None] * draw)
-    dw = (_wide(act) * _wide(draw)).sum(-1)
+    dw = (wide(act) * wide(draw)).sum(-1)
     if bias is not None and dout is not None:
-        dw += (_wide(bias[_row_expert(routing)]) * _wide(_rows(dout, routing, gather=True))).sum(-1)
+        dw += (wide(bias[_row_expert(routing)]) * wide(_rows(dout, routing, gather=True))).sum(-1)
     return dpre, act, _slots(dw, routing)
 
 
@@ -188,16 +153,9 @@ def combine(
     top_k_weights: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot].
-
-    Args:
-        y: [M, N] float rows in expert order.
-        top_k_weights: [T, top_k] float; None for ones.
-        dtype: of the result; that of y by default.
-    Returns: [T, N]; a sentinel slot adds nothing.
-    """
+    """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot]."""
     # a sentinel's row may hold anything, so it is masked, never multiplied by zero
-    rows = _wide(y[routing.slot_row.clamp(min=0).long()]).masked_fill(
+    rows = wide(y[routing.slot_row.clamp(min=0).long()]).masked_fill(
         (routing.slot_row < 0)[:, None], 0.0
     )
     rows = rows.view(routing.num_tokens, routing.top_k, y.shape[1])
@@ -212,14 +170,10 @@ def combine_backward(
     routing: Routing,
     top_k_weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dy[m] = w[slot] * dout[t], d_top_k_weights[slot] = <y[m], dout[t]>.
-
-    Returns: dy [M, N] (dtype of y), d_top_k_weights [T, top_k] fp32 (fp64 for fp64), 0 for
-        sentinels.
-    """
-    rows = _wide(_rows(dout, routing, gather=True))
+    """dy[m] = w[slot] * dout[t], d_top_k_weights[slot] = <y[m], dout[t]>."""
+    rows = wide(_rows(dout, routing, gather=True))
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(rows.dtype)
-    return (w[:, None] * rows).to(y.dtype), _slots((_wide(y) * rows).sum(-1), routing)
+    return (w[:, None] * rows).to(y.dtype), _slots((wide(y) * rows).sum(-1), routing)
 
 
 def expert_outer(
@@ -233,19 +187,9 @@ def expert_outer(
     gather_right: bool = False,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """out[e, p, q] = sum over the rows m of e of w[slot] * left[m, p] * drop(right)[m, q].
-
-    Args:
-        left: [M, P], or [T, P] with gather_left.
-        right: [M, Q], or [T, Q] with gather_right.
-        out: [E, P, Q] fp32 (fp64 for fp64), any strides; every element is written, zeros for an
-            expert without rows.
-        row_weights: [T, top_k] float; None for ones.
-    """
-    left, right = (
-        _rows(left, routing, gather_left),
-        _dropped(_rows(right, routing, gather_right), routing, dropout),
-    )
+    """out[e, p, q] = sum over the rows m of e of w[slot] * left[m, p] * drop(right)[m, q]."""
+    left = _rows(left, routing, gather_left)
+    right = _dropped(_rows(right, routing, gather_right), routing, dropout)
     if row_weights is not None:
         left = left * row_weights.reshape(-1)[routing.row_slot.long()].to(left.dtype)[:, None]
     return grouped_outer(left, right, routing.expert_offsets, out)
@@ -308,7 +252,3 @@ def _slots(values: torch.Tensor, routing: Routing) -> torch.Tensor:
     """[M] values by row to [T, top_k] by slot, 0 for sentinels."""
     by_slot = values[routing.slot_row.clamp(min=0).long()].masked_fill(routing.slot_row < 0, 0.0)
     return by_slot.view(routing.num_tokens, routing.top_k)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
