@@ -3,12 +3,12 @@
 The bits are those that bitsandbytes computes. A stack is quantized a slice at a time, so that no
 fp32 copy of the whole stack exists.
 
-A new 4-bit format with 16 values of its own is a row of `CODES_4BIT`; if this package is to write
-it, its name also goes into `FORMATS`.
+`KNOWN_FORMATS` holds what the package knows of a format by its name. A new 4-bit format with 16
+values of its own is a row there.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,9 +16,10 @@ from .quantized import INT8_UNIT, Codes4bit, Codes8bit, QuantizedWeight
 
 # quantiles of a normal distribution; Dettmers et al. 2023, arXiv:2305.14314, appendix E
 _NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
 )  # fmt: skip
 # 1 sign, 2 exponent and 1 mantissa bit, in bitsandbytes' order; divided by the largest value, 12
 _FP4 = (
@@ -29,14 +30,30 @@ _E2M1 = (
     0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
 )  # fmt: skip
 
-# the 16 values of each 4-bit format
-CODES_4BIT: dict[str, tuple[float, ...]] = {
-    "nf4": _NF4,
-    "fp4": tuple(value / 12 for value in _FP4),
-    "mxfp4": _E2M1,
+
+class Format(NamedTuple):
+    """What is known of a format by its name.
+
+    Attributes:
+        code: the values of its 16 codes; None for a format of 8 bits.
+        element_size: bytes of a value with its part of the scales, at most.
+        written: whether `quantize` writes the format; if not, such weights are only read.
+    """
+
+    code: tuple[float, ...] | None
+    element_size: float
+    written: bool
+
+
+KNOWN_FORMATS = {
+    "nf4": Format(_NF4, 0.57, written=True),
+    "fp4": Format(tuple(value / 12 for value in _FP4), 0.57, written=True),
+    "mxfp4": Format(_E2M1, 0.57, written=False),
+    "int8": Format(None, 1.01, written=True),
+    "fp8": Format(None, 1.01, written=False),
 }
-# the formats that `quantize` writes; quantized weights of other formats are only read
-FORMATS = ("nf4", "fp4", "int8")
+# the formats that `quantize` writes
+FORMATS = tuple(name for name, known in KNOWN_FORMATS.items() if known.written)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 # values quantized at a time: about 400 MB of fp32 values and indices, for a stack of any size
@@ -45,7 +62,7 @@ SLICE = 1 << 24
 
 def code_of(format: str, device: torch.device) -> torch.Tensor:
     """The values of the 16 codes of a 4-bit format, [16] fp32."""
-    return torch.tensor(CODES_4BIT[format], device=device)
+    return torch.tensor(KNOWN_FORMATS[format].code, device=device)
 
 
 @cache
@@ -85,10 +102,10 @@ def quantize(
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize!r}.")
     stack = stack.detach().contiguous()
     quantized: QuantizedWeight
-    if format in CODES_4BIT:
-        quantized = _quantize_4bit(stack, format, blocksize, double_quant)
-    else:
+    if format == "int8":
         quantized = _quantize_8bit(stack)
+    else:
+        quantized = _quantize_4bit(stack, format, blocksize, double_quant)
     # a value that is not finite makes a scale that is not: among the fp32 tensors are the scales
     floats = [t for t in quantized.tensors() if t.dtype == torch.float32]
     if not all(torch.isfinite(t).all() for t in floats):

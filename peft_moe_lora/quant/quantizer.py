@@ -19,7 +19,7 @@ from ..experts.decoding import parametrizations, store
 from ..experts.families import FAMILIES, STACKS
 from ..experts.layout import is_experts
 from ..experts.stored import MXFP4_BLOCKSIZE
-from ..ops.quantize import code_of, quantize
+from ..ops.quantize import KNOWN_FORMATS, code_of, quantize
 from ..ops.quantized import Codes4bit, QuantizedWeight
 
 METHOD = "peft_moe_lora"
@@ -83,9 +83,7 @@ class ExpertsQuantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes of one weight with its part of the scales; the loader plans memory with it."""
-        if self.quantization_config.experts == "int8":
-            return 1.01
-        return 0.57
+        return KNOWN_FORMATS[self.quantization_config.experts].element_size
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """False: only the adapter was trained, so only the adapter is saved."""
