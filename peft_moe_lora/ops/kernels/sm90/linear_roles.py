@@ -1,10 +1,10 @@
 """y[m] = W[e] x[row] + bias[e] + B[e] xa[m], and act[m] = activation(y[m]): warp-specialized.
 
-Some warps load (`linear_roles_load`) while eight others multiply and store (`linear_roles_store`),
-so that loads of the next tile go on through the epilogue of this one. The low-rank term is further
-steps of the K loop, as in `linear_ordered`, but those multiply only as many ranks as there are: 16
-columns of 64 at r = 16. 0.87 to 1.01 of the time of the kernels that run elsewhere, up to 1.03 for
-large gathered experts (NVIDIA H200, 2026-11-21; docs/performance.md).
+A persistent kernel whose warps have different roles: one or four load (`linear_roles_load`), eight
+multiply and store (`linear_roles_store`). So the next tile is loaded while this one is stored. The
+low-rank term is more steps of the K loop, as in `linear_ordered`, but such a step multiplies only
+the ranks that there are: at r = 16 it takes 16 of the 64 columns. The kernel takes 0.87 to 1.03 of
+the time of those that run elsewhere (NVIDIA H200, 2026-11-21; docs/performance.md).
 
 Legend, of one program (its sizes are in `linear_roles_tile`):
     half: 64 rows of a tile of 128 rows, 256 columns. Each half belongs to one consumer: four warps,
