@@ -1,10 +1,12 @@
-"""Write the golden adapters: one small update per family, in every format. Run once; what it wrote is read for ever.
+"""Write the golden adapters: one small update per family, in every format. What it wrote is read for ever.
 
-    python tests/golden/write.py
+    python tests/golden/write.py NAME       add one format, NAME, to the families that are there
+    python tests/golden/write.py            write all again, which only a change of the families needs
 
-A format's files are not written again when the code changes: a release has to read what earlier ones wrote. `moe_lora`
-was saved by peft_moe_lora 0.1.0, `peft` by PEFT 0.21.0; the other formats are spelled out below from their
-definitions. `expected.safetensors` holds scaling * B[e] A[e] as PEFT forms it, [E, N, K] for every projection.
+A format's files are not written again when the code changes: a release has to read what earlier
+ones wrote. `moe_lora` was saved by peft_moe_lora 0.1.0, `peft` by PEFT 0.21.0; `spelled_out` has the
+other formats, from their definitions. `expected.safetensors` holds scaling * B[e] A[e] as PEFT forms
+it, [E, N, K] for every projection.
 """
 
 import copy
@@ -23,7 +25,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 
 from convert.adapters import PREFIX, save_ours  # noqa: E402 the path is made above
-from helpers import experts_paths, tiny_model  # noqa: E402
+from helpers import tiny_model  # noqa: E402
 
 E, R, ALPHA = 3, 2, 3
 H, I = 8, 6  # noqa: E741 I is the glossary's letter
@@ -42,6 +44,7 @@ FAMILIES = {
 
 
 def write(family):
+    """All formats of a family; what is there goes."""
     folder = HERE / family
     shutil.rmtree(folder, ignore_errors=True)
     base = tiny_model(family, **FAMILIES[family])
@@ -54,11 +57,34 @@ def write(family):
         lora_alpha=ALPHA,
         target_modules=["experts", "q_proj", "v_proj"],
     )
+    path, A, B, linears = read_ours(folder)
+    peft = write_pefts(base, folder, path, A, B, linears)
+    write_expected(peft, folder, path)
+    for name in spelled_out(family):
+        add(family, name)
+    for card in folder.glob("*/README.md"):
+        card.unlink()
+
+
+def add(family, name):
+    """One more format of a family: the adapter that is there in the others."""
+    state, config = spelled_out(family)[name]
+    config = {
+        "peft_type": "LORA",
+        "r": R,
+        "lora_alpha": ALPHA,
+        "bias": "none",
+        "task_type": None,
+    } | config
+    save(HERE / family / name, state, config)
+
+
+def read_ours(folder):
+    """(path of the experts, A[e] [r, K] and B[e] [N, r] by projection, other tensors): our own file, by our layout."""
     ours = load_file(folder / "moe_lora" / "adapter_model.safetensors")
     linears = {name: t for name, t in ours.items() if "self_attn" in name}
-    (path,) = experts_paths(base)
-
-    # A[e] [r, K] and B[e] [N, r], taken out by the definition of our layout
+    (key,) = (name for name in ours if name.endswith(".lora_A.gate_up"))
+    path = key.removeprefix(PREFIX).removesuffix(".lora_A.gate_up")
     A = {
         p: [ours[f"{PREFIX}{path}.lora_A.{p}"][e * R : (e + 1) * R] for e in range(E)]
         for p in ("gate_up", "down")
@@ -67,39 +93,36 @@ def write(family):
         p: [ours[f"{PREFIX}{path}.lora_B.{p}"][:, e * R : (e + 1) * R] for e in range(E)]
         for p in ("gate_up", "down")
     }
+    return path, A, B, linears
 
-    peft = write_pefts(base, folder, path, A, B, linears)
-    write_expected(peft, folder, path)
-    config = {"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "bias": "none", "task_type": None}
+
+def spelled_out(family):
+    """{name of a format: (its tensors, what its adapter_config.json says beside rank and alpha)}."""
+    path, A, B, linears = read_ours(HERE / family)
+    theirs = load_file(HERE / family / "peft" / "adapter_model.safetensors")
     targets = {
         "target_modules": ["q_proj", "v_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     }
-    state = load_file(folder / "peft" / "adapter_model.safetensors")
-    save(folder / "vllm_3d", state, {**config, **targets})
     expert_major = {n: torch.cat([t[:, e::E] for e in range(E)], 1) if "experts" in n and "lora_B" in n else t
-                    for n, t in state.items()}  # fmt: skip
+                    for n, t in theirs.items()}  # fmt: skip
     marked = {"lora_B_layout": "expert_major", "auto_mapping": {"unsloth_fixed": True}}
-    save(folder / "unsloth", expert_major, {**config, **targets, **marked})
-    save(
-        folder / "per_expert",
-        {**per_expert(family, path, A, B), **linears},
-        {**config, **per_expert_targets(family)},
-    )
-    if (
-        family != "gpt_oss"
-    ):  # transposed stacks were never swapped; SGLang's order of alternating rows is not known
-        save(
-            folder / "peft_legacy",
+    found = {
+        "vllm_3d": (theirs, targets),
+        "unsloth": (expert_major, {**targets, **marked}),
+        "per_expert": ({**per_expert(family, path, A, B), **linears}, per_expert_targets(family)),
+    }
+    # transposed stacks were never swapped; SGLang's order of alternating rows is not known
+    if family != "gpt_oss":
+        found["peft_legacy"] = (
             {**legacy(path, A, B), **linears},
-            {**config, **targets, "peft_version": "0.18.1"},
+            {**targets, "peft_version": "0.18.1"},
         )
         stacked = {f"{PREFIX}{path}.{p}_proj.lora_{side}.weight": torch.stack(pairs[p])
                    for side, pairs in (("A", A), ("B", B)) for p in pairs}  # fmt: skip
         names = {"target_modules": ["gate_up_proj", "down_proj", "q_proj", "v_proj"]}
-        save(folder / "sglang_3d", {**stacked, **linears}, {**config, **names})
-    for card in folder.glob("*/README.md"):
-        card.unlink()
+        found["sglang_3d"] = ({**stacked, **linears}, names)
+    return found
 
 
 def write_pefts(base, folder, path, A, B, linears):
@@ -176,5 +199,11 @@ def save(folder, state, config):
 
 
 if __name__ == "__main__":
-    for name in FAMILIES:
-        write(name)
+    for family in FAMILIES:
+        if not sys.argv[1:]:
+            write(family)
+            continue
+        (name,) = sys.argv[1:]
+        # what was written once stays
+        if name in spelled_out(family) and not (HERE / family / name).exists():
+            add(family, name)
