@@ -6,24 +6,27 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-__all__ = ["documentation", "hold_out", "pack", "read_jsonl", "standard_library"]
+__all__ = ["Block", "documentation", "hold_out", "pack", "read_jsonl", "standard_library"]
+
+Block = dict[str, torch.Tensor]
 
 
 def documentation() -> list[str]:
     """CPython's own documentation, one text a topic: 400,000 characters of English on Python.
 
-    Some topics are whole sections of others: left out, or held-out text would be among the text to train on.
+    A topic that is a section of another one is left out: if one of the two were held out, its text
+    would still be trained on.
     """
     texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
-    bodies = [
-        text.partition("\n\n")[2].strip() for text in texts
-    ]  # the heading is underlined by its level
-    contained = [
-        any(body in other for other in texts if other is not text)
-        for text, body in zip(texts, bodies, strict=True)
-    ]
-    return [text for text, inside in zip(texts, contained, strict=True) if not inside]
+
+    def is_section(text: str) -> bool:
+        # without its heading, which is underlined by its level
+        _, _, body = text.partition("\n\n")
+        return any(body.strip() in other for other in texts if other is not text)
+
+    return [text for text in texts if not is_section(text)]
 
 
 def standard_library() -> list[str]:
@@ -32,14 +35,15 @@ def standard_library() -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]
 
 
-def read_jsonl(path, tokenizer) -> list[str]:
+def read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One text a line of a JSONL file.
 
     Args:
-        path: every line is an object with a "text", or with "messages" as chat templates take them.
-        tokenizer: its chat template writes the messages out.
+        path: every line is an object with "text", or with "messages" as chat templates take them.
+        tokenizer: its chat template turns messages into text.
     Raises:
-        ValueError: if a line is not JSON or has neither field, or if messages meet a tokenizer without a template.
+        ValueError: if a line is not JSON or has neither field, or if there are messages and the
+            tokenizer has no chat template.
     """
     texts = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
@@ -67,16 +71,18 @@ def hold_out(texts: list[str], every: int = 10) -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(texts) if i % every], texts[::every]
 
 
-def pack(texts: list[str], tokenizer, length: int) -> list[dict[str, torch.Tensor]]:
-    """The texts end to end, an end-of-text token after each, cut into blocks of `length` tokens; the rest is dropped.
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Block]:
+    """The texts joined, an end-of-text token after each, and cut into blocks of `length` tokens.
 
-    Returns: a dataset for the Trainer, "input_ids" and "labels" of shape [length].
+    The tokens of the last, incomplete block are dropped.
+
+    Returns: a dataset for the Trainer; in each block "input_ids" and "labels", [length] int64.
     Raises:
         ValueError: if the texts do not fill one block.
     """
-    ids = [
-        token for row in tokenizer(texts)["input_ids"] for token in [*row, tokenizer.eos_token_id]
-    ]
+    ids: list[int] = []
+    for row in tokenizer(texts)["input_ids"]:
+        ids += [*row, tokenizer.eos_token_id]
     if len(ids) < length:
         raise ValueError(
             f"{len(texts)} texts make {len(ids)} tokens, less than one block of {length}."

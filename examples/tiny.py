@@ -1,6 +1,5 @@
-"""A Mixture-of-Experts model that knows Python's documentation, made from nothing in half a minute on two cores."""
+"""A tiny Mixture-of-Experts model, pretrained on Python's documentation in half a minute."""
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -15,25 +14,19 @@ from transformers import (
 
 from texts import documentation, hold_out, pack
 
-__all__ = ["complete", "make_model", "make_tokenizer", "pretrain"]
+__all__ = ["make_base", "make_model", "make_tokenizer", "pretrain"]
 
 
-def complete(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, tiny: dict, real: dict
-) -> argparse.Namespace:
-    """Fill what was not said with the defaults of the tiny model, or of a real one where --model names it."""
-    if args.model and not args.data:
-        parser.error("--model needs --data FILE.jsonl to train on")
-    args.tiny = args.model is None
-    for name, value in (tiny if args.tiny else real).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.output = Path(args.output).resolve()
-    return args
+def make_base(folder: Path, steps: int) -> None:
+    """Pretrain the tiny model into a folder, and say so."""
+    # on tensors this small a second thread only waits, on a busy machine for minutes
+    torch.set_num_threads(1)
+    print(f"Pretraining a tiny model on CPython's documentation, {steps} steps")
+    pretrain(folder, steps)
 
 
 def make_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens, trained on the texts; it can write any text there is."""
+    """A byte-level BPE of `vocab_size` tokens, trained on the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,7 +65,7 @@ def make_model(vocab_size: int = 512) -> Qwen3MoeForCausalLM:
 
 
 def pretrain(folder: Path, steps: int, length: int = 128) -> None:
-    """Train the tiny model on the documentation and save it, with its tokenizer, as any model is saved."""
+    """Train the tiny model on the documentation, and save it with its tokenizer."""
     texts, _ = hold_out(documentation())
     tokenizer = make_tokenizer(texts)
     model = make_model(len(tokenizer))

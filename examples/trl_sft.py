@@ -1,38 +1,31 @@
-"""Fine-tune with TRL: SFTTrainer with an adapter on every expert, then DPO against a frozen copy of that adapter.
+"""Fine-tune an adapter on every expert with TRL: SFTTrainer, then DPOTrainer.
 
-    python examples/trl_sft.py                                    a tiny model, made here: two minutes on a laptop
-    python examples/trl_sft.py --model NAME --data FILE.jsonl --preferences FILE.jsonl        a real one, on a GPU
+    python examples/trl_sft.py                    a tiny model, made here: two minutes on a laptop
+    python examples/trl_sft.py --model NAME --data FILE.jsonl --preferences FILE.jsonl    a real one
 
-Every line of --data is a row as SFTTrainer takes it ("text", "messages", or "prompt" and "completion"), every line of
---preferences one as DPOTrainer does ("prompt", "chosen", "rejected"); without --preferences there is no DPO. The tiny
-model is pretrained on CPython's documentation, learns to answer with the standard library's source, and then to prefer
-source to prose. DPO trains the adapter that SFT saved; TRL keeps a copy of it under the name "ref" for reference.
+Each line of --data is a row as SFTTrainer takes it ("text", "messages", or "prompt" and
+"completion"); each line of --preferences one as DPOTrainer does ("prompt", "chosen", "rejected").
+Without --preferences there is no DPO. The tiny model is pretrained on CPython's documentation,
+learns to answer with the standard library's source, and then to prefer source to prose. DPO trains
+the adapter that SFT saved; its reference is a frozen copy of that adapter, which TRL names "ref".
 """
 
-import argparse
 import json
-import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import load_dataset
+from datasets import DatasetDict, load_dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from arguments import Arguments, parse
+from finetune import CHECKPOINTING, load_base
 from peft_moe_lora import MoELoraConfig
 from texts import documentation, standard_library
-from tiny import complete, pretrain
-
-# peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
-warnings.filterwarnings(
-    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-)
-# transformers 5.17 has only the old name of this setting, 5.23 warns of it; drop when the floor moves
-NAMES = SFTConfig.__dataclass_fields__
-CHECKPOINTING = (
-    "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
-)
+from tiny import make_base
 
 TINY = {
     "output": "moe-lora-trl",
@@ -41,92 +34,67 @@ TINY = {
     "learning_rate": 5e-3,
     "steps": 60,
     "dpo_steps": 30,
+    "pretrain_steps": 200,
 }
-REAL = {"output": "moe-lora-trl", "length": 2048, "batch_size": 4, "learning_rate": 2e-4}
+REAL = {"length": 2048, "batch_size": 4, "learning_rate": 2e-4, "steps": 0, "dpo_steps": 0}
 # for a tokenizer without one: a line that says who speaks, what is said, the end
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
+Message = dict[str, str]
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; what it leaves open is filled from TINY or REAL."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+
+@dataclass
+class TrlArguments(Arguments):
+    """The options of this example."""
+
+    preferences: Path | None = field(
+        default=None, metadata={"help": "JSONL for DPO (without it: written here, or no DPO)"}
     )
-    parser.add_argument(
-        "--model", help="name or folder of a model (default: a tiny one, pretrained here)"
+    dpo_steps: int = field(
+        default=0,
+        metadata={"help": "optimizer steps of DPO; 0: once through the data", "metavar": "N"},
     )
-    parser.add_argument(
-        "--data", type=Path, help="JSONL for SFT (default: written here, source of the library)"
+    target_modules: list[str] = field(
+        default_factory=lambda: ["experts", "q_proj", "v_proj"],
+        metadata={"help": "what to adapt (default: experts q_proj v_proj)", "metavar": "NAME"},
     )
-    parser.add_argument(
-        "--preferences", type=Path, help="JSONL for DPO (default: written here | no DPO)"
-    )
-    parser.add_argument("--output", type=Path, help="folder for everything (default: moe-lora-trl)")
-    parser.add_argument(
-        "--steps", type=int, help="optimizer steps of SFT (default: 60 | once through the data)"
-    )
-    parser.add_argument(
-        "--dpo-steps", type=int, help="optimizer steps of DPO (default: 30 | once through the data)"
-    )
-    parser.add_argument(
-        "--length", type=int, help="tokens of a row that are kept (default: 128 | 2048)"
-    )
-    parser.add_argument("--batch-size", type=int, help="rows per batch (default: 8 | 4)")
-    parser.add_argument(
-        "--learning-rate", type=float, help="of SFT; DPO takes a tenth (default: 5e-3 | 2e-4)"
-    )
-    parser.add_argument("--r", type=int, default=16, help="rank; lora_alpha is 2 r (default: 16)")
-    parser.add_argument(
-        "--target-modules", nargs="+", default=["experts", "q_proj", "v_proj"], help="what to adapt"
-    )
-    parser.add_argument(
-        "--pretrain-steps",
-        type=int,
-        default=200,
-        help="steps that make the tiny one (default: 200)",
-    )
-    return complete(parser, parser.parse_args(), TINY, REAL)
 
 
 def write_rows(folder: Path) -> tuple[Path, Path]:
-    """The tiny model's data: the start of a module where one is asked for, and prose as what is not wanted."""
-    source, prose = standard_library(), documentation()
+    """Write the tiny model's data: source is the right answer, prose the wrong one.
+
+    Returns: the files for SFT and for DPO.
+    """
     ask = [{"role": "user", "content": "Python source, please."}]
 
-    def say(text: str) -> list[dict]:
+    def say(text: str) -> list[Message]:
         return [{"role": "assistant", "content": text[:300]}]
 
+    source = standard_library()
     answers = [{"prompt": ask, "completion": say(text)} for text in source]
     choices = [
         {"prompt": ask, "chosen": say(wanted), "rejected": say(unwanted)}
-        for wanted, unwanted in zip(source, prose, strict=False)
+        for wanted, unwanted in zip(source, documentation(), strict=False)
     ]
-    data, preferences = folder / "answers.jsonl", folder / "preferences.jsonl"
+    data = folder / "answers.jsonl"
+    preferences = folder / "preferences.jsonl"
     for path, rows in ((data, answers), (preferences, choices)):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return data, preferences
 
 
-def read_rows(path: Path):
+def read_rows(path: Path) -> DatasetDict:
     """{"train": rows, "test": rows}: a tenth of a JSONL file is held out."""
-    return load_dataset("json", data_files=str(path), split="train").train_test_split(
-        test_size=0.1, seed=0
-    )
+    rows = load_dataset("json", data_files=str(path), split="train")
+    return rows.train_test_split(test_size=0.1, seed=0)
 
 
-def load_base(args: argparse.Namespace):
-    """The frozen model: bf16 when it is a real one on a GPU, fp32 otherwise."""
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda and not args.tiny else torch.float32
-    return AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=dtype, device_map="cuda:0" if cuda else "cpu"
-    )
-
-
-def settings(args: argparse.Namespace, stage: str, steps: int | None, learning_rate: float) -> dict:
+def settings(args: TrlArguments, stage: str, steps: int, learning_rate: float) -> dict[str, Any]:
     """What both trainers are told."""
     cuda = torch.cuda.is_available()
     return {
@@ -148,8 +116,10 @@ def settings(args: argparse.Namespace, stage: str, steps: int | None, learning_r
     }
 
 
-def sft(args: argparse.Namespace, tokenizer, rows) -> dict[str, float]:
-    """Train a new adapter on the rows and save it.
+def sft(
+    args: TrlArguments, tokenizer: PreTrainedTokenizerBase, rows: DatasetDict
+) -> dict[str, float]:
+    """Train a new adapter on the rows, and save it.
 
     Returns: the held-out loss before and after, in nats per token.
     """
@@ -171,10 +141,14 @@ def sft(args: argparse.Namespace, tokenizer, rows) -> dict[str, float]:
     return {"before": before, "after": trainer.evaluate()["eval_loss"]}
 
 
-def dpo(args: argparse.Namespace, tokenizer, rows) -> dict[str, float]:
-    """Train the saved adapter on to prefer what was chosen, against a frozen copy of itself, and save it.
+def dpo(
+    args: TrlArguments, tokenizer: PreTrainedTokenizerBase, rows: DatasetDict
+) -> dict[str, float]:
+    """Train the saved adapter to prefer the chosen answers, against a frozen copy, and save it.
 
-    Returns: the held-out reward margin (chosen - rejected) before and after, 0 while both adapters are the same.
+    The learning rate is a tenth of that of SFT.
+
+    Returns: the held-out reward margin (chosen - rejected) before and after; before, it is 0.
     """
     model = PeftModel.from_pretrained(load_base(args), args.output / "sft", is_trainable=True)
     trainer = DPOTrainer(
@@ -192,37 +166,36 @@ def dpo(args: argparse.Namespace, tokenizer, rows) -> dict[str, float]:
 
 
 def main() -> None:
-    args = parse_arguments()
+    """Make the tiny model where none is named; then SFT, and DPO where there are preferences."""
+    args = parse(TrlArguments, __doc__, TINY, REAL)
     args.output.mkdir(parents=True, exist_ok=True)
     set_seed(0)
     if args.tiny:
-        torch.set_num_threads(
-            1
-        )  # on tensors this small a second thread only waits, and on a busy machine for minutes
-        args.model = args.output / "base"
-        print(f"Pretraining a tiny model on CPython's documentation, {args.pretrain_steps} steps")
-        pretrain(args.model, args.pretrain_steps)
+        make_base(args.output / "base", args.pretrain_steps)
         data, preferences = write_rows(args.output)
-        args.data, args.preferences = args.data or data, args.preferences or preferences
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+        args.data = args.data or data
+        args.preferences = args.preferences or preferences
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
     if tokenizer.chat_template is None:
         print(
-            "The tokenizer has no chat template; this example's own is used and saved with the adapter."
+            "The tokenizer has no chat template; this example's own is used, and saved with the "
+            "adapter."
         )
         tokenizer.chat_template = CHAT_TEMPLATE
 
     print(f"SFT on {args.data.name}")
     results = {"held-out loss": sft(args, tokenizer, read_rows(args.data))}
+    stages = ["sft"]
     if args.preferences:
         print(f"DPO on {args.preferences.name}")
         results["reward margin"] = dpo(args, tokenizer, read_rows(args.preferences))
+        stages.append("dpo")
 
     print(f"\n{'':<16} before   after")
     for name, numbers in results.items():
         print(f"{name:<16} {numbers['before']:6.3f}  {numbers['after']:6.3f}")
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    saved = [stage for stage in ("sft", "dpo") if (args.output / stage).exists()]
-    print(f"\nThe adapters lie in {args.output}: {', '.join(saved)}")
+    print(f"\nThe adapters are in {args.output}: {', '.join(stages)}")
 
 
 if __name__ == "__main__":

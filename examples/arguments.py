@@ -1,0 +1,87 @@
+"""The command line of the examples, read from a dataclass by transformers' HfArgumentParser."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+
+__all__ = ["Arguments", "parse"]
+
+
+@dataclass
+class Arguments:
+    """What every example is told.
+
+    The defaults of most options are an example's own: one for the tiny model, one for a real model.
+    """
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "name or folder of a model (without it: a tiny one, pretrained here)"},
+    )
+    data: Path | None = field(
+        default=None,
+        metadata={"help": "JSONL to train on (without it: the standard library's source)"},
+    )
+    output: Path = field(default=Path("moe-lora"), metadata={"help": "folder for everything"})
+    steps: int = field(
+        default=0, metadata={"help": "optimizer steps; 0: once through the data", "metavar": "N"}
+    )
+    length: int = field(default=128, metadata={"help": "tokens per block", "metavar": "N"})
+    batch_size: int = field(default=16, metadata={"help": "blocks per batch", "metavar": "N"})
+    learning_rate: float = field(
+        default=1e-2, metadata={"help": "highest learning rate", "metavar": "RATE"}
+    )
+    r: int = field(
+        default=16, metadata={"help": "rank of each update; lora_alpha is 2 r", "metavar": "N"}
+    )
+    pretrain_steps: int = field(
+        default=300, metadata={"help": "steps that make the tiny model", "metavar": "N"}
+    )
+
+    @property
+    def tiny(self) -> bool:
+        """Whether the example makes its model."""
+        return self.model is None
+
+    @property
+    def base(self) -> str:
+        """Name or folder of the model to adapt."""
+        return self.model or str(self.output / "base")
+
+
+Kind = TypeVar("Kind", bound=Arguments)
+
+
+def parse(
+    kind: type[Kind],
+    description: str,
+    tiny: dict[str, Any],
+    real: dict[str, Any],
+    argv: list[str] | None = None,
+) -> Kind:
+    """Read the command line.
+
+    Args:
+        kind: the dataclass of the example's options.
+        tiny, real: the example's defaults for the tiny model, and those that differ with --model.
+        argv: None for the process's own.
+    """
+    real = tiny | real
+    lines = [f"  --{name.replace('_', '-'):<16} {tiny[name]!s:<16} {real[name]}" for name in tiny]
+    parser = HfArgumentParser(
+        kind,
+        description=description,
+        epilog="\n".join(["defaults of the tiny model and of a real one:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(**tiny)
+    if parser.parse_args(argv).model:
+        parser.set_defaults(**real)
+    args = kind(**vars(parser.parse_args(argv)))
+    if args.model and not args.data:
+        parser.error("--model needs --data FILE.jsonl to train on")
+    args.output = args.output.resolve()
+    return args
