@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -86,7 +88,7 @@ def test_on_a_gpu_the_ceilings_take_their_turn_in_every_round():
     turns = []
 
     class GpuTimer:
-        """Of a GPU that slows down: every product takes 1 ms longer than the one before, all else takes 4 ms."""
+        """Of a GPU that slows down: each product takes 1 ms longer, everything else 4 ms."""
 
         device = torch.device("cuda")
         rest = 0.0
@@ -204,10 +206,10 @@ def test_roofline_is_that_of_the_published_formula():
     shape = shape_of("qwen3-30b")
     cuda = torch.device("cuda")
     case = Case("qwen3-30b", *shape, 8192, 16, torch.bfloat16, 0.0, cuda)
-    # by hand: 2 * 65536 * 3 * 768 * 2048 = 618.5 GFLOP each way, + 13.4 and 26.8 of LoRA, at 780 TFLOP/s
+    # by hand: 2 * 65536 * 3 * 768 * 2048 = 618.5 GFLOP each way, + 13.4 and 26.8 of LoRA
     flops_ms = (631.9 + 645.3) / 780
     assert roof(case, Ceilings(780e12, 4.23e12)) == pytest.approx(flops_ms, rel=1e-3)
-    # by hand: weights 1208 MB, x and out 67 MB, rows 403 MB; backward twice 67, and 604 MB; bytes alone count
+    # by hand: weights 1208 MB, x and out 67 MB, rows 403 MB; backward twice 67, and 604 MB
     bytes_ms = (1208.0 + 67.1 + 402.7 + 1208.0 + 134.2 + 604.0) / 1e3
     assert roof(case, Ceilings(1e30, 1e12)) == pytest.approx(bytes_ms, rel=1e-3)
     assert case.goal == (1.5, 205)
@@ -245,3 +247,11 @@ def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         layer.parse_arguments(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["layer", "quantized", "train_step", "tune_kernels"])
+def test_every_script_starts_from_any_folder(script, tmp_path):
+    path = Path(layer.__file__).with_name(f"{script}.py")
+    command = [sys.executable, str(path), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"python examples/benchmarks/{script}.py" in done.stdout

@@ -1,6 +1,5 @@
 """The fine-tuning example learns, saves what it trained, and goes on after a stop."""
 
-import importlib
 import json
 import re
 import shutil
@@ -11,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers.scripts import EXAMPLES, run_example
+import texts
+from arguments import parse
+from finetune import REAL, TINY, FinetuneArguments
+from helpers.scripts import run_example
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -72,7 +74,7 @@ def test_the_adapter_is_on_every_expert_and_the_merged_model_holds_it(demo):
 
 @pytest.fixture(scope="module")
 def real(demo, tmp_path_factory):
-    """A saved model with a chat template and a JSONL of both kinds of rows, as a user brings them."""
+    """A saved model with a chat template, and a JSONL with both kinds of rows."""
     folder = tmp_path_factory.mktemp("real")
     shutil.copytree(demo[0] / "base", folder / "model")
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
@@ -121,14 +123,7 @@ def test_a_model_of_your_own_learns_your_data_and_resumes_where_it_stopped(real,
         )
 
 
-@pytest.fixture
-def texts(monkeypatch):
-    """The module examples/texts.py, which the examples import from their own folder."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("texts")
-
-
-def test_messages_go_through_the_chat_template(real, texts):
+def test_messages_go_through_the_chat_template(real):
     folder, _ = real
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows = texts.read_jsonl(folder / "data.jsonl", tokenizer)
@@ -145,20 +140,31 @@ def test_messages_go_through_the_chat_template(real, texts):
 @pytest.mark.parametrize(
     ("line", "says"), [('{"txt": "a"}', r"line 2: has \['txt'\]"), ("{", "line 2: not JSON")]
 )
-def test_a_line_that_cannot_be_read_is_named(texts, tmp_path, line, says):
+def test_a_line_that_cannot_be_read_is_named(tmp_path, line, says):
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n' + line + "\n")
     with pytest.raises(ValueError, match=says):
         texts.read_jsonl(data, tokenizer=None)
 
 
-def test_held_out_texts_are_never_trained_on(texts):
+def test_held_out_texts_are_never_trained_on():
     train, held_out = texts.hold_out(texts.documentation())
     assert len(held_out) >= 0.1 * len(train) > 0
     for text in held_out:
         _, _, body = text.partition("\n\n")
         assert body.strip()
         assert not any(body.strip() in other for other in train)
+
+
+def test_defaults_are_those_of_the_tiny_model_or_of_a_real_one(tmp_path):
+    words = ["--steps", "7", "--output", str(tmp_path)]
+    tiny = parse(FinetuneArguments, "", TINY, REAL, words)
+    assert (tiny.steps, tiny.length, tiny.save_steps) == (7, 128, 0)
+    assert tiny.base == str(tmp_path / "base")
+    own = ["--model", "somewhere", "--data", "some.jsonl", "--length", "64"]
+    real = parse(FinetuneArguments, "", TINY, REAL, words + own)
+    assert (real.steps, real.length, real.save_steps) == (7, 64, 100)
+    assert real.base == "somewhere"
 
 
 def test_a_model_without_data_is_refused():

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, without a word on stderr that a reader would have to explain away."""
+"""Every notebook runs from top to bottom, and nothing on stderr needs an explanation."""
 
 import shutil
 from pathlib import Path

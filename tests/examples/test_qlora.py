@@ -1,4 +1,4 @@
-"""The example on quantized experts learns, saves, loads and merges; its benchmark runs and checks itself."""
+"""The example on quantized experts learns, saves, loads and merges; its benchmark runs."""
 
 import json
 

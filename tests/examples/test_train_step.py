@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py on a CPU: every field, shared base weights, and no number where routes disagree."""
+"""benchmarks/train_step.py on a CPU: every field, and no number where routes disagree."""
 
 import json
 
