@@ -17,14 +17,17 @@ def _same_numbers_every_time():
 
 @pytest.fixture(autouse=True)
 def _nothing_left_of_other_tests(request):
-    """What they left in reference cycles would go while this test measures memory, which then seems to need less."""
+    """A GPU test starts without the garbage of earlier tests.
+
+    Garbage that is collected while a test measures memory would make it seem to need less.
+    """
     if request.node.get_closest_marker("gpu"):
         gc.collect()
 
 
 @pytest.fixture
 def poisoned_memory():
-    """`torch.empty` gives NaN: a row that is read before it is written shows, here and not on a busy machine."""
+    """`torch.empty` gives NaN, so that a row that is read before it is written always shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -26,7 +26,7 @@ def _relative(path: Path) -> str:
 
 
 def _imported(path: Path) -> set[str]:
-    """The libraries that a file imports, by their first name; its own package's modules left out."""
+    """The libraries that a file imports, without the modules of its own package."""
     libraries = set()
     for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What others do to a model with an adapter: copy it, pickle it, offload it, retarget it, look at its names."""
+"""What other libraries do to a model with an adapter: copy, pickle, offload, look at its names."""
 
 import copy
 import io
@@ -215,7 +215,7 @@ def test_the_models_config_stays_what_it_was():
 
 
 def test_gradients_of_the_router_loss_still_flow():
-    """Models read their routers' logits through hooks on the routers: wrapping the experts leaves those alone."""
+    """Models read their routers' logits by hooks, which wrapping the experts leaves in place."""
     model = moe_lora(tiny_model())
     ids = torch.arange(3, 15)[None]
     out = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
@@ -261,7 +261,10 @@ class LargestNew(TorchDispatchMode):
 @pytest.mark.parametrize("case", FUSED_KINDS, ids=lambda c: c[0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_of_a_weights_size_is_made(case, dtype):
-    """No delta, no dW, no copy of the weights: with few rows all that is made is smaller than one expert's weight."""
+    """With few rows every tensor that is made is smaller than one expert's weight.
+
+    So no delta, no dW and no copy of the weights is made.
+    """
     hidden, intermediate, T = 64, 48, 8
     model = wrap(build_experts(*case, hidden=hidden, intermediate=intermediate, dtype=dtype), r=2)
     x, index, weights = random_rows(T=T, hidden=hidden, dtype=dtype)
@@ -363,8 +366,8 @@ def code_of(module):
 
 
 def all_code():
-    modules = [(n, m) for n, m in list(sys.modules.items()) if m and n.split(".")[0] in ("peft", "transformers")]
-    return {name: code_of(module) for name, module in modules}
+    names = [name for name in sys.modules if name.split(".")[0] in ("peft", "transformers")]
+    return {name: code_of(sys.modules[name]) for name in names if sys.modules[name]}
 
 
 before = all_code()
@@ -373,7 +376,9 @@ start = time.perf_counter()
 import peft_moe_lora
 seconds = time.perf_counter() - start
 after = all_code()
-replaced = [f"{m}.{n}" for m, names in before.items() for n, i in names.items() if after[m].get(n) != i]
+replaced = []
+for module, names in before.items():
+    replaced += [f"{module}.{n}" for n, i in names.items() if after[module].get(n) != i]
 first = peft.PeftType.MOE_LORA
 importlib.reload(peft_moe_lora.registration)
 importlib.reload(peft_moe_lora)
@@ -384,7 +389,7 @@ print(json.dumps({"seconds": seconds, "replaced": replaced, "types": types}))
 
 
 def fresh_import():
-    """What the script above found in a fresh interpreter, and what was on stderr from our import on."""
+    """What the script above found in a fresh interpreter, and what our import wrote to stderr."""
     run = subprocess.run(
         [sys.executable, "-W", "default", "-c", IMPORT], capture_output=True, text=True, check=False
     )
@@ -411,7 +416,7 @@ def test_import_is_fast(imported):
 
 
 def test_import_patches_nothing(imported):
-    """Registration adds entries; every function, class and method that peft and transformers had is still theirs."""
+    """Registration adds entries; peft and transformers keep every function, class and method."""
     assert imported["replaced"] == []
 
 
@@ -431,7 +436,7 @@ def test_the_peft_type_behaves_like_the_others():
 
 @pytest.mark.filterwarnings("error")
 def test_using_the_package_warns_about_nothing():
-    """Every warning an error, whoever gives it: one forward, one backward, one merge on a bare module."""
+    """One forward, one backward and one merge of a bare module, with every warning an error."""
     model = wrap(build_experts("qwen3_moe", "Qwen3MoeExperts"), lora_dropout=0.1)
     rows = random_rows()
     model(*rows).sum().backward()

@@ -1,4 +1,7 @@
-"""TRL trains the adapter: SFTTrainer from a JSONL, DPOTrainer against its frozen copy, and the example with both."""
+"""TRL trains the adapter: SFTTrainer from a JSONL, DPOTrainer against its frozen copy.
+
+The example does both.
+"""
 
 import importlib
 import json
@@ -275,7 +278,7 @@ def test_the_example_runs_on_a_tiny_model_and_on_ones_own(tmp_path):
     assert sft.keys() == dpo.keys()
     assert all(not torch.equal(sft[key], dpo[key]) for key in sft)
 
-    # one's own model with a template of its own, and texts; without preferences there is no second stage
+    # a user's model with its own template, and texts; without preferences there is no second stage
     data = tmp_path / "data.jsonl"
     data.write_text(
         "".join(json.dumps({"text": f"The square of {i} is {i * i}."}) + "\n" for i in range(60))

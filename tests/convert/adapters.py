@@ -1,6 +1,8 @@
-"""What the conversion tests share: saved adapters, and readers written a second time from what each format promises.
+"""What the conversion tests share: saved adapters, and a reader of each format.
 
-Legend: E experts, r rank, K in- and N out-features of one projection. An update is {path: {projection: [E, N, K]}}.
+The readers are written a second time here, from what each format promises.
+Legend: E experts, r rank, K in- and N out-features of one projection.
+An update is {path: {projection: [E, N, K]}}.
 """
 
 import copy
@@ -29,7 +31,7 @@ def save_base(family, folder):
 
 
 def save_ours(base, folder, **config):
-    """Our adapter of random A and B on a copy of the base, saved; the model stays as the one with the right logits."""
+    """Save our adapter of random A and B on a copy of the base; return the adapted model."""
     model = moe_lora(copy.deepcopy(base), **config)
     model.save_pretrained(folder)
     return model
@@ -65,7 +67,7 @@ def config_of(folder):
 
 
 def rewrite(folder, state=None, metadata=None, **config):
-    """Change an adapter on disk: its tensors (a function of the state dict), entries of its configuration."""
+    """Change an adapter on disk: its tensors by a function, its configuration by entries."""
     file = Path(folder, "adapter_model.safetensors")
     if state is not None:
         changed = {name: t.contiguous().clone() for name, t in state(tensors(folder)).items()}
@@ -81,7 +83,10 @@ def experts_count(base, path):
 
 
 def update_of_ours(folder, base):
-    """Both tensors expert-major: rows, and columns, e*r up to (e + 1)*r are expert e's. One rank, one scaling."""
+    """Ours: both tensors are expert-major, with one rank and one scaling.
+
+    Rows e*r up to (e + 1)*r of A, and the same columns of B, belong to expert e.
+    """
     state, config = tensors(folder), config_of(folder)
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     found = {}
@@ -98,7 +103,7 @@ def update_of_ours(folder, base):
 
 
 def update_vllm_2d(folder, base, interleaved, leaves=("gate_proj", "up_proj", "down_proj")):
-    """vLLM's 2-D reader: three projections of every expert under their hub names, lora_alpha / r alone."""
+    """vLLM's 2-D reader: three projections of every expert, hub names, scaling lora_alpha / r."""
     state, config = tensors(folder), config_of(folder)
     assert config["peft_type"] == "LORA"
     assert not config.get("modules_to_save")
@@ -124,7 +129,10 @@ def update_vllm_2d(folder, base, interleaved, leaves=("gate_proj", "up_proj", "d
 
 
 def update_vllm_3d(folder, base):
-    """vLLM's 3-D reader: PEFT's keys, A viewed [E, r, K], B viewed [N, r, E]; gate and up in the model's own order."""
+    """vLLM's 3-D reader: PEFT's keys, A viewed [E, r, K], B viewed [N, r, E].
+
+    Gate and up are in the model's own order.
+    """
     state, config = tensors(folder), config_of(folder)
     assert config["peft_type"] == "LORA"
     assert "target_modules" in config
@@ -140,7 +148,7 @@ def update_vllm_3d(folder, base):
 
 
 def update_sglang(folder, base):
-    """SGLang's 3-D reader: [E, r, K] and [E, N, r] under the stacked projections' names; lora_alpha / r alone."""
+    """SGLang's 3-D reader: [E, r, K] and [E, N, r] by stacked names, scaling lora_alpha / r."""
     state, config = tensors(folder), config_of(folder)
     assert config["peft_type"] == "LORA"
     assert not config["rank_pattern"]

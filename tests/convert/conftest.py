@@ -1,4 +1,7 @@
-"""One tiny base model and one saved adapter per family, made once; tests write into folders of their own."""
+"""One tiny base model and one saved adapter per family, made once.
+
+Tests write into folders of their own.
+"""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,7 @@
-"""Bad input: one clear error each, and nothing is written; an interrupted conversion leaves what was there."""
+"""Bad input gets one clear error, and nothing is written.
+
+An interrupted conversion leaves the destination as it was.
+"""
 
 import copy
 import os
@@ -166,7 +169,7 @@ def test_missing_and_further_experts(qwen, tmp_path):
 
 
 def test_a_projection_missing_in_one_layer_is_filled_or_found(qwen, tmp_path):
-    """Ours says in its metadata what it holds; a file that lost a projection is found out by that."""
+    """Our metadata lists what the file holds, so a lost projection is noticed."""
     shutil.copytree(qwen.ours, tmp_path / "in")
     from safetensors import safe_open
 
@@ -246,8 +249,14 @@ def test_an_interrupted_conversion_leaves_what_was_there(qwen, tmp_path, force):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_adapter(tmp_path / "in", tmp_path / "out", to="sglang_3d", base_config=qwen.config, force=force,
-                        progress=interrupt)  # fmt: skip
+        convert_adapter(
+            tmp_path / "in",
+            tmp_path / "out",
+            to="sglang_3d",
+            base_config=qwen.config,
+            force=force,
+            progress=interrupt,
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"][: 1 + force]
     if force:
         assert all(torch.equal(t, before[n]) for n, t in tensors(tmp_path / "out").items())
@@ -286,7 +295,10 @@ def test_verify_names_what_only_one_of_two_adapts(qwen, tmp_path):
 
 
 def test_memory_is_that_of_one_projection(tmp_path):
-    """24 layers: the file is 30 times what a conversion may hold of it; numbers at full size are in the README."""
+    """The file has 24 layers: it is 30 times as large as what a conversion may hold of it.
+
+    The README has the numbers at full size.
+    """
     layers, E, r, H, width = 24, 16, 8, 64, 32
     path = "model.layers.{}.mlp.experts"
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and that a script can rely on both. The model card beside it."""
+"""The command line: what it prints and its exit codes, which scripts rely on. The model card."""
 
 import copy
 import json
@@ -198,7 +198,11 @@ def test_what_belongs_to_an_adapter_comes_along_and_nothing_else(qwen, tmp_path)
     card.write_text(card.read_text() + "\n## Results\n\nIt works.\n")
     convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "added_tokens.json"
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "tokenizer.json",
+        "added_tokens.json",
     }  # fmt: skip
     text = (tmp_path / "out" / "README.md").read_text()
     assert "It works." in text

@@ -1,4 +1,7 @@
-"""From ours into every format and back, bit for bit; PEFT's into ours and ours into PEFT, with equal logits."""
+"""Our format becomes every other one and comes back bit for bit.
+
+PEFT loads our adapters and we load PEFT's, with equal logits.
+"""
 
 import copy
 import json
@@ -110,13 +113,16 @@ from safetensors.torch import load_file
 base = functools.cache(tiny_model)
 for family, folder in json.loads(sys.argv[1]):
     model = PeftModel.from_pretrained(copy.deepcopy(base(family)), folder).eval()
-    error = relative_error(outputs(model), load_file({str(tmp_path)!r} + f"/{{family}}.safetensors")["logits"])
+    right = load_file({str(tmp_path)!r} + f"/{{family}}.safetensors")["logits"]
+    error = relative_error(outputs(model), right)
     assert type(model.base_model) is LoraModel and error < {TOLERANCE}, (family, folder, error)
 assert "peft_moe_lora" not in sys.modules
 """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(todo)], env=env, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=120, check=False)  # fmt: skip
+    command = [sys.executable, "-c", script, json.dumps(todo)]
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -230,7 +236,10 @@ def per_expert_adapter(
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_a_per_expert_adapter_of_others(made, family, shared, tmp_path):
-    """Different A's of gate and up become one of twice the rank, B with zero blocks; nothing is rounded."""
+    """Different A's of gate and up become one A of twice the rank, and B gets blocks of zeros.
+
+    Nothing is rounded.
+    """
     case = made(family)
     leaves = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     right = per_expert_adapter(case, tmp_path / "theirs", leaves, shared=shared)
@@ -257,7 +266,10 @@ def test_a_per_expert_adapter_of_others(made, family, shared, tmp_path):
 
 
 def swap_in_and_out(state, count=E):
-    """PEFT 0.18's tensors of the same update: the delta of a parameter [E, d1, d2] is (B A)^T with A over d1."""
+    """PEFT 0.18's tensors of the same update.
+
+    There the delta of a parameter [E, d1, d2] is (B A)^T, with A over d1.
+    """
     legacy = {}
     for name in [n for n in state if ".lora_A." in n]:
         A, B = state[name], expert_major(state[name.replace("lora_A", "lora_B")], count)
@@ -298,7 +310,10 @@ def test_peft_0_19_0_swapped_one_and_not_the_other(qwen, tmp_path):
 
 
 def test_swapped_where_the_shapes_coincide(tmp_path):
-    """2I = H: gate_up alone looks the same either way, so the version has to tell, and 0.19.0 does not."""
+    """With 2I = H gate_up alone has the same shape in both orders: the version has to tell.
+
+    0.19.0 does not tell.
+    """
     base = tiny_model(moe_intermediate_size=16)  # H = 32
     base.config.save_pretrained(tmp_path / "base")
     theirs = save_pefts(base, tmp_path / "theirs", target_parameters=["experts.gate_up_proj"])
@@ -381,7 +396,7 @@ def test_the_readers_catch_the_same_mistakes(qwen, tmp_path):
 
 @pytest.mark.parametrize("to", ["peft", "per_expert", "vllm_3d", "sglang_3d"])
 def test_every_scaling_and_rank_arrives(qwen, tmp_path, to):
-    """rsLoRA, ranks and alphas by pattern, attention: all at once, and each reader gives the same update."""
+    """rsLoRA, ranks and alphas by pattern, and attention at once: every reader agrees."""
     model = save_ours(
         qwen.base,
         tmp_path / "ours",
@@ -438,7 +453,10 @@ def test_a_router_of_pefts_travels(qwen, tmp_path, with_base):
 
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_router_of_ours_travels_and_comes_back(qwen, tmp_path, with_base):
-    """To PEFT a router is a parameter, to us and to servers a module: without the base the file itself says which."""
+    """For PEFT a router is a parameter, for us and for servers a module.
+
+    Without the base model the file itself has to say which.
+    """
     targets = ["experts", "gate", "q_proj", "v_proj"]
     ours = save_ours(qwen.base, tmp_path / "ours", target_modules=targets, rank_pattern={"gate": 2})
     base_config = qwen.config if with_base else None
@@ -458,7 +476,7 @@ def test_a_router_of_ours_travels_and_comes_back(qwen, tmp_path, with_base):
 
 
 def test_a_router_that_is_a_linear_layer_with_a_forward_of_its_own_travels(tmp_path):
-    """phimoe's: PEFT's layer for linear layers would add to a tuple, so to PEFT it is a parameter too."""
+    """phimoe's router is a linear layer that returns a tuple, so for PEFT it is a parameter too."""
     base = save_base("phimoe", tmp_path / "base")
     model = save_ours(base, tmp_path / "ours", target_modules=["experts", "router"])
     for to in ("peft", "moe_lora"):
@@ -473,7 +491,7 @@ def test_a_router_that_is_a_linear_layer_with_a_forward_of_its_own_travels(tmp_p
 
 
 def test_routers_saved_whole_travel_with_what_ends_on_their_name(tmp_path):
-    """PEFT matches modules_to_save by the ends of names: "gate" is also a shared expert's shared_expert_gate."""
+    """PEFT matches modules_to_save by the ends of names: "gate" matches shared_expert_gate too."""
     base = save_base("qwen2_moe", tmp_path / "base")
     model = save_ours(base, tmp_path / "ours", modules_to_save=["gate"])
     with torch.no_grad():
@@ -559,9 +577,9 @@ def test_hub_names_are_transformers_own():
         if mapping is None:
             continue  # a family that this transformers does not have yet
         sources = [p.replace("\\", "") for c in mapping for p in c.source_patterns]
-        assert {s.rpartition(".weight")[0].rpartition(".")[2] for s in sources if ".experts.*" in s} == {
-            names.gate, names.up, names.down
-        }  # fmt: skip
+        of_experts = [s.rpartition(".weight")[0] for s in sources if ".experts.*" in s]
+        leaves = {s.rpartition(".")[2] for s in of_experts}
+        assert leaves == {names.gate, names.up, names.down}
         assert any("block_sparse_moe" in s for s in sources) == (names.block != "mlp")
         key = f"model.layers.0.mlp.experts.3.{names.up}.lora_A"
         assert names.from_hub(names.to_hub(key)) == key

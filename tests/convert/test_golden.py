@@ -1,4 +1,4 @@
-"""Adapters written once, in every format, are read for ever: a release that cannot read them fails here."""
+"""Adapters were written once in every format; every later release has to read them."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""A merged checkpoint is what merging in memory gives, however a base stores its experts; PEFT's load in ours."""
+"""A merged checkpoint equals merging in memory, however the base stores its experts.
+
+PEFT's adapters load in our layers.
+"""
 
 import copy
 import json
@@ -56,7 +59,7 @@ def test_merged_is_merged_in_memory(family, shards, tmp_path):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("intermediate", [24, 16])
 def test_stacked_checkpoints_either_way_round(tmp_path, transposed, intermediate):
-    """[E, N, K] or [E, K, N]: the shapes tell, 2I = H included, where gate_up alone looks the same both ways."""
+    """The shapes tell [E, N, K] from [E, K, N], even for 2I = H, where gate_up alone does not."""
     base = tiny_model(moe_intermediate_size=intermediate)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(tmp_path / "base")
@@ -95,7 +98,7 @@ def test_bf16_is_rounded_once_and_said(qwen, tmp_path):
         for name in ("gate_up_proj", "down_proj"):
             exact = model.get_submodule(path).get_parameter(name)
             assert merged[f"{path}.{name}"].dtype == torch.bfloat16
-            # 2e-3: half a unit in bf16's last place, at most one value of 10^5 on the other side of a tie
+            # 2e-3: half a unit in bf16's last place; one value in 10^5 may round the other way
             assert_close(merged[f"{path}.{name}"].float(), exact.bfloat16().float(), 2e-3, name)
     assert 0 < done.rounding.share < 0.02
     assert "bfloat16" in str(done)

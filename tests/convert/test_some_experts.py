@@ -1,4 +1,7 @@
-"""Adapters on some experts in every format: zeros for the others where a reader wants them all, and nothing lost."""
+"""Adapters on some experts in every format.
+
+Where a reader wants all experts, the others are zeros; nothing is lost.
+"""
 
 import copy
 import json

@@ -1,7 +1,10 @@
-"""What each process of test_data_parallel.py runs: python data_parallel.py RANK WORLD_SIZE FOLDER BACKEND.
+"""What each process of test_data_parallel.py runs.
 
-Every scenario trains a tiny model for some steps under DistributedDataParallel with `find_unused_parameters=False`,
-each rank on its own sequence, and saves to FOLDER/rank<RANK>.pt what came of it.
+    python data_parallel.py RANK WORLD_SIZE FOLDER BACKEND
+
+Every scenario trains a tiny model for some steps under DistributedDataParallel with
+`find_unused_parameters=False`, each rank on its own sequence. The results go to
+FOLDER/rank<RANK>.pt.
 """
 
 import contextlib
@@ -57,7 +60,7 @@ def batches(step, ranks, micro_batches=1):
 
 
 def loss_of(model, ids):
-    """The same for a model with a head and for one without, which ends in a norm: a mean over tokens."""
+    """A mean over tokens, for a model with a head and for one that ends in a norm."""
     out = model(input_ids=ids, use_cache=False)
     hidden = out.logits if hasattr(out, "logits") else out.last_hidden_state
     return (hidden * torch.linspace(0, 1, hidden.shape[-1], device=hidden.device)).square().mean()

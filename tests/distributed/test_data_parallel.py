@@ -1,4 +1,7 @@
-"""Two processes, each with its own batch, train as one process with both: DDP that looks for no unused parameters."""
+"""Two processes, each with its own batch, train as one process with both batches.
+
+They run under DDP that does not look for unused parameters.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Routers and experts with adapters whose weights are sharded over two processes: the same numbers as whole ones."""
+"""Adapted routers and experts, sharded over two processes, give the numbers of whole ones."""
 
 import torch
 import torch.distributed as dist

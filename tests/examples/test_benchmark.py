@@ -88,7 +88,7 @@ def test_on_a_gpu_the_ceilings_take_their_turn_in_every_round():
     turns = []
 
     class GpuTimer:
-        """Of a GPU that slows down: each product takes 1 ms longer, everything else 4 ms."""
+        """A GPU that slows down: each product takes 1 ms longer, everything else 4 ms."""
 
         device = torch.device("cuda")
         rest = 0.0

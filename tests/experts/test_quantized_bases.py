@@ -1,4 +1,7 @@
-"""Bases that others quantized: transformers' FP8 experts, gpt-oss' MXFP4 blocks, torchao's 8-bit floats."""
+"""Bases that other libraries quantized.
+
+transformers' FP8 experts, gpt-oss' MXFP4 blocks, torchao's 8-bit floats.
+"""
 
 import copy
 
@@ -103,7 +106,7 @@ def agree(quantized, plain, rows):
 def test_fp8_experts_compute_what_transformers_dequantizes(block_size, scale_fmt):
     fp8 = fp8_experts(block_size, scale_fmt)
     if block_size == (16, 20):
-        # a short last tile, which transformers' own dequantization does not take: from the definition
+        # transformers' own dequantization does not take a short last tile: from the definition
         plain = build_experts("qwen3_moe", "Qwen3MoeExperts")
         for name, parameter in plain.named_parameters():
             scales = (
@@ -183,13 +186,28 @@ def test_fp8_experts_are_not_written():
     assert not model.base_model.model.experts.merged_adapters
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda m: setattr(m, "gate_up_proj_scale_inv", torch.nn.Parameter(torch.ones(E, 5, 7))), "no block size"),
-    (lambda m: setattr(m, "gate_up_proj", torch.nn.Parameter(m.gate_up_proj.to(torch.float8_e5m2),
-                                                             requires_grad=False)), "float8_e5m2"),
-    (lambda m: setattr(m, "gate_up_proj", torch.nn.Parameter(torch.zeros(E, 2 * I, H, dtype=torch.int8),
-                                                             requires_grad=False)), "4-bit codes need scales"),
-])  # fmt: skip
+def with_scales_of_no_block(fp8):
+    fp8.gate_up_proj_scale_inv = torch.nn.Parameter(torch.ones(E, 5, 7))
+
+
+def with_codes_e5m2(fp8):
+    codes = fp8.gate_up_proj.to(torch.float8_e5m2)
+    fp8.gate_up_proj = torch.nn.Parameter(codes, requires_grad=False)
+
+
+def with_bytes(fp8):
+    codes = torch.zeros(E, 2 * I, H, dtype=torch.int8)
+    fp8.gate_up_proj = torch.nn.Parameter(codes, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_scales_of_no_block, "no block size"),
+        (with_codes_e5m2, "float8_e5m2"),
+        (with_bytes, "4-bit codes need scales"),
+    ],
+)
 def test_fp8_experts_of_another_form_are_refused(change, said):
     fp8 = fp8_experts((16, 8))
     change(fp8)

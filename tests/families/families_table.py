@@ -1,6 +1,9 @@
-"""The README's table of families, made from the installed transformers: `python tests/families/families_table.py`.
+"""The README's table of families, made from the installed transformers.
 
-Every class of routed experts in transformers' modeling files is built, tiny, and read as an adapter reads it.
+    python tests/families/families_table.py
+
+Every class of routed experts in transformers' modeling files is built with tiny sizes, and read as
+an adapter reads it.
 """
 
 import re
@@ -65,7 +68,7 @@ def undecorated() -> dict[str, tuple[str, str]]:
 
 @cache
 def families() -> dict[str, tuple[str, str]]:
-    """Family -> how its experts run and why; where layers or classes of one differ, each has a name.
+    """Family -> how its experts run, and why; each layer or class where those of one differ.
 
     Raises:
         KeyError: for a class of experts that nothing here knows how to build.

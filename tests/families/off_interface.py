@@ -1,7 +1,7 @@
-"""The families off the interface: their experts modules, how each is called, and whole tiny models of them.
+"""The families off the interface: their experts, how each is called, and whole tiny models.
 
-The oracle is the class's own forward with base weight + scaling * B[e] @ A[e] in the place of its parameters; where
-the update of each expert goes is written out here a second time, from the definition of the layout.
+The oracle is the class's own forward, with base weight + scaling * B[e] @ A[e] instead of its
+parameters. Where each expert's update goes is written here a second time, from the definition.
 """
 
 import torch
@@ -115,7 +115,10 @@ def leaves(family, T=13, dtype=torch.float32, seed=2, device="cpu"):
 
 
 def with_deltas(family, plain, deltas):
-    """Parameter name -> base weight + delta [E, N, K], in the base's own form, differentiable in the deltas."""
+    """Parameter name -> base weight + delta [E, N, K], in the base's own form.
+
+    Differentiable in the deltas.
+    """
     parameters, changed = dict(plain.named_parameters()), {}
     for projection, delta in deltas.items():
         if family == "llama4":
@@ -162,34 +165,94 @@ def deltas_of(adapters, num_experts, scaling):
 
 # ---- whole tiny models ---------------------------------------------------------------------------
 
-_LAYER = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": H,
-          "num_hidden_layers": 2, "initializer_range": 0.2, "max_position_embeddings": 64, "pad_token_id": 0,
-          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_MODEL = {
+    "hidden_size": H,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_LAYERS = {**_MODEL, **_ATTENTION, "num_hidden_layers": 2}
+# family -> (config class, what it is built with)
 CONFIGS = {
-    "llama4": ("Llama4TextConfig", {**_LAYER, "intermediate_size": I, "intermediate_size_mlp": 40,
-                                    "num_local_experts": E, "num_experts_per_tok": TOP_K}),
-    "longcat_flash": ("LongcatFlashConfig", {
-        **{k: v for k, v in _LAYER.items() if k != "num_hidden_layers"}, "num_layers": 2, "num_key_value_heads": 4,
-        "ffn_hidden_size": 40, "expert_ffn_hidden_size": I, "n_routed_experts": E, "zero_expert_num": IDENTITY,
-        "moe_topk": TOP_K, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 8, "routed_scaling_factor": 2.0}),
-    "jetmoe": ("JetMoeConfig", {
-        "hidden_size": H, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": I,
-        "max_position_embeddings": 64, "num_local_experts": E, "num_experts_per_tok": TOP_K, "pad_token_id": 0,
-        "initializer_range": 0.2}),
-    "dbrx": ("DbrxConfig", {
-        "d_model": H, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.2,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": I, "moe_num_experts": E, "moe_top_k": TOP_K}}),
-    "step3p7": ("Step3p7TextConfig", {
-        **_LAYER, "intermediate_size": 40, "moe_intermediate_size": I, "n_routed_experts": E, "share_expert_dim": 40,
-        "num_experts_per_tok": TOP_K, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 8,
-        "layer_types": ["full_attention", "sliding_attention"], "swiglu_limits": [0.0, 2.0]}),
-}  # fmt: skip
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **_LAYERS,
+            "intermediate_size": I,
+            "intermediate_size_mlp": 40,
+            "num_local_experts": E,
+            "num_experts_per_tok": TOP_K,
+        },
+    ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        {
+            **_MODEL,
+            **_ATTENTION,
+            "num_layers": 2,
+            "num_key_value_heads": 4,
+            "ffn_hidden_size": 40,
+            "expert_ffn_hidden_size": I,
+            "n_routed_experts": E,
+            "zero_expert_num": IDENTITY,
+            "moe_topk": TOP_K,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        {
+            "hidden_size": H,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "kv_channels": 8,
+            "intermediate_size": I,
+            "max_position_embeddings": 64,
+            "num_local_experts": E,
+            "num_experts_per_tok": TOP_K,
+            "pad_token_id": 0,
+            "initializer_range": 0.2,
+        },
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        {
+            "d_model": H,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "initializer_range": 0.2,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": I, "moe_num_experts": E, "moe_top_k": TOP_K},
+        },
+    ),
+    "step3p7": (
+        "Step3p7TextConfig",
+        {
+            **_LAYERS,
+            "intermediate_size": 40,
+            "moe_intermediate_size": I,
+            "n_routed_experts": E,
+            "share_expert_dim": 40,
+            "num_experts_per_tok": TOP_K,
+            "mlp_layer_types": ["dense", "sparse"],
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "swiglu_limits": [0.0, 2.0],
+        },
+    ),
+}
 if "aria" in BUILD:
-    CONFIGS["aria"] = ("AriaTextConfig", {
-        **_LAYER, "intermediate_size": I, "moe_num_experts": E, "moe_topk": TOP_K, "moe_num_shared_experts": 1
-    })  # fmt: skip
+    experts_of_aria = {"moe_num_experts": E, "moe_topk": TOP_K, "moe_num_shared_experts": 1}
+    CONFIGS["aria"] = ("AriaTextConfig", {**_LAYERS, "intermediate_size": I, **experts_of_aria})
 CLASSES = {
     "AriaGroupedExpertsGemm",
     "DbrxExperts",

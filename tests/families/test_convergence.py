@@ -1,7 +1,9 @@
-"""Whole models train as base + explicit delta in plain PyTorch does: 50 steps on CPython's documentation, one seed.
+"""Whole models train as base + explicit delta does in plain PyTorch.
 
-Ours is `get_peft_model`, as users call it; the other route is the base model called with W + scaling * B[e] @ A[e] in
-the place of every experts weight, A and B its leaves, autograd the rest. Same batches, same AdamW.
+50 steps on CPython's documentation, one seed, the same batches and the same AdamW. Our route is
+`get_peft_model`, as users call it. The other route calls the base model with
+W + scaling * B[e] @ A[e] instead of every experts weight; A and B are its leaves, autograd does the
+rest.
 """
 
 import copy
@@ -61,7 +63,7 @@ def train(call, parameters, ids, dtype):
 
 
 def curves(family, size, device="cpu", dtype=torch.float32, **config):
-    """Losses of ours and of the explicit route, from the same A and B, on batches of a size (batch, length)."""
+    """Losses of our route and the explicit one from the same A and B; `size` is batch, length."""
     base = build(family).to(device, dtype)
     model = moe_lora(copy.deepcopy(base), randomize=False, target_modules=None, **config).train()
     paths = paths_of(base) if family in CONFIGS else experts_paths(base)

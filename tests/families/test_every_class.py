@@ -1,5 +1,7 @@
-"""Every experts class of the installed transformers, found by walking the package, does with an adapter what plain
-PyTorch does with base weight + scaling * B[e] @ A[e]."""
+"""Every experts class of transformers with an adapter computes base + scaling * B[e] @ A[e].
+
+The classes are found by walking the installed package.
+"""
 
 import copy
 import pkgutil
@@ -62,7 +64,7 @@ def build(case, **sizes):
 
 
 def reference(plain, model, rows):
-    """Output and gradients (x, weights, A, B, ...) of the oracle in float64, for the adapter that `model` carries."""
+    """Output and gradients (x, weights, A, B, ...) of the oracle in float64, on `model`'s A, B."""
     plain = in_double(plain)
     hidden_states, top_k_index, top_k_weights = rows
     x, weights = (
@@ -123,7 +125,7 @@ def test_no_class_is_left_out():
 
 
 def test_the_sources_say_what_the_classes_are():
-    """The second walk: whatever a modeling module defines with the dispatching forward is in the list."""
+    """A second walk: every class with the dispatching forward is in the list."""
     families = {family for family, _ in interface_families()}
     assert families <= {
         module.name for module in pkgutil.iter_modules(transformers.models.__path__)
@@ -142,7 +144,7 @@ def test_the_sources_say_what_the_classes_are():
 
 @every_class
 def test_the_oracle_is_the_plain_module(case):
-    """Without an adapter the oracle computes what the class itself computes: it may judge the rest."""
+    """Without an adapter the oracle computes what the class computes, so it may judge the rest."""
     plain, rows = build(case), random_rows()
     assert_close(
         plain(*rows), oracle(in_double(plain), rows[0].double(), rows[1], rows[2].double())
@@ -202,7 +204,7 @@ def test_disabled_adapter_is_the_plain_module(case):
 
 @every_class
 def test_sentinel_ids_are_skipped(case):
-    """An id of num_experts or more belongs to another rank: no output, no gradient, no index out of range."""
+    """An id of num_experts or more belongs to another rank: it has no output and no gradient."""
     plain = build(case)
     model = wrap(copy.deepcopy(plain))
     hidden_states, top_k_index, top_k_weights = random_rows()
@@ -383,7 +385,7 @@ def test_strides_of_the_inputs_do_not_matter(case):
 
 @every_kind
 def test_the_oracle_tells_wrong_adapters_apart(case):
-    """Each of these is a mistake that somebody has shipped; the oracle's output moves by far more than FP32 allows."""
+    """Somebody has shipped each of these mistakes; the output moves far more than FP32 allows."""
     plain, rows = in_double(build(case)), random_rows(dtype=torch.float64)
     adapters = {
         p: tuple(t.detach().double() for t in pair)

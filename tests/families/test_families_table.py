@@ -20,7 +20,8 @@ def test_the_table_is_what_the_modules_say():
         assert text == table(families()), AGAIN
     told = read(text)
     found = families()
-    # another version has other families: those of both are the same, but for aria, off the interface before 5.18
+    # another version has other families; those of both are the same, except aria, which was off
+    # the interface before 5.18
     both = (told.keys() & found.keys()) - ({"aria"} if "aria" in BUILD else set())
     differing = {name: (told[name], found[name]) for name in both if told[name] != found[name]}
     assert not differing, AGAIN

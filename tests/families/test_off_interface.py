@@ -1,5 +1,8 @@
-"""llama4, longcat_flash, jetmoe and dbrx, each with weights or a call of its own, and whole models of them and of
-step3p7: an adapter does what the class's own forward does with base weight + scaling * B[e] @ A[e]."""
+"""Families off the interface: an adapter does what the class's own forward does with W + delta.
+
+llama4, longcat_flash, jetmoe and dbrx have weights or a call of their own. Whole models of these
+and of step3p7 are tested too. The delta is scaling * B[e] @ A[e].
+"""
 
 import copy
 import pickle
@@ -62,7 +65,7 @@ every_family = pytest.mark.parametrize("family", BUILD)
 
 
 def reference(family, plain, model, floats, call):
-    """Output and gradients (leaves, then A and B) of the class's own forward in float64, with base + delta."""
+    """Output and gradients (leaves, then A and B) of the class's own forward in float64."""
     plain = in_double(plain).requires_grad_(False)
     floats = [t.detach().double().requires_grad_() for t in floats]
     adapters = {
@@ -272,7 +275,7 @@ def test_dropout_drops_before_A_and_repeats_itself_under_checkpointing(family):
 
 
 def test_gate_and_up_stored_apart_drop_the_same_elements():
-    """One projection, one x before A, one mask: gate and up with the same weights and updates stay the same."""
+    """Gate and up are one projection with one mask: equal weights and updates stay equal."""
     plain = BUILD["dbrx"]()
     plain.mlp.v1.data.copy_(plain.mlp.w1)
     model = wrap(plain, lora_dropout=0.5, target_projections=["gate_up"]).train()
@@ -337,7 +340,7 @@ def test_frozen_weights_get_no_gradient(family):
 
 @every_family
 def test_the_oracle_tells_wrong_adapters_apart(family):
-    """Each of these is a mistake that somebody has shipped; the oracle's output moves by far more than FP32 allows."""
+    """Somebody has shipped each of these mistakes; the output moves far more than FP32 allows."""
     plain = in_double(BUILD[family]())
     floats, call = leaves(family, dtype=torch.float64)
     adapters = experts_adapter(wrap(BUILD[family]()))
@@ -361,7 +364,7 @@ def test_the_oracle_tells_wrong_adapters_apart(family):
 
 @every_family
 def test_offloaded_weights_come_back_for_the_adapter(family):
-    """The experts alone: whole models of these families do not run under accelerate's offload, adapter or not."""
+    """Only the experts: whole models of these families do not run under accelerate's offload."""
     model = wrap(BUILD[family]())
     floats, call = leaves(family)
     expected = call(model, *floats)
@@ -457,7 +460,7 @@ every_model = pytest.mark.parametrize("family", CONFIGS)
 
 
 def explicit_parameters(family, base, model):
-    """Parameter name of the whole base model -> base + delta, in float64, for the adapter `model` carries."""
+    """Parameter name of the whole base model -> base + delta in float64, for `model`'s adapter."""
     changed = {}
     for path in paths_of(base):
         adapters = {
@@ -477,7 +480,7 @@ def logits(out):
 
 @every_model
 def test_a_whole_model_is_base_plus_delta(family, tmp_path):
-    """Forward, saving, loading, merging: each gives what the plain model gives with base + delta."""
+    """Forward, saving, loading and merging give what the plain model gives with base + delta."""
     base = off_interface_model(family)
     without = outputs(base)
     model = moe_lora(copy.deepcopy(base), target_modules=None)

@@ -194,7 +194,7 @@ def test_linear_layers_and_modules_to_save_are_in_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("adapter_name", ["down", "gate_up", "experts", "mlp", "2"])
 def test_any_name_of_an_adapter_survives_its_file(adapter_name, tmp_path):
-    """The file's keys are the parameters' names without the adapter's, which may be a word of those names."""
+    """Keys are the parameters' names without the adapter's name, which may occur in them too."""
     base = tiny_model()
     model = moe_lora(copy.deepcopy(base), adapter_name=adapter_name)
     assert_share_of_order_one(outputs(model), outputs(base))

@@ -1,4 +1,4 @@
-"""Gradients written out by hand, checked against finite differences in fp64, and the operator torch.compile sees."""
+"""Hand-written gradients against finite differences in fp64; the operator torch.compile sees."""
 
 import pytest
 import torch
@@ -120,10 +120,11 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(activation, options
 
 
 def test_base_weights_that_ask_for_a_gradient_are_refused():
-    up, down = torch.randn(E, 2 * INNER, H, requires_grad=True), torch.randn(E, H, INNER)
+    up = Projection(torch.randn(E, 2 * INNER, H, requires_grad=True))
+    down = Projection(torch.randn(E, H, INNER))
+    rows = torch.randn(T, H), torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1)
     with pytest.raises(ValueError, match="requires_grad"):
-        experts(torch.randn(T, H), torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1), Projection(up),
-                Projection(down), Activation())  # fmt: skip
+        experts(*rows, up, down, Activation())
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -1,4 +1,7 @@
-"""A layer's launches on a Hopper GPU, replayed as they were composed; the kernels are fakes, so none is needed."""
+"""A layer's launches on a Hopper GPU are replayed as they were composed.
+
+The kernels are fakes, so no GPU is needed.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,11 +15,11 @@ from peft_moe_lora.functional.operators import Gradient
 from peft_moe_lora.ops import Activation, kernels
 from peft_moe_lora.ops.kernels.launching import launch, replay
 
-E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741  # the intermediate size is I in every formula
+E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741 I is the glossary's letter
 
 
 def relative(arguments, inputs):
-    """The arguments without addresses: an input and the bytes into it, or the order in which buffers come up.
+    """The arguments without addresses: an input and an offset into it, or the number of a buffer.
 
     A descriptor is its class, its fields and where it points.
     """

@@ -1,12 +1,12 @@
-"""Write the golden adapters: one small update per family, in every format. What it wrote is read for ever.
+"""Write the golden adapters: one small update per family, in every format.
 
     python tests/golden/write.py NAME       add one format, NAME, to the families that are there
-    python tests/golden/write.py            write all again, which only a change of the families needs
+    python tests/golden/write.py            write all again, only if the families change
 
-A format's files are not written again when the code changes: a release has to read what earlier
-ones wrote. `moe_lora` was saved by peft_moe_lora 0.1.0, `peft` by PEFT 0.21.0; `spelled_out` has the
-other formats, from their definitions. `expected.safetensors` holds scaling * B[e] A[e] as PEFT forms
-it, [E, N, K] for every projection.
+A format's files are not written again when the code changes: every release has to read what
+earlier ones wrote. peft_moe_lora 0.1.0 saved `moe_lora`, PEFT 0.21.0 saved `peft`; `spelled_out`
+has the other formats, from their definitions. `expected.safetensors` holds scaling * B[e] A[e] as PEFT
+computes it, [E, N, K] for every projection.
 """
 
 import copy
@@ -29,8 +29,14 @@ from helpers import tiny_model  # noqa: E402
 
 E, R, ALPHA = 3, 2, 3
 H, I = 8, 6  # noqa: E741 I is the glossary's letter
-LINEAR = {"hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
-          "vocab_size": 8}  # fmt: skip
+LINEAR = {
+    "hidden_size": H,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "vocab_size": 8,
+}
 FAMILIES = {
     "qwen3_moe": {**LINEAR, "moe_intermediate_size": I, "num_experts": E},
     "mixtral": {**LINEAR, "intermediate_size": I, "num_local_experts": E},
@@ -80,7 +86,10 @@ def add(family, name):
 
 
 def read_ours(folder):
-    """(path of the experts, A[e] [r, K] and B[e] [N, r] by projection, other tensors): our own file, by our layout."""
+    """Our own file, by our layout: experts' path, A[e] and B[e] by projection, other tensors.
+
+    A[e] is [r, K], B[e] is [N, r].
+    """
     ours = load_file(folder / "moe_lora" / "adapter_model.safetensors")
     linears = {name: t for name, t in ours.items() if "self_attn" in name}
     (key,) = (name for name in ours if name.endswith(".lora_A.gate_up"))
@@ -97,15 +106,17 @@ def read_ours(folder):
 
 
 def spelled_out(family):
-    """{name of a format: (its tensors, what its adapter_config.json says beside rank and alpha)}."""
+    """{format: (tensors, what its adapter_config.json says besides rank and alpha)}."""
     path, A, B, linears = read_ours(HERE / family)
     theirs = load_file(HERE / family / "peft" / "adapter_model.safetensors")
     targets = {
         "target_modules": ["q_proj", "v_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     }
-    expert_major = {n: torch.cat([t[:, e::E] for e in range(E)], 1) if "experts" in n and "lora_B" in n else t
-                    for n, t in theirs.items()}  # fmt: skip
+    expert_major = dict(theirs)
+    for name, t in theirs.items():
+        if "experts" in name and "lora_B" in name:
+            expert_major[name] = torch.cat([t[:, e::E] for e in range(E)], 1)
     marked = {"lora_B_layout": "expert_major", "auto_mapping": {"unsloth_fixed": True}}
     found = {
         "vllm_3d": (theirs, targets),
@@ -118,16 +129,24 @@ def spelled_out(family):
             {**legacy(path, A, B), **linears},
             {**targets, "peft_version": "0.18.1"},
         )
-        stacked = {f"{PREFIX}{path}.{p}_proj.lora_{side}.weight": torch.stack(pairs[p])
-                   for side, pairs in (("A", A), ("B", B)) for p in pairs}  # fmt: skip
+        stacked = {
+            f"{PREFIX}{path}.{p}_proj.lora_{side}.weight": torch.stack(pairs[p])
+            for side, pairs in (("A", A), ("B", B))
+            for p in pairs
+        }
         names = {"target_modules": ["gate_up_proj", "down_proj", "q_proj", "v_proj"]}
         found["sglang_3d"] = ({**stacked, **linears}, names)
     return found
 
 
 def write_pefts(base, folder, path, A, B, linears):
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"],
-                           target_parameters=["experts.gate_up_proj", "experts.down_proj"]))  # fmt: skip
+    config = LoraConfig(
+        r=R,
+        lora_alpha=ALPHA,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    model = get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.replace(".default", "") in linears:
@@ -182,7 +201,7 @@ def per_expert_targets(family):
 
 
 def legacy(path, A, B):
-    """PEFT 0.18 read a parameter [E, N, K] as [E, in, out]: A' over N, B' over K, both transposed."""
+    """PEFT 0.18 read a parameter [E, N, K] as [E, in, out]: A' over N and B' over K, transposed."""
     state = {}
     for projection, inner in (("gate_up", ".base_layer"), ("down", "")):
         columns = [A[projection][e][j] for j in range(R) for e in range(E)]

@@ -1,9 +1,9 @@
-"""Write quantized.safetensors: small stacks as bitsandbytes stores them, and as its own plain code decodes them.
+"""Write quantized.safetensors: small stacks as bitsandbytes stores and decodes them.
 
     python tests/golden/write_quantized.py
 
-Run once, with bitsandbytes 0.50.2. Its code for AVX-512 is passed by, as it misreads rows that are no multiple of the
-block.
+It was run once, with bitsandbytes 0.50.2. It uses bitsandbytes' plain code: the code for AVX-512
+misreads rows whose length is not a multiple of the block.
 """
 
 import json
@@ -15,7 +15,8 @@ from bitsandbytes.backends.default import ops
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
-# name -> format, dtype, shape, blocksize, nested: whole blocks, blocks across rows and experts, each type once
+# name -> format, dtype, shape, blocksize, nested: whole blocks, blocks across rows and experts,
+# each type once
 CASES = {
     "a": ("nf4", torch.bfloat16, (2, 16, 64), 64, True),
     "b": ("nf4", torch.float16, (3, 10, 22), 128, True),

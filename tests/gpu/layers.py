@@ -15,7 +15,7 @@ ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def adapted(family, name, dtype, **config):
-    """An experts module on the GPU with a random adapter whose share of the output is of order one."""
+    """An experts module on the GPU with a random adapter that changes much of its output."""
     from peft import get_peft_model
 
     experts = build_experts(family, name, H, I, E).to("cuda", dtype)

@@ -1,4 +1,4 @@
-"""The layer as a user gets it, on a CUDA device: numbers, graphs, syncs, memory, sizes past 2**31."""
+"""The layer as users get it, on a CUDA device: numbers, graphs, syncs, memory, large sizes."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,7 @@
-"""Adapters on quantized experts on a CUDA device: bits, numbers, graphs, syncs, memory. bitsandbytes is not needed."""
+"""Adapters on quantized experts on a CUDA device: bits, numbers, graphs, syncs, memory.
+
+bitsandbytes is not needed.
+"""
 
 import copy
 import gc
@@ -46,7 +49,7 @@ def test_layer_computes_what_the_dense_layer_does(monkeypatch, family, name, dty
     found, expected = step(model, layer, *args), step(dense, dense_layer, *args)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        # the same tiles of the same numbers; only a tail of half a tile may be summed in another order
+        # the same tiles of the same numbers; only half a tile may be added in another order
         error = ((found[key].double() - value.double()).norm() / value.double().norm()).item()
         assert error <= ATOL[dtype], f"{key}: {error:.1e}"
 

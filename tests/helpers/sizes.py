@@ -1,6 +1,6 @@
 """The sizes of every tiny model and module, and how close two results have to be.
 
-E experts, H width of the experts' input, I their intermediate width, R rank, TOP_K experts per token.
+E experts, H width of the experts' input, I their intermediate width, R rank, TOP_K experts a token.
 """
 
 # all different, so that no transpose can hide

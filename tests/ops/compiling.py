@@ -1,7 +1,8 @@
-"""Compile what a launcher would launch, for a GPU that is not there, and read off its registers and memory.
+"""Compile what a launcher would launch, without its GPU, and read registers and memory off it.
 
-The launchers run on meta tensors, which hold no data, under a driver that names a target and launches nothing.
-Run as a program, it prints one line of JSON per compiled kernel: arch, kernel, constexprs, registers, bytes.
+The launchers run on meta tensors, which hold no data, under a driver that names a target and
+launches nothing. Run as a program, this prints one line of JSON per compiled kernel: arch, kernel,
+constexprs, registers, bytes.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ def _instructions(kernel) -> str:
 
 
 def _serialized(kernel) -> bool:
-    """Whether ptxas made products wait for each other that were to overlap; False for kernels that do not ask it."""
+    """Whether ptxas serialized products that should overlap; False for kernels without roles."""
     if "roles" not in kernel.metadata.name:
         return False
     ptx = kernel.asm["ptx"]
@@ -109,7 +110,18 @@ def _serialized(kernel) -> bool:
     return "serialized" in said
 
 
-def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False, interleaved=False):  # noqa: E741
+def launch_layer(
+    T,
+    E,
+    top_k,
+    H,
+    I,  # noqa: E741 I is the glossary's letter
+    r,
+    dtype,
+    activation=None,
+    transposed=False,
+    interleaved=False,
+):
     """Every launch of forward and backward of one experts layer, on meta tensors."""
     from peft_moe_lora.ops import Activation, RankRows, composed, kernels
 
@@ -160,7 +172,7 @@ def launch_layer(T, E, top_k, H, I, r, dtype, activation=None, transposed=False,
 
 
 def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):
-    """Products of ordered rows in both orders of the weight, with and without a bias, on meta tensors."""
+    """Products of ordered rows, in both orders of the weight, with and without a bias; on meta."""
     from peft_moe_lora.ops import kernels
 
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
@@ -253,20 +265,30 @@ def launch_decoding(dtype, E=8, R=1536, C=2048, uneven=False):
         weights = [
             *codes_4bit(E, *size, dtype),
             Codes8bit(
-                format="fp8", tile=(128, 128), scales=empty(E, 12, 16, dtype=torch.float32),
-                codes=empty(E, *size, dtype=torch.float8_e4m3fn), **common,
+                format="fp8",
+                tile=(128, 128),
+                scales=empty(E, 12, 16, dtype=torch.float32),
+                codes=empty(E, *size, dtype=torch.float8_e4m3fn),
+                **common,
             ),
             Codes8bit(
-                format="int8", tile=(1, size[1]), scales=empty(E, size[0], 1, dtype=torch.float32), unit=0.5,
-                codes=empty(E, *size, dtype=torch.int8), **common,
+                format="int8",
+                tile=(1, size[1]),
+                scales=empty(E, size[0], 1, dtype=torch.float32),
+                unit=0.5,
+                codes=empty(E, *size, dtype=torch.int8),
+                **common,
             ),
-        ]  # fmt: skip
+        ]
         for weight in weights:
             kernels.dequantize(weight, offsets, 0, empty(3, *size, dtype=dtype))
 
 
 def launch_products_of_codes(T, dtype, E=8, top_k=2, H=2048, I=768, r=16):  # noqa: E741
-    """Products that decode their weight, in both orders of its bytes, with and without an adapter, on meta tensors."""
+    """Products that decode their weight, in both orders of its bytes, on meta tensors.
+
+    With and without an adapter.
+    """
     from peft_moe_lora.ops import Activation, kernels
     from peft_moe_lora.ops.kernels.codes import product_4bit as product
 

@@ -1,7 +1,7 @@
-"""Run the kernels in the interpreter on tensors that lie against forbidden pages: a stray read or write is fatal.
+"""Run the kernels in the interpreter on tensors next to forbidden pages.
 
-As a program: `end` puts the forbidden page behind every tensor, `front` before it; `broken` is `end` with an index
-that points past its tensor.
+A read or write outside a tensor kills the process. As a program: `end` puts the forbidden page
+after every tensor, `front` before it; `broken` is `end` with an index that points past its tensor.
 """
 
 import ctypes

@@ -63,8 +63,8 @@ ACTIVATIONS = [
 # rows of the first experts, for chunks of 64 and of 128 rows: none, one, a chunk that is cut, full,
 # and one row longer; then many chunks
 CUT_ROWS = [
-    0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 319, 320, 321, 384, 385, 640, 641,
-    9000,
+    0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 319, 320, 321, 384, 385,
+    640, 641, 9000,
 ]
 # fmt: on
 
@@ -83,7 +83,7 @@ def random(*size, dtype=torch.float32, scale=1.0):
 
 
 class Problem:
-    """Random routing with sentinels, and the tensors of one experts layer; what nobody routed is NaN."""
+    """Random routing with sentinels, and one experts layer's tensors; unrouted rows are NaN."""
 
     def __init__(self, shape: Shape, dtype, sentinels=True, skew=False):
         self.shape, self.dtype = shape, dtype
@@ -112,7 +112,7 @@ class Problem:
         return random(self.shape.E, N, K, dtype=self.dtype, scale=K**-0.5)
 
     def lora(self, N, K):
-        """A [E, r, K] and B [E, N, r] over their expert-major parameters, so scaled that B A x is of order one."""
+        """A [E, r, K] and B [E, N, r], views of expert-major parameters; B A x is of order one."""
         E, r = self.shape.E, self.shape.r
         A, B = random(r * E, K, scale=K**-0.5), random(N, r * E, scale=r**-0.5)
         return A.view(E, r, K), B.view(N, E, r).permute(1, 0, 2)
@@ -167,7 +167,7 @@ def assert_within(actual, twin, exact, dtype):
 
 
 def out_of(E, K, r, of_B):
-    """An out [E, K, r], laid out as the gradient of an expert-major B [K, r * E], or of its own; poisoned."""
+    """An out [E, K, r] full of NaN; with `of_B` it is a view of an expert-major B [K, r * E]."""
     size = (K, E, r) if of_B else (E, K, r)
     out = torch.full(size, float("nan"), device=DEVICE)
     return out.permute(1, 0, 2) if of_B else out
@@ -189,7 +189,7 @@ def layer(
     dout,
     activation,
 ):
-    """Forward and backward of one experts layer, composed of the operations. Returns out, dx and every gradient."""
+    """Forward and backward of one experts layer by its operations: out, dx, every gradient."""
     routing = ops.route(index, up.shape[0])
     xa = ops.expert_shrink(x, up_A, routing, 0.5, gather=True)
     pre, act = ops.expert_linear_act(
@@ -222,7 +222,7 @@ def layer(
 
 def layer_arguments(problem, activation):
     p = problem
-    return (
-        p.x, p.index, p.weights, p.up, p.down, p.up_A, p.up_B, p.down_A, p.down_B, p.up_bias, p.down_bias,
-        random(*p.x.shape, dtype=p.dtype), activation,
-    )  # fmt: skip
+    adapter = p.up_A, p.up_B, p.down_A, p.down_B
+    dout = random(*p.x.shape, dtype=p.dtype)
+    biases = p.up_bias, p.down_bias
+    return p.x, p.index, p.weights, p.up, p.down, *adapter, *biases, dout, activation

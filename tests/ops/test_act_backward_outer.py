@@ -1,4 +1,7 @@
-"""An activation's gradient and the rank-r products beside it: operations anywhere, one reading on an H100 or H200."""
+"""An activation's gradient with its rank-r products: several operations, or one pass over rows.
+
+The one pass runs on an H100 or H200.
+"""
 
 import pytest
 import torch
@@ -74,7 +77,7 @@ def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside):
 @dtypes
 @pytest.mark.parametrize("biased", [False, True])
 def test_panels_add_up(kernels, dtype, biased):
-    """The second kernel of the one reading, which runs anywhere: five halves of panels, the sixth is nobody's."""
+    """The second kernel of the one pass, which runs anywhere: five half panels, one unused."""
     one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.sum_panels")
     p = Problem(SHAPES[1], dtype)
     routing, bias, dout = kernels.route(p.index, p.shape.E), p.down_bias, p.x

@@ -1,4 +1,4 @@
-"""No kernel reads or writes past an end of its tensors, in the interpreter: `guarded` dies of it."""
+"""No kernel reads or writes past an end of its tensors in the interpreter: that kills `guarded`."""
 
 import os
 import signal

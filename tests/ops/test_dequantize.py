@@ -1,4 +1,7 @@
-"""Decoding kernels give their twins' bits, for experts that have rows and no others; products in parts are whole."""
+"""Decoding kernels give their twins' bits, for the experts that have rows and for no others.
+
+Products in parts equal whole ones.
+"""
 
 import json
 from dataclasses import replace
@@ -24,11 +27,18 @@ def stack(shape, dtype=torch.float32):
 def mxfp4(shape, dtype=torch.float32):
     """Any bytes, and scales from 2**-20 to 2**4."""
     n, R, C = shape
+    packed = torch.randint(0, 256, (n * R * C // 2,), device=DEVICE)
+    scales = torch.randint(107, 132, (n * R * C // 32,), device=DEVICE)
     return Codes4bit(
-        format="mxfp4", stored_shape=shape, dtype=dtype, packed=torch.randint(0, 256, (n * R * C // 2,), device=DEVICE)
-        .to(torch.uint8), code=code_of("mxfp4", torch.device(DEVICE)), blocksize=32, low_first=True,
-        scales=torch.randint(107, 132, (n * R * C // 32,), device=DEVICE).to(torch.uint8),
-    )  # fmt: skip
+        format="mxfp4",
+        stored_shape=shape,
+        dtype=dtype,
+        packed=packed.to(torch.uint8),
+        code=code_of("mxfp4", torch.device(DEVICE)),
+        blocksize=32,
+        low_first=True,
+        scales=scales.to(torch.uint8),
+    )
 
 
 def fp8(shape, tile=(8, 16), exponents=False, dtype=torch.float32):
@@ -161,9 +171,13 @@ def quantized_as(format, dense):
     scales = dense.float().abs().amax((1, 2), keepdim=True) / 448
     codes = (dense / scales).to(torch.float8_e4m3fn)
     return Codes8bit(
-        format="fp8", stored_shape=tuple(dense.shape), dtype=dense.dtype, codes=codes, scales=scales,
+        format="fp8",
+        stored_shape=tuple(dense.shape),
+        dtype=dense.dtype,
+        codes=codes,
+        scales=scales,
         tile=tuple(dense.shape[1:]),
-    )  # fmt: skip
+    )
 
 
 def check(kernels, name, problem, weight, *args, at=1, **kwargs):
@@ -410,7 +424,7 @@ def test_a_quantized_weight_is_known_by_its_shape():
 
 
 def test_bits_that_bitsandbytes_wrote(kernels):
-    """What it stored and what it decoded, kept in a file: it need not be installed where a GPU is."""
+    """A file keeps what it stored and decoded, so it need not be installed beside a GPU."""
     from safetensors import safe_open
 
     with safe_open(GOLDEN, framework="pt", device=DEVICE) as file:

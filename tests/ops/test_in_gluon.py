@@ -1,4 +1,7 @@
-"""Kernels in Gluon: imported where Triton has the Gluon they are written in, done without, with a word, elsewhere."""
+"""Kernels in Gluon are imported where Triton has the Gluon that they are written in.
+
+Elsewhere a log line says that they are missing.
+"""
 
 import ast
 import logging

@@ -1,7 +1,8 @@
-"""Every kernel computes what its twin says, on every shape, with NaN in every row that nobody routed.
+"""Every kernel computes what its twin computes, on every shape, with NaN in all unrouted rows.
 
-The rule: the error against fp64 is at most twice that of the twin at the same dtype (plain PyTorch, rounding at the
-same places), plus ATOL of the largest value for sums whose twin happens to be nearly exact.
+The rule: the error against fp64 is at most twice that of the twin at the same dtype (plain PyTorch
+that rounds at the same places), plus ATOL of the largest value for sums whose twin happens to be
+nearly exact.
 """
 
 import pytest
@@ -203,7 +204,10 @@ def test_a_sentinel_of_weight_nan_adds_nothing(kernels):
     ids=["short chunks", "long chunks", "one program of sums"],
 )
 def chunks(request, monkeypatch):
-    """Chunks of one block of rows, as small shapes have in the interpreter, or of many; sums of all experts by one."""
+    """Chunks of one block of rows, as small shapes have in the interpreter, or of many blocks.
+
+    Or one program adds the sums of all experts.
+    """
     for name, value in zip(("PROGRAMS", "SUM_PROGRAMS"), request.param, strict=True):
         monkeypatch.setattr(f"peft_moe_lora.ops.kernels.tiles.chunks.{name}", value)
 

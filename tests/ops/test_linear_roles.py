@@ -47,7 +47,8 @@ def test_the_table_knows_where_roles_pay(
 
 # rows of each expert
 ROWS = {
-    # 35 tiles of rows; halves that are full, cut or absent; behind full tiles 1 and 32 rows that go with them, and 33
+    # 35 tiles of rows, with halves that are full, cut or absent; after full tiles 1 and 32 rows,
+    # which go with them, and 33
     "tails": [0, 1, 63, 64, 65, 161, 128, 129, 191, 192, 193, 0, 1919, 544],
     # more output tiles than programs, whatever N
     "skewed": [20000, 1, 0, 70, 129, 0, 0, 300],
@@ -67,7 +68,7 @@ SIZES = {
 
 
 class Product:
-    """The operands of one product over experts of these rows, behind sentinels' rows; what nobody routed is NaN."""
+    """The operands of one product over experts with these rows, then sentinels' rows, all NaN."""
 
     def __init__(self, kernels, rows, N, K, r, bias, transposed, dtype):
         E = len(rows)

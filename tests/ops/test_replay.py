@@ -9,8 +9,8 @@ import torch
 from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
 from peft_moe_lora.ops.kernels.launching.replay import replayed
 
-# Triton calls a compiled kernel with the grid in x, y and z, the stream, the function, its metadata,
-# the launch's metadata and the hooks on entering and leaving, then with the kernel's own arguments
+# Triton calls a compiled kernel with the grid in x, y and z, the stream, the function, its
+# metadata, the launch's metadata and the hooks before and after, then with the kernel's arguments
 BEFORE_ARGUMENTS = 9
 
 
@@ -36,7 +36,7 @@ class NoDriver:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """Every buffer comes full of NaN, put there behind the back of the recording, which would take it for work."""
+    """Every new buffer is full of NaN; the recording does not see that it is filled."""
 
     def poisoned(empty):
         def empty_of_nan(*args, **kwargs):

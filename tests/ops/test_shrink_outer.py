@@ -1,4 +1,7 @@
-"""`expert_shrink` and `expert_outer` of the same rows: two operations, or one reading of them on an H100 or H200."""
+"""`expert_shrink` and `expert_outer` of the same rows: two operations, or one pass over the rows.
+
+The one pass runs on an H100 or H200.
+"""
 
 import pytest
 import torch
@@ -47,7 +50,7 @@ def test_both_are_what_the_twins_say(kernels, shape, dtype, of_B):
 
 
 class Pair:
-    """The operands of a call over 96 experts, `even` rows on those past CUT_ROWS; what nobody routed is NaN."""
+    """The operands of a call over 96 experts: CUT_ROWS, then `even` rows each; the rest is NaN."""
 
     def __init__(self, kernels, even, K, r, gather, weighted, dtype):
         rows = [*CUT_ROWS, *[even] * (96 - len(CUT_ROWS))]

@@ -1,4 +1,7 @@
-"""Every row of the table compiles for its architecture, spills nothing and fits in shared memory, without a GPU."""
+"""Every row of the table compiles for its architecture without spills and fits in shared memory.
+
+No GPU is needed.
+"""
 
 import json
 import os
@@ -101,7 +104,8 @@ def test_gathered_products_by_roles_compile_without_spills_and_overlap(dtype, r,
 )
 def test_a_long_k_is_not_for_roles(launch, K, name):
     case = {"launch": launch, "dtype": "bfloat16", "r": 16, "K": K}
-    # gathered ones as halves alone: interleaved, and ungated with a bias, linear_act still spills at such a K
+    # gathered rows in halves only: linear_act still spills at such a K if interleaved, and if
+    # ungated with a bias
     kernels = compiled_for(
         90, [case | ({"forms": [(True, False)]} if launch == "gathered" else {"N": 1536})]
     )

@@ -1,4 +1,7 @@
-"""Adapters on experts in 4 and 8 bits: the numbers of the dense weights they stand for, and nothing dense is kept."""
+"""Adapters on experts in 4 and 8 bits give the numbers of the decoded weights.
+
+No decoded weight is kept.
+"""
 
 import copy
 import functools
@@ -49,7 +52,10 @@ FAMILIES = one_of_each_kind()
 
 
 def bnb_dequantized(packed, state, shape):
-    """bitsandbytes' own plain decoding: its code for AVX-512 misreads rows that are no multiple of the block."""
+    """bitsandbytes' plain decoding.
+
+    Its code for AVX-512 misreads rows whose length is not a multiple of the block.
+    """
     from bitsandbytes.backends.default import ops
 
     plain = ops._dequantize_4bit_compute.__wrapped__
@@ -110,13 +116,13 @@ def test_quantizing_is_bitsandbytes_own_bit_for_bit(shape, format, dtype):
         )
         nested = quantize(stack, format, blocksize=blocksize)
         assert torch.equal(nested.packed, ours.packed)
-        # a single block differs from the mean of its kind by nothing: 0, or the smallest number there is
+        # a single block equals the mean of its kind: 0, or the smallest number there is
         torch.testing.assert_close(nested.nested_scales, state.state2.absmax, rtol=1e-9, atol=1e-37)
         assert torch.equal(nested.nested_code, state.state2.code)
         assert torch.equal(nested.offset, state.offset)
         if len(state.absmax) == 1:
             continue
-        # its code for CPUs searches a table, and takes the second nearest of 256 values once in a thousand
+        # its code for CPUs searches a table; once in a thousand it takes the second nearest value
         assert (nested.scales.int() - state.absmax.int()).abs().max() <= 1
         assert (nested.scales != state.absmax).float().mean() <= max(0.02, 1 / len(nested.scales))
 

@@ -1,4 +1,7 @@
-"""Loading a checkpoint with its experts quantized on the way: the same numbers, and never the dense model."""
+"""A checkpoint is loaded and its experts are quantized on the way.
+
+The numbers are those of quantizing later, and the dense model never exists.
+"""
 
 import gc
 import json
@@ -57,12 +60,13 @@ def test_the_dense_model_is_never_there(saved, monkeypatch):
     path = saved(num_hidden_layers=4)
     most, quantize = [], quantizer.quantize
 
+    def is_stack(t):
+        if type(t) not in (torch.Tensor, torch.nn.Parameter) or t.device.type != "cpu":
+            return False
+        return t.is_floating_point() and t.ndim == 3 and t.shape[0] == E
+
     def stacks():
-        return {
-            t.data_ptr(): t.numel() for t in gc.get_objects()
-            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.is_floating_point()
-            and t.ndim == 3 and t.shape[0] == E
-        }  # fmt: skip
+        return {t.data_ptr(): t.numel() for t in gc.get_objects() if is_stack(t)}
 
     gc.collect()
     before = stacks()
@@ -89,7 +93,7 @@ def test_it_trains_with_linear_layers_in_four_bits(saved):
     assert isinstance(
         stored_weight(model.model.layers[0].mlp.experts, "down_proj"), QuantizedWeight
     )
-    # out of training bitsandbytes packs a layer anew, which fails where its rows are shorter than a block
+    # in eval mode bitsandbytes packs a layer again, which fails for rows shorter than a block
     model = moe_lora(model, target_modules=["experts", "q_proj", "v_proj"]).train()
     ids = token_ids()
     model(input_ids=ids, labels=ids).loss.backward()

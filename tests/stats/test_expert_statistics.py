@@ -1,4 +1,7 @@
-"""Rows per expert are what counting by hand gives: padding, evaluation and recomputation left out, nothing twice."""
+"""Rows per expert are what counting by hand gives.
+
+Padding, evaluation and recomputation are left out, and nothing is counted twice.
+"""
 
 import copy
 import sys
@@ -47,7 +50,7 @@ def padded(side="left"):
 
 
 def routed(model, batch):
-    """Path -> (top_k_index, top_k_weights) [batch, length, top_k] that the plain model's experts are called with."""
+    """Path -> (top_k_index, top_k_weights) [batch, length, top_k] of the plain model's experts."""
     found, handles = {}, []
     for path in experts_paths(model):
 
@@ -232,9 +235,17 @@ class Samples(torch.utils.data.Dataset):
 
 def arguments(folder, **changes):
     settings = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 5, "logging_steps": 2,
-        "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "seed": 3, **changes,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": 5,
+        "logging_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 3,
+        **changes,
+    }
     return TrainingArguments(**settings)
 
 
@@ -307,9 +318,8 @@ def scores_by_hand(index, weights, mask, score):
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("score", ["tokens", "gates"])
-@pytest.mark.parametrize(
-    "family", ["qwen3_moe", "olmoe"]
-)  # routing weights that sum to one, and ones that do not
+# routing weights that sum to one, and ones that do not
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
 def test_the_fewest_experts_that_reach_the_threshold(family, score, threshold):
     base, batch = tiny_model(family, num_experts=E), padded()
     chosen = select_experts(base, [batch], score=score, threshold=threshold)

@@ -1,6 +1,7 @@
-"""The same A and B in PEFT's own route (`LoraConfig(target_parameters=...)`) and in ours give the same model.
+"""The same A and B give the same model in PEFT's own route and in ours.
 
-PEFT's `ParamWrapper` keeps A [r*E, K] expert-major, as we do, and B [N, r*E] rank-major: column j*E + e.
+PEFT's route is `LoraConfig(target_parameters=...)`. Its `ParamWrapper` keeps A [r*E, K]
+expert-major, as we do, and B [N, r*E] rank-major: column j*E + e.
 """
 
 import copy
@@ -31,7 +32,7 @@ from helpers import (
     token_ids,
 )
 
-# fp32, two layers deep, two orders of summation: 1e-5 is what the promise says, measured differences are below 3e-6
+# fp32, two layers, two orders of summation: 1e-5 is promised, measured differences are below 3e-6
 TOLERANCE = 1e-5
 PROJECTION = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 
@@ -42,7 +43,7 @@ def family(request):
 
 
 def peft_wrappers(model, path):
-    """{projection: ParamWrapper} of one experts module; PEFT nests the wrappers of one module's parameters."""
+    """{projection: ParamWrapper} of one experts module; PEFT nests the wrappers of one module."""
     module, found = model.get_submodule(f"base_model.model.{path}"), {}
     while isinstance(module, ParamWrapper):
         found[PROJECTION[module.parameter_name]] = module

@@ -146,7 +146,7 @@ def test_a_model_without_experts_raises(build, target_modules):
 
 @pytest.mark.parametrize("name", NOT_YET)
 def test_experts_of_another_contract_raise_by_name(name):
-    """These store their weights differently: an adapter that pretends to fit would be wrong without a word."""
+    """These store their weights differently: an adapter would be silently wrong."""
     module = type(name, (nn.Module,), {})()
     module.gate_up_proj = nn.Parameter(torch.randn(E, 8, 16))
     model = Holder(module)
@@ -175,7 +175,7 @@ def test_a_bad_second_adapter_leaves_the_first_alone():
 
 
 def rewrite(directory, change_tensors=None, change_document=None, change_config=None):
-    """The adapter in `directory` with its tensors, its metadata document or its config changed in place."""
+    """Change the tensors, the metadata document or the config of the adapter in `directory`."""
     tensors = load_file(directory / FILE)
     with safe_open(directory / FILE, framework="pt") as file:
         metadata = dict(file.metadata())
@@ -250,7 +250,7 @@ def another_expert_count(directory):
 
 
 def another_expert_count_of_the_same_shape(directory):
-    """E + 1 experts of rank E, in a config that says rank E + 1: every shape fits E experts of rank E + 1."""
+    """E + 1 experts of rank E in a config that says rank E + 1: the shapes fit E experts too."""
     moe_lora(tiny_model(num_experts=E + 1), r=E).save_pretrained(directory)
     rewrite(directory, change_config=lambda c: c.update(r=E + 1))
 
@@ -421,7 +421,7 @@ def broken_late(good_adapter, tmp_path):
     "fault", [missing, transposed, not_a_number, another_expert_count], ids=lambda f: f.__name__
 )
 def test_a_config_made_by_hand_does_not_skip_the_checks(fault, broken):
-    """It knows of no file, so PEFT adds the adapter before the file is read; the tensors are refused all the same."""
+    """Such a config knows no file, so PEFT adds the adapter first; the file is still refused."""
     config = MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"], inference_mode=True)
     with pytest.raises(ValueError, match=FAULTS[fault]):
         PeftModel.from_pretrained(tiny_model(), broken, config=config)
@@ -448,7 +448,7 @@ def test_transformers_load_adapter_raises_before_anything_changes(fault, broken)
 
 
 def test_no_file_at_all_raises(tmp_path):
-    """By PEFT, after it added the adapter: a configuration may stand alone and be used for a new adapter."""
+    """PEFT raises, after it added the adapter: a config alone may be meant for a new adapter."""
     moe_lora(tiny_model()).save_pretrained(tmp_path)
     (tmp_path / FILE).unlink()
     with pytest.raises((ValueError, OSError), match=tmp_path.name):

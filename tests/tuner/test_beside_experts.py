@@ -1,7 +1,7 @@
-"""Whole models with LoRA on everything: experts, routers, attention, shared experts, latent projections.
+"""Whole models with LoRA on everything: experts, routers, attention, shared experts, latents.
 
-The oracle is the same model in plain PyTorch with W + scaling * B A for the weight of every target, experts and
-routers included, run by transformers' own eager experts.
+The oracle is the same model in plain PyTorch, run by transformers' own eager experts, with
+W + scaling * B A for the weight of every target, experts and routers included.
 """
 
 import copy
@@ -37,13 +37,24 @@ from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.tuner.layer import MoELoraLayer
 from peft_moe_lora.tuner.router import MoELoraRouter
 
-# softmax and sigmoid routers, grouped ones, one with a bias, one that is a linear layer with a forward of its own;
-# with shared experts, gates on them, latent projections, linear attention, MLA
-FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "glm4_moe", "qwen2_moe", "qwen3_next",
-            "qwen3_5_moe", "phimoe", "muse_spark", "aria"]  # fmt: skip
-FAMILIES = [
-    family for family in FAMILIES if family in {installed for installed, _ in interface_families()}
+# routers with softmax and sigmoid, with groups, with a bias, and a linear layer with its own
+# forward; shared experts, gates on them, latent projections, linear attention, MLA
+WANTED = [
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "nemotron_h",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "phimoe",
+    "muse_spark",
+    "aria",
 ]
+INSTALLED = {family for family, _ in interface_families()}
+FAMILIES = [family for family in WANTED if family in INSTALLED]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SCALING = 2.0
 
@@ -89,7 +100,7 @@ def pair(model, path):
 
 
 def updated_experts(base, model):
-    """Parameter name -> W + scaling * B A of every expert, differentiable in the A and B of `model`."""
+    """Parameter name -> W + scaling * B A of every expert, differentiable in `model`'s A and B."""
     weights = {}
     for path in experts_paths(base):
         experts = base.get_submodule(path)
@@ -189,7 +200,7 @@ def test_everything_is_saved_loaded_and_merged(family, tmp_path):
 
 @every_family
 def test_a_routers_gradient_through_the_routing_weights(family):
-    """W's, where the router itself trains beside adapted experts: the same as in a plain model with merged experts."""
+    """A router trains beside adapted experts: its gradient is that with merged experts."""
     base = tiny_model(family)
     model = moe_lora(
         copy.deepcopy(base), target_modules=last(experts_paths(base)), lora_alpha=SCALING * R
@@ -222,8 +233,11 @@ def test_the_load_balancing_loss_reaches_the_routers_adapter():
 
 # ---- how models are trained ----------------------------------------------------------------------
 
-ROUTED = {"qwen3_moe": ["experts", "gate", "q_proj", "o_proj"], "deepseek_v3": ["experts", "gate", "down_proj"],
-          "gpt_oss": ["experts", "router", "v_proj"]}  # fmt: skip
+ROUTED = {
+    "qwen3_moe": ["experts", "gate", "q_proj", "o_proj"],
+    "deepseek_v3": ["experts", "gate", "down_proj"],
+    "gpt_oss": ["experts", "router", "v_proj"],
+}
 routed_families = pytest.mark.parametrize("family", ROUTED)
 
 
@@ -239,7 +253,7 @@ def loss_and_grads(model, **autocast):
 @routed_families
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_routes_the_same_again(family, reentrant):
-    """Dropout on what goes into A included: the routing that is computed again must be the one that was used."""
+    """The routing computed again must be the one that was used, dropout before A included."""
     model = moe_lora(tiny_model(family), target_modules=ROUTED[family], lora_dropout=0.2).train()
     torch.manual_seed(3)
     loss, expected = loss_and_grads(model)
@@ -343,19 +357,37 @@ def test_whole_routers_train_are_saved_loaded_and_merged(family, router, tmp_pat
 @pytest.mark.parametrize(
     ("family", "targets", "said"),
     [
-        ("qwen3_moe", ["experts", "gate"], "2 experts modules, 10 experts, 20 projections adapted; "
-                                           "2 routers: 2 mlp.gate"),
+        (
+            "qwen3_moe",
+            ["experts", "gate"],
+            "2 experts modules, 10 experts, 20 projections adapted; 2 routers: 2 mlp.gate",
+        ),
         # a name fits whole names only: not the gate on the shared expert
         ("qwen2_moe", ["gate"], "0 projections adapted; 2 routers: 2 mlp.gate"),
-        ("qwen2_moe", ["shared_expert_gate"], "0 projections adapted; 2 other layers: 2 mlp.shared_expert_gate"),
+        (
+            "qwen2_moe",
+            ["shared_expert_gate"],
+            "0 projections adapted; 2 other layers: 2 mlp.shared_expert_gate",
+        ),
         # dense layers and shared experts, never the experts' own parameters
-        ("deepseek_v3", ["down_proj"], "2 other layers: 1 mlp.down_proj, 1 shared_experts.down_proj"),
-        ("nemotron_h", ["fc1_latent_proj", "experts"], "20 projections adapted; "
-                                                       "2 other layers: 2 mixer.fc1_latent_proj"),
+        (
+            "deepseek_v3",
+            ["down_proj"],
+            "2 other layers: 1 mlp.down_proj, 1 shared_experts.down_proj",
+        ),
+        (
+            "nemotron_h",
+            ["fc1_latent_proj", "experts"],
+            "20 projections adapted; 2 other layers: 2 mixer.fc1_latent_proj",
+        ),
         ("gemma4", ["experts", "proj"], "2 other layers: 2 router.proj"),
-        ("phimoe", ["router", "q_proj"], "2 routers: 2 mlp.router; 2 other layers: 2 self_attn.q_proj"),
+        (
+            "phimoe",
+            ["router", "q_proj"],
+            "2 routers: 2 mlp.router; 2 other layers: 2 self_attn.q_proj",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_summary_says_what_a_name_meant(family, targets, said):
     model = moe_lora(tiny_model(family), target_modules=targets)
     assert model.base_model.summary().endswith(said)
@@ -382,7 +414,7 @@ def test_layers_and_exclusions_reach_routers(settings, adapted):
 
 
 def test_projections_of_stacked_experts_are_no_modules():
-    """Where all layers have experts, nothing is called gate_proj: an error, not an adapter on nothing."""
+    """If all layers have experts, no layer is called gate_proj: an error, not an empty adapter."""
     with pytest.raises(ValueError, match="gate_proj"):
         get_peft_model(tiny_model(), MoELoraConfig(target_modules=["experts", "gate_proj"]))
 

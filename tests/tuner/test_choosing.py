@@ -1,4 +1,7 @@
-"""Adapters on some experts only: A and B hold the chosen ones, in ascending order, and the others stay the base's."""
+"""Adapters on some experts only: A and B hold the chosen ones in ascending order.
+
+The other experts compute what the base computes.
+"""
 
 import copy
 import json
@@ -54,7 +57,7 @@ def some(family="qwen3_moe", name="Qwen3MoeExperts"):
 
 
 def deltas_of_some(model, chosen, scaling=2.0, adapter_name="default"):
-    """{projection: [E, N, K]} in double: the chosen experts' updates from the definition, zeros elsewhere."""
+    """{projection: [E, N, K]} in double: the chosen experts' updates, by definition; else zeros."""
     found = {}
     for projection, (A, B) in experts_adapter(model, adapter_name=adapter_name).items():
         held = dense_delta(A.double(), B.double(), len(chosen), scaling)
@@ -147,7 +150,10 @@ def test_all_experts_chosen_is_no_choice(dropout):
 
 
 def test_dropout_draws_as_without_a_choice():
-    """The masks belong to rows, so a chosen expert's rows see the same ones: the unchosen experts' B is zero here."""
+    """Dropout masks belong to rows, so a chosen expert's rows see the same masks.
+
+    The adapter on all experts has a B of zeros for the unchosen ones.
+    """
     every = wrap(some(), lora_dropout=0.5).train()
     model = wrap(some(), lora_dropout=0.5, expert_indices={"experts": CHOSEN}).train()
     columns = torch.cat([torch.arange(e * R, (e + 1) * R) for e in CHOSEN])
@@ -252,8 +258,13 @@ def test_adapters_with_other_choices_add_up():
     model = wrap(some(), expert_indices={"experts": CHOSEN})
     choices = {"default": CHOSEN, "second": [0, 1], "every": list(range(E))}
     for name, r, indices in (("second", 3, {"experts": [1, 0]}), ("every", 2, None)):
-        config = MoELoraConfig(r=r, lora_alpha=2 * r, target_modules=["experts"], expert_indices=indices,
-                               target_projections=["down"] if name == "every" else None)  # fmt: skip
+        config = MoELoraConfig(
+            r=r,
+            lora_alpha=2 * r,
+            target_modules=["experts"],
+            expert_indices=indices,
+            target_projections=["down"] if name == "every" else None,
+        )
         model.add_adapter(name, config)
         fill_adapter(model, name, seed=r)
     plain, rows = base_of(model), random_rows(T=23)
@@ -335,8 +346,12 @@ def test_the_first_entry_that_matches_a_layer_counts(indices, expected):
 
 
 def test_other_targets_are_not_touched_by_a_choice():
-    model = moe_lora(tiny_model(), target_modules=["experts", "q_proj"], expert_indices={FIRST: [1]},
-                     rank_pattern={"q_proj": 3, FIRST: 2})  # fmt: skip
+    model = moe_lora(
+        tiny_model(),
+        target_modules=["experts", "q_proj"],
+        expert_indices={FIRST: [1]},
+        rank_pattern={"q_proj": 3, FIRST: 2},
+    )
     shapes = {
         n.removeprefix("base_model.model.model."): tuple(p.shape)
         for n, p in adapter_parameters(model).items()

@@ -1,4 +1,4 @@
-"""backend="materialize": whatever experts implementation the model selects, on W + scaling * B A."""
+"""backend="materialize": the model's own experts implementation runs on W + scaling * B A."""
 
 import copy
 import logging
@@ -255,7 +255,7 @@ class _KernelMatmul(torch.autograd.Function):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Registers an experts implementation made elsewhere under a name, and gives the modules it was called with."""
+    """Register an experts implementation under a name; return the modules it is called with."""
     monkeypatch.setattr(ExpertsInterface, "_global_mapping", dict(ExpertsInterface._global_mapping))
     calls = []
 
@@ -522,7 +522,10 @@ def test_weights_that_are_no_plain_parameters_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case[0])
 def test_grouped_mm_in_bf16_is_as_exact_as_our_own_products(case):
-    """Errors against fp64, beside those of backend="torch" in bf16 on the same numbers; one expert has no rows."""
+    """Errors against fp64, compared with those of backend="torch" in bf16 on the same numbers.
+
+    One expert has no rows.
+    """
     size, tokens = 64, 300
     plain = build_experts(*case, hidden=size, intermediate=size, dtype=torch.bfloat16).cuda()
     x, top_k_index, top_k_weights = (
@@ -544,7 +547,7 @@ def test_grouped_mm_in_bf16_is_as_exact_as_our_own_products(case):
 
 @pytest.mark.gpu
 def test_a_step_on_the_gpu_holds_the_written_weights_and_one_gradient():
-    """Peak above the weights: W' of both projections, dW of one at a time or both, nothing of their size in fp32."""
+    """Peak above the weights: W' of both projections and dW of one or both, nothing in fp32."""
     num_experts, size = 64, 1024
     plain = build_experts(
         *FAMILIES[0], hidden=size, intermediate=size, num_experts=num_experts, dtype=torch.bfloat16

@@ -123,7 +123,7 @@ def test_copies_print_their_own_counts(capsys):
 
 
 def test_attaching_says_what_got_an_adapter(caplog):
-    """2 experts modules of E experts, both projections of each: in the log, and to be asked for later."""
+    """2 experts modules of E experts, both projections of each: logged, and kept for later."""
     counts = f"2 experts modules, {2 * E} experts, {4 * E} projections"
     with caplog.at_level(logging.INFO, logger="peft_moe_lora"):
         model = moe_lora(tiny_model(), target_modules=["experts", "q_proj"])
@@ -200,7 +200,7 @@ def test_new_adapter_changes_nothing(family):
 
 
 def test_new_adapter_changes_no_bit_of_our_own_path():
-    """The path without an adapter on `down` is one where only `gate_up` is targeted, and the other way round."""
+    """With only `gate_up` targeted, `down` takes the path without an adapter, and vice versa."""
     for present, absent in (("gate_up", "down"), ("down", "gate_up")):
         plain, rows = qwen_experts(), random_rows()
         alone = wrap(copy.deepcopy(plain), target_projections=[present])
@@ -522,7 +522,7 @@ def test_disable_adapter_is_the_models_own_implementation():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """An experts implementation "counted" that a model can be told to run with, and the list of its calls."""
+    """An experts implementation "counted" for models to run with, and the list of its calls."""
     calls = []
 
     def counting(module, *args):
@@ -560,7 +560,7 @@ def test_set_requires_grad_freezes_an_adapter():
 
 
 def test_add_weighted_adapter_raises_or_is_the_weighted_sum():
-    """PEFT's way to mix adapters reads linear layers: on experts it may not go wrong without a word."""
+    """PEFT's way to mix adapters reads linear layers; on experts it must not be silently wrong."""
     plain, rows = qwen_experts(), random_rows()
     model = wrap(copy.deepcopy(plain))
     model.add_adapter("second", MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"]))
@@ -584,7 +584,7 @@ def test_add_weighted_adapter_raises_or_is_the_weighted_sum():
 
 
 def test_a_changed_scaling_reaches_the_output():
-    """`layer.scaling[adapter]` is what `set_scale` writes and others weigh an adapter with at inference."""
+    """`set_scale` writes `layer.scaling[adapter]`; others weigh adapters with it at inference."""
     plain, rows = qwen_experts(), random_rows()
     model = wrap(copy.deepcopy(plain))
     layer = experts_layer(model, "experts")
@@ -652,7 +652,7 @@ def test_other_float_types_work(dtype):
 
 
 def test_low_cpu_mem_usage_makes_meta_adapters():
-    """Nothing is drawn, nothing is read: an adapter that is about to be loaded costs no memory first."""
+    """Nothing is drawn or read: an adapter that is about to be loaded costs no memory first."""
     model = get_peft_model(
         tiny_model(),
         MoELoraConfig(r=R, target_modules=["experts", "q_proj"]),
@@ -675,7 +675,7 @@ def test_moving_the_model_moves_and_casts_the_adapter():
 
 
 def test_updating_a_parameter_in_place_is_seen_by_the_next_forward():
-    """Whatever is packed or cached from A and B follows them: optimizers, EMA and users write in place."""
+    """What is packed or cached from A and B follows them: optimizers and users write in place."""
     plain, rows = qwen_experts(), random_rows()
     model = wrap(copy.deepcopy(plain))
     model(*rows)
@@ -693,7 +693,7 @@ def test_updating_a_parameter_in_place_is_seen_by_the_next_forward():
 
 
 def test_writing_through_data_is_seen_by_the_next_forward():
-    """`parameter.data.copy_()` bumps no version counter; safetensors loaders and DeepSpeed write so."""
+    """`parameter.data.copy_()` changes no version counter; loaders and DeepSpeed write so."""
     plain, rows = qwen_experts(), random_rows()
     model = wrap(copy.deepcopy(plain))
     model(*rows)

@@ -1,4 +1,4 @@
-"""Training: dropout, checkpointing, accumulation, the Trainer, and gradients against finite differences."""
+"""Training: dropout, checkpointing, accumulation, the Trainer; gradients by finite differences."""
 
 import copy
 import functools
@@ -86,10 +86,10 @@ def test_dropout_of_a_new_adapter_changes_nothing(probability):
 
 
 def shows_its_draws(probability):
-    """A model whose output, for inputs that are all one, is what dropout left of them: 0 or 1 / (1 - p).
+    """A model that shows its dropout: for inputs of ones the output is 0 or 1 / (1 - p).
 
-    One linear, ungated projection of zeros with A and B the identity, then the identity: nothing else is left of the
-    layer than what enters A.
+    Its first projection is linear, ungated and zero, with A and B the identity; the second
+    projection is the identity. So the layer returns what enters A.
     """
     experts = build_experts("nemotron_h", "NemotronHExperts", hidden=H, intermediate=H)
     experts.act_fn = torch.nn.Identity()
@@ -128,7 +128,7 @@ def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
 
 
 def test_rows_of_one_token_are_dropped_apart():
-    """Per row, not per token: a token's slots go to different experts, each with a draw of its own."""
+    """Dropout draws per row, not per token: a token's slots go to different experts."""
     # the second slot counts ten times: a sum tells both draws
     index, weights = (
         torch.tensor([[0, 3]]).repeat(200, 1),
@@ -215,7 +215,7 @@ def test_backward_twice_through_a_kept_graph():
 
 
 def test_a_router_in_training_gets_its_gradient():
-    """`modules_to_save=["gate"]` trains the router beside the adapter: its gradient runs through top_k_weights."""
+    """`modules_to_save=["gate"]` trains the router too: its gradient runs through top_k_weights."""
     base = tiny_model()
     model = moe_lora(copy.deepcopy(base)).train()
     router = model.base_model.model.model.layers[1].mlp.gate.weight.requires_grad_()

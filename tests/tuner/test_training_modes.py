@@ -1,7 +1,7 @@
-"""Training as users run it: each mode against the same model written out densely, on a CPU and on a CUDA device.
+"""Training as users run it: each mode against the same model written out densely.
 
-On a CPU the experts run in plain PyTorch, on a CUDA device in the kernels. The adapter's share is of order one; what a
-number is compared with is `DenseTwin`: the base model on W + scaling * B A.
+On a CPU the experts run in plain PyTorch, on a CUDA device in the kernels. The adapter changes much
+of the output. Numbers are compared with `DenseTwin`: the base model on W + scaling * B A.
 """
 
 import copy
@@ -191,7 +191,7 @@ def test_checkpointing_repeats_dropout(device, family, use_reentrant):
 
 
 def steady_batch(model, device, batch=3, length=6, of=400):
-    """Of many random sequences those whose tokens are furthest from changing experts: rounding then changes none."""
+    """Random sequences whose tokens are furthest from other experts: rounding changes none."""
     ids = ids_on(device, batch=of, length=length)
     with torch.no_grad():
         routers = model(input_ids=ids, output_router_logits=True, use_cache=False).router_logits
@@ -372,7 +372,7 @@ def test_compiling_breaks_no_more_graphs_with_attention_adapted_too(device):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", *UNFUSED_FAMILIES])
 def test_a_compiled_model_is_the_eager_one(device, family):
-    """Outputs, gradients, and what switches after compiling: the adapter off and on again, another adapter."""
+    """Outputs, gradients, and switches after compiling: adapter off, on again, another adapter."""
     torch._dynamo.reset()
     model, ids = adapted(device, family), ids_on(device)
 
@@ -428,7 +428,7 @@ def test_generation_is_the_merged_models_with_and_without_cache(device, family):
 
 
 def left_padded(device):
-    """Three sequences of 4, 7 and 11 tokens, one by one and left-padded to one batch with its mask."""
+    """Three sequences of 4, 7 and 11 tokens, one by one and as a left-padded batch with a mask."""
     rows = [ids_on(device, batch=1, length=n, seed=n) for n in (4, 7, 11)]
     ids = torch.cat([torch.nn.functional.pad(row, (11 - row.shape[1], 0)) for row in rows])
     mask = torch.cat(
@@ -536,7 +536,7 @@ def test_a_whole_model_offloaded_after_wrapping_runs(device, family):
 
 
 def spread(model, places):
-    """A device map: the first layer to places[0], the second to places[1], the rest to places[0]."""
+    """A device map: the second layer goes to places[1], everything else to places[0]."""
     top = {
         f"model.{name}": places[0] for name, _ in model.model.named_children() if name != "layers"
     }
