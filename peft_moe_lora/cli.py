@@ -5,7 +5,7 @@ Exit codes:
     1  verify found a difference
     2  wrong usage
     3  an adapter or checkpoint is damaged, unknown, or made for another model
-    4  refused: the program that reads the result would refuse it, or it can be read in two ways
+    4  refused: the target program would not read the result, or the adapter is ambiguous
     5  the destination exists
 
 Results go to stdout. An error goes to stderr, as one line that begins with "error:".
@@ -119,7 +119,7 @@ def convert(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in another format; the default is what PEFT and most servers read."""
+    """Write an adapter in another format; PEFT and most servers read the default format."""
     with _exit_codes(), _bar("converting", quiet) as progress:
         done = convert_adapter(
             src,
@@ -184,7 +184,7 @@ def verify(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that an adapter fits its base model, and on random experts equals a second adapter."""
+    """Check that an adapter fits its base model; compare it with a second one on random experts."""
     with _exit_codes(), _bar("verifying", quiet) as progress:
         found = verify_adapter(
             path,
@@ -236,8 +236,8 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
 
     Args:
         what: the word before the bar.
-        quiet: show none.
-    Yields: a function that takes (steps done, steps in all), or None.
+        quiet: whether to show no bar.
+    Yields: a function that takes (steps done, steps in total); None if no bar is shown.
     """
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
@@ -265,7 +265,7 @@ def _print(found: Mapping[str, Any], as_json: bool) -> None:
         return
     width = max(len(name) for name in found)
     for name, value in found.items():
-        # the name stands before the first line only
+        # only the first line begins with the name
         label = name
         for line in _lines(value):
             print(f"{label:<{width}}  {line}")
@@ -273,7 +273,7 @@ def _print(found: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _lines(value: object) -> list[str]:
-    """A value as lines of text; "-" for nothing."""
+    """The lines of text that show a value; "-" if the value is empty."""
     lines = [str(value)]
     if isinstance(value, dict):
         lines = [f"{name}: {entry}" for name, entry in value.items()]

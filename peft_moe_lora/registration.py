@@ -1,4 +1,4 @@
-"""The only lines that touch the registries of peft and transformers."""
+"""Registers the tuner with peft and transformers; no other file changes their registries."""
 
 from typing import Any
 
@@ -36,14 +36,15 @@ def register() -> None:
 
 
 def _extend_peft_type(name: str) -> None:
-    """Add a member to the enum `PeftType`, in which peft and transformers look methods up.
+    """Add a member to the enum `PeftType`, where peft and transformers look up tuning methods.
 
-    The enum is closed, so its tables are extended in place. A plain string instead would break
-    transformers, which reads `.value`; an enum of our own would break saving with peft 0.20.
+    An enum accepts no new members, so its tables are extended in place. A plain string instead
+    would break transformers, which reads `.value`. A separate enum would break saving with peft
+    0.20.
     """
     if name in PeftType.__members__:
         return
-    # the tables are private attributes, which type checkers do not know
+    # type checkers do not know the tables, because they are private attributes
     members: Any = PeftType
     member: Any = str.__new__(PeftType, name)
     member._name_ = name

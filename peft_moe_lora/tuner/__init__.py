@@ -2,7 +2,7 @@
 
 May import functional, experts, files and below.
 
-The files build on one another in this order: `materialize` and `implementations` (another way to
-run experts), `config`, then the parts of a layer (`offload`, `dispatch`, `projections`, `merging`),
-`layer` itself and `router`, and last `checkpoint`, `summary` and `model`.
+Each file imports only files that come before it in this order: `materialize` and `implementations`
+(experts run by the model's own code), `config`, the parts of a layer (`offload`, `dispatch`,
+`projections`, `merging`), `layer`, `router`, `checkpoint`, `summary`, `model`.
 """

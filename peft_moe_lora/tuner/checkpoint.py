@@ -1,4 +1,4 @@
-"""What the checkpoint of an adapter must hold for a model, and what its metadata says."""
+"""Describes an adapter in the metadata of its file, and checks an adapter file against a model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ Shape = tuple[int, ...]
 def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The metadata of an adapter file.
 
-    It holds the format version, the layout, E, r, K and N of every adapted projection, and the
-    paths of adapted routers.
+    They hold the format version and the layout, E of every adapted experts module, r, K and N of
+    each of its adapted projections, and the paths of adapted routers.
     """
     modules = {}
     routers = []
@@ -50,7 +50,10 @@ def _describe_experts(layer: MoELoraLayer, adapter_name: str) -> dict[str, Any]:
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, MoELoraLayer | MoELoraRouter]]:
-    """(module path without the prefixes of wrappers, layer) of all adapted experts and routers."""
+    """Yield (path, layer) of every adapted experts module and every adapted router.
+
+    The path does not contain the prefixes that PEFT, FSDP and torch.compile add.
+    """
     for key, module in model.named_modules():
         if isinstance(module, MoELoraLayer | MoELoraRouter):
             path = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
@@ -58,12 +61,12 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, MoELoraLayer | MoELoraRoute
 
 
 class ExpertsTarget(NamedTuple):
-    """What a configuration means for one experts module.
+    """How a configuration adapts one experts module.
 
     Attributes:
         layout: layout of the module.
         r: rank of the adapter.
-        chosen: ascending ids of the experts that have a pair; None for all.
+        chosen: ascending ids of the experts that get an adapter; None for all.
     """
 
     layout: ExpertsLayout
@@ -73,13 +76,14 @@ class ExpertsTarget(NamedTuple):
 
 @dataclass(frozen=True)
 class Targets:
-    """What a configuration means for a model, by module path in the base model.
+    """How a configuration adapts a model. All paths are paths in the base model.
 
     Attributes:
-        experts: experts modules -> their layout, rank and chosen experts.
-        others: other targeted modules -> the base module and rank.
-        saved: modules saved whole (modules_to_save) -> the base module.
-        carried: modules whose weights PEFT may save besides, such as embeddings and biases.
+        experts: path of a targeted experts module -> its layout, rank and chosen experts.
+        others: path of another targeted module -> the base module and the rank.
+        saved: path of a module that is saved whole (modules_to_save) -> the base module.
+        carried: paths of modules whose weights PEFT may save too, such as embeddings, or layers
+            with a bias.
     """
 
     experts: Mapping[str, ExpertsTarget]
@@ -88,7 +92,7 @@ class Targets:
     carried: tuple[str, ...]
 
     def expected_shapes(self, config: MoELoraConfig) -> dict[str, Shape]:
-        """Key in the file -> shape, of all tensors whose shapes are known."""
+        """Key in the file -> shape, for every tensor whose shape is known."""
         shapes: dict[str, Shape] = {}
         for key, target in self.experts.items():
             shapes |= _shapes_of_experts(key, target, config)
@@ -114,7 +118,7 @@ def _shapes_of_experts(key: str, target: ExpertsTarget, config: MoELoraConfig) -
 
 
 def _shapes_of_other(key: str, module: nn.Module, r: int) -> dict[str, Shape]:
-    """Shapes for a module that PEFT adapts; {} where it wraps the module in a way of its own."""
+    """Shapes of the tensors with which PEFT adapts a module; {} if they are not known here."""
     if isinstance(module, nn.Embedding):
         return {
             f"{key}.lora_embedding_A": (r, module.num_embeddings),
@@ -134,18 +138,18 @@ def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> No
     """Check that an adapter file fits a model, before the model is changed.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or of the wrong shape, or if the adapter is for
-            another number of experts or for other experts.
+        ValueError: if a tensor is missing, unknown or of the wrong shape, or if the adapter was
+            made for another number of experts or for other experts.
     """
     for key, description in file.description.get("experts", {}).items():
         if key in targets.experts:
             _check_description(file.path, key, description, targets.experts[key])
     expected = targets.expected_shapes(config)
-    # transformers may save without PEFT's prefix
+    # transformers may have saved the keys without PEFT's prefix
     shapes = {
         PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): shape for key, shape in file.shapes.items()
     }
-    # tensors of modules that PEFT wraps in ways of its own are left to PEFT
+    # tensors of modules whose shapes are not known here are checked by PEFT
     known = {key.rpartition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in expected}
     unchecked = (*targets.carried, *(set(targets.others) - known))
     free = tuple(f"{PEFT_PREFIX}{key}." for key in unchecked)
@@ -161,8 +165,9 @@ def _check_description(
     num_experts = description.get("num_experts")
     if num_experts != target.layout.num_experts:
         raise ValueError(
-            f"{path} holds an adapter for {num_experts} experts in {key}, the model has "
-            f"{target.layout.num_experts} there; load the base model the adapter was trained on."
+            f"{path} holds an adapter for {num_experts} experts in {key}, but the model has "
+            f"{target.layout.num_experts} there; load the base model that the adapter was trained "
+            "on."
         )
     held = description.get("experts")
     chosen: list[int] | None = None
@@ -170,9 +175,9 @@ def _check_description(
         chosen = list(target.chosen)
     if held != chosen:
         raise ValueError(
-            f"{path} holds {_listed_experts(held)} in {key}, expert_indices says "
-            f"{_listed_experts(chosen)}; the two files do not belong together: load it with the "
-            "adapter_config.json it was saved with."
+            f"{path} holds {_listed_experts(held)} in {key}, but expert_indices chooses "
+            f"{_listed_experts(chosen)}; load the adapter with the adapter_config.json that was "
+            "saved with it."
         )
 
 
@@ -233,12 +238,12 @@ def _raise_unless_whole(
     if faults:
         raise ValueError(
             f"{where} {'; '.join(faults)}. It belongs to another model, rank or choice of targets, "
-            "or is damaged; load the base model and configuration it was trained with."
+            "or it is damaged; load the base model and the configuration that it was trained with."
         )
 
 
 def _listed(items: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
+    """The first three items, and the number of further ones."""
     listed = ", ".join(items[:3])
     if len(items) > 3:
         listed += f" and {len(items) - 3} more"

@@ -1,4 +1,4 @@
-"""MoELoraConfig: what the user asks for, checked before any model is changed."""
+"""MoELoraConfig: the user's settings, checked before any model is changed."""
 
 import math
 import re
@@ -25,8 +25,8 @@ from ..files.card import OUR_CARD, write_card
 from ..functional import BACKENDS
 from .implementations import MATERIALIZE
 
-# fields of LoraConfig that change what an adapter computes in a way that experts do not support:
-# name of the field -> (its value when unused, what it stands for)
+# fields of LoraConfig that turn on a method which experts do not support:
+# name of the field -> (its value when the method is off, name of the method)
 # fmt: off
 _NOT_ON_EXPERTS: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "DoRA"),
@@ -52,9 +52,9 @@ _NOT_ON_EXPERTS: dict[str, tuple[Any, str]] = {
 class MoELoraConfig(LoraConfig):
     """Configuration of per-expert LoRA: every field of `peft.LoraConfig`, and those below.
 
-    Every targeted expert gets a pair of its own: W[e] + scaling * B[e] A[e], with
-    scaling = lora_alpha / r (lora_alpha / sqrt(r) with use_rslora). Targets that are not experts
-    become PEFT's own LoRA layers.
+    Every targeted expert e gets its own A[e] and B[e]. Its weight becomes
+    W[e] + scaling * B[e] A[e], with scaling = lora_alpha / r (lora_alpha / sqrt(r) with
+    use_rslora). Targets that are not experts become PEFT's own LoRA layers.
 
     Args:
         r: rank of each expert's update, at least 1.
@@ -62,21 +62,22 @@ class MoELoraConfig(LoraConfig):
             module of the model.
         expert_indices: which experts get an adapter, as a dict from experts modules to lists of ids
             0..E-1; None for every expert. A key is the path of a module, the end of a path or a
-            regular expression, as in rank_pattern; the first key that matches a module counts. A
-            module that no key matches, or whose list is empty, gets no adapter. A and B, their
-            gradients and the optimizer's state hold the chosen experts only, in ascending order.
+            regular expression, as in rank_pattern; the first key that matches a module is used. A
+            module gets no adapter if no key matches it or if its list is empty. A and B, their
+            gradients and the optimizer's state hold only the chosen experts, in ascending order.
         target_projections: which projections of the experts get an adapter, out of "gate_up" (the
             up projection of experts without a gate) and "down"; both by default.
         backend: "triton" (fused kernels), "torch", or "auto": triton on CUDA devices of compute
-            capability 8.0 and newer, else torch. "materialize" runs the model's own experts
-            implementation on W + scaling * B A, which is computed in every call.
-        recompute: keep no pre-activation for backward; backward computes the gate_up product again.
-        layout: order of the tensors in the adapter file. Written when an adapter is saved and
-            checked when it is loaded; not for users to set.
-        format_version: version of the adapter file. As `layout`, not for users to set.
+            capability 8.0 and newer, else torch. "materialize" computes W + scaling * B A in every
+            call, and runs the model's own experts implementation on it.
+        recompute: do not keep the pre-activation for backward; backward computes the gate_up
+            product again.
+        layout: order of the tensors in the adapter file. It is written when an adapter is saved
+            and checked when it is loaded; users should not set it.
+        format_version: version of the adapter file; users should not set it either.
     Raises:
-        ValueError: naming the field, if a value is out of range or an option does not exist for
-            experts.
+        ValueError: if a value is out of range, or if experts do not support an option. The message
+            names the field.
     Source: Hu et al. 2021, arXiv:2106.09685, applied to each expert separately.
     """
 
@@ -122,10 +123,10 @@ class MoELoraConfig(LoraConfig):
         if self.expert_indices is not None:
             self.expert_indices = checked_indices(self.expert_indices)
             self.format_version = max(self.format_version, CHOSEN_EXPERTS_VERSION)
-        # two attributes that are no fields, so they are never written to adapter_config.json:
-        # the adapter file that was read beside this configuration
+        # two attributes that are not dataclass fields, so they are never written to
+        # adapter_config.json: the adapter file that was read with this configuration
         self._file: AdapterFile | None = None
-        # the metadata for the adapter file that is about to be written beside it
+        # the metadata for the adapter file that PEFT saves just before this configuration
         self._description: dict[str, Any] | None = None
 
     def _refuse_unsupported(self) -> None:
@@ -180,20 +181,21 @@ class MoELoraConfig(LoraConfig):
             return
         if self.lora_dropout:
             raise ValueError(
-                f'lora_dropout={self.lora_dropout!r}: with backend="{MATERIALIZE}" there is no '
-                "low-rank path whose input could be dropped; leave lora_dropout at 0."
+                f'lora_dropout={self.lora_dropout!r}: backend="{MATERIALIZE}" adds B A to the '
+                "weights, so A has no input of its own that could be dropped; set lora_dropout=0."
             )
         if self.recompute:
             raise ValueError(
-                f'recompute=True: with backend="{MATERIALIZE}" the experts implementation of the '
-                "model decides what is kept for backward; use gradient checkpointing."
+                f'recompute=True: with backend="{MATERIALIZE}" the model\'s experts implementation '
+                "decides what is kept for backward; leave recompute unset and use gradient "
+                "checkpointing."
             )
 
     def _check_file_format(self) -> None:
         if self.layout != LAYOUT:
             raise ValueError(
                 f"layout={self.layout!r} is not known; this version reads {LAYOUT!r}. If a newer "
-                "peft_moe_lora wrote the adapter, upgrade; if another program did, convert it."
+                "peft_moe_lora wrote the adapter, upgrade; if another program wrote it, convert it."
             )
         version = self.format_version
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
@@ -217,10 +219,10 @@ class MoELoraConfig(LoraConfig):
 
         Args:
             key: path of the experts module.
-            num_experts: E, which every id must be below.
+            num_experts: E; every id must be less than E.
         Raises:
-            ValueError: naming the entry of expert_indices that asks for experts that the module
-                does not have.
+            ValueError: if an entry of expert_indices names an expert that the module does not
+                have. The message names the entry.
         """
         if self.expert_indices is None:
             return None
@@ -243,8 +245,8 @@ class MoELoraConfig(LoraConfig):
         Args:
             keys: the paths of all targeted experts modules.
         Raises:
-            ValueError: naming an entry that matches none of them, or only some that an earlier
-                entry matches too.
+            ValueError: if an entry matches none of these modules, or if an earlier entry matches
+                all modules that it matches. The message names the entry.
         """
         patterns = list(self.expert_indices or {})
         keys = list(keys)
@@ -256,8 +258,9 @@ class MoELoraConfig(LoraConfig):
         if len(keys) > 4:
             listed += f" and {len(keys) - 4} more"
         raise ValueError(
-            f"expert_indices: {unused[0]!r} matches no targeted experts module that an earlier "
-            f"entry leaves to it. The targeted experts modules are {listed}."
+            f"expert_indices: {unused[0]!r} matches no targeted experts module, or an earlier "
+            f"entry matches all of its modules. The targeted experts modules are {listed}. "
+            "Correct the entry, or remove it."
         )
 
     @classmethod
@@ -267,15 +270,15 @@ class MoELoraConfig(LoraConfig):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> "MoELoraConfig":
-        """As PEFT's; the adapter file beside the configuration is read and checked as well.
+        """Load a configuration as PEFT does, and also read and check the adapter file next to it.
 
-        A bad file is found here, before a model is changed.
+        A damaged file raises an error here, before a model is changed.
 
         Raises:
             ValueError: if the file is truncated, a pickle, of an unknown layout or version, or
                 holds values that are not finite.
         """
-        # PEFT annotates str, and accepts a Path
+        # PEFT annotates str, but accepts a Path too
         source: Any = pretrained_model_name_or_path
         config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
         hub_kwargs, *_ = cls._split_kwargs(kwargs)
@@ -285,12 +288,14 @@ class MoELoraConfig(LoraConfig):
         return config
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """As PEFT's; also completes the metadata of the adapter file just saved, and its card.
+        """Save the configuration as PEFT does, and complete the adapter file and the model card.
+
+        PEFT saves the adapter file first. Its metadata are added here.
 
         Raises:
-            ValueError: if the weights were just saved as a pickle, which is removed.
+            ValueError: if PEFT has saved the weights as a pickle. The pickle is removed.
         """
-        # PEFT annotates str, and accepts a Path
+        # PEFT annotates str, but accepts a Path too
         folder: Any = save_directory
         description = self._description
         self._description = None
@@ -305,12 +310,12 @@ def checked_indices(indices: Mapping[str, Iterable[int]]) -> dict[str, list[int]
     """expert_indices with ascending lists of plain integers.
 
     Raises:
-        ValueError: if it is not a dict from patterns to lists of different ids, or if it chooses no
-            expert at all.
+        ValueError: if it is not a dict from patterns to lists of ids, if a list repeats an id, or
+            if no expert is chosen at all.
     """
     if not isinstance(indices, Mapping):
         raise ValueError(
-            "expert_indices must be a dict of layer patterns to lists of expert ids, got "
+            "expert_indices must be a dict from layer patterns to lists of expert ids, got "
             f"{indices!r}."
         )
     checked = {}
@@ -329,7 +334,7 @@ def _check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(
-            f"expert_indices: {pattern!r} is no path or regular expression ({error})."
+            f"expert_indices: {pattern!r} is neither a path nor a regular expression ({error})."
         ) from error
 
 
@@ -352,5 +357,5 @@ def _checked_ids(pattern: str, experts: Iterable[int]) -> list[int]:
 
 
 def _is_integer(value: object) -> bool:
-    """Whether this is a whole number: also one of numpy, or a tensor that holds one number."""
+    """Whether the value is an integer of Python or numpy, or a tensor that holds one integer."""
     return hasattr(value, "__index__") and not isinstance(value, bool)

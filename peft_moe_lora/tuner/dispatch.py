@@ -1,9 +1,10 @@
 """How a call of an experts module reaches its adapter.
 
-A module on transformers' experts interface looks up its implementation by a name in its config. It
-gets a view of that config which names the implementation registered here, and that one calls the
-adapter's layer. A module off the interface looks nothing up: its layer computes in place of its
-forward, after `check_contract` has compared the two on the first tokens.
+A module on transformers' experts interface looks up its implementation by a name in its config.
+When the module is adapted, its config is replaced by a view that names `moe_lora_experts_forward`,
+and that function calls the adapter's layer. A module that is not on the interface does not look up
+an implementation: its layer computes the output, and the module's own forward does not run. Before
+that, `check_contract` compares both outputs on the first tokens.
 """
 
 from collections.abc import Mapping
@@ -21,21 +22,22 @@ from .implementations import IMPLEMENTATION
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
 
-# bf16 rounding stays below 2 %; another activation or a forgotten factor does not stay below 5 %
+# rounding to bf16 changes the output by less than 2 %; a different activation or a missing factor
+# changes it by more than 5 %
 _CONTRACT_TOLERANCE = 0.05
-# how many tokens the contract is checked on
+# the number of tokens on which both outputs are compared
 _CONTRACT_TOKENS = 4
 
 
 class AdaptedExpertsConfig:
-    """A model's config as one adapted experts module sees it.
+    """A view of a model's config, for one adapted experts module.
 
-    It differs from the shared config in the name of the experts implementation only. That name is
-    stored in the config that all modules of a model share. Through this view one module dispatches
-    to its adapter while the adapter is at work, whatever the user sets on the shared config.
+    All modules of a model share one config, which holds the name of the experts implementation.
+    Only this name differs in the view. So one module dispatches to its adapter while the adapter is
+    active, and the user may still set another implementation on the shared config.
 
     Args:
-        config: the shared config; every other attribute is read from it and written to it.
+        config: the shared config; all other attributes are read from it and written to it.
         layer: the layer that adapts the module.
     """
 
@@ -74,15 +76,15 @@ def _new_config_view() -> AdaptedExpertsConfig:
 
 
 def attach(layer: "MoELoraLayer", base_layer: nn.Module) -> None:
-    """Make an experts module on transformers' interface dispatch to its layer."""
+    """Make an experts module dispatch to its layer, if it is on transformers' interface."""
     if layer.layout.decorated:
-        # nn.Module annotates its attributes as tensors and modules
+        # nn.Module annotates every attribute as a tensor or a module
         module: Any = base_layer
         module.config = AdaptedExpertsConfig(module.config, layer)
 
 
 def detach(base_layer: nn.Module) -> nn.Module:
-    """Give an experts module its own config back; returns the module."""
+    """Give an experts module its own config back, and return the module."""
     config = getattr(base_layer, "config", None)
     if isinstance(config, AdaptedExpertsConfig):
         base_layer.config = config._shared
@@ -90,7 +92,7 @@ def detach(base_layer: nn.Module) -> nn.Module:
 
 
 def shared_config(base_layer: nn.Module, layout: ExpertsLayout) -> Any:
-    """The config that an experts module was built with; None for a module off the interface."""
+    """The config that an experts module was built with; None if it is not on the interface."""
     if not layout.decorated:
         return None
     config = base_layer.config
@@ -127,20 +129,20 @@ def check_contract(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> bool:
-    """Compare the forward of a module off the interface with what its adapter assumes it computes.
+    """Check that an adapter's formula is what a module outside the interface computes.
 
     Args:
-        module: the experts module, its weights on the device of the rows.
+        module: the experts module, with its weights on the device of hidden_states.
         layout: layout of the module.
         hidden_states: [T, H] float; the first few tokens are compared.
         top_k_index: [T, top_k] integer.
         top_k_weights: [T, top_k] float.
-    Returns: True if the two agree; False if nothing was compared, because every token has an id
-        outside 0..E-1.
+    Returns: True if the outputs agree; False if nothing was compared, because every token has an
+        id outside 0..E-1.
     Raises:
-        UnsupportedExperts: if they disagree.
+        UnsupportedExperts: if the outputs differ.
     """
-    # the module's own forward need not accept ids outside 0..E-1
+    # the module's own forward may fail on ids outside 0..E-1
     known_id = (top_k_index >= 0) & (top_k_index < layout.num_experts)
     tokens = known_id.all(1).nonzero()[:_CONTRACT_TOKENS, 0]
     if not tokens.numel():
@@ -156,7 +158,7 @@ def check_contract(
         return True
     raise UnsupportedExperts(
         f"{type(module).__name__}.forward does not compute the sum of top_k_weights * "
-        "down(act(gate_up(x))) with the activation read from its _apply_gate or act_fn; give it an "
-        "_apply_gate(gate_up) that computes the activation of its forward, or take it out of "
-        "target_modules."
+        "down(act(gate_up(x))) with the activation of its _apply_gate or act_fn; give the class an "
+        "_apply_gate(gate_up) that computes the activation of its forward, or take the module out "
+        "of target_modules."
     )

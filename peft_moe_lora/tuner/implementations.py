@@ -1,7 +1,7 @@
 """backend="materialize": the model's own experts implementation, run on W + scaling * B A.
 
-The base module and its parameters stay as they are. The implementation is given a copy of the
-module object in which the updated weights stand in the place of the parameters.
+The base module and its parameters do not change. The implementation gets a copy of the module
+object, and in this copy the updated weights replace the parameters.
 """
 
 import logging
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 MATERIALIZE = "materialize"
 
-# name of the experts implementation that is registered with transformers: all other backends run
-# by it, and apply A and B beside the weights
+# name of the experts implementation that this package registers with transformers; all other
+# backends run through it, and do not add B A to the weights
 IMPLEMENTATION = "moe_lora"
 
-# hidden_act in the model's config -> the fused activations that equal what sonicmoe computes for it
+# hidden_act in the model's config -> the fused activations that compute the same as sonicmoe
 _SONICMOE_KINDS = {"silu": ("silu",), "gelu": ("gelu", "gelu_tanh"), "relu": ()}
 
 
@@ -33,22 +33,22 @@ def check_implementation(name: str | None, module: nn.Module, layout: ExpertsLay
     """Check, before its first call, that an experts implementation can run a module here.
 
     Args:
-        name: as in `config._experts_implementation`. None and names that are not known here are
-            left to transformers.
+        name: as in `config._experts_implementation`. None and unknown names are not checked here;
+            transformers checks them.
         module: the experts module; its shapes, dtypes and attributes are read, not its weights.
         layout: layout of the module.
     Raises:
-        ValueError: if the weights are not plain parameters, the class is not on transformers'
-            experts interface, or the implementation is the one registered here.
-        RuntimeError: with the reason, if hardware, a package or support for the module's layout is
-            missing.
+        ValueError: if the weights are not plain parameters, if the class is not on transformers'
+            experts interface, or if the implementation is this package's own.
+        RuntimeError: if the implementation needs other hardware or a missing package, or does not
+            support the module's layout. The message gives the reason.
     """
     _check_module(module, layout)
     if name == IMPLEMENTATION:
         raise ValueError(
             f'backend="{MATERIALIZE}" runs the experts implementation that the model\'s config '
-            f'names, but the config names "{IMPLEMENTATION}"; name another with '
-            "model.set_experts_implementation(...), or use another backend."
+            f'names, but the config names "{IMPLEMENTATION}", which is this package\'s own; set '
+            "another with model.set_experts_implementation(...), or use another backend."
         )
     obstacle = None
     if name == "sonicmoe":
@@ -68,15 +68,15 @@ def _check_module(module: nn.Module, layout: ExpertsLayout) -> None:
     if layout.family is not None:
         raise ValueError(
             f'backend="{MATERIALIZE}" runs an implementation of transformers\' experts interface, '
-            f"which {cls} is not on; use another backend."
+            f"but {cls} is not on that interface; use another backend."
         )
     for name, projection in layout.projections.items():
         plain = projection.weight in module._parameters
         if not plain or isinstance(layout.weight(module, name), QuantizedWeight):
             raise ValueError(
-                f'backend="{MATERIALIZE}" writes W + scaling * B A in the place of a plain '
-                f"parameter, but {cls}.{projection.weight} is none (quantized or parametrized); "
-                "use another backend."
+                f'backend="{MATERIALIZE}" replaces plain parameters by W + scaling * B A, but '
+                f"{cls}.{projection.weight} is not a plain parameter (it is quantized or "
+                "parametrized); use another backend."
             )
 
 
@@ -88,18 +88,18 @@ def run_implementation(
     down: Projection,
     *rows: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """The module's own forward on the updated weights.
+    """Run a module's own forward with the updated weights.
 
     Args:
         module: the experts module; it is not changed.
         layout: layout of the module.
         config: the model's config, which names the implementation; None for a class that does not
             dispatch to implementations.
-        up: the gate_up projection; without lora_A the module's own parameter is used.
-        down: the down projection; as `up`.
-        rows: hidden_states [T, H], top_k_index [T, top_k] and top_k_weights [T, top_k], as the
-            module takes them.
-    Returns: the module's output [T, H], and the updated weights it was computed with.
+        up: the gate_up projection; if it has no lora_A, the module's own parameter is used.
+        down: the down projection; if it has no lora_A, the module's own parameter is used.
+        rows: the module's arguments: hidden_states [T, H], top_k_index [T, top_k] and
+            top_k_weights [T, top_k].
+    Returns: the module's output [T, H], and the updated weights.
     """
     updated = {}
     for stored, projection in ((layout.gate_up, up), (layout.down, down)):
@@ -113,7 +113,7 @@ def run_implementation(
     )
     if layout.transposed:
         updated = {name: weight.transpose(1, 2) for name, weight in updated.items()}
-    # the same object with other parameters: built without __init__, which would create new ones
+    # a copy of the object with other parameters; __init__ would allocate new parameters
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__, _parameters={**module._parameters, **updated})
     if config is not None:
@@ -129,17 +129,17 @@ def check_gradients(
     top_k_weights: torch.Tensor,
     num_experts: int,
 ) -> bool:
-    """Check that an experts implementation differentiates with respect to its weights.
+    """Check that an experts implementation computes gradients of its weights.
 
     Args:
-        out: [T, H], what it returned with gradients enabled.
-        weights: the updated weights that it was given.
-        hidden_states: [T, H] float, as it was given.
-        top_k_index: [T, top_k] integer, as it was given.
-        top_k_weights: [T, top_k] float, as it was given.
+        out: [T, H], the output of the implementation, computed with gradients enabled.
+        weights: the updated weights, an input of the implementation like the next three.
+        hidden_states: [T, H] float.
+        top_k_index: [T, top_k] integer.
+        top_k_weights: [T, top_k] float.
         num_experts: E.
-    Returns: True if it does; False if this call cannot tell, because no weight asks for a gradient
-        or no row was routed to an expert.
+    Returns: True if it does; False if this call does not show it, because no weight requires a
+        gradient or no row was routed to an expert.
     Raises:
         RuntimeError: if `out` does not depend on the weights, so that training would never change
             A and B.
@@ -147,7 +147,7 @@ def check_gradients(
     wanted = {weight.grad_fn for weight in weights if weight.requires_grad}
     if not wanted:
         return False
-    # the graph before the layer is not searched
+    # the search stops at the layer's inputs
     before = {hidden_states.grad_fn, top_k_weights.grad_fn} - wanted
     if wanted <= _nodes_behind(out.grad_fn, before, wanted):
         return True
@@ -155,20 +155,20 @@ def check_gradients(
     if not routed.any():
         return False
     raise RuntimeError(
-        f'backend="{MATERIALIZE}": the model\'s experts implementation has no backward (its output '
-        "does not depend on the weights it was given), so the adapter cannot be trained with it; "
-        "choose another with model.set_experts_implementation(...), or call it under "
-        "torch.no_grad()."
+        f'backend="{MATERIALIZE}": the model\'s experts implementation has no backward (in the '
+        "autograd graph its output does not depend on its weights), so the adapter cannot be "
+        "trained with it; choose another with model.set_experts_implementation(...), or call the "
+        "model under torch.no_grad()."
     )
 
 
 def _nodes_behind(start: Any, excluded: set[Any], wanted: set[Any]) -> set[Any]:
-    """The nodes of `wanted` that the autograd graph leads to from `start`.
+    """The nodes of `wanted` that can be reached from `start` in the autograd graph.
 
     Args:
-        start: a node of the graph; None where nothing asks for a gradient.
-        excluded: nodes at which the search does not go on.
-        wanted: the search ends when all of these are found.
+        start: a node of the graph; None if the output requires no gradient.
+        excluded: nodes that the search does not enter.
+        wanted: the nodes to find; the search ends when all are found.
     """
     found: set[Any] = set()
     seen = set(excluded)
@@ -193,7 +193,8 @@ def _sonicmoe_obstacle(module: nn.Module, layout: ExpertsLayout) -> str | None:
         return f"it needs a gate, which {cls} does not have."
     if getattr(module, "has_post_expert_norm", False):
         return f"it supports no norm after the experts, and {cls} has one."
-    # it computes hidden_act(gate) * up as the config says, and never calls the module's activation
+    # sonicmoe computes hidden_act(gate) * up, with hidden_act from the config; it never calls the
+    # module's activation
     name = getattr(module.config, "hidden_act", "silu").lower()
     if not _is_sonicmoe_activation(name, module, layout):
         own = layout.activation or "a gate of its own"
@@ -237,15 +238,15 @@ def _load_obstacle(is_loadable: Callable[..., bool]) -> str | None:
 
 @cache
 def _log_cost(updated: tuple[tuple[str, tuple[int, ...], int], ...]) -> None:
-    """Log what the updated weights of one layer cost; once for each layer shape.
+    """Log the memory that the updated weights of one layer need; once for each layer shape.
 
     Args:
         updated: (name, shape, bytes) of each weight.
     """
     logger.warning(
-        'backend="%s" writes %.1f MiB of weights per layer and call (%s). They are kept until the '
-        "layer's backward, which holds as much again as their gradient; gradient checkpointing "
-        "keeps the weights of one layer at a time.",
+        'backend="%s" writes %.1f MiB of weights per layer and call (%s). They stay in memory '
+        "until the layer's backward, where their gradient needs as much memory again. With "
+        "gradient checkpointing only the weights of one layer are in memory at a time.",
         MATERIALIZE,
         sum(size for _, _, size in updated) / 2**20,
         ", ".join(f"{name} {list(shape)}" for name, shape, _ in updated),

@@ -1,4 +1,7 @@
-"""An experts module with a low-rank pair for every expert: W[e] + scaling * B[e] A[e]."""
+"""An experts module with a low-rank update for every expert: W[e] + scaling * B[e] A[e].
+
+A pair is lora_A and lora_B of one projection in one adapter.
+"""
 
 import math
 from collections.abc import Sequence
@@ -33,17 +36,17 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     The base module keeps its weights and its forward.
 
     Args:
-        base_layer: the experts module, called as experts(hidden_states, top_k_index,
-            top_k_weights), or as its row in the table of families says.
+        base_layer: the experts module. It is called as experts(hidden_states, top_k_index,
+            top_k_weights), or with the arguments that its row in `FAMILIES` lists.
         adapter_name: name of the first adapter.
         config: configuration of the first adapter.
         r: rank of each expert's update.
         lora_alpha: numerator of the scaling.
-        experts: ascending ids of the S experts that get a pair; None for all, S = E.
+        experts: ascending ids of the S experts that get an adapter; None for all, S = E.
     Parameters, per adapter and projection (K in- and N out-features of the projection):
         lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th of the S
             experts.
-        lora_B: [N, r * S], expert-major: columns s*r up to (s + 1)*r are its B.
+        lora_B: [N, r * S], expert-major: columns s*r up to (s + 1)*r are B of the s-th expert.
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
@@ -52,7 +55,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     # adapter -> nn.ParameterDict of projection -> parameter
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-    # adapter -> nn.Dropout: modules as in PEFT, so that code that looks for them finds them
+    # adapter -> nn.Dropout; as in PEFT, so that code which searches for dropout modules finds them
     lora_dropout: nn.ModuleDict
 
     def __init__(
@@ -78,16 +81,16 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # projection -> its quantized weight before anything was merged into it
         self.unmerged_weights: dict[str, QuantizedWeight] = {}
-        # projection -> error of quantizing the merged weight again, over the norm of the update
+        # projection -> error of quantizing the merged weight again, divided by the update's norm
         self.merge_errors: dict[str, float] = {}
         self.backend = config.backend
         self.recompute = config.recompute
-        # there is nothing to check where transformers' interface or the table of families says what
-        # the module computes, or where its own forward runs
+        # no check is needed if transformers' interface or `FAMILIES` defines what the module
+        # computes, or if the module's own forward runs
         self._contract_holds = (
             self.layout.decorated or self.layout.family is not None or self.backend == MATERIALIZE
         )
-        # experts implementations that were seen to differentiate with respect to the weights
+        # names of experts implementations that were found to compute gradients of the weights
         self._differentiable: set[str | None] = set()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha, experts)
@@ -100,7 +103,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
 
     @property
     def out_features(self) -> int:
-        """N of the last projection: H again where the layer maps hidden states to hidden states."""
+        """N of the last projection: H, unless the module is a single projection."""
         return self.layout.last.out_features
 
     # ---- adapters ------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or initialise an existing one again; it is frozen unless it is active.
 
         Raises:
-            ValueError: if it needs what the backend of this layer's other adapters cannot do.
+            ValueError: if the backend of this layer's other adapters does not support it.
             RuntimeError: with backend="materialize", if the model's experts implementation cannot
                 run here.
         """
@@ -145,17 +148,17 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         another = config.backend not in ("auto", self.backend)
         if another and MATERIALIZE in (config.backend, self.backend):
             raise ValueError(
-                f"backend={config.backend!r}: the adapters on these experts run with "
+                f"backend={config.backend!r}: the other adapters on these experts run with "
                 f"backend={self.backend!r}, and a layer has one backend; give the new adapter the "
-                "same."
+                "same backend."
             )
         if self.backend != MATERIALIZE:
             return
         if config.lora_dropout:
             raise ValueError(
                 f"lora_dropout={config.lora_dropout!r}: the adapters on these experts run with "
-                f'backend="{MATERIALIZE}", which has no low-rank path whose input could be '
-                "dropped; set lora_dropout=0."
+                f'backend="{MATERIALIZE}", which adds B A to the weights, so A has no input of its '
+                "own that could be dropped; set lora_dropout=0."
             )
         check_implementation(self._shared_implementation(), self.base_layer, self.layout)
 
@@ -171,9 +174,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: an adapter of this layer.
-            init_lora_weights: True draws A as nn.Linear does, "gaussian" from a normal distribution
-                of standard deviation 1 / r; both set B to zero, so that the adapter changes
-                nothing. False draws A as nn.Linear does, and B too.
+            init_lora_weights: True draws A as nn.Linear draws its weight; "gaussian" draws A from a
+                normal distribution of standard deviation 1 / r. Both set B to zero, so that a new
+                adapter changes nothing. False draws A and B as nn.Linear draws its weight.
         """
         r = self.r[adapter_name]
         for name in self.adapted_projections(adapter_name):
@@ -184,13 +187,13 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
                 # every expert has the same fan-in K, so one draw over the stacked A is exact
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             if init_lora_weights is False:
-                # as PEFT leaves B, which is an nn.Linear of fan-in r
+                # as in PEFT, where B[e] is the weight of an nn.Linear of fan-in r
                 nn.init.uniform_(B, -1 / math.sqrt(r), 1 / math.sqrt(r))
             else:
                 nn.init.zeros_(B)
 
     def experts_of(self, adapter_name: str) -> Sequence[int]:
-        """Ascending ids of the experts that have a pair in an adapter."""
+        """Ascending ids of the experts that an adapter adapts."""
         chosen = self.experts[adapter_name]
         if chosen is None:
             return range(self.layout.num_experts)
@@ -218,11 +221,14 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     # ---- forward -------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What the base module's forward returns, with the active adapters.
+        """Compute the experts' output with the active adapters.
 
-        On transformers' experts interface the base module's own forward runs, and reaches `compute`
-        by the experts implementation registered with transformers. Off the interface the layer
-        computes in place of that forward.
+        It takes the base module's arguments. If the base module is on transformers' experts
+        interface, its own forward runs, and calls `compute` through the experts implementation that
+        this package registers with transformers. If it is not on the interface, its forward does
+        not run, and the layer computes the output.
+
+        Returns: the same as the base module's forward.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -235,8 +241,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         if hasattr(self.weight, "device_mesh"):
             raise UnsupportedExperts(
                 f"{type(self.base_layer).__name__} holds sharded weights (tensor or expert "
-                "parallelism); off transformers' experts interface an adapter needs whole ones. "
-                "Load the model without a parallelism plan."
+                "parallelism), but it is not on transformers' experts interface, so its adapter "
+                "needs whole weights. Load the model without a parallelism plan."
             )
         if not self._contract_holds:
             self._contract_holds = check_contract(self.base_layer, self.layout, *args, **kwargs)
@@ -246,7 +252,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         return family.call(self, self.base_layer, *args, **kwargs)
 
     def is_at_work(self) -> bool:
-        """Whether an adapter is active here, and neither disabled nor merged."""
+        """Whether this layer has an active adapter that is neither disabled nor merged."""
         if self.disable_adapters or self.merged:
             return False
         return any(name in self.lora_A for name in self.active_adapters)
@@ -258,7 +264,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The experts with the active adapters.
+        """Compute the experts' output with the active adapters.
 
         Args:
             module: the experts module, whose parameters are plain local tensors during this call.
@@ -301,8 +307,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     ) -> torch.Tensor:
         """The output of the model's own experts implementation.
 
-        An implementation is checked before its first call, and after each call with gradients until
-        one has shown that it differentiates with respect to the weights.
+        An implementation is checked before its first call. Its gradients are checked after each
+        call with gradients enabled, until one call has shown that it computes them.
         """
         name = self._shared_implementation()
         known = name in self._differentiable
@@ -319,7 +325,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     def compute_rows(
         self, module: nn.Module, rows: torch.Tensor, expert_size: Sequence[int] | torch.Tensor
     ) -> torch.Tensor:
-        """A module that is one projection, with the active adapters.
+        """Compute the output of a module that is a single projection, with the active adapters.
 
         Args:
             module: as in `compute`.
@@ -345,7 +351,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: an adapter of this layer.
             projection: "gate_up" or "down", targeted by the adapter.
-            expert: index of the expert, 0..E-1; one without a pair gets zeros.
+            expert: index of the expert, 0..E-1. The update is zero if the adapter does not adapt
+                this expert.
         """
         return merging.delta_weight(self, adapter_name, projection, expert)
 
@@ -358,7 +365,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             adapter_names: the adapters to merge; the active ones by default.
         Raises:
             ValueError: with safe_merge, if a merged weight would not be finite; if the base weights
-                are in a quantized format that cannot be written here.
+                are in a quantized format that this package can only read.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name in self.lora_A:
@@ -367,7 +374,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Subtract the merged adapters again.
 
-        Exact up to rounding in bf16 and fp16. Quantized weights are put back exactly.
+        Weights in bf16 and fp16 are restored up to rounding, quantized weights exactly.
         """
         merging.unmerge(self)
 
@@ -398,7 +405,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         if device is None:
             device = base_device
         if device.type == "meta":
-            # weights that are offloaded are brought to this device for every forward
+            # accelerate moves offloaded weights to this device for every forward
             device = execution_device(self.base_layer)
         if device is None:
             return
@@ -410,7 +417,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
                 parameters.to(device, dtype)
 
     def release(self) -> nn.Module:
-        """Give the base module back as it was, and return it."""
+        """Give the base module its own config back, and return the module."""
         return detach(self.base_layer)
 
     def extra_repr(self) -> str:

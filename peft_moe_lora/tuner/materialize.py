@@ -1,6 +1,6 @@
-"""W[e] + scaling * B[e] A[e] of every expert, written out as one tensor.
+"""W[e] + scaling * B[e] A[e] of every expert, as one dense tensor [E, N, K].
 
-An experts implementation that reads whole weights [E, N, K] runs on it.
+The model's own experts implementation gets this tensor as its weight.
 
 Legend: E experts, r rank, K in- and N out-features of a projection.
 """
@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from ..functional import Projection, gathered, per_expert, spread, whole_gradients
 
-# experts are computed in chunks of this size: between the copy of W and the product that is added
-# to it, a chunk stays in the L2 cache of a large GPU
+# experts are computed in chunks of this size: each chunk of W is copied first, then the product is
+# added, and in between the chunk stays in the L2 cache of a large GPU
 _CHUNK_BYTES = 32 * 2**20
 
 
@@ -24,16 +24,16 @@ def materialize(projection: Projection) -> torch.Tensor:
     dB[e] = scaling * dW[e] A[e]^T, summed in at least fp32. The weight itself gets no gradient.
 
     Args:
-        projection: one with lora_A and lora_B and a dense weight; its bias is not read.
+        projection: has lora_A, lora_B and a dense weight; its bias is not read.
     Returns: [E, N, K], dtype and strides of the weight.
     Raises:
-        ValueError: if the weight asks for a gradient.
+        ValueError: if the weight requires a gradient.
     """
     p = projection
     assert isinstance(p.weight, torch.Tensor), (
         "a quantized weight has no dense parameter to replace"
     )
-    assert not p.dropout_p, "W + scaling * B A has no low-rank path whose input could be dropped"
+    assert not p.dropout_p, "with B A added to W, A has no input of its own that could be dropped"
     if torch.is_grad_enabled() and p.weight.requires_grad:
         raise ValueError(
             "the experts' base weights are frozen and get no gradient here, but one has "
@@ -51,7 +51,7 @@ class _Materialize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        # autograd's context takes any attribute, which its class does not declare
+        # autograd's context accepts any attribute, but its class declares none
         ctx: Any,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
@@ -69,7 +69,7 @@ class _Materialize(torch.autograd.Function):
         A, B = spread(lora_A.to(dtype), lora_B.to(dtype), num_experts, experts, dtype)
         out = torch.empty_like(weight)
         for chunk in _chunks(weight):
-            # [c, N, K] + [c, N, r] @ [c, r, K]; autocast does not change products with out=
+            # [c, N, K] + [c, N, r] @ [c, r, K]; autocast does not change an operation with out=
             torch.baddbmm(weight[chunk], B[chunk], A[chunk], alpha=scaling, out=out[chunk])
         return out
 
@@ -103,7 +103,7 @@ class _Materialize(torch.autograd.Function):
 
 
 def _chunks(weight: torch.Tensor) -> list[slice]:
-    """Slices of experts, each of at most `_CHUNK_BYTES` of the weight or of a single expert."""
+    """Slices of experts. Each slice holds at most `_CHUNK_BYTES` of the weight, or one expert."""
     bytes_of_expert = weight[0].numel() * weight.element_size()
     size = max(1, _CHUNK_BYTES // bytes_of_expert)
     return [slice(first, first + size) for first in range(0, weight.shape[0], size)]

@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertWeight(NamedTuple):
-    """One parameter's share of one projection of one expert.
+    """The rows of one projection of one expert that one parameter stores.
 
     Attributes:
         projection: name of the projection.
         expert: index of the expert.
-        rows: which of the projection's N rows these are; all of them in most families.
-        weight: [n, K]; a view of a dense parameter, decoded from a quantized one.
+        rows: the indices of these rows among the projection's N rows; all N in most families.
+        weight: [n, K]; a view if the parameter is dense, a decoded copy if it is quantized.
     """
 
     projection: str
@@ -39,7 +39,10 @@ class ExpertWeight(NamedTuple):
 def delta_weight(
     layer: "MoELoraLayer", adapter_name: str, projection: str, expert: int
 ) -> torch.Tensor:
-    """[N, K] update of one expert, in at least fp32: scaling * B[e] A[e]; zeros without a pair."""
+    """[N, K] update of one expert, in at least fp32: scaling * B[e] A[e].
+
+    The update is zero if the adapter does not adapt the expert.
+    """
     A, B = layer.pair_per_expert(adapter_name, projection)
     dtype = torch.promote_types(A.dtype, torch.float32)
     held = layer.experts_of(adapter_name)
@@ -60,12 +63,12 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         safe: first check that every merged weight is finite.
     Raises:
         ValueError: with `safe`, if a merged weight is not finite; if the base weights are in a
-            quantized format that cannot be written here.
+            quantized format that this package can only read.
     """
     if safe:
         _check_finite(layer, adapter_name)
     projections = layer.adapted_projections(adapter_name)
-    # each of them is computed before one is stored: an error leaves nothing half merged
+    # all merged weights are computed before one is stored: an error leaves the layer unchanged
     merged = {}
     for name in projections:
         if _quantized(layer, name) is not None:
@@ -82,7 +85,7 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
 
 @torch.no_grad()
 def unmerge(layer: "MoELoraLayer") -> None:
-    """Subtract all merged adapters again; quantized weights are put back as they were."""
+    """Subtract all merged adapters again; quantized weights are restored exactly."""
     quantized = set(layer.unmerged_weights)
     for name, original in layer.unmerged_weights.items():
         _store(layer, name, original)
@@ -135,13 +138,13 @@ def _quantized(layer: "MoELoraLayer", name: str) -> QuantizedWeight | None:
 def _merged_quantized(
     layer: "MoELoraLayer", adapter_name: str, name: str
 ) -> tuple[QuantizedWeight, QuantizedWeight]:
-    """A quantized projection before anything was merged, and with this adapter merged as well.
+    """A quantized projection without any adapter, and with all merged adapters and this one.
 
     Raises:
-        ValueError: if its format cannot be written here.
+        ValueError: if this package can only read the format.
     """
     original = layer.unmerged_weights.get(name, _quantized(layer, name))
-    assert original is not None, "the caller has seen that the projection is quantized"
+    assert original is not None, "the caller checked that the projection is quantized"
     together = [
         merged
         for merged in (*layer.merged_adapters, adapter_name)
@@ -155,7 +158,8 @@ def _merged_quantized(
     layer.merge_errors[name] = error
     logger.warning(
         "merging %r into %s experts (%s): requantizing changes the merged weights by %.0f %% of "
-        "the update's norm; dequantize_experts(model) before merging keeps the update.",
+        "the update's norm; to keep the whole update, call dequantize_experts(model) before "
+        "merging.",
         adapter_name,
         original.format,
         name,
@@ -165,7 +169,7 @@ def _merged_quantized(
 
 
 def _store(layer: "MoELoraLayer", name: str, weight: QuantizedWeight) -> None:
-    """Put a quantized weight [E, N, K] in the place of a projection's parameter."""
+    """Replace a projection's parameter by a quantized weight [E, N, K]."""
     projection = layer.layout.projection(name)
     if projection.transposed:
         weight = weight.transpose(1, 2)

@@ -1,6 +1,7 @@
 """Which modules of a model get an adapter, and which kind of layer each of them becomes.
 
-Experts become a MoELoraLayer, routers a MoELoraRouter, all other targets PEFT's own LoRA layers.
+An experts module becomes a MoELoraLayer, a router becomes a MoELoraRouter, and any other target
+becomes one of PEFT's own LoRA layers.
 """
 
 import logging
@@ -27,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 class MoELoraModel(LoraModel):
-    """Per-expert LoRA on a model's experts, ordinary LoRA on its other targets, routers included.
+    """Per-expert LoRA on a model's experts, and ordinary LoRA on its routers and other targets.
 
     Args:
         model: any model whose targets are experts modules, routers or layers that PEFT's LoRA
             supports; changed in place.
         config: MoELoraConfig, or a dict of adapter name -> MoELoraConfig.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+        low_cpu_mem_usage: create the adapter on the meta device; loading a checkpoint fills it.
     Raises:
-        ValueError: before anything is changed, if a target matches nothing, an experts module is
-            stored in an unsupported form, or the adapter file read beside the configuration does
-            not fit the model.
+        ValueError: if a target matches nothing, if an experts module is stored in an unsupported
+            form, or if the adapter file that was read with the configuration does not fit the
+            model. The model is left unchanged.
     """
 
     tuner_layer_cls = (LoraLayer, MoELoraLayer)  # type: ignore[assignment]  # isinstance takes both
@@ -48,10 +49,10 @@ class MoELoraModel(LoraModel):
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
     ) -> MoELoraConfig:
-        """Check targets and files, all of them before PEFT changes the model."""
+        """Check all targets and the adapter file before PEFT changes the model."""
         config = _own(peft_config)
         if config.target_modules is None:
-            # PEFT annotates a list, and keeps a set
+            # PEFT annotates a list, but stores a set
             names: Any = self._every_experts_module()
             config.target_modules = names
         experts = {}
@@ -66,7 +67,7 @@ class MoELoraModel(LoraModel):
                 others[key] = (_base(module), r)
         config.check_every_entry_matches(experts)
         if config._file is not None:
-            # an empty choice leaves the module without an adapter
+            # a module without chosen experts gets no adapter
             adapted = {key: target for key, target in experts.items() if target.chosen != ()}
             saved, carried = self._saved_and_carried(config)
             targets = checkpoint.Targets(adapted, others, saved, carried)
@@ -76,13 +77,13 @@ class MoELoraModel(LoraModel):
     def _saved_and_carried(
         self, config: MoELoraConfig
     ) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
-        """Modules that a file holds whole, and paths of those that PEFT may add by its own rules.
+        """Modules that an adapter file holds whole, and modules that PEFT may add by its own rules.
 
-        Returns: path -> module of the first; paths of the others.
+        Returns: path -> module, for modules that are saved whole; paths that PEFT may add.
         """
         saved = {}
         carried = []
-        # as PEFT matches them: an entry may be the end of a longer name
+        # as in PEFT, an entry matches every path that ends with it, even inside a name
         entries = tuple(config.modules_to_save or ())
         for key, module in self._base_modules():
             name = key.rpartition(".")[2]
@@ -100,7 +101,8 @@ class MoELoraModel(LoraModel):
                 "target_modules=None targets every experts module, but the model has none; name "
                 "the modules to adapt in target_modules."
             )
-        # the last name alone ("experts"), if only experts have it: it fits any number of layers
+        # if no other module has these last names ("experts"), they are enough, and they stay short
+        # for any number of layers
         short = {_last_name(key) for key in experts}
         matched = [key for key, _ in self.model.named_modules() if _last_name(key) in short]
         if sorted(matched) == sorted(experts):
@@ -108,7 +110,7 @@ class MoELoraModel(LoraModel):
         return set(experts)
 
     def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(path, module) of the model as it was before adapters were added to it.
+        """Yield (path, module) for the modules of the model without adapters.
 
         Modules inside an adapted layer are left out; an adapted experts module is replaced by its
         base module.
@@ -125,12 +127,13 @@ class MoELoraModel(LoraModel):
                 yield key, module
 
     def _targets(self, config: MoELoraConfig) -> dict[str, nn.Module]:
-        """Path -> module of everything that the configuration targets, adapted or not.
+        """Path -> module of every target of the configuration, which may be adapted already.
 
         Empty for "all-linear", which PEFT resolves.
 
         Raises:
-            ValueError: naming an entry of target_modules that matches no module.
+            ValueError: if an entry of target_modules matches no module. The message names the
+                entry.
         """
         if config.target_modules == "all-linear":
             return {}
@@ -142,10 +145,12 @@ class MoELoraModel(LoraModel):
         for entry in sorted(config.target_modules or ()):
             if not any(key == entry or key.endswith(f".{entry}") for key in modules):
                 names = {_last_name(key) for key, module in modules.items() if is_experts(module)}
-                called = sorted(names) or "nothing here"
+                available = "the model has no experts modules"
+                if names:
+                    available = f"its experts modules are called {sorted(names)}"
                 raise ValueError(
-                    f"target_modules: {entry!r} matches no module of the model; the experts "
-                    f"modules are called {called}."
+                    f"target_modules: {entry!r} matches no module of the model; {available}. "
+                    "Correct the entry, or remove it."
                 )
         return targets
 
@@ -154,7 +159,7 @@ class MoELoraModel(LoraModel):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As PEFT's, and if a target cannot be adapted after all, the model is left as it was."""
+        """Add an adapter as PEFT does; if a target cannot be adapted, restore the model."""
         modules = dict(model.named_modules())
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
@@ -166,7 +171,7 @@ class MoELoraModel(LoraModel):
             raise
 
     def _take_back(self, model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
-        """Remove an adapter, and every layer that was put into the model for it.
+        """Remove an adapter, and every layer that was added to the model for it.
 
         Args:
             model: the model.
@@ -207,15 +212,15 @@ class MoELoraModel(LoraModel):
             return
         if READ_NOT_CALLED.get(type(parent).__name__) == target_name:
             raise ValueError(
-                f"{type(parent).__name__} reads the weight of its {target_name} and never calls "
-                "it: a LoRA there would do nothing. Train it whole, "
-                f"modules_to_save=[{target_name!r}], or leave it out."
+                f"{type(parent).__name__} reads the weight of its {target_name} but never calls "
+                "that module, so a LoRA on it would have no effect. Train it whole with "
+                f"modules_to_save=[{target_name!r}], or take it out of target_modules."
             )
         layer: nn.Module
         if is_experts(target):
             layer = MoELoraLayer(target, adapter_name, config, r, alpha, chosen)
         elif is_router(target, parent):
-            # PEFT annotates an int, and takes any number
+            # PEFT annotates an int, but accepts any number
             lora_alpha: Any = alpha
             layer = MoELoraRouter(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
         else:
@@ -230,7 +235,7 @@ class MoELoraModel(LoraModel):
             )
             return
         if adapter_name not in self.active_adapters:
-            # a further adapter is not trained until it is set active
+            # a second adapter is not trained until it is set active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
@@ -240,19 +245,20 @@ class MoELoraModel(LoraModel):
         if isinstance(child, MoELoraLayer):
             setattr(parent, child_name, child.release())
         elif isinstance(new_module, MoELoraLayer | MoELoraRouter):
-            # PEFT would move the adapter to the weight's device, which is meta if it is offloaded
+            # PEFT would move the adapter to the device of the weight, and that is the meta device
+            # if the weight is offloaded
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    # ---- what the user asks --------------------------------------------------------------------
+    # ---- summary and use of several adapters ---------------------------------------------------
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         logger.info("adapter %r: %s", adapter_name, self.summary(adapter_name))
         PrintWithSummary.install_around(self)
 
     def summary(self, adapter_name: str | None = None) -> str:
-        """What an adapter is on: experts, routers, other layers, modules saved whole.
+        """Count what an adapter adapts: experts, routers, other layers, modules saved whole.
 
         Args:
             adapter_name: the adapter; by default the active ones.
@@ -266,13 +272,14 @@ class MoELoraModel(LoraModel):
         mixed = kwargs.get("adapter_names") is not None
         if mixed and self._has(MoELoraLayer, MoELoraRouter):
             raise ValueError(
-                "adapter_names: experts and routers do not mix adapters within one batch, as their "
-                "rows are tokens, not samples; run one batch per adapter with set_adapter."
+                "adapter_names: experts and routers cannot use several adapters within one batch, "
+                "because their rows are tokens, not samples; run one batch per adapter with "
+                "set_adapter."
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, in a model without adapted experts.
+        """Combine adapters as PEFT does, in a model without adapted experts.
 
         Raises:
             ValueError: if experts are adapted; several adapters can be active at once instead.
@@ -298,7 +305,8 @@ class MoELoraModel(LoraModel):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # the configuration is saved after the weights, and adds this to the metadata of their file
+        # PEFT saves the configuration after the weights; `MoELoraConfig.save_pretrained` then
+        # writes this description into the metadata of the weights' file
         _own(config)._description = checkpoint.describe(model, adapter_name)
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -320,7 +328,7 @@ class MoELoraModel(LoraModel):
 
 
 def _own(config: PeftConfig) -> MoELoraConfig:
-    """A configuration of this tuner, which PEFT's signatures call a PeftConfig."""
+    """The configuration with its own type; PEFT's signatures annotate it as PeftConfig."""
     assert isinstance(config, MoELoraConfig), "the tuner is registered for MoELoraConfig only"
     return config
 
@@ -347,6 +355,6 @@ def _base(module: nn.Module) -> nn.Module:
 
 def _is_target(config: MoELoraConfig, key: str) -> bool:
     """Whether the configuration targets the module at this path and does not exclude it."""
-    # PEFT answers with a bool, a match, None, or an object that says the module is excluded
+    # PEFT returns a bool, a match, None, or an object for a module that is excluded
     answer = check_target_module_exists(config, key)
     return bool(answer) and not isinstance(answer, _ExcludedModule)

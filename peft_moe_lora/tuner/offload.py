@@ -1,9 +1,9 @@
-"""Weights that accelerate offloads: on their execution device while they are read, then sent back.
+"""Moves weights that accelerate offloads to their execution device, and back after their use.
 
-accelerate attaches a hook to each module. The hook brings the module's weights in before its
-forward and sends them back after its forward has returned. Two cases are left to this file: modules
-whose weights are read although their forward is never called, and forwards that end with an
-exception.
+accelerate attaches a hook to each module. The hook fetches the module's weights before its forward
+and sends them back after its forward has returned. The hook does not cover two cases, which this
+file handles: modules whose weights are read although their forward is never called, and forwards
+that end with an exception.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,22 +17,22 @@ from torch import nn
 def fetched(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Within this context the weights of `modules` are on their execution device.
 
-    They are sent back at the end of the context, also if it ends with an exception, and also if
-    fetching one of them fails. Modules without a hook of accelerate are left as they are.
+    They are sent back at the end of the context, also after an exception, and also if fetching one
+    of them fails. Modules without a hook of accelerate are not changed.
     """
     offloaded = [module for module in modules if _hook(module) is not None]
     if not offloaded:
-        # torch.compile traces this one without a graph break
+        # torch.compile traces nullcontext without a graph break
         return nullcontext()
     return _fetch_and_send_back(offloaded)
 
 
 def sent_back_after_exception(module: nn.Module) -> AbstractContextManager[None]:
-    """An exception within this context sends the weights of `module` back before it passes on.
+    """After an exception within this context, the weights of `module` are sent back.
 
-    accelerate sends them back after a forward that returns. Under non-reentrant checkpointing a
-    recomputed forward ends with an exception as soon as it has computed what backward needs, so the
-    weights of one layer after another would stay on the device.
+    accelerate sends them back only after a forward that returns. With non-reentrant gradient
+    checkpointing, a recomputed forward ends with an exception as soon as it has computed what
+    backward needs. Without this context the weights of every layer would then stay on the device.
     """
     if _hook(module) is None:
         return nullcontext()
@@ -44,8 +44,9 @@ def call_between_hooks(
 ) -> torch.Tensor:
     """function(*args, **kwargs) with the weights of `module` and its submodules fetched.
 
-    The function takes the place of `module.forward`, so accelerate does not call the hook of
-    `module`. It is called here: it moves inputs and output between devices as well.
+    The function runs instead of `module.forward`, so accelerate does not call the hook of
+    `module`. This function calls the hook, because the hook also moves inputs and outputs between
+    devices.
     """
     submodules = [child for child in module.modules() if child is not module]
     hook = _hook(module)
@@ -60,7 +61,7 @@ def call_between_hooks(
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings the weights of an offloaded module; None if it is not offloaded."""
+    """The device that accelerate moves a module's weights to; None if it is not offloaded."""
     for child in module.modules():
         hook = _hook(child)
         # several hooks on one module are held by one SequentialHook
@@ -84,7 +85,7 @@ def _send_back(module: nn.Module) -> None:
 def _fetch_and_send_back(offloaded: list[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in offloaded:
-            # registered first: a fetch that fails halfway has brought some weights in
+            # registered before the fetch, because a fetch that fails may have moved some weights
             stack.callback(_send_back, module)
             _hook(module).pre_forward(module)
         yield

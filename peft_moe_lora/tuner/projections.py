@@ -1,6 +1,6 @@
 """One projection of an experts module together with the active adapters of its layer.
 
-Ranks of several adapters add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+Several adapters are concatenated along their ranks: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
 """
 
 from collections.abc import Sequence
@@ -51,14 +51,14 @@ def _base_projection(layer: "MoELoraLayer", module: nn.Module, name: str) -> Pro
 
 
 def _common_dropout(layer: "MoELoraLayer", active: list[str]) -> float:
-    """The probability of dropout that adapters have in common; 0 outside of training."""
+    """The dropout probability that all active adapters share; 0 outside of training."""
     if not layer.training:
         return 0.0
     found = {cast(nn.Dropout, layer.lora_dropout[name]).p for name in active}
     if len(found) > 1:
         raise ValueError(
-            f"adapters {active} are active together with different lora_dropout "
-            f"{sorted(found)}; train them one at a time, or give them one value."
+            f"adapters {active} are active together, but their lora_dropout differs: "
+            f"{sorted(found)}; train them one at a time, or give them the same value."
         )
     return found.pop()
 
@@ -82,7 +82,7 @@ def _with_several(
 
 
 def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[int, ...] | None:
-    """Ascending ids of the experts that have a pair in at least one adapter; None for all E."""
+    """Ascending ids of the experts that at least one of the adapters adapts; None for all E."""
     found: set[int] = set()
     for name in adapter_names:
         chosen = layer.experts[name]
@@ -95,12 +95,12 @@ def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[in
 def _pair_of_experts(
     layer: "MoELoraLayer", adapter_name: str, projection: str, experts: tuple[int, ...] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of chosen experts, with zeros for those that have no pair.
+    """A and B of some experts, with zeros for experts that the adapter does not adapt.
 
     Args:
         layer: the layer.
         adapter_name: an adapter of the layer.
-        projection: a projection that has a pair in it.
+        projection: a projection that the adapter adapts.
         experts: ascending ids of S experts; None for all, S = E.
     Returns: [S, r, K] and [S, N, r].
     """
@@ -115,7 +115,7 @@ def _pair_of_experts(
 
 
 def _entries_of(stacked: torch.Tensor, held: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-    """The entries of the experts `wanted`, with zeros for those that are not among `held`.
+    """The entries of the experts `wanted`, with zeros for experts that are not in `held`.
 
     Args:
         stacked: [S, ., .], the entries of the experts `held`.

@@ -1,9 +1,8 @@
-"""logits = x W^T + scaling * (x A^T) B^T, for modules that multiply by their weight in a forward of
-their own.
+"""logits = x W^T + scaling * (x A^T) B^T, for routers.
 
-A router of transformers v5 holds a bare [E, H] weight, and its forward goes from hidden states to
-chosen experts. That forward runs as it is. Its product by the weight is intercepted, and the
-low-rank term is added to the result.
+A router of transformers v5 is not an nn.Linear. It holds an [E, H] weight, and its forward takes
+hidden states and returns the chosen experts. This forward runs unchanged. Inside it, the product of
+x and the weight is intercepted, and the low-rank term is added to the product.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +26,9 @@ _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
         torch.Tensor.__matmul__,
     }
 )
-# `T` and `mT` are properties: a mode sees their getters
+# `T` and `mT` are properties: a TorchFunctionMode is called with their getters
 _Tensor: Any = torch.Tensor
-# what a forward may do to its weight before the product: change its dtype or transpose it
+# what a forward may do to the weight before the product: change its dtype or transpose it
 _VIEWS: frozenset[Callable[..., Any]] = frozenset(
     {
         torch.Tensor.type,
@@ -47,24 +46,24 @@ _VIEWS: frozenset[Callable[..., Any]] = frozenset(
 
 
 class UnsupportedRouter(ValueError):
-    """A module that has a weight of its own but does not multiply by it exactly once in forward."""
+    """A module is targeted as a router, but its forward does not use its weight in one product."""
 
 
 class MoELoraRouter(lora.Linear):
-    """PEFT's linear LoRA layer around a router, a module that is not a linear layer.
+    """PEFT's linear LoRA layer around a router, which is not a linear layer.
 
-    Its parameters, their names, initialisation, dropout, scaling and merging are PEFT's:
-    `lora_A.<adapter>.weight` [r, H] and `lora_B.<adapter>.weight` [E, r].
+    It has PEFT's parameters, `lora_A.<adapter>.weight` [r, H] and `lora_B.<adapter>.weight` [E, r].
+    Their initialisation, dropout, scaling and merging are PEFT's too.
     """
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         features = linear_features(module)
-        assert features is not None, "only modules that are routers are wrapped"
+        assert features is not None, "only routers are wrapped"
         return features
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)
-        # set for models whose linear layers are stored [K, N]; a router's weight is [E, H]
+        # the option is for models that store linear layers as [K, N]; a router's weight is [E, H]
         self.fan_in_fan_out = False
         for side in (self.lora_A, self.lora_B):
             side[adapter_name] = _Factor.of(cast(nn.Linear, side[adapter_name]))
@@ -72,17 +71,17 @@ class MoELoraRouter(lora.Linear):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # accelerate brings an offloaded weight to this device for every forward
+        # accelerate moves an offloaded weight to this device for every forward
         hook = getattr(self.base_layer, "_hf_hook", None)
         if device is None and self.base_layer.weight.is_meta and hook is not None:
             device = hook.execution_device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The router's own forward, with the active adapters' low-rank terms in its logits.
+        """Run the router's own forward, and add the active adapters' low-rank terms to its logits.
 
         Raises:
-            UnsupportedRouter: if that forward does not multiply by its weight exactly once.
+            UnsupportedRouter: if the forward does not multiply by its weight exactly once.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -95,8 +94,8 @@ class MoELoraRouter(lora.Linear):
         if product.count != 1:
             raise UnsupportedRouter(
                 f"{type(self.base_layer).__name__}.forward multiplies by its weight "
-                f"{product.count} times, and a LoRA needs exactly one product; take it out of "
-                "target_modules, or train it whole with modules_to_save."
+                f"{product.count} times, but a LoRA needs exactly one product; take the module out "
+                "of target_modules, or train it whole with modules_to_save."
             )
         return out
 
@@ -120,7 +119,7 @@ class MoELoraRouter(lora.Linear):
 class _Factor(nn.Linear):
     """A or B, applied in the dtype of its input.
 
-    It is a module, so that hooks that bring its weight to the device still run.
+    It is a module, so that accelerate's hooks on it, which fetch its weight, still run.
     """
 
     @classmethod
@@ -134,11 +133,12 @@ class _Factor(nn.Linear):
 
 
 class _ProductOf(TorchFunctionMode):
-    """Within this mode, every product by a module's weight is changed by a function.
+    """While this mode is active, a function changes every product of a tensor and a weight.
 
     Args:
-        module: its `weight` is read anew for every product, because hooks may replace it.
-        change: called as change(x, product); its result takes the place of the product.
+        module: the module that owns the weight. The attribute `weight` is read again for every
+            product, because hooks may replace it.
+        change: called as change(x, product); its result replaces the product.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class _ProductOf(TorchFunctionMode):
         self.module = module
         self.change = change
         self.count = 0
-        # the weight in another dtype or transposed, as it was seen so far
+        # the results of casting and transposing the weight so far
         self._seen: list[torch.Tensor] = []
 
     def __torch_function__(

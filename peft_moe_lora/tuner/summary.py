@@ -1,7 +1,7 @@
-"""What an adapter is on, in one line of text.
+"""One line of text that lists what an adapter adapts.
 
-`MoELoraModel.summary` returns it, attaching an adapter logs it, and `print_trainable_parameters`
-prints it below PEFT's counts.
+`MoELoraModel.summary` returns the line. Adding an adapter logs it, and
+`print_trainable_parameters` prints it below PEFT's counts.
 """
 
 import weakref
@@ -24,7 +24,7 @@ _SAVED_WHOLE = "modules saved whole"
 
 
 def summarize(model: nn.Module, adapter_names: Collection[str]) -> str:
-    """The experts, routers, other layers and modules saved whole that some adapters are on."""
+    """The line for some adapters: experts, routers, other layers and modules saved whole."""
     layers: list[MoELoraLayer] = []
     others: dict[str, Counter[str]] = {
         kind: Counter() for kind in (_ROUTERS, _OTHER_LAYERS, _SAVED_WHOLE)
@@ -45,7 +45,7 @@ def summarize(model: nn.Module, adapter_names: Collection[str]) -> str:
 
 
 def _adapters_on(module: nn.Module) -> set[str]:
-    """The adapters that have parameters of their own in this module."""
+    """The adapters that have parameters in this module."""
     if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
         return set()
     names: set[str] = set()
@@ -104,20 +104,20 @@ class PrintWithSummary:
 
     @classmethod
     def install_around(cls, tuner: nn.Module) -> None:
-        """Put it on the PeftModel that is about to take the tuner in.
+        """Replace `print_trainable_parameters` of the PeftModel that will contain a tuner.
 
-        PEFT gives a tuner no reference to its PeftModel, so this waits until the tuner is
-        registered as a submodule of one.
+        A tuner has no reference to its PeftModel. So a global hook of torch waits until the tuner
+        is registered as a submodule of a PeftModel.
         """
         waiting = weakref.ref(tuner)
 
         def on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
             if isinstance(parent, PeftModel) and child is waiting():
-                # for this instance only: other PeftModels keep PEFT's method
+                # only this instance is changed; other PeftModels keep PEFT's method
                 peft_model: Any = parent
                 peft_model.print_trainable_parameters = cls(parent)
                 handle.remove()
 
         handle = register_module_module_registration_hook(on_registration)
-        # inject_adapter_in_model keeps the model and drops the tuner: then nothing takes it in
+        # inject_adapter_in_model creates no PeftModel and drops the tuner; the hook then ends too
         weakref.finalize(tuner, handle.remove)
