@@ -58,6 +58,8 @@ def run_call(name: str, function: Callable[[], Result]) -> Result:
 
 def device_ms(function: Callable[[], object]) -> float:
     """Median device time of one call, of many in one CUDA graph: the host takes no part in it."""
+    # it runs on a stream of its own, which waits for no other
+    torch.cuda.synchronize()
     return do_bench_cudagraph(function, return_mode="median")
 
 

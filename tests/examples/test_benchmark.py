@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -17,6 +15,7 @@ import layer
 import timing
 from cases import Case, Problem, shape_of
 from comparison import Candidate, Setup
+from helpers.scripts import run as run_script
 from layer_row import NUMBERS, new_row
 from roofline import Ceilings, Probe, roof
 from routes import ROUTES, Route, base_route, torch_route
@@ -252,6 +251,5 @@ def test_bad_arguments_are_refused(arguments, capsys):
 @pytest.mark.parametrize("script", ["layer", "quantized", "train_step", "tune_kernels"])
 def test_every_script_starts_from_any_folder(script, tmp_path):
     path = Path(layer.__file__).with_name(f"{script}.py")
-    command = [sys.executable, str(path), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_script([path, "--help"], cwd=tmp_path)
     assert f"python examples/benchmarks/{script}.py" in done.stdout
