@@ -10,7 +10,15 @@ from typing import NamedTuple
 import torch
 
 from cases import Case, Problem
-from checking import BOUNDS, CheckFailed, check, first_step, reference, relative_errors
+from checking import (
+    BOUNDS,
+    CheckFailed,
+    Tensors,
+    check,
+    first_step,
+    reference,
+    relative_errors,
+)
 from layer_row import Row, new_row
 from roofline import Ceilings, Probe, roof
 from routes import ROUTES, Route, forward, low_rank, measure_memory, renew, step
@@ -93,16 +101,10 @@ def check_routes(problem: Problem, rows: list[Row]) -> list[Candidate]:
     Returns: the routes that passed.
     """
     candidates = []
-    references: dict[bool, dict[str, torch.Tensor]] = {}
+    references: dict[float, Tensors] = {}
     for row in rows:
-        adapted = row.peer != "base"
         try:
-            route = ROUTES[row.peer](problem)
-            row.first, result = first_step(problem, route)
-            if adapted not in references:
-                scaling = {True: problem.scaling, False: 0.0}[adapted]
-                references[adapted] = reference(problem, scaling)
-            check_result(row, result, references[adapted], BOUNDS[problem.case.dtype])
+            route = checked_route(problem, row, references)
             row.held, row.kept, row.peak = measure_memory(problem, route)
         except ROUTE_ERRORS as error:
             row.fail(error)
@@ -111,23 +113,29 @@ def check_routes(problem: Problem, rows: list[Row]) -> list[Candidate]:
     return candidates
 
 
-def check_result(
-    row: Row,
-    result: dict[str, torch.Tensor | None],
-    expected: dict[str, torch.Tensor],
-    bound: float,
-) -> None:
-    """Fill in the errors of a first step.
+def checked_route(problem: Problem, row: Row, references: dict[float, Tensors]) -> Route:
+    """Build a route, compare its first step with the reference, and fill in seconds and errors.
 
+    Args:
+        references: {scaling: what the reference gives}, filled in when first needed.
     Raises:
         CheckFailed: naming what is wrong.
     """
+    route = ROUTES[row.peer](problem)
+    row.first, result = first_step(problem, route)
+    scaling = problem.scaling
+    if row.peer == "base":
+        scaling = 0.0
+    if scaling not in references:
+        references[scaling] = reference(problem, scaling)
+    expected = references[scaling]
     # every gradient has to be there; without an adapter there are none of A and B
     names = [name for name in expected if row.peer != "base" or "lora" not in name]
     row.errors = relative_errors({name: result.get(name) for name in names}, expected)
     row.err = row.errors["out"]
     row.edx = row.errors["d x"]
-    check(row.errors, bound)
+    check(row.errors, BOUNDS[problem.case.dtype])
+    return route
 
 
 # ---- timing ------------------------------------------------------------------------------------
