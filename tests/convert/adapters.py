@@ -20,6 +20,9 @@ FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"]
 # gate and up rows alternate in these, [gate; up] in the others
 INTERLEAVED = {"gpt_oss"}
 PREFIX = "base_model.model."
+# names of one expert's projections in published checkpoints
+DEFAULT_LEAVES = ("gate_proj", "up_proj", "down_proj")
+LEAVES = {"mixtral": ("w1", "w3", "w2")}
 
 
 def save_base(family, folder):
@@ -102,7 +105,7 @@ def update_of_ours(folder, base):
     return found
 
 
-def update_vllm_2d(folder, base, interleaved, leaves=("gate_proj", "up_proj", "down_proj")):
+def update_vllm_2d(folder, base, interleaved, leaves=DEFAULT_LEAVES):
     """vLLM's 2-D reader: three projections of every expert, hub names, scaling lora_alpha / r."""
     state, config = tensors(folder), config_of(folder)
     assert config["peft_type"] == "LORA"
@@ -161,6 +164,19 @@ def update_sglang(folder, base):
             assert A.shape[1] == B.shape[2] == config["r"]
             found.setdefault(path, {})[projection] = config["lora_alpha"] / config["r"] * B @ A
     return found
+
+
+# format -> its reader: (folder, case) -> update; every format but ours has one
+UPDATE_READERS = {
+    "peft": lambda folder, case: update_vllm_3d(folder, case.base),
+    "per_expert": lambda folder, case: update_vllm_2d(
+        folder, case.base, case.family in INTERLEAVED, LEAVES.get(case.family, DEFAULT_LEAVES)
+    ),
+    "vllm_3d": lambda folder, case: update_vllm_3d(folder, case.base),
+    "sglang_3d": lambda folder, case: update_sglang(folder, case.base),
+}
+# formats that PEFT loads as its own
+READ_BY_PEFT = {"peft", "per_expert", "vllm_3d"}
 
 
 def swap_experts(state, pattern, first=0, second=1):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import peft_moe_lora
+from convert.adapters import UPDATE_READERS
 from peft_moe_lora.convert.formats import DEFAULT_FORMAT, FORMATS, READERS
 
 PACKAGE = Path(peft_moe_lora.__file__).parent
@@ -54,6 +55,10 @@ def test_a_format_says_all_that_is_asked_of_it(name):
 def test_every_format_has_a_file_of_its_own():
     files = [type(form).__module__ for form in FORMATS.values()]
     assert len(set(files)) == len(files)
+
+
+def test_tests_have_a_reader_of_every_format_but_ours():
+    assert set(UPDATE_READERS) == set(FORMATS) - {"moe_lora"}
 
 
 def test_every_reader_is_a_format_and_the_default_is_one():

@@ -19,6 +19,8 @@ from convert.adapters import (
     FAMILIES,
     INTERLEAVED,
     PREFIX,
+    READ_BY_PEFT,
+    UPDATE_READERS,
     config_of,
     experts_count,
     rewrite,
@@ -28,7 +30,6 @@ from convert.adapters import (
     swap_experts,
     tensors,
     update_of_ours,
-    update_sglang,
     update_vllm_2d,
     update_vllm_3d,
 )
@@ -43,19 +44,20 @@ from helpers import (
     tiny_model,
 )
 from peft_moe_lora import convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora.convert.formats import FORMATS
 from peft_moe_lora.experts.families import HUB_NAMES
 from peft_moe_lora.files.tensor_file import AdapterError, RefusedError
 
 # fp32: what the promise of equal logits says; measured differences are below 1e-6
 TOLERANCE = 1e-5
-FORMATS = ["peft", "per_expert", "vllm_3d", "sglang_3d"]
+every_format = pytest.mark.parametrize("to", UPDATE_READERS)
 
 
 def load(case, folder):
     return PeftModel.from_pretrained(copy.deepcopy(case.base), folder).eval()
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@every_format
 def test_there_and_back_is_bit_for_bit(case, to, tmp_path):
     if to == "sglang_3d" and case.family in INTERLEAVED:
         with pytest.raises(RefusedError, match="alternates gate and up"):
@@ -72,20 +74,12 @@ def test_there_and_back_is_bit_for_bit(case, to, tmp_path):
     assert_close(outputs(load(case, tmp_path / "back")), case.logits, 0, "logits")
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@every_format
 def test_the_readers_find_our_update(case, to, tmp_path):
     if to == "sglang_3d" and case.family in INTERLEAVED:
         return
     convert_adapter(case.ours, tmp_path / to, to=to, base_config=case.config)
-    if to == "per_expert":
-        leaves = (
-            ("w1", "w3", "w2")
-            if case.family == "mixtral"
-            else ("gate_proj", "up_proj", "down_proj")
-        )
-        found = update_vllm_2d(tmp_path / to, case.base, case.family in INTERLEAVED, leaves)
-    else:
-        found = (update_sglang if to == "sglang_3d" else update_vllm_3d)(tmp_path / to, case.base)
+    found = UPDATE_READERS[to](tmp_path / to, case)
     right = update_of_ours(case.ours, case.base)
     assert found.keys() == right.keys() == set(experts_paths(case.base))
     for path, updates in right.items():
@@ -176,15 +170,15 @@ def test_a_single_projection_that_nothing_names_is_refused(qwen, tmp_path):
     assert inspect_adapter(tmp_path / "out").projections == ("down",)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@every_format
 def test_one_projection_is_served_with_the_other_at_zero(qwen, tmp_path, to):
     model = save_ours(qwen.base, tmp_path / "ours", target_projections=["down"])
     done = convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=qwen.config)
     if to == "peft":
         assert config_of(tmp_path / to)["target_parameters"] == ["experts.down_proj"]
-    else:
+    elif FORMATS[to].both_projections:
         assert "written as zeros" in " ".join(done.notes)
-    if to != "sglang_3d":
+    if to in READ_BY_PEFT:
         assert_close(outputs(load(qwen, tmp_path / to)), outputs(model), TOLERANCE, "logits")
     assert verify_adapter(tmp_path / "ours", qwen.config, tmp_path / to).ok
 
@@ -394,7 +388,7 @@ def test_the_readers_catch_the_same_mistakes(qwen, tmp_path):
 # ---- scalings, ranks, what travels along ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", ["peft", "per_expert", "vllm_3d", "sglang_3d"])
+@every_format
 def test_every_scaling_and_rank_arrives(qwen, tmp_path, to):
     """rsLoRA, ranks and alphas by pattern, and attention at once: every reader agrees."""
     model = save_ours(
@@ -409,13 +403,13 @@ def test_every_scaling_and_rank_arrives(qwen, tmp_path, to):
     )
     done = convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=qwen.config)
     config, notes = config_of(tmp_path / to), " ".join(done.notes)
-    if to != "peft":
+    if FORMATS[to].one_rank:
         assert not config["rank_pattern"]
         assert not config["alpha_pattern"]
         assert not config["use_rslora"]
         assert "padded with zeros to 4" in notes
         assert "folded into B" in notes
-    if to != "sglang_3d":
+    if to in READ_BY_PEFT:
         assert_close(outputs(load(qwen, tmp_path / to)), outputs(model), TOLERANCE, "logits")
     assert verify_adapter(tmp_path / "ours", qwen.config, tmp_path / to).ok
     convert_adapter(tmp_path / to, tmp_path / "back", to="moe_lora", base_config=qwen.config)

@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from convert.adapters import (
     INTERLEAVED,
+    UPDATE_READERS,
     config_of,
     rewrite,
     save_base,
     save_ours,
     tensors,
-    update_sglang,
-    update_vllm_2d,
     update_vllm_3d,
 )
 from helpers import E, R, assert_close, experts_paths, outputs
@@ -56,7 +55,7 @@ def updates(case):
     return found
 
 
-@pytest.mark.parametrize("to", ["peft", "per_expert", "vllm_3d", "sglang_3d"])
+@pytest.mark.parametrize("to", UPDATE_READERS)
 def test_the_readers_find_zeros_for_the_others(case, to, tmp_path):
     interleaved = case.family in INTERLEAVED
     if to == "sglang_3d" and interleaved:
@@ -64,10 +63,7 @@ def test_the_readers_find_zeros_for_the_others(case, to, tmp_path):
     done = convert_adapter(case.ours, tmp_path / to, to=to, base_config=case.config)
     assert done.experts == 3
     assert any("written as zeros" in note for note in done.notes)
-    if to == "per_expert":
-        found = update_vllm_2d(tmp_path / to, case.base, interleaved)
-    else:
-        found = (update_sglang if to == "sglang_3d" else update_vllm_3d)(tmp_path / to, case.base)
+    found = UPDATE_READERS[to](tmp_path / to, case)
     for path, right in updates(case).items():
         for projection, update in right.items():
             assert_close(found[path][projection], update, TOLERANCE, f"{path}, {projection}")

@@ -24,19 +24,15 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(config, items):
-    """With a CUDA device all tests here are marked gpu; without one the marked are deselected."""
-    if torch.cuda.is_available():
-        for item in items:
-            if HERE in item.path.parents:
-                item.add_marker("gpu")
-        # the longest first, so that parallel processes end together
-        items.sort(key=lambda item: item.path.name not in LONG_FILES)
+def pytest_collection_modifyitems(items):
+    """With a CUDA device all tests here are marked gpu."""
+    if not torch.cuda.is_available():
         return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("gpu")
+    # the longest first, so that parallel processes end together
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 def _with_others(session):
