@@ -5,8 +5,8 @@
 
 A format's files are not written again when the code changes: every release has to read what
 earlier ones wrote. peft_moe_lora 0.1.0 saved `moe_lora`, PEFT 0.21.0 saved `peft`; `spelled_out`
-has the other formats, from their definitions. `expected.safetensors` holds scaling * B[e] A[e] as PEFT
-computes it, [E, N, K] for every projection.
+has the other formats, from their definitions. `expected.safetensors` holds scaling * B[e] A[e] as
+PEFT computes it, [E, N, K] for every projection.
 """
 
 import copy
