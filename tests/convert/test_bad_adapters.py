@@ -47,7 +47,7 @@ def first_of(state, ending="lora_A"):
     return next(name for name in sorted(state) if ending in name and "experts" in name)
 
 
-def test_truncated(written, qwen, tmp_path):
+def test_a_truncated_file_is_refused(written, qwen, tmp_path):
     file = tmp_path / "in" / "adapter_model.safetensors"
     for length in (4, 200, file.stat().st_size - 3):
         content = file.read_bytes()
@@ -56,7 +56,7 @@ def test_truncated(written, qwen, tmp_path):
         file.write_bytes(content)
 
 
-def test_nan(written, qwen, tmp_path):
+def test_nan_is_refused(written, qwen, tmp_path):
     def spoil(state):
         state[first_of(state, "lora_B")].view(-1)[-1] = torch.nan
         return state
@@ -67,7 +67,7 @@ def test_nan(written, qwen, tmp_path):
         verify_adapter(tmp_path / "in", qwen.config)
 
 
-def test_wrong_dtype(written, qwen, tmp_path):
+def test_ints_are_refused(written, qwen, tmp_path):
     rewrite(
         tmp_path / "in",
         lambda s: {n: t.to(torch.int8) if n == first_of(s) else t for n, t in s.items()},
@@ -75,7 +75,7 @@ def test_wrong_dtype(written, qwen, tmp_path):
     refused(qwen, tmp_path, "int8")
 
 
-def test_two_dtypes_in_one_module(written, qwen, tmp_path):
+def test_two_dtypes_in_one_module_are_refused(written, qwen, tmp_path):
     rewrite(
         tmp_path / "in",
         lambda s: {n: t.bfloat16() if n == first_of(s) else t for n, t in s.items()},
@@ -83,12 +83,12 @@ def test_two_dtypes_in_one_module(written, qwen, tmp_path):
     refused(qwen, tmp_path, "mixes torch.bfloat16 and torch.float32")
 
 
-def test_a_tensor_without_its_other_half(written, qwen, tmp_path):
+def test_a_tensor_without_its_other_half_is_refused(written, qwen, tmp_path):
     rewrite(tmp_path / "in", lambda s: {n: t for n, t in s.items() if n != first_of(s, "lora_B")})
     refused(qwen, tmp_path, r"lora_B|misses|metadata says")
 
 
-def test_an_unknown_tensor(written, qwen, tmp_path):
+def test_an_unknown_tensor_is_refused(written, qwen, tmp_path):
     rewrite(
         tmp_path / "in",
         lambda s: s | {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude": torch.ones(3)},
@@ -96,7 +96,7 @@ def test_an_unknown_tensor(written, qwen, tmp_path):
     refused(qwen, tmp_path, "lora_magnitude")
 
 
-def test_a_rank_that_is_not_the_tensors(written, qwen, tmp_path):
+def test_a_rank_that_is_not_the_tensors_is_refused(written, qwen, tmp_path):
     for r in (3, 2, 64):
         rewrite(tmp_path / "in", r=r)
         refused(
@@ -107,19 +107,19 @@ def test_a_rank_that_is_not_the_tensors(written, qwen, tmp_path):
 
 
 @pytest.mark.parametrize("r", [0, -1, 1.5, "4", True, None])
-def test_a_rank_that_is_none(written, qwen, tmp_path, r):
+def test_a_rank_that_is_no_positive_integer_is_refused(written, qwen, tmp_path, r):
     rewrite(tmp_path / "in", r=r)
     refused(qwen, tmp_path, "ranks must be integers")
 
 
 @pytest.mark.parametrize("alpha", [0, "8", float("nan"), None])
-def test_an_alpha_that_is_none(qwen, tmp_path, alpha):
+def test_an_alpha_that_is_no_positive_number_is_refused(qwen, tmp_path, alpha):
     shutil.copytree(qwen.ours, tmp_path / "in")
     rewrite(tmp_path / "in", lora_alpha=alpha)
     refused(qwen, tmp_path, "lora_alpha")
 
 
-def test_for_another_model(written, qwen, tmp_path):
+def test_an_adapter_for_another_model_is_refused(written, qwen, tmp_path):
     for change in (
         {"num_experts": 7},
         {"moe_intermediate_size": 48},
@@ -146,7 +146,7 @@ def test_a_dense_base_has_no_experts(qwen, tmp_path):
         )
 
 
-def test_missing_and_further_experts(qwen, tmp_path):
+def test_missing_and_further_experts_are_refused(qwen, tmp_path):
     convert_adapter(qwen.ours, tmp_path / "in", to="per_expert", base_config=qwen.config)
     whole = tensors(tmp_path / "in")
     rewrite(
@@ -182,13 +182,13 @@ def test_a_projection_missing_in_one_layer_is_filled_or_found(qwen, tmp_path):
     refused(qwen, tmp_path, "metadata says")
 
 
-def test_two_formats_in_one_file(qwen, tmp_path):
+def test_two_formats_in_one_file_are_refused(qwen, tmp_path):
     convert_adapter(qwen.ours, tmp_path / "in", to="peft", base_config=qwen.config)
     rewrite(tmp_path / "in", lambda s: s | tensors(qwen.ours))
     refused(qwen, tmp_path, "moe_lora and peft")
 
 
-def test_the_same_tensor_under_two_names(qwen, tmp_path):
+def test_the_same_tensor_under_two_names_is_refused(qwen, tmp_path):
     shutil.copytree(qwen.ours, tmp_path / "in")
     rewrite(tmp_path / "in", lambda s: s | {n.removeprefix(PREFIX): t for n, t in s.items()})
     refused(qwen, tmp_path, "under two names")
@@ -202,13 +202,13 @@ def test_the_same_tensor_under_two_names(qwen, tmp_path):
         ({"rank_pattern": [1]}, "rank_pattern"),
     ],
 )
-def test_configurations_that_are_no_lora_of_ours(qwen, tmp_path, change, match):
+def test_configurations_that_are_no_lora_of_ours_are_refused(qwen, tmp_path, change, match):
     shutil.copytree(qwen.ours, tmp_path / "in")
     rewrite(tmp_path / "in", **change)
     refused(qwen, tmp_path, match)
 
 
-def test_no_json_no_weights_a_pickle(qwen, tmp_path):
+def test_broken_json_no_weights_and_a_pickle_are_refused(qwen, tmp_path):
     shutil.copytree(qwen.ours, tmp_path / "in")
     (tmp_path / "in" / "adapter_config.json").write_text("{")
     refused(qwen, tmp_path, "no JSON")
@@ -218,7 +218,7 @@ def test_no_json_no_weights_a_pickle(qwen, tmp_path):
     refused(qwen, tmp_path, "pickle")
 
 
-def test_an_unknown_destination_format(qwen, tmp_path):
+def test_a_format_that_is_only_read_is_not_written(qwen, tmp_path):
     shutil.copytree(qwen.ours, tmp_path / "in")
     refused(qwen, tmp_path, "read only", to="peft_legacy", error=RefusedError)
 

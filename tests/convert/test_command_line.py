@@ -51,7 +51,7 @@ def test_env_can_be_pasted():
     assert found["python"] in text
 
 
-def test_inspect(qwen):
+def test_inspect_says_format_modules_and_readers(qwen):
     found = answer("inspect", qwen.ours, "--base-config", qwen.config)
     assert (found["format"], found["modules"], found["num_experts"]) == ("moe_lora", 2, [E])
     assert found["readers"]["per_expert"].startswith("ok")
@@ -84,7 +84,7 @@ def test_convert_verify_and_back(qwen, tmp_path):
     assert answer("verify", qwen.ours, qwen.config)["ok"]
 
 
-def test_merge(qwen, tmp_path):
+def test_merge_writes_the_merged_model(qwen, tmp_path):
     from transformers import AutoModelForCausalLM
 
     qwen.base.save_pretrained(tmp_path / "base")
@@ -95,7 +95,7 @@ def test_merge(qwen, tmp_path):
     assert_close(outputs(merged), qwen.logits, 1e-5, "logits")
 
 
-def test_exit_codes(qwen, tmp_path):
+def test_every_outcome_has_its_exit_code(qwen, tmp_path):
     """0 done, 1 different, 2 usage, 3 bad, 4 refused, 5 exists; errors are one line on stderr."""
     config = ("--base-config", qwen.config)
 

@@ -146,7 +146,7 @@ def test_an_index_cannot_reach_outside(qwen, sharded, tmp_path, file):
     refused(qwen, tmp_path, r"not the name of a safetensors file|weight_map")
 
 
-def test_indexes_that_lie(qwen, sharded, tmp_path):
+def test_indexes_that_lie_are_refused(qwen, sharded, tmp_path):
     path = sharded / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     whole = json.dumps(index)
@@ -199,7 +199,7 @@ def test_nothing_is_overwritten(qwen, tmp_path):
 # ---- PEFT's adapters in our layers ---------------------------------------------------------------
 
 
-def test_load_peft_adapter(case, tmp_path):
+def test_a_peft_adapter_loads_into_our_layers(case, tmp_path):
     linears = ["q_proj", "v_proj"] if case.family == "qwen3_moe" else []
     theirs = save_pefts(case.base, tmp_path / "theirs", target_modules=linears)
     ours = load_peft_adapter(copy.deepcopy(case.base), tmp_path / "theirs").eval()

@@ -219,7 +219,7 @@ def test_fp8_experts_of_another_form_are_refused(change, said):
 
 
 @pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])
-def test_torchao_float8_weights(granularity):
+def test_torchao_float8_weights_are_read(granularity):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     base = build_experts("qwen3_moe", "Qwen3MoeExperts")
     plain = copy.deepcopy(base)

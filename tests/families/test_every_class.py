@@ -164,7 +164,7 @@ def test_output_and_gradients_are_those_of_base_plus_delta(case):
 
 @every_class
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
-def test_one_projection_alone(case, projection):
+def test_an_adapter_on_one_projection_leaves_the_other_alone(case, projection):
     plain = build(case)
     model = wrap(copy.deepcopy(plain), target_projections=[projection])
     assert set(experts_adapter(model)) == {projection}

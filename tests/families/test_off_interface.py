@@ -108,7 +108,7 @@ def test_output_and_gradients_are_those_of_base_plus_delta(family):
 
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 @pytest.mark.parametrize("family", [f for f in BUILD if f not in ROWS])
-def test_one_projection_alone(family, projection):
+def test_an_adapter_on_one_projection_leaves_the_other_alone(family, projection):
     plain = BUILD[family]()
     model = wrap(copy.deepcopy(plain), target_projections=[projection])
     assert list(experts_adapter(model)) == [projection]
@@ -121,7 +121,7 @@ def test_a_module_that_is_one_projection_is_chosen_by_its_name_alone():
 
 
 @every_family
-def test_one_token(family):
+def test_one_token_is_enough(family):
     plain = BUILD[family]()
     floats, call = leaves(family, T=1, seed=4)
     check(family, plain, wrap(copy.deepcopy(plain)), floats, call)
@@ -523,7 +523,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, use_reentrant):
 
 
 @every_model
-def test_ranks_by_name(family):
+def test_a_rank_by_name_holds_for_that_module(family):
     base = off_interface_model(family)
     path = paths_of(base)[-1]
     config = MoELoraConfig(r=R, rank_pattern={path: 2 * R}, target_modules=None)

@@ -376,7 +376,7 @@ def test_a_new_adapter_changes_nothing_and_starts_as_pefts_linear_does():
         assert check(factors(get_peft_model(Block(copy.deepcopy(router)), config))[1])
 
 
-def test_merging_and_unmerging(model):
+def test_merging_adds_the_update_and_unmerging_takes_it_back(model):
     x, layer = torch.randn(T, WIDTH), model.base_model.model.gate
     expected, before = model(x), layer.base_layer.weight.detach().clone()
     for safe in (False, True):
@@ -426,7 +426,7 @@ def test_dropout_is_on_what_goes_into_a(model):
     assert not torch.allclose(first, right, atol=0.1)
 
 
-def test_saved_and_loaded(model, tmp_path):
+def test_a_router_comes_back_from_its_file(model, tmp_path):
     model.save_pretrained(tmp_path)
     router = copy.deepcopy(model.base_model.model.gate.base_layer)
     loaded = type(model).from_pretrained(Block(router), tmp_path)

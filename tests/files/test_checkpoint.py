@@ -225,7 +225,7 @@ def test_every_way_to_name_targets_survives_the_file(target_modules, tmp_path):
 
 @pytest.mark.parametrize("family", tiny_families())
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_from_pretrained(family, low_cpu_mem_usage, tmp_path):
+def test_from_pretrained_gives_the_saved_model(family, low_cpu_mem_usage, tmp_path):
     base = tiny_model(family)
     plain = outputs(base)
     model = moe_lora(copy.deepcopy(base))
@@ -259,7 +259,7 @@ def test_load_adapter_beside_another(saved, low_cpu_mem_usage):
 
 
 @pytest.mark.parametrize("family", tiny_families())
-def test_transformers_load_adapter(family, tmp_path):
+def test_transformers_load_adapter_gives_the_saved_model(family, tmp_path):
     base = tiny_model(family)
     plain = outputs(base)
     model = moe_lora(copy.deepcopy(base))
@@ -274,7 +274,7 @@ def test_transformers_load_adapter(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", causal_families())
-def test_auto_peft_model(family, tmp_path):
+def test_auto_peft_model_gives_the_saved_model(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "base")
     base = type(tiny_model(family)).from_pretrained(tmp_path / "base").eval()
     plain = outputs(base)
@@ -304,7 +304,7 @@ def test_transformers_add_adapter_and_save_pretrained(family, tmp_path):
     assert_close(outputs(again), outputs(base), SAME)
 
 
-def test_subfolder(saved):
+def test_an_adapter_loads_from_a_subfolder(saved):
     base, model, directory = saved
     loaded = PeftModel.from_pretrained(base, directory.parent, subfolder=directory.name)
     assert_close(outputs(loaded), outputs(model), SAME)

@@ -55,5 +55,13 @@ from helpers.families import (
     UNFUSED_KINDS,
     one_of_each_kind,
 )
-from helpers.models import causal_families, outputs, tiny_families, tiny_model, token_ids, train
+from helpers.models import (
+    causal_families,
+    outputs,
+    tiny_families,
+    tiny_model,
+    token_ids,
+    train,
+    training_arguments,
+)
 from helpers.sizes import BF16, FP32, SAME, TOP_K, VOCAB, E, H, I, R

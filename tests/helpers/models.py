@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from transformers import TrainingArguments
 
 from helpers.classes import experts_paths, fill, interface_families, modeling_module
 from helpers.sizes import TOP_K, VOCAB, E, H, I
@@ -196,6 +197,19 @@ def outputs(model, ids=None):
     """[batch, length, VOCAB] logits, or the last hidden state where there is no head."""
     out = model(input_ids=token_ids() if ids is None else ids, use_cache=False)
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def training_arguments(folder, **settings):
+    """A Trainer's arguments for a quiet run on the CPU that saves nothing."""
+    common = {
+        "output_dir": str(folder),
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    return TrainingArguments(**common | settings)
 
 
 def train(model, ids, steps=8):

@@ -78,7 +78,7 @@ def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside):
 @pytest.mark.parametrize("biased", [False, True])
 def test_panels_add_up(kernels, dtype, biased):
     """The second kernel of the one pass, which runs anywhere: five half panels, one unused."""
-    one_reading = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.sum_panels")
+    panels = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.sum_panels")
     p = Problem(SHAPES[1], dtype)
     routing, bias, dout = kernels.route(p.index, p.shape.E), p.down_bias, p.x
     partial_yb, partial_dw = random(3, p.M, 6), random(6, p.M)
@@ -90,7 +90,7 @@ def test_panels_add_up(kernels, dtype, biased):
         torch.empty(p.weights.shape, device=DEVICE),
     )
     given = (dout, bias) if biased else (None, None)
-    one_reading.sum_panels(partial_yb, partial_dw, routing, 0.7, *given, 320, yb, dw)
+    panels.sum_panels(partial_yb, partial_dw, routing, 0.7, *given, 320, yb, dw)
     assert_within(
         yb[: p.valid],
         (0.7 * partial_yb.sum(0)).to(dtype)[: p.valid],
@@ -119,7 +119,7 @@ def test_panels_add_up(kernels, dtype, biased):
         (64, 16, Activation("gelu", True, True), False),
     ],
 )
-def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741
+def test_one_pass_gives_the_operations_numbers(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741
     # beside those of `CUT_ROWS`: a step cut in its first half, there, behind it
     rows = [*CUT_ROWS, 32, 33, 95, 96, 97, 160, 161]
     # the last expert ends within a step: behind it are rows that nobody routed
@@ -153,7 +153,7 @@ def test_one_reading(kernels, ran, dtype, I, r, activation, biased):  # noqa: E7
         (16, Activation(), 0.4),
     ],
 )
-def test_what_the_one_reading_does_not_do_the_operations_do(kernels, ran, r, activation, dropout):
+def test_what_the_one_pass_does_not_do_the_operations_do(kernels, ran, r, activation, dropout):
     E, M, I, N = 4, 512, 64, 64 * (1 + activation.gated)  # noqa: E741
     routing = kernels.route(torch.randint(E, (M, 1), device=DEVICE), E)
     operands = (

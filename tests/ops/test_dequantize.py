@@ -115,7 +115,7 @@ def test_bits_are_the_twins(kernels, name, dtype):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_every_blocksize(kernels, blocksize, nested):
+def test_every_blocksize_decodes_to_the_twins_bits(kernels, blocksize, nested):
     for shape in ((3, 64, 96), (3, 31, 34)):
         weight = quantize(
             stack(shape, torch.float16), "nf4", blocksize=blocksize, double_quant=nested

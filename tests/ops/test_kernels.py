@@ -85,7 +85,7 @@ def test_all_slots_are_sentinels(kernels):
 
 @shapes
 @dtypes
-def test_shrink(kernels, shape, dtype):
+def test_shrink_is_its_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
     check(kernels, "expert_shrink", problem, problem.x, problem.up_A, routing, 0.5, gather=True)
@@ -103,7 +103,7 @@ def test_shrink(kernels, shape, dtype):
 
 @shapes
 @dtypes
-def test_linear(kernels, shape, dtype):
+def test_linear_is_its_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
     lora = {"xa": problem.xa, "lora_B": problem.down_B}
@@ -126,7 +126,7 @@ def test_linear(kernels, shape, dtype):
 @small_shapes
 @dtypes
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_linear_act(kernels, shape, dtype, activation):
+def test_linear_act_is_its_twin(kernels, shape, dtype, activation):
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
     lora = {"xa": problem.xa, "lora_B": problem.up_B, "bias": problem.up_bias}
@@ -146,7 +146,7 @@ def test_linear_act(kernels, shape, dtype, activation):
 @small_shapes
 @dtypes
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation(interleaved=True)], ids=str)
-def test_act_backward(kernels, shape, dtype, activation):
+def test_act_backward_is_its_twin(kernels, shape, dtype, activation):
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
     draw, pre = problem.rows(shape.I), problem.rows(2 * shape.I if activation.gated else shape.I)
@@ -160,7 +160,7 @@ def test_act_backward(kernels, shape, dtype, activation):
 
 @small_shapes
 @dtypes
-def test_transposed_base_weights(kernels, shape, dtype):
+def test_a_transposed_base_weight_is_a_view(kernels, shape, dtype):
     """A base that stores [E, K, N] passes a view."""
     problem = Problem(shape, dtype)
     routing = kernels.route(problem.index, shape.E)
@@ -215,7 +215,7 @@ def chunks(request, monkeypatch):
 @shapes
 @dtypes
 @pytest.mark.usefixtures("chunks")
-def test_outer(kernels, shape, dtype):
+def test_outer_is_its_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
     E, r = shape.E, shape.r
     routing = kernels.route(problem.index, E)
@@ -333,7 +333,7 @@ def test_twice_the_same_bits(kernels, dtype):
 
 
 @dtypes
-def test_no_tokens(kernels, dtype):
+def test_no_tokens_give_no_rows_and_zero_gradients(kernels, dtype):
     shape = Shape(0, 4, 2, 32, 16, 4, "an empty batch")
     problem = Problem(shape, dtype)
     out, dx, dweights, *grads = layer(kernels, *layer_arguments(problem, Activation()))

@@ -245,7 +245,9 @@ def gathered(product):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size", GATHERED)
 @pytest.mark.parametrize("rows", ROWS)
-def test_gathered_rows(kernels, gathered, ran, rows, size, transposed, dtype):
+def test_products_of_gathered_rows_are_the_twins(
+    kernels, gathered, ran, rows, size, transposed, dtype
+):
     p = gathered(rows, size, transposed, dtype)
     check(kernels, "expert_linear", p, p.tokens, p.weight, p.routing, gather=True, **p.rest)
     assert ran("linear_roles")

@@ -128,9 +128,7 @@ def assert_fits_twice(kernel):
 
 @pytest.mark.parametrize("T", [8192, 2048])
 @pytest.mark.parametrize(("dtype", "r"), [("bfloat16", 16), ("float16", 5)])
-def test_the_one_reading_of_two_operations_compiles_without_spills_twice_a_multiprocessor(
-    T, dtype, r
-):
+def test_the_one_pass_of_two_operations_compiles_without_spills_twice_a_multiprocessor(T, dtype, r):
     layer = {"T": T, "E": 128, "top_k": 8, "H": 1024, "I": 512, "r": r, "dtype": dtype}
     kernels = [k for k in compiled_for(90, [layer]) if k["kernel"] == "_shrink_outer_kernel"]
     # of dpre, at an odd rank beside the activation once more, and gathered of dout
@@ -141,7 +139,7 @@ def test_the_one_reading_of_two_operations_compiles_without_spills_twice_a_multi
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize(("dtype", "r", "width"), [("bfloat16", 16, 512), ("float16", 6, 2880)])
-def test_the_one_reading_around_an_activation_compiles_without_spills_twice_a_multiprocessor(
+def test_the_one_pass_around_an_activation_compiles_without_spills_twice_a_multiprocessor(
     dtype, r, width, interleaved
 ):
     layer = {"T": 8192, "E": 128, "top_k": 8, "H": 1024, "I": width, "r": r, "dtype": dtype}

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from helpers import (
     TOP_K,
@@ -25,6 +25,7 @@ from helpers import (
     random_rows,
     tiny_model,
     token_ids,
+    training_arguments,
     wrap,
 )
 from peft_moe_lora import (
@@ -234,19 +235,8 @@ class Samples(torch.utils.data.Dataset):
 
 
 def arguments(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 5,
-        "logging_steps": 2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "seed": 3,
-        **changes,
-    }
-    return TrainingArguments(**settings)
+    settings = {"per_device_train_batch_size": 2, "max_steps": 5, "logging_steps": 2}
+    return training_arguments(folder, **settings | changes)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +340,7 @@ def test_a_sample_counts_as_one_whatever_its_length():
 
 
 @pytest.mark.parametrize("top", [1, 2, E])
-def test_the_highest_scores(top):
+def test_the_experts_with_the_highest_scores_are_chosen(top):
     base, batch = tiny_model(), padded()
     chosen = select_experts(base, [batch], top=top)
     for path, (index, weights) in routed(base, batch).items():

@@ -129,7 +129,7 @@ def test_a_module_off_the_interface_runs_its_own_forward(build):
 
 
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
-def test_one_projection_alone(projection):
+def test_an_adapter_on_one_projection_leaves_the_other_alone(projection):
     plain, rows = build_experts(*FAMILIES[0]), rows_without_the_last_expert()
     model = materialized(copy.deepcopy(plain), target_projections=[projection])
     assert_same(with_gradients(model, rows), _expected(plain, model, rows))

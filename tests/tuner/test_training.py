@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from helpers import (
     FUSED_KINDS,
@@ -28,6 +28,7 @@ from helpers import (
     random_rows,
     tiny_model,
     token_ids,
+    training_arguments,
     wrap,
 )
 
@@ -256,19 +257,12 @@ class Rhyme(torch.utils.data.Dataset):
 
 def arguments(directory, **changes):
     settings = {
-        "output_dir": str(directory),
         "per_device_train_batch_size": 8,
         "max_steps": 24,
         "learning_rate": 1e-2,
         "logging_steps": 4,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "seed": 3,
-        **changes,
     }
-    return TrainingArguments(**settings)
+    return training_arguments(directory, **settings | changes)
 
 
 @pytest.mark.parametrize(
