@@ -176,15 +176,29 @@ def expert_outer(
         dropout: masks right.
     Twin: `reference.expert_outer`.
     """
+    if routing.num_rows == 0:
+        return out.zero_()
+    if row_weights is not None:
+        row_weights = row_weights.contiguous()
+    sides = _sides(left, right, out, gather_left, gather_right, dropout)
+    _outer(sides, routing, out, row_weights, dropout)
+    return out
+
+
+def _outer(
+    sides: _Sides,
+    routing: Routing,
+    out: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    dropout: Dropout | None,
+) -> None:
+    """Launch the kernel and, where an expert may have several chunks, the sum over them."""
+    small, wide, gather_small, gather_wide, strides = sides
     M = routing.num_rows
     E = out.shape[0]
-    if M == 0:
-        return out.zero_()
-    sides = _sides(left, right, out, gather_left, gather_right, dropout)
-    small, wide, gather_small, gather_wide, strides = sides
     SMALL = small.shape[1]
     WIDE = wide.shape[1]
-    arch, _ = device_facts(left.device)
+    arch, _ = device_facts(small.device)
     blocks = _block_sizes(sides, arch)
     num_s = ceil_div(SMALL, blocks["BLOCK_SMALL"])
     tiles = ceil_div(WIDE, blocks["BLOCK_WIDE"]) * num_s
@@ -193,10 +207,8 @@ def expert_outer(
     several = M > chunk
     max_chunks = E + several * (M // chunk)
     partial = torch.empty(several * max_chunks, SMALL, WIDE, dtype=torch.float32, device=out.device)
-    precision = dot_precision(left.dtype)
+    precision = dot_precision(small.dtype)
     p, seed = probability_and_seed(dropout)
-    if row_weights is not None:
-        row_weights = row_weights.contiguous()
 
     def rest() -> tuple[tuple, dict]:
         constants = {
@@ -221,4 +233,3 @@ def expert_outer(
     launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
     if several:
         sum_chunks(partial, routing, out, strides, chunk)
-    return out
