@@ -13,7 +13,7 @@ Legend:
     kind: the function, the device, and each argument's dtype, shape and strides, or its value
     buffer: memory that was allocated within the recorded call; one that is returned is a result
     workspace: one allocation that holds the other buffers; those of different times share bytes
-    slot: index of an address in a replayed call: the arguments, then the results, then the workspace
+    slot: index of an address in a replayed call: of arguments, then results, then the workspace
     place: (slot, bytes from its address), or None for an absent tensor
 """
 
@@ -116,7 +116,7 @@ def forget() -> None:
 
 
 class _Origin(NamedTuple):
-    """Where an address lay in the recorded call: bytes from the start of an argument or a buffer."""
+    """Where an address lay in the recorded call: so many bytes into an argument or a buffer."""
 
     kind: Literal["argument", "buffer"]
     index: int
@@ -378,7 +378,8 @@ def _placed(
     """A recorded launch with places instead of origins.
 
     Args:
-        result_of: {buffer: number of the result}; offsets: {other buffer: bytes into the workspace}.
+        result_of: {buffer: number of the result}.
+        offsets: {other buffer: bytes into the workspace}.
     """
 
     def place(origin: _Origin | None) -> tuple[int, int] | None:
