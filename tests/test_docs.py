@@ -256,6 +256,25 @@ def test_files_that_are_named_exist(path):
 
 
 @every_document
+def test_names_said_to_be_in_a_file_are_there(path):
+    """`NAME` of `file.py`; and in an item of a list, names between its first file and the next one."""
+    text = path.read_text(encoding="utf-8")
+    for name, file in re.findall(r"`(\w[\w.]*)`[^`.;]{0,40}\b(?:of|in) `([\w/.-]+\.py)`", text):
+        assert name.split(".")[-1] in words_of(file), f"{path.name}: {name} of {file}"
+    for file, item in re.findall(r"^\d+\. `([\w/.-]+\.py)`(?: [^:]*)?: (.*)", text, re.M):
+        about_it = re.split(r"`[\w/.-]+(?:\.py|/)`|`python ", item)[0]
+        for name in re.findall(r"`(\w+)", about_it):
+            assert name in words_of(file), f"{path.name}: {name} in {file}"
+
+
+def words_of(file):
+    path = ROOT / file
+    if not path.exists():
+        path = PACKAGE / file
+    return set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+
+
+@every_document
 def test_functions_that_are_named_can_be_imported(path):
     for word in quoted(path):
         if not re.fullmatch(r"\w+(\.\w+)+", word) or word.split(".")[0] not in ROOMS:
