@@ -50,6 +50,11 @@ def test_a_room_says_what_it_is_and_what_it_may_import(room):
     assert ast.get_docstring(_parsed(room / "__init__.py"))
 
 
+def test_every_room_has_a_folder_of_tests():
+    rooms = {room.name for room in ROOMS if room.parent == PACKAGE}
+    assert rooms <= {path.name for path in Path(__file__).parent.iterdir()}
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=_relative)
 def test_ops_know_nothing_of_peft_or_models(path):
     assert not _imported(path) & {"peft", "transformers", "accelerate", "safetensors"}

@@ -119,7 +119,7 @@ def test_panels_add_up(kernels, dtype, biased):
         (64, 16, Activation("gelu", True, True), False),
     ],
 )
-def test_one_pass_gives_the_operations_numbers(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741
+def test_one_pass_is_the_operations(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741
     # beside those of `CUT_ROWS`: a step cut in its first half, there, behind it
     rows = [*CUT_ROWS, 32, 33, 95, 96, 97, 160, 161]
     # the last expert ends within a step: behind it are rows that nobody routed
