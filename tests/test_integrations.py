@@ -69,7 +69,7 @@ def test_a_copy_gives_the_same_numbers_and_shares_nothing(family, copied):
     fill_adapter(twin, seed=17)
     assert torch.equal(outputs(model), expected)
     assert not torch.equal(outputs(twin), expected)
-    # the copy's own implementation is its own too
+    # the copy has its own implementation too
     twin.base_model.model.set_experts_implementation("eager")
     assert model.config._experts_implementation == "grouped_mm"
     with twin.disable_adapter():
@@ -208,7 +208,7 @@ def test_the_models_config_stays_what_it_was():
     assert base.config.to_dict() == before
     assert base.config._experts_implementation == implementation
     assert "moe_lora" not in base.config.to_json_string().replace("peft_moe_lora", "")
-    # what the experts module itself sees is still its config, to read and to write
+    # the experts module still sees its own config, for reading and writing
     experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
     assert experts.config.num_experts == E
     assert experts.config.to_dict() == before
@@ -229,7 +229,7 @@ def test_gradients_of_the_router_loss_still_flow():
 
 
 class LargestNew(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made, views of what was there not counted."""
+    """Remembers the largest tensor that any operation made; views are not counted."""
 
     def __init__(self, *known):
         super().__init__()
@@ -246,7 +246,7 @@ class LargestNew(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            # an expanded view has elements that nobody allocated
+            # an expanded view has more elements than were allocated
             elements = min(
                 tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size()
             )
@@ -283,7 +283,7 @@ def test_nothing_of_a_weights_size_is_made(case, dtype):
 
 
 def test_the_watch_for_large_tensors_sees_them():
-    """PEFT's own route makes the delta of all experts: the same watch must see it there."""
+    """PEFT's own route makes the delta of all experts, and the same watch must see it."""
     experts = build_experts("qwen3_moe", "Qwen3MoeExperts", hidden=64, intermediate=48)
     weight = experts.gate_up_proj
     config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
@@ -308,7 +308,7 @@ def kept_for_backward(model, rows):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(*rows)
-    # `out` lives until here: no storage is counted under a freed one's address
+    # `out` lives until here, so that no storage reuses a freed address
     assert out.requires_grad
     return sum(kept.values())
 
@@ -324,15 +324,15 @@ def test_recompute_keeps_less(case):
             model, (x.requires_grad_(), index, weights.requires_grad_())
         )
     rows, width = T * 2, intermediate * (1 if case[0] == "nemotron_h" else 2)
-    # the pre-activation, fp32, is what it saves
+    # it saves the pre-activation, in fp32
     assert kept[False] - kept[True] >= rows * width * 4
-    # beside it: the activation, two rank-r products and the routing, each once at most
+    # besides: the activation, two rank-r products and the routing, each once at most
     assert kept[False] <= rows * (width + intermediate + 2 * R + 16) * 4 + 4096
 
 
 @pytest.mark.parametrize("case", FUSED_KINDS, ids=lambda c: c[0])
 def test_a_gradient_for_a_frozen_weight_is_refused_not_forgotten(case):
-    """No dW is ever formed: whoever unfreezes a base weight by hand hears of it."""
+    """No dW is ever computed, so unfreezing a base weight by hand raises."""
     model = wrap(build_experts(*case))
     weight = model.base_model.model.experts.get_base_layer().down_proj
     model(*random_rows()).sum().backward()

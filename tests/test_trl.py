@@ -168,7 +168,7 @@ def preferences(n=16):
 
 
 def pretrained(device, folder, **changes):
-    """A base model with a saved adapter whose share is of order one, loaded to be trained on."""
+    """A base model with a saved adapter that changes much of its output, loaded for training."""
     model = moe_lora(base_model(device), target_modules=TARGETS, **changes)
     fill_adapter(model)
     model.save_pretrained(folder)
@@ -176,7 +176,7 @@ def pretrained(device, folder, **changes):
 
 
 def dpo_trainer(model, tokenizer, device, folder, **kwargs):
-    # the loss alone, without the router's own
+    # only the model's loss, without the router's
     rewards = {
         "learning_rate": 5e-3,
         "max_steps": 8,
@@ -193,7 +193,7 @@ def dpo_trainer(model, tokenizer, device, folder, **kwargs):
 
 
 def references(model):
-    """{name of default's parameter: (default's, reference's)}, every one there is."""
+    """{name of default's parameter: (default's, reference's)}, for all parameters."""
     named = dict(model.named_parameters())
     mine = adapter_parameters(model, "default")
     assert len(mine) == len(adapter_parameters(model, "ref")) == 2 * (4 + 4)
@@ -218,7 +218,7 @@ def test_trl_copies_every_tensor_to_its_reference_and_trains_only_the_other(
         name: reference.detach().clone() for name, (_, reference) in references(model).items()
     }
     trainer.train()
-    # policy and reference are one model at first: -log sigmoid(0)
+    # policy and reference are the same at first: -log sigmoid(0)
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses(trainer)[-1] < 0.8 * math.log(2), losses(trainer)
     for name, (mine, reference) in references(model).items():
@@ -228,7 +228,7 @@ def test_trl_copies_every_tensor_to_its_reference_and_trains_only_the_other(
     with use_adapter(model, "ref"):
         assert_close(logits(model, device), start, SAME)
     assert (logits(model, device) - start).norm() > 0.01 * start.norm()
-    # what is saved is the trained one
+    # the trained adapter is saved
     model.save_pretrained(tmp_path / "saved", selected_adapters=["default"])
     loaded = PeftModel.from_pretrained(base_model(device), tmp_path / "saved")
     assert_close(logits(loaded, device), logits(model, device), SAME)
@@ -249,7 +249,7 @@ def test_a_new_adapters_reference_is_the_base_model(device, tokenizer, tmp_path)
 
 @pytest.mark.parametrize("disable", [True, False])
 def test_dpo_switches_dropout_off_when_told_to(device, disable, tokenizer, tmp_path):
-    """It looks for dropout modules; those of the experts are among them."""
+    """TRL looks for dropout modules and finds those of the experts too."""
     model = pretrained(device, tmp_path / "adapter", lora_dropout=0.5)
     dpo_trainer(model, tokenizer, device, tmp_path, args={"disable_dropout": disable})
     model.train()

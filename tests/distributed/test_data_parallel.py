@@ -24,7 +24,7 @@ two_devices = pytest.mark.skipif(
     scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_devices])]
 )
 def ranks(request, tmp_path_factory):
-    """{"device": where they ran, rank: what data_parallel.py saved there}."""
+    """{"device": where they ran, rank: what data_parallel.py saved for it}."""
     folder = tmp_path_factory.mktemp(request.param)
     root = Path(__file__).parents[2]
     env = {
@@ -56,7 +56,7 @@ scenarios = pytest.mark.parametrize("name", SCENARIOS)
 
 @scenarios
 def test_experts_without_rows_are_what_is_tested(name, ranks):
-    """Some experts have rows on one rank alone, some on none, in every layer."""
+    """In every layer some experts have rows on one rank only, and some on none."""
     for layer, first in ranks[0][name]["rows"].items():
         second = ranks[1][name]["rows"][layer]
         assert (first > 0).any()
@@ -92,7 +92,7 @@ def test_training_ends_where_one_process_ends(name, ranks):
     for key, parameter in parameters.items():
         ended = ranks[0][name]["parameters"][key]
         assert torch.equal(ended, ranks[1][name]["parameters"][key].to(ended.device)), key
-        # as far as it moved, not as large as it is
+        # relative to its change, not to its size
         assert_close(ended - start[key], parameter - start[key], 1e-3, key)
 
 
@@ -101,7 +101,7 @@ def test_expert_loads_are_those_of_all_ranks(ranks):
     for rank in RANKS:
         for load, first, second in zip(ranks[rank]["plain"]["load"].values(), *rows, strict=True):
             assert torch.equal(load, first + second)
-    # as many tokens under checkpointing: what it runs again is not counted
+    # the same count with checkpointing: tokens that run again are not counted
     for name in ("non-reentrant checkpointing", "reentrant checkpointing"):
         for load, plain in zip(
             ranks[0][name]["load"].values(), ranks[0]["plain"]["load"].values(), strict=True

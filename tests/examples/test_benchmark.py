@@ -193,7 +193,7 @@ def test_a_wrong_route_gets_no_number(monkeypatch, tmp_path, capsys, damage):
     wrong, right = report["rows"]
     assert wrong["failed"]
     assert not any(wrong[name] for name in NUMBERS)
-    # what is left are the case's own sizes, in front of the name
+    # the rest are the case's own sizes, in front of the name
     _, _, after = lines["moe_lora"].partition("moe_lora")
     assert "FAILED" in after
     assert not re.search(r"\d", after)

@@ -104,7 +104,7 @@ def test_a_model_of_your_own_learns_your_data_and_resumes_where_it_stopped(real,
     assert not (tmp_path / "through" / "merged").exists()
     assert "warn" not in (through.stdout + through.stderr).lower()
 
-    # what a power cut after the fourth step leaves behind
+    # what is left after a power cut at the fourth step
     shutil.copytree(tmp_path / "through" / "checkpoint-4", tmp_path / "stopped" / "checkpoint-4")
     refused = finetune(*arguments, "--output", tmp_path / "stopped", ok=False)
     assert "checkpoint-4 is there already; add --resume" in refused.stderr

@@ -18,7 +18,7 @@ def test_the_example_learns_on_quantized_experts(tmp_path):
     assert results["bytes"] < 0.4 * 2**20
     assert results["base"] > 0.05  # the adapter has something to say
     assert results["reloaded"] < 1e-4
-    # what quantizing changed of the experts is all that is left
+    # only the rounding of the quantized experts is left
     assert results["merged"] < 0.5 * results["base"]
     assert "2 experts modules, 16 experts, 32 projections adapted" in done.stdout
     assert (tmp_path / "merged" / "model.safetensors").exists()

@@ -90,7 +90,7 @@ def test_the_peak_holds_adapter_and_optimizer_state(args, routes):
     ids = train_step.batch_of(args, train_step.Batch(1, 8))
     route.step(ids)
     adapter = sum(p.numel() * 4 for p in route.trained.values())
-    # AdamW's two moments, and a counter a tensor
+    # AdamW's two moments, and one counter per tensor
     assert route.static_bytes() == 3 * adapter + 4 * len(route.trained)
     assert routes["base"].static_bytes() == 0
     # and the gradients

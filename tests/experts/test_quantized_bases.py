@@ -47,7 +47,7 @@ def fp8_experts(
         model_config.num_local_experts = E
     for key, value in config.items():
         setattr(model_config, key, value)
-    # a class of its own: the decorator changes the one it is given
+    # a new class, because the decorator changes the class that it is given
     cls = use_experts_implementation(
         type("FP8Experts", (FP8Experts,), {}),
         experts_interface=ALL_FP8_EXPERTS_FUNCTIONS,

@@ -38,7 +38,7 @@ OUTCOMES = (WHOLE, BETWEEN, ONE, LINEAR, NOT)
 
 
 def outcome(module: nn.Module) -> tuple[str, str]:
-    """How the experts of a module run under an adapter, and why not whole."""
+    """How a module's experts run with an adapter, and why they are not fused."""
     layout = read_layout(module)
     if len(layout.projections) == 1:
         return ONE, ""

@@ -21,7 +21,7 @@ from helpers import (
     random_rows,
 )
 
-# of LongCat's experts, how many are the identity
+# how many of LongCat's experts are the identity
 IDENTITY = 2
 
 
@@ -65,7 +65,7 @@ def aria():
 
 BUILD = {"llama4": llama4, "longcat_flash": longcat_flash, "jetmoe": jetmoe, "dbrx": dbrx}
 if hasattr(modeling_module("aria"), "AriaGroupedExpertsGemm"):
-    # before transformers 5.18; later ones have it on the interface
+    # before transformers 5.18; later releases have it on the interface
     BUILD["aria"] = aria
 # families whose modules are one projection of rows in expert order
 ROWS = {"jetmoe", "aria"}
@@ -97,7 +97,7 @@ def leaves(family, T=13, dtype=torch.float32, seed=2, device="cpu"):
         scores = x.new_zeros(T, E).scatter(1, top_k_index, top_k_weights)
 
         def call(module, x, scores):
-            # as Llama4TextMoe does: every token for every expert, weighted on the way in
+            # as in Llama4TextMoe: every expert gets every token, weighted at its input
             return module(x.repeat(E, 1) * scores.T.reshape(-1, 1)).view(E, T, H).sum(0)
 
         return (x, scores), call
@@ -140,7 +140,7 @@ def with_deltas(family, plain, deltas):
         elif family == "dbrx":
             changed["mlp.w2"] = parameters["mlp.w2"] + delta.transpose(1, 2).flatten(0, 1)
         else:
-            # on the interface, or as if: step3p7
+            # on the interface, or like it: step3p7
             name = "down_proj" if projection == "down" else "gate_up_proj"
             name = name if name in parameters else "up_proj"
             transposed = getattr(plain, "is_transposed", False)
@@ -265,7 +265,7 @@ FILL = {"llama4": fill_transposed, "aria": fill_transposed, "dbrx": fill_stacked
 
 
 def off_interface_model(family, dtype=torch.float32, seed=0, **changes):
-    """A whole random model, in eval mode, whose experts carry a good share of its output."""
+    """A whole random model, in eval mode, whose experts shape much of its output."""
     name, values = CONFIGS[family]
     config = getattr(modeling_module(family), name)(**{"vocab_size": VOCAB, **values, **changes})
     torch.manual_seed(seed)

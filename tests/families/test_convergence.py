@@ -34,17 +34,17 @@ def batches(size):
 
 
 def build(family):
-    # with seed 0 two experts of jetmoe tie to the last bit at step 40, and rounding decides
+    # with seed 0 two experts of jetmoe tie in all bits at step 40, and rounding decides
     if family in CONFIGS:
         return off_interface_model(family, vocab_size=VOCAB, seed=1)
     model = tiny_model(family, vocab_size=VOCAB, seed=1)
-    # plain PyTorch, expert by expert: grouped_mm wants strides of 16 bytes
+    # plain PyTorch, expert by expert: grouped_mm needs strides of 16 bytes
     model.set_experts_implementation("eager")
     return model
 
 
 def loss_of(out, ids, readout):
-    """Next-token loss; a model without a head is read out by a fixed matrix."""
+    """Next-token loss; for a model without a head a fixed matrix is the head."""
     logits = out.logits if hasattr(out, "logits") else out.last_hidden_state @ readout
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
@@ -120,5 +120,5 @@ def test_losses_are_those_of_base_plus_delta(family):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_on_the_kernels_are_those_of_base_plus_delta(family, dtype, tolerance):
-    # 1,024 tokens a step: in bf16 some of them change experts, and the mean has to hide a few
+    # 1,024 tokens per step: in bf16 a few change experts, which the mean has to hide
     check(*curves(family, (16, 64), "cuda", dtype, backend="triton"), tolerance)

@@ -185,7 +185,7 @@ def test_adapter_shapes_are_the_documented_ones(case):
 def test_new_adapter_changes_nothing(case):
     plain, rows = build(case), random_rows()
     model = wrap(copy.deepcopy(plain), randomize=False)
-    # the same products in another order, no adapter's share in them
+    # the same products in another order, without an adapter
     assert_close(model(*rows), plain(*rows), 1e-6)
 
 
@@ -210,7 +210,7 @@ def test_sentinel_ids_are_skipped(case):
     hidden_states, top_k_index, top_k_weights = random_rows()
     top_k_index[0, 0] = top_k_index[5, 1] = E
     top_k_index[3, 0] = E + 7
-    # a token that is nobody's here
+    # a token that belongs to no expert here
     top_k_index[7, :] = E
     rows = (hidden_states, top_k_index, top_k_weights)
     check_against_oracle(plain, model, rows)
@@ -234,7 +234,7 @@ def test_no_tokens_is_no_error(case):
 @every_class
 def test_fp32_routing_weights_go_with_bf16_activations(case):
     plain = build(case).to(torch.bfloat16)
-    # a value that bf16 rounds across a clamp's corner has another gradient, rightly
+    # a value that bf16 rounds across a clamp's corner rightly has another gradient
     plain.limit = plain.swiglu_limit = 50.0
     model = wrap(copy.deepcopy(plain))
     rows = random_rows(dtype=torch.bfloat16, weights_dtype=torch.float32)
@@ -342,7 +342,7 @@ def test_any_size_is_right(case, why):
     }
     plain = build(case, **{k: sizes[k] for k in ("hidden", "intermediate", "num_experts")})
     model = wrap(copy.deepcopy(plain), r=sizes["r"], lora_alpha=SCALING * sizes["r"])
-    # r products are summed: the adapter's share stays of order one at every rank
+    # a sum of r products: the adapter's share stays of order one at every rank
     fill_adapter(model, gain=(R / sizes["r"]) ** 0.25)
     rows = random_rows(**{k: sizes[k] for k in ("T", "hidden", "num_experts", "top_k")})
     check_against_oracle(plain, model, rows)

@@ -86,7 +86,7 @@ def router_config(family, cls):
 
 
 class Block(nn.Module):
-    """A router where models have it: beside experts."""
+    """A router beside experts, as in models."""
 
     def __init__(self, router):
         super().__init__()
@@ -119,12 +119,12 @@ def build(family, name):
             tensor.copy_(torch.randn(tensor.shape) * (WIDTH**-0.5 if tensor.dim() > 1 else 0.1))
         for buffer in (b for b in router.buffers() if not b.is_floating_point()):
             buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) % EXPERTS)
-    # in evaluation no noise is drawn
+    # eval mode draws no noise
     return router.eval()
 
 
 def inputs(router, dtype=torch.float32):
-    """Hidden states, and whatever else the router's forward asks for."""
+    """Hidden states, and the other arguments of the router's forward."""
     bias = torch.linspace(-0.1, 0.1, EXPERTS)
     extra = {"e_score_correction_bias": bias, "expert_bias": bias, "input_ids": torch.arange(T)}
     asked = inspect.signature(type(router).forward).parameters
@@ -152,7 +152,7 @@ def factors(model, adapter_name="default"):
 
 
 def grads(outputs, wanted):
-    """Gradients of a fixed random weighting of everything that has one."""
+    """Gradients of a fixed random weighting of all outputs that have a gradient."""
     generator = torch.Generator().manual_seed(5)
     loss = sum(
         (out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum()
@@ -204,7 +204,7 @@ class TestEveryRouter:
     def test_bf16_activations_meet_fp32_adapters(self, family, name):
         router = build(family, name)
         x, extra = inputs(router, torch.bfloat16)
-        # its model keeps this one's weight in fp32
+        # its model keeps this router's weight in fp32
         router = (
             router if (family, name) == ("inkling2", "Inkling2TopKRouter") else router.bfloat16()
         )
@@ -222,7 +222,7 @@ class TestEveryRouter:
 
 
 class Handwritten(nn.Module):
-    """A router as a user writes one; `product` says how it multiplies by its weight."""
+    """A router that a user wrote; `product` says how it multiplies by its weight."""
 
     def __init__(self, product, dtype=torch.float32):
         super().__init__()
@@ -298,7 +298,7 @@ def test_a_router_without_one_product_is_an_error(product, times):
 
 
 def test_other_products_are_left_alone():
-    """A second weight of the same shape, as noisy routers have one."""
+    """A second weight of the same shape, as in noisy routers."""
 
     class Noisy(Handwritten):
         def __init__(self):
@@ -336,7 +336,7 @@ def test_a_linear_layer_that_is_only_read_is_an_error():
 
 
 def test_shared_experts_in_stacks_are_no_routed_ones():
-    """inkling keeps the experts that every token passes in stacks too; they take no expert ids."""
+    """inkling stacks its shared experts too; these take no expert ids."""
     cls = modeling_module("inkling").InklingSharedExperts
     config = router_config("inkling", cls)
     config.moe_intermediate_size = 8

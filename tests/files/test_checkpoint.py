@@ -151,7 +151,7 @@ def test_only_safetensors_are_written(saved):
 
 @pytest.mark.parametrize("family", tiny_families())
 def test_file_alone_gives_the_merged_weights(family, tmp_path):
-    """A reader who knows only the documented layout gets what merging gets."""
+    """A reader that knows only the documented layout gets the merged weights."""
     base = tiny_model(family)
     model = moe_lora(copy.deepcopy(base))
     model.save_pretrained(tmp_path)
@@ -288,7 +288,7 @@ def test_auto_peft_model_gives_the_saved_model(family, tmp_path):
 
 @pytest.mark.parametrize("family", tiny_families())
 def test_transformers_add_adapter_and_save_pretrained(family, tmp_path):
-    """The way without a PeftModel: the file is the same, and both ways read it."""
+    """Without a PeftModel the file is the same, and both ways read it."""
     base = tiny_model(family)
     plain = outputs(base)
     base.add_adapter(MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"]))

@@ -101,7 +101,7 @@ def test_recompute_changes_nothing(options):
 
 
 def own_activation(pre):
-    """What no kernel has."""
+    """An activation that no kernel has."""
     gate, up = pre.chunk(2, -1)
     return torch.tanh(gate) * up
 

@@ -44,7 +44,7 @@ def relative(arguments, inputs):
 
 
 def step(launches, transposed=False):
-    """The launches of a layer's forward and backward, as `relative` says them."""
+    """The launches of a layer's forward and backward, as `relative` describes them."""
 
     def weight(N, K):
         return (
@@ -68,7 +68,7 @@ def step(launches, transposed=False):
     )
     index = torch.zeros(T, TOP_K, dtype=torch.int64)
     up, down = projection(2 * I, H), projection(H, I)
-    # all of them live through the step: no buffer comes where one of them will lie
+    # all of them live through the whole step, so no buffer reuses their addresses
     inputs = [
         x,
         weights,
@@ -83,10 +83,10 @@ def step(launches, transposed=False):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_replayed_launches_are_those_composed(launches, transposed):
     step(launches, transposed)
-    # from the second on, what a first launch compiled is run as the launcher is called
+    # from the second call on, the kernel compiled at the first launch runs
     composed, *replayed = (step(launches, transposed) for _ in range(3))
     assert [type(kind) for kind in replay._kinds.values()] == [replay._Replay] * 2
-    # gate and up halves of a transposed weight are no box
+    # the gate and up halves of a transposed weight do not form one box
     assert [name for name, *_ in composed].count("_linear_roles_kernel") == (3 if transposed else 4)
     for launched in replayed:
         assert launched == composed
@@ -105,7 +105,7 @@ def test_what_forward_and_what_backward_launch_is_compiled_ahead(launches, monke
     step(launches)
     assert sorted(launches.ahead) == sorted(launches.at_launch)
     assert launches.ahead.count("_linear_roles_kernel") == 4
-    # all is compiled, and other sizes of the batch compile nothing more
+    # everything is compiled; other batch sizes compile nothing more
     asked = len(launches.ahead)
     monkeypatch.setattr(launch, "compile_ahead", compile_ahead)
     monkeypatch.setattr(replay, "_kinds", {})

@@ -8,9 +8,9 @@ from helpers import FUSED_KINDS, Holder, build_experts
 from peft_moe_lora import MoELoraConfig
 
 E, H, I, R, TOP_K, T = 8, 256, 128, 16, 2, 300  # noqa: E741 I is the glossary's letter
-# and gelu
+# and gelu, which the kernels have too
 FAMILIES = [*FUSED_KINDS, ("gemma4", "Gemma4TextExperts")]
-# what rounding leaves where the plain path happens to be exact, relative to the largest value
+# rounding where the plain path happens to be exact, relative to the largest value
 ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 

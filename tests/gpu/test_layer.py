@@ -86,7 +86,7 @@ def test_some_experts_are_as_exact_as_plain_pytorch(family, name):
 
 @pytest.mark.parametrize("calls", [1, 3], ids=["composed", "replayed"])
 def test_a_thread_may_begin_with_a_descriptor(calls):
-    """As autograd's does in the first backward of a process, with `recompute`."""
+    """Autograd's thread begins so in a process's first backward with `recompute`."""
     x = torch.randn(512, H, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(E, 2 * I, H, device="cuda", dtype=torch.bfloat16)
     routing = kernels.route(torch.rand(512, E, device="cuda").topk(TOP_K).indices, E)
@@ -101,9 +101,9 @@ def test_a_thread_may_begin_with_a_descriptor(calls):
         return (kernels.expert_linear(x, weight, again, gather=True),)
 
     expected = product(x, weight, *index)[0]
-    # leaves memory behind, so that no thread has to ask CUDA for any, which would give it a context
+    # leaves cached memory: a thread that asked CUDA for memory would get a context
     product(x, weight, *index)
-    # each in a thread of its own; the third is replayed
+    # each runs in its own thread; the third is replayed
     for _ in range(calls):
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(kernels.replayed, product, x, weight, *index).result()[0]
@@ -271,7 +271,7 @@ def test_kept_memory_is_the_pre_activation_two_rank_wide_tensors_and_indices(rec
     kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
     M = index.numel()
     floor = M * (2 * I * 2 * (not recompute) + 2 * R * 2 + 3 * 4)
-    # tile tables and the allocator's rounding
+    # room for tile tables and the allocator's rounding
     assert kept <= 1.02 * floor + 2**20
 
 
@@ -287,7 +287,7 @@ def test_weights_past_two_to_the_31_elements():
     routing = kernels.route(torch.full((64, 1), E - 1, device="cuda"), E)
     y = kernels.expert_linear(x, weight, routing, gather=True)
     torch.testing.assert_close(y, x @ weight[-1].T, rtol=0.02, atol=0.02)
-    # stored the other way round
+    # stored in the other order
     dx = kernels.expert_linear(y, weight.transpose(1, 2), routing)
     torch.testing.assert_close(dx, y @ weight[-1], rtol=0.02, atol=0.05)
 

@@ -60,7 +60,7 @@ def test_quantizing_on_the_device_gives_the_bits_of_the_cpu(setting):
 
     stack = torch.randn(4, 96, 160, dtype=torch.bfloat16)
     on_cpu, on_device = quantize(stack, **setting), quantize(stack.cuda(), **setting)
-    # a mean of thousands of scales is summed in another order
+    # a mean of thousands of scales is added in another order
     torch.testing.assert_close(on_device.dense().cpu(), on_cpu.dense(), rtol=2e-2, atol=1e-4)
     if setting.get("double_quant") is False or setting["format"] == "int8":
         assert torch.equal(on_device.dense().cpu(), on_cpu.dense())
@@ -85,7 +85,7 @@ def test_few_tokens_need_no_scratch(monkeypatch, family, name, dtype, tokens, se
     found, expected = step(model, layer, *args), step(dense, dense_layer, *args)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        # the same numbers, summed in other steps
+        # the same numbers, added in other steps
         error = ((found[key].double() - value.double()).norm() / value.double().norm()).item()
         assert error <= ATOL[dtype], f"{key}: {error:.1e}"
 

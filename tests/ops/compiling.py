@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 
 class _NoDriver:
-    """The part of a Triton driver that compilation asks for."""
+    """The part of a Triton driver that compilation uses."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -39,7 +39,7 @@ class _NoDriver:
 
 @contextlib.contextmanager
 def compiling_for(arch: int):
-    """Within it, a launch compiles for `arch` and appends the compiled kernel to the list given."""
+    """In this context a launch compiles for `arch` and appends the kernel to the yielded list."""
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -84,7 +84,7 @@ def resources(kernel) -> dict:
 
 
 def _instructions(kernel) -> str:
-    """The machine code of a kernel whose bits are promised; nothing of the others."""
+    """The machine code of a kernel whose bits are promised; nothing for other kernels."""
     if "dequantize" not in kernel.metadata.name:
         return ""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -231,7 +231,7 @@ def empty(*size, dtype=torch.uint8):
 
 
 def codes_4bit(E, R, C, dtype):
-    """Stacks of 4-bit codes as they are used: scales nested, plain, of exponents."""
+    """Stacks of 4-bit codes as they are used: with nested, plain and exponent scales."""
     from peft_moe_lora.ops.quantized import Codes4bit
 
     n, fp32 = E * R * C, torch.float32
@@ -254,12 +254,12 @@ def codes_4bit(E, R, C, dtype):
 
 
 def launch_decoding(dtype, E=8, R=1536, C=2048, uneven=False):
-    """Every kernel that decodes experts into a scratch, on meta tensors."""
+    """Every kernel that decodes experts into a scratch buffer, on meta tensors."""
     from peft_moe_lora.ops import kernels
     from peft_moe_lora.ops.quantized import Codes8bit
 
     offsets = empty(E + 1, dtype=torch.int32)
-    # the formats as they are used; with blocks across experts
+    # the formats as they are used; if uneven, also with blocks across experts
     for size in ((R, C), (R - 2, C - 2)) if uneven else ((R, C),):
         common = {"stored_shape": (E, *size), "dtype": dtype}
         weights = [
@@ -292,7 +292,7 @@ def launch_products_of_codes(T, dtype, E=8, top_k=2, H=2048, I=768, r=16):  # no
     from peft_moe_lora.ops import Activation, kernels
     from peft_moe_lora.ops.kernels.codes import product_4bit as product
 
-    # every size of tiles that the table has a row for
+    # every tile size that has a row in the table
     product.MAX_BLOCK_M = 32
 
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)

@@ -36,7 +36,7 @@ CLAMPED = Activation(interleaved=True, limit=7.0, alpha=1.702, up_shift=1.0)
 
 
 def guarded_empty(*size, dtype=None, device=None):
-    """`torch.empty`, full of NaN or wild numbers, between forbidden pages; never freed."""
+    """`torch.empty`, full of NaN or large numbers, between forbidden pages; never freed."""
     size, dtype = torch.Size(size if isinstance(size[0], int) else size[0]), dtype or torch.float32
     nbytes = size.numel() * dtype.itemsize
     if nbytes == 0:
@@ -59,7 +59,7 @@ def guarded_empty(*size, dtype=None, device=None):
 
 
 def guarded(t):
-    """A copy of a tensor with its strides; anything else as it is."""
+    """A copy of a tensor with its strides; anything else unchanged."""
     if not isinstance(t, torch.Tensor) or t.numel() == 0:
         return t
     span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
@@ -67,7 +67,7 @@ def guarded(t):
 
 
 def quantized(stack, transposed, **setting):
-    """The codes of a stack, as the weight that a layer holds."""
+    """The codes of a stack, as a layer holds them."""
     weight = quantize(stack.transpose(1, 2).contiguous() if transposed else stack, **setting)
     tensors = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
     weight = dataclasses.replace(weight, **{name: guarded(t) for name, t in tensors.items()})
@@ -110,7 +110,7 @@ def run_quantized_layers():
 
 if __name__ == "__main__":
     torch.empty = guarded_empty
-    # tiles of 32 rows decode for themselves too
+    # products with tiles of 32 rows decode too
     product_4bit.MAX_BLOCK_M = 32
     if sys.argv[1] == "broken":
         routing = kernels.route(guarded(torch.tensor([[0, 1], [1, 2]])), 3)

@@ -118,14 +118,14 @@ class Problem:
         return A.view(E, r, K), B.view(N, E, r).permute(1, 0, 2)
 
     def rows(self, width):
-        """[M, width] rows in expert order, of order one; those nobody routed are NaN."""
+        """[M, width] rows in expert order, of order one; unrouted rows are NaN."""
         rows = random(self.M, width, dtype=self.dtype)
         rows[self.valid :] = float("nan")
         return rows
 
 
 def wide(value):
-    """A float tensor in fp64; what is no float tensor, as it is."""
+    """A float tensor in fp64; anything else unchanged."""
     return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
@@ -135,7 +135,7 @@ def outputs(ops, name, *args, **kwargs):
 
 
 def check(kernels, name, problem, *args, **kwargs):
-    """Hold kernel `name` against its twin by the rule, over the rows somebody routed."""
+    """Hold kernel `name` against its twin by the rule, over the routed rows."""
     twin = outputs(reference, name, *args, **kwargs)
     exact = outputs(
         reference, name, *(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()}

@@ -120,9 +120,9 @@ def test_panels_add_up(kernels, dtype, biased):
     ],
 )
 def test_one_pass_is_the_operations(kernels, ran, dtype, I, r, activation, biased):  # noqa: E741
-    # beside those of `CUT_ROWS`: a step cut in its first half, there, behind it
+    # besides `CUT_ROWS`: a step that ends in its first half, at its middle, after it
     rows = [*CUT_ROWS, 32, 33, 95, 96, 97, 160, 161]
-    # the last expert ends within a step: behind it are rows that nobody routed
+    # the last expert ends within a step; after it come unrouted rows
     rows += [256] * (95 - len(rows)) + [165]
     ids = torch.cat([torch.full((n,), e) for e, n in enumerate([*rows, 37])])
     routing = kernels.route(ids[torch.randperm(len(ids))][:, None].to(DEVICE), 96)

@@ -42,10 +42,10 @@ def mxfp4(shape, dtype=torch.float32):
 
 
 def fp8(shape, tile=(8, 16), exponents=False, dtype=torch.float32):
-    """Every bit pattern there is, and scales of one tile each."""
+    """Every bit pattern, and one scale per tile."""
     n, R, C = shape
     codes = torch.arange(n * R * C, device=DEVICE) % 256
-    # NaN is told apart on its own
+    # NaN has a test of its own
     codes = (
         torch.where((codes & 0x7F) == 0x7F, 1, codes)
         .to(torch.uint8)
@@ -181,7 +181,7 @@ def quantized_as(format, dense):
 
 
 def check(kernels, name, problem, weight, *args, at=1, **kwargs):
-    """Kernel and twin on quantized weights, against fp64 on what these stand for."""
+    """Kernel and twin on quantized weights, against fp64 on the decoded weights."""
     actual = outputs(kernels, name, *args[:at], weight, *args[at:], **kwargs)
     twin = outputs(reference, name, *args[:at], weight, *args[at:], **kwargs)
     exact_args = [wide(a) for a in (*args[:at], weight.dense(), *args[at:])]
@@ -265,7 +265,7 @@ def test_parts_number_their_experts_from_zero_and_cover_every_row_once(kernels):
 
 
 def transposed_storage(weight):
-    """[E, N, K] whose bytes stand in the order of [E, K, N]."""
+    """[E, N, K] whose bytes are in the order of [E, K, N]."""
     return transposed(quantize(weight.dense().transpose(1, 2).contiguous(), "nf4"))
 
 
@@ -305,20 +305,20 @@ FEW_ROWS = {
 
 @pytest.fixture
 def no_scratch(monkeypatch):
-    """Nothing may be decoded anywhere but in a product."""
+    """Only products may decode; a scratch is an error."""
 
     def refuse(*args):
         raise AssertionError("experts were decoded into a scratch")
 
     monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.dequantize", refuse)
-    # every size of tiles that the table has a row for
+    # every tile size that has a row in the table
     monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.product_4bit.MAX_BLOCK_M", 32)
 
 
 DECODING_DTYPES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
 
 
-# one dtype under the interpreter, which is slow: they differ in a cast
+# one dtype in the interpreter, which is slow; the dtypes differ only in a cast
 @pytest.mark.parametrize(
     "dtype", DECODING_DTYPES if CUDA else [torch.float16], ids=lambda d: str(d)[6:]
 )
@@ -372,7 +372,7 @@ def check_products_of_few_rows(kernels, case, dtype):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_products_decode_the_bits_of_the_twin(kernels, no_scratch, blocksize, nested):
-    """Columns of a unit matrix, one row an expert, read the weight itself."""
+    """Rows of a unit matrix, one per expert, read the weight itself."""
     dtype, shape = torch.float16, (6, 64, 192)
     weight = quantize(stack(shape, dtype), "nf4", blocksize=blocksize, double_quant=nested)
     for w in (weight, transposed(weight)):
@@ -454,7 +454,7 @@ LAYERS = [("nf4", SHAPES[1]), ("int8", SHAPES[1]), ("nf4", FEW_ROWS["one token, 
 
 @pytest.mark.parametrize(("format", "shape"), LAYERS, ids=["nf4", "int8", "one token"])
 def test_a_layer_and_its_gradients(kernels, monkeypatch, format, shape):
-    """The two backends on quantized experts, whole layers."""
+    """Whole layers on quantized experts, by both backends."""
     from peft_moe_lora.functional import Projection, experts
 
     monkeypatch.setattr("peft_moe_lora.ops.kernels.parts.SCRATCH_BYTES", 2 * 40 * 48 * 4)

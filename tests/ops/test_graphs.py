@@ -1,4 +1,4 @@
-"""Which launches become a CUDA graph, without a GPU: what captures is a fake."""
+"""Which launches become a CUDA graph. No GPU is needed: the capture is a fake."""
 
 from collections import OrderedDict
 
@@ -9,7 +9,7 @@ from peft_moe_lora.ops.kernels.launching import graphs
 
 
 class Graph:
-    """What was launched while it was captured."""
+    """The launches during a capture."""
 
     def __init__(self):
         self.launched, self.replays = [], 0
@@ -20,7 +20,7 @@ class Graph:
 
 @pytest.fixture
 def capturing(monkeypatch):
-    """[whether somebody else captures]; no CUDA needed."""
+    """A list with one bool: whether somebody else captures. No CUDA is needed."""
     state = [False]
     driver = type(
         "",
@@ -42,7 +42,7 @@ def capturing(monkeypatch):
 
 @pytest.fixture
 def call():
-    """Calls at addresses; returns the streams it was launched on."""
+    """Calls with these addresses; returns the streams of the launches."""
     of_a_kind = graphs.Graphs(torch.device("cuda", 0))
 
     def call(*addresses):
@@ -80,7 +80,7 @@ def test_graphs_do_not_pile_up_and_those_in_use_stay(capturing, call, monkeypatc
     for n in range(20):
         for _ in range(4):
             call("in use")
-            # of another kind of call: the limit is of all together
+            # of another kind of call: the limit holds for all kinds together
             others([n], list)
     assert len(graphs._recent) == 4
     assert call.found("in use").replays == 78

@@ -24,7 +24,7 @@ SHARED = [
 
 @pytest.fixture
 def choice(kernels, monkeypatch):
-    """The module that chooses, its imports undone."""
+    """The module that chooses, as before it imported anything."""
     from peft_moe_lora.ops.kernels.sm90 import in_gluon as choice
 
     for name in (*NAMES, *SHARED):
@@ -74,7 +74,7 @@ def test_a_mistake_of_ours_is_raised(choice, monkeypatch, name):
 
 
 def names_of_gluon(path):
-    """{(module, name)} of Gluon that a file imports or reads off a module it imported."""
+    """{(module, name)} of Gluon that a file imports or reads from a module it imported."""
     modules, names = {}, set()
     nodes = list(ast.walk(ast.parse(path.read_text())))
     for node in nodes:
@@ -91,7 +91,7 @@ def names_of_gluon(path):
 
 def test_all_that_the_kernels_use_of_gluon_is_asked_for(choice):
     used = set().union(*map(names_of_gluon, Path(choice.__file__).parent.glob("*.py")))
-    # modules themselves are asked for by importing them
+    # modules themselves are checked by importing them
     used = {(module, name) for module, name in used if f"{module}.{name}" not in choice.NEEDED}
     needed = {
         (module, spelling)

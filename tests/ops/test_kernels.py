@@ -348,7 +348,7 @@ def test_inputs_of_any_strides(kernels, dtype):
     routing = kernels.route(problem.index, problem.shape.E)
 
     def strided(t):
-        """The same values behind strides that no dimension of a contiguous tensor has."""
+        """The same values with strides that no contiguous tensor has."""
         out = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype, device=t.device)[..., 0]
         return out.copy_(t)
 

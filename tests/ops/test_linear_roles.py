@@ -1,4 +1,4 @@
-"""Products by warps of two roles: the choice of them anywhere, their numbers on an H100 or H200."""
+"""Warp-specialized products: when they are chosen, and their numbers on an H100 or H200."""
 
 from functools import partial
 
@@ -72,7 +72,7 @@ class Product:
 
     def __init__(self, kernels, rows, N, K, r, bias, transposed, dtype):
         E = len(rows)
-        # so many sentinels that tiles have 128 rows even where nobody is routed
+        # enough sentinels for tiles of 128 rows, even if no row is routed
         ids = torch.cat(
             [torch.full((n,), e) for e, n in enumerate([*rows, 37 + 200 * E * (not sum(rows))])]
         )
@@ -82,7 +82,7 @@ class Product:
         weight = random(E, N, K, dtype=dtype, scale=K**-0.5)
         self.weight = weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
         self.x, self.bias = self.rows(K), random(E, N, dtype=dtype) if bias else None
-        # a token a row
+        # one token per row
         self.tokens = random(self.M, K, dtype=dtype)
         self.tokens[self.routing.row_token[self.valid :].long()] = float("nan")
         self.xa, self.lora_B = None, None
@@ -104,7 +104,7 @@ class Product:
         return {"bias": self.bias, "xa": self.xa, "lora_B": self.lora_B}
 
     def by(self, launcher):
-        """y, NaN where the launcher wrote nothing."""
+        """y; NaN where the kernel wrote nothing."""
         y = torch.full((self.M, self.N), float("nan"), device="cuda", dtype=self.dtype)
         assert launcher(self.x, self.weight, self.routing, self.bias, self.xa, self.lora_B, y)
         return y
@@ -187,7 +187,7 @@ def test_a_captured_product_follows_its_rows(kernels, product):
 def test_a_replayed_product_has_the_same_bits(kernels, product, monkeypatch):
     from peft_moe_lora.ops.kernels.launching import launch, replay
 
-    # poisoned buffers are written to, which a recording takes for work that it cannot replay
+    # filling buffers with NaN is work that a recording could not replay
     monkeypatch.undo()
     monkeypatch.setattr(replay, "_kinds", {})
     launch.forget()
@@ -262,7 +262,7 @@ def test_products_of_gathered_rows_are_the_twins(
     "activation", [*ACTIVATIONS, Activation("relu2", interleaved=True)], ids=str
 )
 def test_an_activation_of_gathered_rows(kernels, gathered, ran, activation, size, dtype):
-    # gate and up halves of a transposed weight are no box
+    # the gate and up halves of a transposed weight do not form one box
     for transposed in (False, True) if activation.interleaved or not activation.gated else (False,):
         p = gathered("tails", size, transposed, dtype)
         check(

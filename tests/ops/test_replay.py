@@ -15,7 +15,7 @@ BEFORE_ARGUMENTS = 9
 
 
 class Add:
-    """A compiled kernel that is none: out = a + b + n over `size` floats."""
+    """A fake compiled kernel: out = a + b + n over `size` floats."""
 
     function = packed_metadata = None
     runs = 0
@@ -61,7 +61,7 @@ def kernel(monkeypatch):
 
 @pytest.fixture
 def add(kernel):
-    """a + b + n by the fake kernel, b may be None."""
+    """a + b + n by the fake kernel; b may be None."""
 
     def add(a, b, n=0.0):
         out = torch.empty(a.shape)
@@ -92,7 +92,7 @@ def test_later_calls_give_what_the_composition_gives(add, kernel):
             torch.testing.assert_close(actual, expected)
         assert (nothing, seven) == (None, 7)
         assert kernel.runs == 6 * (call + 1)
-        # ahead of the first call once more, launching nothing
+        # composed once more before the first call, without launches
         assert len(composed) == 1 + min(call + 1, 2)
 
 
@@ -199,14 +199,14 @@ def test_graphs_of_forgotten_kinds_go_too(add, monkeypatch):
 
 @dataclass
 class Descriptor:
-    """A descriptor as Triton's or Gluon's is one: its tensor and facts."""
+    """A descriptor like Triton's or Gluon's: its tensor and its fields."""
 
     base: torch.Tensor
     block_shape: list
 
 
 class GluonDescriptor(Descriptor):
-    """Another language's."""
+    """A descriptor of another language."""
 
 
 def test_descriptors_come_again_in_their_class_at_another_address(kernel):
@@ -254,5 +254,5 @@ def test_the_workspace_holds_what_lives_at_once_and_no_more():
             one, other = buffers[i], buffers[j]
             together = one.first <= other.last and other.first <= one.last
             assert i == j or not together or end <= other_start or other_end <= start
-    # at launches 1 and 2 a small, the large and the odd one live together
+    # at launches 1 and 2 a small, the large and the odd buffer live together
     assert total == 1024 + 512 + 512

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 # bytes of shared memory one block may have
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-# T of a layer with E=8, top_k=2: so many rows an expert that each class of tiles comes up
+# T of a layer with E=8, top_k=2, chosen so that every class of tiles occurs
 LARGE, MIDDLE, SMALL = 2048, 256, 32
 
 
@@ -35,7 +35,7 @@ CASES = {
     (120, "half"): [case(LARGE, "bfloat16"), case(SMALL, "bfloat16")],
 }
 
-# the products by which a case runs
+# the kernels of the products that a case runs
 ANYWHERE, ROLES = {"_linear_kernel", "_linear_act_kernel"}, {"_linear_roles_kernel"}
 PRODUCTS = {
     (90, "large"): ROLES,
@@ -47,8 +47,8 @@ PRODUCTS = {
 
 
 def compiled_for(arch, cases):
-    """What each kernel takes, as `compiling` prints it."""
-    # a process of its own: in this one the kernels may be bound to the interpreter
+    """What each kernel uses, as `compiling` prints it."""
+    # in another process: in this one the kernels may be bound to the interpreter
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), env.get("PYTHONPATH", "")])
     command = [sys.executable, str(HERE / "compiling.py"), str(arch), json.dumps(cases)]
@@ -131,7 +131,7 @@ def assert_fits_twice(kernel):
 def test_the_one_pass_of_two_operations_compiles_without_spills_twice_a_multiprocessor(T, dtype, r):
     layer = {"T": T, "E": 128, "top_k": 8, "H": 1024, "I": 512, "r": r, "dtype": dtype}
     kernels = [k for k in compiled_for(90, [layer]) if k["kernel"] == "_shrink_outer_kernel"]
-    # of dpre, at an odd rank beside the activation once more, and gathered of dout
+    # over dpre, at an odd rank also with the activation, and over gathered rows of dout
     assert len(kernels) == 2 + r % 2
     for kernel in kernels:
         assert_fits_twice(kernel)
@@ -201,5 +201,5 @@ def test_products_that_decode_compile_without_spills_and_without_a_scratch(arch,
     assert not any("dequantize" in name for name in found)
     for kernel in kernels:
         assert kernel["local"] == 0, f"spills: {kernel}"
-        # the table asks for four programs of a multiprocessor
+        # the table asks for four programs per multiprocessor
         assert 4 * kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"

@@ -66,7 +66,7 @@ def bnb_dequantized(packed, state, shape):
 
 
 def bnb_parametrized(shape, dtype, **options):
-    """A module whose one parameter bitsandbytes quantized, and the parameter as it was."""
+    """A module with one parameter that bitsandbytes quantized, and the original parameter."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     module = torch.nn.Module()
@@ -82,7 +82,7 @@ def bnb_parametrized(shape, dtype, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
-# rows and experts that are multiples of the block, ones that are not, an odd number of weights
+# rows and experts that are multiples of the block, or not; an odd number of weights
 @pytest.mark.parametrize("shape", [(2, 64, 128), (3, 50, 30), (5, 7, 9), (3, 64, 96)], ids=str)
 def test_decoding_is_bitsandbytes_own_bit_for_bit(shape, format, nested, dtype):
     for blocksize in BLOCKSIZES:

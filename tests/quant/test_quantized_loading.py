@@ -151,7 +151,7 @@ def gpt_oss(tmp_path):
 
 
 def dequantized(path):
-    """transformers' own; 5.17 dequantizes to bf16 whatever dtype is asked for."""
+    """transformers' own result; 5.17 dequantizes to bf16, whatever dtype is asked for."""
     config = Mxfp4Config(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
         path, quantization_config=config, dtype=torch.float32
@@ -173,7 +173,7 @@ def test_gpt_oss_is_kept_in_its_packed_blocks(gpt_oss):
 
 
 def test_adapters_on_packed_and_on_dequantized_gpt_oss_agree(gpt_oss):
-    """`Mxfp4Config(dequantize=True)` gives plain experts; the packed ones say the same."""
+    """`Mxfp4Config(dequantize=True)` gives plain experts, with the packed experts' numbers."""
     found = []
     for base in (load_quantized(gpt_oss, "mxfp4", dtype=torch.float32), dequantized(gpt_oss)):
         model = moe_lora(base, randomize=False)

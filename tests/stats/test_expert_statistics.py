@@ -67,7 +67,7 @@ def routed(model, batch):
 
 
 def counted(index, mask, num_experts=E):
-    """[E] rows per expert, one by one."""
+    """[E] rows per expert, counted one by one."""
     counts = [0] * num_experts
     for sample, line in zip(index.tolist(), mask.tolist(), strict=True):
         for experts, kept in zip(sample, line, strict=True):
@@ -88,7 +88,7 @@ def test_load_is_what_counting_by_hand_gives(family, side):
         for path, (index, _) in routed(base, batch).items()
     }
     assert {path: c.tolist() for path, c in expert_load(base, [batch]).counts.items()} == by_hand
-    # B is zero, so the adapter moves no routing
+    # B is zero, so the adapter changes no routing
     model = moe_lora(base, randomize=False)
     load = expert_load(model, [batch, batch])
     assert {path: c.tolist() for path, c in load.counts.items()} == {
@@ -295,7 +295,7 @@ def _recording(method, seen):
 
 
 def scores_by_hand(index, weights, mask, score):
-    """[E]: the definitions, sample by sample and token by token."""
+    """[E]: the score by its definition, sample by sample and token by token."""
     total = torch.zeros(E, dtype=torch.float64)
     for j in range(len(mask)):
         length = int(mask[j].sum())

@@ -73,7 +73,7 @@ def the_same_in_peft(base, ours, **config):
 
 
 def loss(model):
-    """The cross-entropy of predicting the next token: a gradient as training has it."""
+    """The cross-entropy of the next token, for gradients like those of training."""
     logits = outputs(model)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids()[:, 1:].flatten())
 
@@ -152,7 +152,7 @@ def test_attention_in_the_same_adapter_is_pefts_own_lora():
 
 
 def test_a_mix_up_of_the_two_orders_or_of_two_experts_is_caught(family):
-    """Both mistakes keep every shape: only the numbers can tell."""
+    """Both mistakes keep every shape, so only the numbers show them."""
     base = tiny_model(family)
     ours = moe_lora(copy.deepcopy(base))
     theirs = outputs(the_same_in_peft(copy.deepcopy(base), ours)).detach()
@@ -194,7 +194,7 @@ def test_whole_models_of_other_families_agree_too(family):
 
 
 def test_fill_adapter_leaves_nothing_zero():
-    """What the comparisons above rest on: B is not left at its initial zero."""
+    """The comparisons above rely on this: B is not left at its initial zero."""
     ours = moe_lora(tiny_model(), randomize=False)
     fill_adapter(ours)
     assert all((p != 0).float().mean() > 0.99 for p in adapter_parameters(ours).values())

@@ -70,7 +70,7 @@ BAD_FIELDS = [
 def test_a_field_out_of_range_raises_and_is_named(field, value):
     with pytest.raises(ValueError, match=field) as error:
         MoELoraConfig(**{"r": R, "target_modules": ["experts"], field: value})
-    # a user sees what came in beside what may come in
+    # the message says what came and what is allowed
     given = next(iter(value.values())) if isinstance(value, dict) else value
     assert str(given) in str(error.value)
     assert len(str(error.value)) > len(field) + len(str(given)) + 10
@@ -113,7 +113,7 @@ def test_a_target_that_cannot_be_adapted_raises_and_changes_nothing(why, setting
         get_peft_model(model, MoELoraConfig(r=R, **settings))
     assert_unchanged(model, before)
     assert torch.equal(outputs(model), expected)
-    # and the model is as good as new: the right target still works
+    # the model is unharmed: the right target still works
     assert experts_adapter(moe_lora(model), "model.layers.1.mlp.experts").keys() == {
         "gate_up",
         "down",
@@ -278,7 +278,7 @@ def text(directory):
     (directory / FILE).write_text("version https://git-lfs.github.com/spec/v1\n")
 
 
-# what is wrong -> what the error names
+# what is wrong with the file -> what the error names
 FAULTS = {
     missing: r"layers\.1\.mlp\.experts\.lora_B\.down",
     extra_tensor: r"layers\.2\.mlp\.experts\.lora_B\.down",
@@ -320,7 +320,7 @@ def broken(fault, good_adapter, tmp_path):
 
 
 def test_the_unbroken_file_loads(good_adapter):
-    """Or the tests below would prove nothing."""
+    """If this file did not load, the tests below would prove nothing."""
     assert PeftModel.from_pretrained(tiny_model(), good_adapter).active_adapters == ["default"]
 
 
@@ -410,7 +410,7 @@ def test_a_config_read_and_changed_does_not_skip_the_checks(broken_late):
 
 @pytest.fixture
 def broken_late(good_adapter, tmp_path):
-    """An adapter whose values are fine, but not all there."""
+    """An adapter with good values, some of which are missing."""
     folder = tmp_path / "late"
     shutil.copytree(good_adapter, folder)
     rewrite(folder, lambda tensors: {k: t for k, t in tensors.items() if k != KEY})

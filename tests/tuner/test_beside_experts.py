@@ -94,7 +94,7 @@ def with_everything(base, **config):
 
 
 def pair(model, path):
-    """A and B of a linear layer or a router, by the promised parameter names."""
+    """A and B of a linear layer or a router, by the documented parameter names."""
     named = dict(model.named_parameters())
     return tuple(named[f"base_model.model.{path}.lora_{side}.default.weight"] for side in "AB")
 
@@ -117,7 +117,7 @@ def updated_experts(base, model):
 
 
 def updated_layers(base, model):
-    """The same of every router and linear layer."""
+    """The same for every router and linear layer."""
     weights = {}
     for path in (*router_paths(base), *linear_paths(base)):
         A, B = pair(model, path)
@@ -161,7 +161,7 @@ def test_everything_adapted_is_every_weight_plus_its_update(family):
 @every_family
 def test_bf16_activations_meet_fp32_adapters_everywhere(family):
     base = tiny_model(family, torch.bfloat16)
-    # transformers' grouped products of bf16 want widths of eight
+    # transformers' grouped products in bf16 need widths that are multiples of eight
     base.set_experts_implementation("eager")
     dtype = outputs(base).dtype
     model = with_everything(base)
@@ -217,7 +217,7 @@ def test_a_routers_gradient_through_the_routing_weights(family):
 
 
 def test_the_load_balancing_loss_reaches_the_routers_adapter():
-    """transformers reads a router's logits where it returns them: with the low-rank term."""
+    """The router logits that transformers returns contain the low-rank term."""
     base = tiny_model()
     model = moe_lora(copy.deepcopy(base), target_modules=["experts", "gate"])
     out = model(input_ids=token_ids(), output_router_logits=True, use_cache=False)
@@ -362,7 +362,7 @@ def test_whole_routers_train_are_saved_loaded_and_merged(family, router, tmp_pat
             ["experts", "gate"],
             "2 experts modules, 10 experts, 20 projections adapted; 2 routers: 2 mlp.gate",
         ),
-        # a name fits whole names only: not the gate on the shared expert
+        # a name matches whole names only, not the gate on the shared expert
         ("qwen2_moe", ["gate"], "0 projections adapted; 2 routers: 2 mlp.gate"),
         (
             "qwen2_moe",

@@ -96,7 +96,7 @@ def test_output_and_gradients_are_the_oracles(family, name, options):
     ):
         assert gradient.shape == p.shape
         assert_close(gradient, right, FP32, what)
-    # rows of chosen experts move by about their own size, the others' not at all
+    # rows of chosen experts change by about their own size, rows of others do not change
     without = oracle(plain, x.double(), index, weights.double())
     touched = torch.isin(index, torch.tensor(CHOSEN)).any(1)
     assert 0 < touched.sum() < len(x)

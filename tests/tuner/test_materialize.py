@@ -47,7 +47,7 @@ from peft_moe_lora.tuner.implementations import _log_cost
 from peft_moe_lora.tuner.materialize import materialize
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
-# and one that is transposed without biases, where it is on the interface: not in transformers 5.17
+# and one that is transposed without biases; in transformers 5.17 it is not on the interface
 FAMILIES = one_of_each_kind() + [case for case in interface_families() if case[0] == "aria"]
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -86,7 +86,7 @@ def assert_same(actual, expected, tolerance=FP32):
 
 
 def _expected(plain, model, rows):
-    """As `with_gradients`, from the oracle in fp64 on W + delta."""
+    """Like `with_gradients`, but by the oracle in fp64 on W + delta."""
     plain = in_double(plain)
     pairs = {
         p: tuple(t.detach().double().requires_grad_() for t in ab)
@@ -356,7 +356,7 @@ def test_rows_for_other_ranks_only_are_no_false_alarm(monkeypatch):
     model = materialized(build_experts(*FAMILIES[0]), "skipping")
     hidden_states, top_k_index, top_k_weights = random_rows()
     model(hidden_states, torch.full_like(top_k_index, E), top_k_weights)
-    # with one row for this rank it is no longer right to depend on nothing
+    # with one row for this rank the output must depend on the weights again
     with pytest.raises(RuntimeError, match="no backward"):
         model(hidden_states, top_k_index, top_k_weights)
 
@@ -541,7 +541,7 @@ def test_grouped_mm_in_bf16_is_as_exact_as_our_own_products(case):
         error, own = (
             ((t[i].double() - expected).norm() / expected.norm()).item() for t in (actual, ours)
         )
-        # W + scaling * B A is itself rounded to 8 bits, which our own products are not
+        # W + scaling * B A is rounded to 8 bits of mantissa; our own products do not round it
         assert error <= 2 * own + 8e-3, f"value {i}: {error:.2e} against {own:.2e}"
 
 

@@ -195,7 +195,7 @@ def test_every_expert_starts_from_its_own_draw():
 def test_new_adapter_changes_nothing(family):
     base = tiny_model(family)
     plain = outputs(base)
-    # several layers deep, in another order of summation than the model's own
+    # several layers deep, added in another order than the model's own
     assert_close(outputs(moe_lora(base, randomize=False)), plain, 1e-5)
 
 
@@ -219,7 +219,7 @@ def test_new_adapter_changes_no_bit_of_our_own_path():
 
 
 def check_against_deltas(model, base, scalings, ranks):
-    """The whole model's output is that of a plain one whose experts' weights hold base + delta."""
+    """The whole model's output is that of a plain model whose experts hold base + delta."""
     expected = copy.deepcopy(base)
     for path in experts_paths(base):
         adapters = experts_adapter(model, path)
@@ -403,7 +403,7 @@ def test_merging_in_bf16_rounds_once():
     merged = experts_layer(model, "experts").get_base_layer()
     for projection, delta in deltas.items():
         right = (base_weight(plain, projection).float() + delta).to(torch.bfloat16)
-        # where two fp32 sums fall on either side of a rounding boundary
+        # two fp32 sums may fall on either side of a rounding boundary
         assert (base_weight(merged, projection) == right).float().mean() > 0.999
 
 
@@ -456,7 +456,7 @@ def test_disabling_a_merged_adapter_takes_it_out():
     expected = model(*rows)
     model.merge_adapter()
     with model.disable_adapter():
-        # what was added was taken away again, in fp32
+        # the update was added and subtracted in fp32
         assert_close(model(*rows), plain(*rows), 1e-5)
     assert_close(model(*rows), expected)
 
@@ -476,7 +476,7 @@ def test_deleting_the_last_adapter_leaves_the_plain_module():
     plain, rows = qwen_experts(), random_rows()
     model = wrap(copy.deepcopy(plain))
     model.delete_adapter("default")
-    # PEFT's own forward still asks for the config of the adapter that is gone
+    # PEFT's own forward still asks for the config of the deleted adapter
     assert_close(model.base_model.model(*rows), plain(*rows), 1e-6)
 
 
@@ -489,7 +489,7 @@ def test_unload_gives_the_plain_model_back():
     unloaded = model.unload()
     assert list(unloaded.state_dict()) == keys
     assert torch.equal(outputs(unloaded), plain)
-    # and it takes a new adapter as if nothing had been
+    # and it takes a new adapter as a plain model does
     assert_share_of_order_one(outputs(moe_lora(unloaded)), plain)
 
 
@@ -534,7 +534,7 @@ def counted(monkeypatch):
 
 
 def test_the_models_own_implementation_runs_without_an_active_adapter(counted):
-    """Disabled, merged or unloaded: whatever the base is told to run with is what runs."""
+    """Disabled, merged or unloaded, the base runs the implementation that it was told to run."""
     base = tiny_model()
     base.config._experts_implementation = "counted"
     plain = outputs(base)

@@ -48,7 +48,7 @@ def adapter_grads(model):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradcheck_of_the_whole_layer(family, name, recompute):
     experts = build_experts(family, name, hidden=6, intermediate=5, num_experts=3)
-    # finite differences across a clamp's corner are no gradient
+    # finite differences across a clamp's corner do not give the gradient
     experts.limit = 50.0
     model = wrap(experts, r=2, lora_alpha=4, recompute=recompute).double()
     x, index, weights = random_rows(T=4, hidden=6, num_experts=3, dtype=torch.float64)
@@ -114,15 +114,15 @@ def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
         torch.ones(T, H), torch.arange(T)[:, None] % E, torch.ones(T, 1)
     ).detach()
     dropped = left.abs() < 1e-6
-    # what stays is scaled up, so that the expectation stays
+    # kept values are scaled up, so that the expectation stays the same
     assert_close(left[~dropped], torch.full_like(left[~dropped], 1 / (1 - probability)), 1e-6)
-    # 12,800 draws: three standard deviations are 1.3 %
+    # three standard deviations of 12,800 draws are 1.3 %
     assert dropped.float().mean().item() == pytest.approx(probability, abs=0.015)
-    # neither whole rows nor whole columns
+    # dropout drops neither whole rows nor whole columns
     assert not dropped.all(dim=1).any()
     assert not dropped.all(dim=0).any()
     assert dropped.float().mean(dim=0).std() < 0.1
-    # a row's draw is neither the next row's nor that of the row E further on, its expert's next
+    # a row's draw differs from the next row's, and from that of the next row of its expert
     for shift in (1, E):
         agree = (dropped[shift:] == dropped[:-shift]).float().mean().item()
         assert agree == pytest.approx(probability**2 + (1 - probability) ** 2, abs=0.03)
@@ -130,7 +130,7 @@ def test_dropout_drops_each_value_of_each_row_on_its_own(probability):
 
 def test_rows_of_one_token_are_dropped_apart():
     """Dropout draws per row, not per token: a token's slots go to different experts."""
-    # the second slot counts ten times: a sum tells both draws
+    # the second slot counts ten times, so that the sum shows both draws
     index, weights = (
         torch.tensor([[0, 3]]).repeat(200, 1),
         torch.tensor([[1.0, 10.0]]).repeat(200, 1),
@@ -150,7 +150,7 @@ def test_two_steps_draw_twice():
 
 
 def test_mean_over_seeds_is_the_output_without_dropout():
-    """Only where what follows A is linear: down alone."""
+    """Only for `down`, where everything after A is linear."""
     plain, rows = qwen_experts(), random_rows(T=6)
     model = wrap(copy.deepcopy(plain), lora_dropout=0.3, target_projections=["down"])
     expected = model.eval()(*rows)
@@ -164,7 +164,7 @@ def test_mean_over_seeds_is_the_output_without_dropout():
 
 
 def test_dropout_gradients_are_those_of_the_drawn_mask():
-    """Backward drops what forward dropped: finite differences under one seed."""
+    """Backward drops what forward dropped: finite differences with one seed."""
     experts = build_experts("qwen3_moe", "Qwen3MoeExperts", hidden=6, intermediate=5, num_experts=3)
     model = wrap(experts, r=2, lora_alpha=4, lora_dropout=0.4).double().train()
     x, index, weights = random_rows(T=4, hidden=6, num_experts=3, dtype=torch.float64)
@@ -292,7 +292,7 @@ def test_the_trainer_lowers_the_loss(why, changes, tmp_path):
     assert losses[-1] < 0.6 * losses[0], losses
     trained = adapter_parameters(model)
     assert all((p != 0).any() for n, p in trained.items() if ".lora_B." in n)
-    # training moved the adapter and nothing else
+    # training changed the adapter and nothing else
     unloaded = model.unload().state_dict()
     assert all(torch.equal(unloaded[name], tensor) for name, tensor in frozen.items())
 

@@ -40,7 +40,7 @@ def device(request):
 
 
 def adapted(device, family="qwen3_moe", dtype=torch.float32, seed=0, changes=None, **config):
-    """A tiny model with a random adapter on the device, on the backend that belongs there."""
+    """A tiny model with a random adapter on a device, with the backend of that device."""
     base = tiny_model(family, seed=seed, **(changes or {}))
     config = {"backend": "triton" if device == "cuda" else "torch", **config}
     model = moe_lora(base, **config).to(device)
@@ -65,7 +65,7 @@ def language_loss(model, ids, **kwargs):
 
 
 def gradients(model):
-    """{name: gradient} of the adapter; every one of them is there and none is zero."""
+    """{name: gradient} of the adapter; all exist and none is zero."""
     found = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
     assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
     return {name: grad.clone() for name, grad in found.items()}
@@ -78,7 +78,7 @@ def assert_gradients(actual, expected, tolerance=FP32):
 
 
 def test_the_twin_is_the_model(device):
-    """What everything below rests on: forward and gradients, experts and attention."""
+    """All tests below rely on this: forward and gradients, experts and attention."""
     for family in ROUTED_FAMILIES:
         targets = ["experts", "q_a_proj"] if family == "deepseek_v3" else EVERYWHERE
         model, ids = adapted(device, family, target_modules=targets), ids_on(device)
@@ -126,7 +126,7 @@ def routings(monkeypatch):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_recomputed_routing_is_the_saved_routing(device, family, use_reentrant, autocast, routings):
-    """Under dropout before the router, which decides on what dropout left."""
+    """With dropout before the router, so that the routing depends on the draw."""
     model = adapted(device, family, lora_dropout=0.3, target_modules=["experts", "o_proj"]).train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -214,7 +214,7 @@ def assert_as_exact_as_the_twin(actual, twins, exact, atol):
 
 
 LOW = [torch.bfloat16, torch.float16]
-# one rounding of the result
+# the result is rounded once
 ATOL = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -316,7 +316,7 @@ def test_eval_and_train_switch_dropout_and_nothing_else(device):
         first = logits(model, ids)
         torch.manual_seed(2)
         assert torch.equal(logits(model, ids), first)
-    # an evaluation between forward and backward, as some loops have it, leaves the step alone
+    # an evaluation between forward and backward, as in some loops, does not change the step
     torch.manual_seed(2)
     loss = language_loss(model.train(), ids)
     with torch.no_grad():
@@ -442,7 +442,7 @@ def test_left_padding_changes_no_logit_and_no_gradient(device, family):
     model = adapted(device, family).train()
     rows, ids, mask = left_padded(device)
     twin = DenseTwin(model)
-    # a sequence's first token is predicted by nobody, here not by the padding before it either
+    # no position predicts a sequence's first token, and the padding before it does not either
     labels = ids.masked_fill(mask * mask.roll(1, 1) == 0, -100)
     padded = logits(model, ids, attention_mask=mask)
     for i, row in enumerate(rows):
@@ -513,7 +513,7 @@ def test_experts_offloaded_to_the_cpu_train(device, family, checkpointing):
 
 
 def test_an_adapter_lies_where_its_offloaded_experts_run():
-    """Not where their weights wait: shown with a device that neither is."""
+    """It does not lie where their weights are stored; a third device shows this."""
     base = tiny_model()
     cpu_offload(base, execution_device=torch.device("meta"))
     assert all(p.is_meta for p in adapter_parameters(moe_lora(base, randomize=False)).values())
