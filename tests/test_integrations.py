@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers import (
     FUSED_KINDS,
+    QWEN3_MOE,
     SAME,
     E,
     Holder,
@@ -284,7 +285,7 @@ def test_nothing_of_a_weights_size_is_made(case, dtype):
 
 def test_the_watch_for_large_tensors_sees_them():
     """PEFT's own route makes the delta of all experts, and the same watch must see it."""
-    experts = build_experts("qwen3_moe", "Qwen3MoeExperts", hidden=64, intermediate=48)
+    experts = build_experts(*QWEN3_MOE, hidden=64, intermediate=48)
     weight = experts.gate_up_proj
     config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
     model = get_peft_model(Holder(experts), config)
@@ -437,7 +438,7 @@ def test_the_peft_type_behaves_like_the_others():
 @pytest.mark.filterwarnings("error")
 def test_using_the_package_warns_about_nothing():
     """One forward, one backward and one merge of a bare module, with every warning an error."""
-    model = wrap(build_experts("qwen3_moe", "Qwen3MoeExperts"), lora_dropout=0.1)
+    model = wrap(build_experts(*QWEN3_MOE), lora_dropout=0.1)
     rows = random_rows()
     model(*rows).sum().backward()
     model.eval()

@@ -15,6 +15,8 @@ from transformers.integrations.finegrained_fp8 import (
 from transformers.integrations.moe import use_experts_implementation
 
 from helpers import (
+    NEMOTRON_H,
+    QWEN3_MOE,
     E,
     H,
     Holder,
@@ -39,7 +41,7 @@ def fp8_experts(
     block_size, scale_fmt="float", has_gate=True, family="qwen3_moe", dtype=torch.float32, **config
 ):
     """transformers' own class, as its quantizer makes it, with random codes and scales."""
-    name = {"qwen3_moe": "Qwen3MoeExperts", "nemotron_h": "NemotronHExperts"}[family]
+    name = dict([QWEN3_MOE, NEMOTRON_H])[family]
     model_config = tiny_config(family, type(build_experts(family, name)))
     model_config.dtype = dtype
     if family == "nemotron_h":
@@ -107,7 +109,7 @@ def test_fp8_experts_compute_what_transformers_dequantizes(block_size, scale_fmt
     fp8 = fp8_experts(block_size, scale_fmt)
     if block_size == (16, 20):
         # transformers' own dequantization does not take a short last tile: from the definition
-        plain = build_experts("qwen3_moe", "Qwen3MoeExperts")
+        plain = build_experts(*QWEN3_MOE)
         for name, parameter in plain.named_parameters():
             scales = (
                 getattr(fp8, f"{name}_scale_inv")
@@ -118,13 +120,13 @@ def test_fp8_experts_compute_what_transformers_dequantizes(block_size, scale_fmt
             weight = getattr(fp8, name).float()
             parameter.data = weight * scales[:, : weight.shape[1], : weight.shape[2]]
     else:
-        plain = dense_of(fp8, build_experts("qwen3_moe", "Qwen3MoeExperts"), torch.float32)
+        plain = dense_of(fp8, build_experts(*QWEN3_MOE), torch.float32)
     agree(wrap(fp8), wrap(plain), random_rows())
 
 
 def test_fp8_experts_without_a_gate():
     fp8 = fp8_experts((8, 8), has_gate=False, family="nemotron_h")
-    plain = dense_of(fp8, build_experts("nemotron_h", "NemotronHExperts"), torch.float32)
+    plain = dense_of(fp8, build_experts(*NEMOTRON_H), torch.float32)
     agree(wrap(fp8), wrap(plain), random_rows())
 
 
@@ -221,7 +223,7 @@ def test_fp8_experts_of_another_form_are_refused(change, said):
 @pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])
 def test_torchao_float8_weights_are_read(granularity):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    base = build_experts("qwen3_moe", "Qwen3MoeExperts")
+    base = build_experts(*QWEN3_MOE)
     plain = copy.deepcopy(base)
     for name, parameter in list(base.named_parameters()):
         eight = quantization.Float8Tensor.from_hp(
@@ -238,9 +240,7 @@ def test_torchao_float8_weights_are_read(granularity):
 
 def test_other_torchao_weights_are_refused():
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    base = build_experts(
-        "qwen3_moe", "Qwen3MoeExperts", hidden=128, intermediate=128, dtype=torch.bfloat16
-    )
+    base = build_experts(*QWEN3_MOE, hidden=128, intermediate=128, dtype=torch.bfloat16)
     eight = quantization.Int8Tensor.from_hp(base.down_proj.data, quantization.PerRow())
     base.down_proj = torch.nn.Parameter(eight, requires_grad=False)
     with pytest.raises(UnsupportedExperts, match="Int8Tensor"):

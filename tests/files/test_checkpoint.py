@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from helpers import (
+    QWEN3_MOE,
     SAME,
     E,
     H,
@@ -366,7 +367,7 @@ def test_merged_model_loads_as_a_plain_one(saved, tmp_path):
 
 
 def test_a_bare_module_needs_no_config_of_transformers(tmp_path):
-    experts = build_experts("qwen3_moe", "Qwen3MoeExperts")
+    experts = build_experts(*QWEN3_MOE)
     model = wrap(copy.deepcopy(experts))
     model.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / FILE)) == {

@@ -21,6 +21,7 @@ from gpu.layers import (
     no_wait_for_the_device,
     step,
 )
+from helpers import GPT_OSS, NEMOTRON_H, QWEN3_MOE
 from peft_moe_lora.ops import kernels
 from peft_moe_lora.ops.kernels.launching import graphs, replay
 from peft_moe_lora.ops.routing import Routing
@@ -113,13 +114,13 @@ def test_a_thread_may_begin_with_a_descriptor(calls):
 @pytest.mark.parametrize(
     ("family", "name", "config"),
     [
-        (*FAMILIES[0], {}),
-        (*FAMILIES[0], {"recompute": True}),
-        (*FAMILIES[0], {"lora_dropout": 0.3}),
-        (*FAMILIES[0], {"target_projections": ["down"]}),
-        (*FAMILIES[0], {"expert_indices": {"experts": [6, 1, 2]}}),
-        (*FAMILIES[1], {"r": 64}),
-        (*FAMILIES[2], {}),
+        (*QWEN3_MOE, {}),
+        (*QWEN3_MOE, {"recompute": True}),
+        (*QWEN3_MOE, {"lora_dropout": 0.3}),
+        (*QWEN3_MOE, {"target_projections": ["down"]}),
+        (*QWEN3_MOE, {"expert_indices": {"experts": [6, 1, 2]}}),
+        (*GPT_OSS, {"r": 64}),
+        (*NEMOTRON_H, {}),
     ],
     ids=["plain", "recompute", "dropout", "down", "some", "gpt_oss", "ungated"],
 )
@@ -146,7 +147,7 @@ def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, family, nam
 
 
 def test_a_replayed_step_needs_no_more_memory(monkeypatch):
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     batch = inputs(torch.bfloat16, 8192)
     monkeypatch.setattr(replay, "_kinds", {})
 
@@ -162,7 +163,7 @@ def test_a_replayed_step_needs_no_more_memory(monkeypatch):
 
 
 def test_counting_rows_waits_for_nothing():
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     with RoutingWatch(model) as watch:
         step(model, layer, *args)  # kernels are compiled
@@ -174,14 +175,14 @@ def test_counting_rows_waits_for_nothing():
 
 
 def test_same_bits_every_time():
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     first, second = step(model, layer, *args), step(model, layer, *args)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_nothing_waits_for_the_device():
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     step(model, layer, *args)  # kernels are compiled
     with no_wait_for_the_device():
@@ -189,7 +190,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_compiled_layer_is_one_graph_with_the_same_numbers():
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     eager = step(model, layer, *args)
     compiled = step(torch.compile(model.base_model.model.experts, fullgraph=True), layer, *args)
@@ -199,7 +200,7 @@ def test_compiled_layer_is_one_graph_with_the_same_numbers():
 
 def test_a_captured_graph_follows_the_adapter():
     """Nothing is packed at capture: a replay reads the parameters as they are then."""
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     with torch.no_grad():
         model(*args)
@@ -213,7 +214,7 @@ def test_a_captured_graph_follows_the_adapter():
 
 def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits(monkeypatch):
     monkeypatch.setattr(replay, "_kinds", {})
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     others = inputs(torch.bfloat16)
 
@@ -244,7 +245,7 @@ def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits(monkeypatch
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_repeats_dropout(use_reentrant):
-    model, layer = adapted(*FAMILIES[0], torch.bfloat16, lora_dropout=0.3)
+    model, layer = adapted(*QWEN3_MOE, torch.bfloat16, lora_dropout=0.3)
     model.train()
     args = inputs(torch.bfloat16)
 
@@ -261,7 +262,7 @@ def test_checkpointing_repeats_dropout(use_reentrant):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_kept_memory_is_the_pre_activation_two_rank_wide_tensors_and_indices(recompute):
-    model, _ = adapted(*FAMILIES[0], torch.bfloat16, recompute=recompute)
+    model, _ = adapted(*QWEN3_MOE, torch.bfloat16, recompute=recompute)
     x, index, weights = inputs(torch.bfloat16, tokens=20_000)
     x.requires_grad_()
     model(x, index, weights)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from gpu.layers import ATOL, FAMILIES, E, H, I, R, adapted, inputs, no_wait_for_the_device, step
-from helpers import Holder, build_experts
+from helpers import QWEN3_MOE, Holder, build_experts
 from peft_moe_lora import dequantize_experts, quantize_experts
 from peft_moe_lora.ops import kernels
 from peft_moe_lora.ops.kernels.launching import replay
@@ -93,7 +93,7 @@ def test_few_tokens_need_no_scratch(monkeypatch, family, name, dtype, tokens, se
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_nothing_waits_for_the_device(monkeypatch, tokens):
     few_experts_a_part(monkeypatch, 3)
-    (model, layer), _ = quantized(*FAMILIES[0], torch.bfloat16)
+    (model, layer), _ = quantized(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16, tokens)
     step(model, layer, *args)
     with no_wait_for_the_device():
@@ -103,7 +103,7 @@ def test_nothing_waits_for_the_device(monkeypatch, tokens):
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_same_bits_every_time_and_under_a_captured_graph(monkeypatch, tokens):
     few_experts_a_part(monkeypatch, 3)
-    (model, layer), _ = quantized(*FAMILIES[0], torch.bfloat16)
+    (model, layer), _ = quantized(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16, tokens)
     first, second = step(model, layer, *args), step(model, layer, *args)
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -117,7 +117,7 @@ def test_same_bits_every_time_and_under_a_captured_graph(monkeypatch, tokens):
 
 
 def test_two_streams_do_not_share_a_scratch():
-    (model, _), (dense, _) = quantized(*FAMILIES[0], torch.bfloat16)
+    (model, _), (dense, _) = quantized(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     with torch.no_grad():
         expected = dense(*args)
@@ -136,7 +136,7 @@ def test_two_streams_do_not_share_a_scratch():
 
 
 def test_checkpointing_keeps_nothing_dense():
-    (model, layer), _ = quantized(*FAMILIES[0], torch.bfloat16)
+    (model, layer), _ = quantized(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     kept = step(model, layer, *args)
     recomputed = step(lambda *a: checkpoint(model, *a, use_reentrant=False), layer, *args)
@@ -152,9 +152,7 @@ def test_peak_is_that_of_dense_experts_and_the_scratch(monkeypatch):
     def peak(quantize):
         gc.collect()
         start = torch.cuda.memory_allocated()
-        experts = build_experts("qwen3_moe", "Qwen3MoeExperts", 1024, 512, 32).to(
-            "cuda", torch.bfloat16
-        )
+        experts = build_experts(*QWEN3_MOE, 1024, 512, 32).to("cuda", torch.bfloat16)
         from peft import get_peft_model
 
         from peft_moe_lora import MoELoraConfig
@@ -223,7 +221,7 @@ assert E >= 8, "parts of three experts leave a short one"
 @pytest.mark.parametrize("setting", [*SETTINGS[:2], SETTINGS[3]], ids=["nested", "plain", "int8"])
 @pytest.mark.parametrize("tokens", [40, 2048])
 def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, setting, tokens):
-    model, layer = quantized(*FAMILIES[0], torch.bfloat16, setting)[0]
+    model, layer = quantized(*QWEN3_MOE, torch.bfloat16, setting)[0]
     batches = [inputs(torch.bfloat16, tokens) for _ in range(5)]
     monkeypatch.setattr(replay, "_kinds", {})
     found = [step(model, layer, *batch) for batch in batches]

@@ -49,6 +49,9 @@ from helpers.dense import (
 from helpers.families import (
     FUSED_FAMILIES,
     FUSED_KINDS,
+    GPT_OSS,
+    NEMOTRON_H,
+    QWEN3_MOE,
     ROUTED_FAMILIES,
     STORED_FAMILIES,
     UNFUSED_FAMILIES,

@@ -6,15 +6,15 @@ The families with a tiny model are listed in `helpers.models`, those off the exp
 
 from helpers.classes import interface_families
 
-# (family, class name), one for each way that experts run in the fused kernels
-FUSED_KINDS = [
-    # the plain case: gated, concatenated, [E, 2I, H]
-    ("qwen3_moe", "Qwen3MoeExperts"),
-    # interleaved, transposed, biased and clamped
-    ("gpt_oss", "GptOssExperts"),
-    # no gate
-    ("nemotron_h", "NemotronHExperts"),
-]
+# (family, class name)
+# the plain case: gated, concatenated, [E, 2I, H]
+QWEN3_MOE = ("qwen3_moe", "Qwen3MoeExperts")
+# interleaved, transposed, biased and clamped
+GPT_OSS = ("gpt_oss", "GptOssExperts")
+# no gate
+NEMOTRON_H = ("nemotron_h", "NemotronHExperts")
+# one for each way that experts run in the fused kernels
+FUSED_KINDS = [QWEN3_MOE, GPT_OSS, NEMOTRON_H]
 FUSED_FAMILIES = [family for family, _ in FUSED_KINDS]
 
 # one for each way that checkpoints on the hub store experts: one tensor per expert, stacked,

@@ -11,6 +11,8 @@ import torch
 from torch.nn.utils import parametrize
 
 from helpers import (
+    GPT_OSS,
+    QWEN3_MOE,
     H,
     Holder,
     I,
@@ -215,7 +217,7 @@ def test_layer_computes_what_it_does_on_the_dense_weights(family, name, setting)
 
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 def test_an_adapter_on_one_projection(projection):
-    quantized, dense = pair(*FAMILIES[0], SETTINGS[0], target_projections=[projection])
+    quantized, dense = pair(*QWEN3_MOE, SETTINGS[0], target_projections=[projection])
     rows = random_rows()
     (out, grads), (expected, expected_grads) = gradients(quantized, rows), gradients(dense, rows)
     for a, b in zip((out, *grads), (expected, *expected_grads), strict=True):
@@ -223,7 +225,7 @@ def test_an_adapter_on_one_projection(projection):
 
 
 def test_several_adapters_active_at_once():
-    quantized, dense = pair(*FAMILIES[1], SETTINGS[0])
+    quantized, dense = pair(*GPT_OSS, SETTINGS[0])
     for model in (quantized, dense):
         model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
         fill_adapter(model, "second", seed=5)
@@ -234,7 +236,7 @@ def test_several_adapters_active_at_once():
 
 
 def test_recompute_and_dropout_decode_anew():
-    quantized, dense = pair(*FAMILIES[0], SETTINGS[0], recompute=True, lora_dropout=0.3)
+    quantized, dense = pair(*QWEN3_MOE, SETTINGS[0], recompute=True, lora_dropout=0.3)
     rows, found = random_rows(), []
     for model in (quantized, dense):
         torch.manual_seed(1)
@@ -257,7 +259,7 @@ def test_only_experts_with_rows_are_decoded_and_none_is_kept(monkeypatch):
         return out
 
     monkeypatch.setattr(QuantizedWeight.__subclasses__()[0], "decode", watched)
-    model, _ = pair(*FAMILIES[0], SETTINGS[0])
+    model, _ = pair(*QWEN3_MOE, SETTINGS[0])
     decoded.clear(), alive.clear()
     x, index, weights = random_rows()
     x.requires_grad_()
@@ -270,7 +272,7 @@ def test_only_experts_with_rows_are_decoded_and_none_is_kept(monkeypatch):
 
 
 def test_no_tokens_and_sentinels():
-    model, dense = pair(*FAMILIES[0], SETTINGS[3])
+    model, dense = pair(*QWEN3_MOE, SETTINGS[3])
     x, index, weights = random_rows()
     assert model(x[:0], index[:0], weights[:0]).shape == (0, H)
     index[3, 0], index[5, 1] = 5, 99
@@ -279,7 +281,7 @@ def test_no_tokens_and_sentinels():
 
 
 def test_bf16_experts_stay_bf16():
-    model, dense = pair(*FAMILIES[0], SETTINGS[0], dtype=torch.bfloat16)
+    model, dense = pair(*QWEN3_MOE, SETTINGS[0], dtype=torch.bfloat16)
     rows = random_rows(dtype=torch.bfloat16)
     (out, grads), (expected, _) = gradients(model, rows), gradients(dense, rows)
     assert out.dtype == grads[0].dtype == torch.bfloat16
@@ -287,7 +289,7 @@ def test_bf16_experts_stay_bf16():
 
 
 def test_a_module_moved_and_cast_keeps_its_scales():
-    experts = quantize_experts(Holder(build_experts(*FAMILIES[0]))).experts
+    experts = quantize_experts(Holder(build_experts(*QWEN3_MOE))).experts
     before = stored_weight(experts, "gate_up_proj")
     after = stored_weight(experts.to(torch.bfloat16), "gate_up_proj")
     assert all(
@@ -301,7 +303,7 @@ def test_a_module_moved_and_cast_keeps_its_scales():
 
 
 def test_torch_compile_gives_the_same_numbers():
-    model, dense = pair(*FAMILIES[0], SETTINGS[0])
+    model, dense = pair(*QWEN3_MOE, SETTINGS[0])
     rows = random_rows()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -359,7 +361,7 @@ def test_experts_that_accelerate_offloads(first):
 
 
 def test_weights_left_on_another_device_are_refused():
-    model, _ = pair(*FAMILIES[0], SETTINGS[0])
+    model, _ = pair(*QWEN3_MOE, SETTINGS[0])
     stored = model.base_model.model.experts.base_layer.parametrizations.down_proj
     stored.original = torch.nn.Parameter(stored.original.to("meta"), requires_grad=False)
     with pytest.raises(ValueError, match=r"on cpu and nf4 weights on \['cpu', 'meta'\]"):
@@ -368,7 +370,7 @@ def test_weights_left_on_another_device_are_refused():
 
 def test_an_adapter_on_some_experts():
     chosen = {"experts": [0, 3]}
-    quantized, dense = pair(*FAMILIES[0], SETTINGS[0], expert_indices=chosen)
+    quantized, dense = pair(*QWEN3_MOE, SETTINGS[0], expert_indices=chosen)
     rows = random_rows()
     (out, grads), (expected, expected_grads) = gradients(quantized, rows), gradients(dense, rows)
     for a, b in zip((out, *grads), (expected, *expected_grads), strict=True):
@@ -389,7 +391,7 @@ def test_quantizing_under_an_adapter_is_quantizing_before_it():
 def test_experts_that_bitsandbytes_quantized():
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    base = build_experts("qwen3_moe", "Qwen3MoeExperts", hidden=64, intermediate=64)
+    base = build_experts(*QWEN3_MOE, hidden=64, intermediate=64)
     dense = copy.deepcopy(base)
     for name in ("gate_up_proj", "down_proj"):
         replace_parameter_4bit(base, name, compress_statistics=True, quant_type="nf4", blocksize=64)
@@ -430,7 +432,7 @@ def test_linear_layers_in_four_bits_beside_them():
 # ---- merging -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "name"), FAMILIES[:2])
+@pytest.mark.parametrize(("family", "name"), [QWEN3_MOE, GPT_OSS])
 @settings
 def test_merging_requantizes_and_says_what_that_cost(family, name, setting, caplog):
     model, dense = pair(family, name, setting)
@@ -462,7 +464,7 @@ def test_merging_requantizes_and_says_what_that_cost(family, name, setting, capl
 
 
 def test_merging_into_dense_experts_keeps_the_update():
-    model, _ = pair(*FAMILIES[0], SETTINGS[0])
+    model, _ = pair(*QWEN3_MOE, SETTINGS[0])
     rows = random_rows()
     expected = model(*rows).detach()
     dequantize_experts(model)
@@ -472,7 +474,7 @@ def test_merging_into_dense_experts_keeps_the_update():
 
 
 def test_merging_two_adapters_one_after_the_other_requantizes_from_the_first_weights():
-    model, dense = pair(*FAMILIES[0], SETTINGS[3])
+    model, dense = pair(*QWEN3_MOE, SETTINGS[3])
     layer = model.base_model.model.experts
     for each in (model, dense):
         each.add_adapter("second", copy.deepcopy(each.peft_config["default"]))
@@ -514,14 +516,14 @@ def build_experts_on_meta():
 
 
 def test_an_unknown_parametrization_is_refused():
-    experts = build_experts("qwen3_moe", "Qwen3MoeExperts")
+    experts = build_experts(*QWEN3_MOE)
     parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
     with pytest.raises(UnsupportedExperts, match="parametrized by"):
         read_layout(experts)
 
 
 def test_codes_without_scales_are_refused():
-    experts = build_experts("qwen3_moe", "Qwen3MoeExperts")
+    experts = build_experts(*QWEN3_MOE)
     experts.down_proj = torch.nn.Parameter(
         torch.zeros(5, H, I, dtype=torch.uint8), requires_grad=False
     )

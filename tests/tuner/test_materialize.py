@@ -11,6 +11,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from helpers import (
     FP32,
+    QWEN3_MOE,
     SAME,
     E,
     H,
@@ -130,13 +131,13 @@ def test_a_module_off_the_interface_runs_its_own_forward(build):
 
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 def test_an_adapter_on_one_projection_leaves_the_other_alone(projection):
-    plain, rows = build_experts(*FAMILIES[0]), rows_without_the_last_expert()
+    plain, rows = build_experts(*QWEN3_MOE), rows_without_the_last_expert()
     model = materialized(copy.deepcopy(plain), target_projections=[projection])
     assert_same(with_gradients(model, rows), _expected(plain, model, rows))
 
 
 def test_several_adapters_of_other_ranks_add_up():
-    plain, rows = build_experts(*FAMILIES[0]), rows_without_the_last_expert()
+    plain, rows = build_experts(*QWEN3_MOE), rows_without_the_last_expert()
     both = []
     for backend in ("torch", "materialize"):
         model = wrap(copy.deepcopy(plain), backend=backend)
@@ -280,7 +281,7 @@ def kernel(monkeypatch):
 
 
 def test_a_registered_kernel_runs_and_trains_the_adapter(kernel):
-    calls, plain, rows = kernel(), build_experts(*FAMILIES[0]), rows_without_the_last_expert()
+    calls, plain, rows = kernel(), build_experts(*QWEN3_MOE), rows_without_the_last_expert()
     model = materialized(copy.deepcopy(plain), "elsewhere")
     actual = with_gradients(model, rows)
     assert len(calls) == 1
@@ -289,7 +290,7 @@ def test_a_registered_kernel_runs_and_trains_the_adapter(kernel):
 
 def test_what_a_kernel_keeps_of_the_written_weights_does_not_outlive_the_call(kernel):
     calls = kernel()
-    model = materialized(build_experts(*FAMILIES[0]), "elsewhere")
+    model = materialized(build_experts(*QWEN3_MOE), "elsewhere")
     layer = model.base_model.model.experts
     base, before = layer.get_base_layer(), snapshot(model)
     with_gradients(model, rows_without_the_last_expert())
@@ -304,7 +305,7 @@ def test_what_a_kernel_keeps_of_the_written_weights_does_not_outlive_the_call(ke
 
 def test_a_kernel_that_fails_leaves_the_module_as_it_was(kernel):
     kernel()
-    model = materialized(build_experts(*FAMILIES[0]))
+    model = materialized(build_experts(*QWEN3_MOE))
     expected = model(*random_rows())
     before = snapshot(model)
 
@@ -322,7 +323,7 @@ def test_a_kernel_that_fails_leaves_the_module_as_it_was(kernel):
 
 def test_a_kernel_without_a_backward_is_an_error_in_training_only(kernel):
     kernel(how="no backward")
-    plain, rows = build_experts(*FAMILIES[0]), random_rows()
+    plain, rows = build_experts(*QWEN3_MOE), random_rows()
     model = materialized(copy.deepcopy(plain), "elsewhere")
     with torch.no_grad():
         assert_close(model(*rows), wrap(copy.deepcopy(plain))(*rows))
@@ -334,7 +335,7 @@ def test_a_kernel_without_a_backward_is_an_error_in_training_only(kernel):
 
 def test_a_kernel_that_forms_no_dW_is_an_error(kernel):
     kernel(how="frozen weights only")
-    model = materialized(build_experts(*FAMILIES[0]), "elsewhere")
+    model = materialized(build_experts(*QWEN3_MOE), "elsewhere")
     out = model(*random_rows())
     with pytest.raises(RuntimeError, match="gave its weights no gradient"):
         out.sum().backward()
@@ -342,7 +343,7 @@ def test_a_kernel_that_forms_no_dW_is_an_error(kernel):
 
 @implementations
 def test_no_tokens_are_no_false_alarm(implementation):
-    model = materialized(build_experts(*FAMILIES[0]), implementation)
+    model = materialized(build_experts(*QWEN3_MOE), implementation)
     assert model(*random_rows(T=0)).shape == (0, H)
     model(*random_rows()).sum().backward()
     assert all(p.grad.abs().max() > 0 for p in adapter_parameters(model).values())
@@ -353,7 +354,7 @@ def test_rows_for_other_ranks_only_are_no_false_alarm(monkeypatch):
         return torch.zeros_like(hidden_states)
 
     monkeypatch.setitem(ExpertsInterface._global_mapping, "skipping", skip_everything)
-    model = materialized(build_experts(*FAMILIES[0]), "skipping")
+    model = materialized(build_experts(*QWEN3_MOE), "skipping")
     hidden_states, top_k_index, top_k_weights = random_rows()
     model(hidden_states, torch.full_like(top_k_index, E), top_k_weights)
     # with one row for this rank the output must depend on the weights again
@@ -509,7 +510,7 @@ def test_an_implementation_chosen_later_is_checked_at_the_first_call():
 
 
 def test_weights_that_are_no_plain_parameters_are_refused():
-    experts = quantize_experts(Holder(build_experts(*FAMILIES[0])))
+    experts = quantize_experts(Holder(build_experts(*QWEN3_MOE)))
     with pytest.raises(ValueError, match="gate_up_proj is not a plain parameter"):
         get_peft_model(
             experts, MoELoraConfig(r=R, target_modules=["experts"], backend="materialize")
@@ -550,7 +551,7 @@ def test_a_step_on_the_gpu_holds_the_written_weights_and_one_gradient():
     """Peak above the weights: W' of both projections and dW of one or both, nothing in fp32."""
     num_experts, size = 64, 1024
     plain = build_experts(
-        *FAMILIES[0], hidden=size, intermediate=size, num_experts=num_experts, dtype=torch.bfloat16
+        *QWEN3_MOE, hidden=size, intermediate=size, num_experts=num_experts, dtype=torch.bfloat16
     )
     model = materialized(plain.cuda(), "grouped_mm")
     rows = tuple(t.cuda() for t in random_rows(64, size, num_experts, dtype=torch.bfloat16))
@@ -571,7 +572,7 @@ def test_checkpointing_repeats_the_written_weights_on_the_gpu(use_reentrant):
     from torch.utils.checkpoint import checkpoint
 
     model = materialized(
-        build_experts(*FAMILIES[0], hidden=64, intermediate=64, dtype=torch.bfloat16).cuda()
+        build_experts(*QWEN3_MOE, hidden=64, intermediate=64, dtype=torch.bfloat16).cuda()
     )
     rows = tuple(t.cuda() for t in random_rows(100, 64, dtype=torch.bfloat16))
     rows = rows[0].requires_grad_(), rows[1], rows[2].requires_grad_()

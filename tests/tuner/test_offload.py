@@ -6,6 +6,7 @@ from accelerate import cpu_offload
 from torch import nn
 
 from helpers import (
+    QWEN3_MOE,
     SAME,
     E,
     H,
@@ -33,7 +34,7 @@ class Act(nn.Module):
 
 
 def on_the_interface():
-    return build_experts("qwen3_moe", "Qwen3MoeExperts")
+    return build_experts(*QWEN3_MOE)
 
 
 def off_the_interface():

@@ -20,6 +20,7 @@ import peft_moe_lora
 from helpers import (
     FP32,
     FUSED_FAMILIES,
+    QWEN3_MOE,
     E,
     H,
     Holder,
@@ -56,7 +57,7 @@ def experts_layer(model, path=SECOND):
 
 
 def qwen_experts():
-    return build_experts("qwen3_moe", "Qwen3MoeExperts")
+    return build_experts(*QWEN3_MOE)
 
 
 def oracle_output(plain, rows, *deltas):

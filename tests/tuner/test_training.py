@@ -11,6 +11,8 @@ from transformers import Trainer
 
 from helpers import (
     FUSED_KINDS,
+    NEMOTRON_H,
+    QWEN3_MOE,
     SAME,
     VOCAB,
     E,
@@ -34,7 +36,7 @@ from helpers import (
 
 
 def qwen_experts():
-    return build_experts("qwen3_moe", "Qwen3MoeExperts")
+    return build_experts(*QWEN3_MOE)
 
 
 def adapter_grads(model):
@@ -92,7 +94,7 @@ def shows_its_draws(probability):
     Its first projection is linear, ungated and zero, with A and B the identity; the second
     projection is the identity. So the layer returns what enters A.
     """
-    experts = build_experts("nemotron_h", "NemotronHExperts", hidden=H, intermediate=H)
+    experts = build_experts(*NEMOTRON_H, hidden=H, intermediate=H)
     experts.act_fn = torch.nn.Identity()
     with torch.no_grad():
         experts.up_proj.zero_()
@@ -165,7 +167,7 @@ def test_mean_over_seeds_is_the_output_without_dropout():
 
 def test_dropout_gradients_are_those_of_the_drawn_mask():
     """Backward drops what forward dropped: finite differences with one seed."""
-    experts = build_experts("qwen3_moe", "Qwen3MoeExperts", hidden=6, intermediate=5, num_experts=3)
+    experts = build_experts(*QWEN3_MOE, hidden=6, intermediate=5, num_experts=3)
     model = wrap(experts, r=2, lora_alpha=4, lora_dropout=0.4).double().train()
     x, index, weights = random_rows(T=4, hidden=6, num_experts=3, dtype=torch.float64)
     inputs = [x.requires_grad_(), weights.requires_grad_(), *adapter_parameters(model).values()]
