@@ -1,7 +1,7 @@
-"""Which `Activation` computes what an experts module computes between its projections.
+"""Finds the `Activation` that an experts module applies between its projections.
 
-The answer is found by running the module's own code on a few numbers, the probe, and comparing the
-result with that of every candidate. Names of classes and functions decide nothing.
+The module's own code runs on a few numbers, called the probe. Its result is compared with the
+result of every candidate. Names of classes and functions are not used.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ from ..ops import Activation
 from ..ops.activation import KINDS
 from .families import FAMILIES
 
-# names of the attributes that hold an activation's constants; the first that is a number is used
+# names of attributes with an activation's constants; the first attribute that is a number is used
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
-# points of the probe, and the largest of them where the module has no clamp
+# number of points in the probe, and the largest point if the module has no clamp
 POINTS = 24
 REACH = 8.0
 
@@ -25,11 +25,11 @@ OwnActivation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def own_activation(module: nn.Module, gated: bool) -> OwnActivation:
-    """What the module itself computes between its projections, [M, N] -> [M, I].
+    """The function that the module itself applies between its projections, [M, N] -> [M, I].
 
     Args:
         module: an experts module.
-        gated: whether the pre-activation holds a gate and an up half, N = 2I.
+        gated: whether the pre-activation consists of a gate half and an up half, N = 2I.
     """
     apply_gate = getattr(module, "_apply_gate", None)
     if gated and apply_gate is not None:
@@ -50,7 +50,7 @@ def own_activation(module: nn.Module, gated: bool) -> OwnActivation:
 
 
 def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
-    """The `Activation` that computes what the module computes, or None if there is none.
+    """The `Activation` that computes the same as the module's own code, or None if there is none.
 
     Args:
         module: an experts module.
@@ -58,7 +58,7 @@ def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
     """
     act_fn = getattr(module, "act_fn", None)
     if isinstance(act_fn, nn.Module) and next(act_fn.parameters(), None) is not None:
-        # the parameters of an activation that is trained may change after the probe
+        # training may change the activation's parameters after the probe
         return None
     limit = _first_float(module, LIMIT_NAMES)
     alpha = _first_float(module, ALPHA_NAMES)
@@ -74,25 +74,26 @@ def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
 
 
 def _probe(gated: bool, limit: float | None) -> torch.Tensor:
-    """The fp64 numbers that activations are compared on, on the CPU: [24, 1], or [576, 4] if gated.
+    """The inputs on which activations are compared: fp64 on the CPU, [24, 1], [576, 4] if gated.
 
-    They reach beyond the module's clamp on both sides, so that a candidate without a clamp differs.
+    They reach beyond the module's clamp on both sides, so that a candidate without a clamp gives
+    another result.
     """
     reach = REACH
-    # a limit this large stands for no clamp
+    # a larger limit means that there is no clamp
     if limit is not None and limit <= 1e4:
         reach = 1.5 * limit
     points = torch.linspace(-reach, reach, POINTS, dtype=torch.float64, device="cpu")
     if not gated:
         return points[:, None]
-    # [g0, g1, u0, u1], every gate value with every up value. Two columns of each show whether the
-    # module takes gate and up as halves or as alternating columns
+    # columns [g0, g1, u0, u1], with every gate value beside every up value; two gate and two up
+    # columns show whether the module takes gate and up as halves or as alternating columns
     pairs = torch.cartesian_prod(points, points)
     return torch.stack((pairs, pairs.roll(7, 0)), -1).flatten(1)
 
 
 def _run(activation: OwnActivation, probe: torch.Tensor) -> torch.Tensor | None:
-    """What a module's activation returns for the probe; None if it cannot run on it."""
+    """The result of a module's activation for the probe; None if it cannot run on the probe."""
     try:
         own = activation(probe.clone())
     # an activation may need more columns, another dtype or another device
@@ -104,7 +105,7 @@ def _run(activation: OwnActivation, probe: torch.Tensor) -> torch.Tensor | None:
 
 
 def _candidates(gated: bool, limit: float | None, alpha: float | None) -> Iterator[Activation]:
-    """The activations a module with these constants may have, the simplest first."""
+    """The activations that a module with these constants may have, the simplest first."""
     if not gated:
         for kind in KINDS:
             yield Activation(kind, gated=False)
@@ -128,12 +129,12 @@ def _candidates(gated: bool, limit: float | None, alpha: float | None) -> Iterat
 def _agree(own: torch.Tensor, candidate: torch.Tensor) -> bool:
     if own.shape != candidate.shape:
         return False
-    # 1e-5: a module may compute in fp32 inside, whatever dtype it is given
+    # 1e-5: a module may compute in fp32, although its input is fp64
     return torch.allclose(own.double(), candidate, rtol=1e-5, atol=1e-5)
 
 
 def _first_float(module: nn.Module, names: tuple[str, ...]) -> float | None:
-    """The first of the attributes that is a number, or None."""
+    """The first of these attributes that is a number; None if there is none."""
     for name in names:
         value = getattr(module, name, None)
         if isinstance(value, int | float):

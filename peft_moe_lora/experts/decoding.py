@@ -1,7 +1,7 @@
-"""Quantized projections of an experts module: stored, replaced by dense ones, merged into.
+"""Stores quantized projections in an experts module, makes them dense again, merges into them.
 
-A quantized projection is a parametrized parameter: the parameter holds the codes, and its
-parametrization, `Decoding`, holds everything else.
+A quantized projection is a parametrized parameter (torch.nn.utils.parametrize). The parameter holds
+the codes, which are the quantized values. The parametrization, `Decoding`, holds everything else.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,14 @@ from ..ops.quantized import Codes4bit, QuantizedWeight
 
 
 class Decoding(nn.Module):
-    """The parametrization of a quantized projection: code that reads the projection gets it dense.
+    """The parametrization of a quantized projection: reading the projection gives dense weights.
 
-    Adapted layers do not read it this way. They decode only the experts they need from `weight`.
+    Adapted layers do not read it this way. They call `weight`, and decode only the experts that
+    they need.
 
     Args:
-        weight: what is stored. Its first tensor is the module's parameter. The others are buffers
-            here, so that they move and are saved with the module.
+        weight: the quantized weight. Its first tensor becomes the parameter of the experts module.
+            The others become buffers of this module, so that they are moved and saved with it.
     """
 
     def __init__(self, weight: QuantizedWeight) -> None:
@@ -38,7 +39,7 @@ class Decoding(nn.Module):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> "Decoding":
-        """Move the scales, but never cast them: a cast sets the dtype of the decoded weights."""
+        """Move the scales but never cast them: a cast changes the dtype of the decoded weights."""
         before = [self._part(i) for i in range(self.count)]
         super()._apply(fn, recurse)
         for i, tensor in enumerate(before):
@@ -49,13 +50,13 @@ class Decoding(nn.Module):
         return self
 
     def weight(self, codes: torch.Tensor) -> QuantizedWeight:
-        """What is stored, given the module's parameter `codes`."""
+        """The quantized weight, made of the parameter `codes` and the buffers of this module."""
         others = [self._part(i) for i in range(self.count)]
         return self.facts.with_tensors([codes, *others])
 
     @torch.no_grad()
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """The dense stack in the order of the parameter, decoded at each call."""
+        """Decode the dense stack; its dimensions have the order of the stored parameter."""
         return self.weight(codes).dense()
 
     def _part(self, i: int) -> torch.Tensor:
@@ -63,25 +64,25 @@ class Decoding(nn.Module):
 
 
 def parametrizations(module: nn.Module, name: str) -> parametrize.ParametrizationList:
-    """The parametrizations of a projection that has some."""
+    """The parametrizations of a parametrized projection."""
     lists = cast(nn.ModuleDict, module.parametrizations)
     return cast(parametrize.ParametrizationList, lists[name])
 
 
 def decoders(module: nn.Module) -> list[nn.Module]:
-    """The modules that hold what an experts module's quantized projections are stored as."""
+    """The submodules of an experts module that hold its quantized projections."""
     if not parametrize.is_parametrized(module):
         return []
     return list(cast(nn.ModuleDict, module.parametrizations).modules())
 
 
 def store(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    """Store a quantized weight in the place of a dense parameter, or of one in the same format.
+    """Replace a projection, dense or in the same format, by a quantized weight.
 
     Args:
         module: an experts module, changed in place.
-        name: of the projection's parameter.
-        weight: what to store.
+        name: name of the projection's parameter.
+        weight: the quantized weight.
     """
     codes, *_ = weight.tensors()
     if not parametrize.is_parametrized(module, name):
@@ -98,16 +99,16 @@ def store(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
 
 
 def unstore(module: nn.Module, name: str, dense: torch.Tensor) -> None:
-    """Store a dense parameter in the place of a quantized one that is parametrized.
+    """Replace a quantized, parametrized projection by a dense parameter.
 
     Args:
         module: an experts module, changed in place.
-        name: of the projection's parameter.
-        dense: what to store.
+        name: name of the projection's parameter.
+        dense: the dense weight.
     """
     cls = type(module)
-    # torch deletes the projection's property from the class, which copies of the module share: the
-    # module gets a class of its own first
+    # torch deletes the projection's property from the class, and copies of the module share this
+    # class; so the module first gets a new class
     contents = {key: value for key, value in vars(cls).items() if key != "__dict__"}
     module.__class__ = type(cls.__name__, cls.__bases__, contents)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
@@ -117,21 +118,21 @@ def unstore(module: nn.Module, name: str, dense: torch.Tensor) -> None:
 def requantized(
     weight: QuantizedWeight, delta: Callable[[int], torch.Tensor]
 ) -> tuple[QuantizedWeight, float]:
-    """W + delta in the format of W.
+    """Quantize W + delta in the format of W.
 
     Args:
-        weight: [E, N, K], quantized.
-        delta: expert -> its [N, K] update, fp32 or fp64.
-    Returns: the quantized sum, and the error of quantizing it: the norm of the difference from the
-        exact sum over the norm of the updates, 0 if the updates are zero.
+        weight: W, [E, N, K], quantized.
+        delta: called with an expert's id; returns its [N, K] update, fp32 or fp64.
+    Returns: the quantized sum and its relative error. The error is the norm of the difference from
+        the exact sum, divided by the norm of the updates; 0 if the updates are zero.
     Raises:
-        ValueError: if weights of the format can only be read, or a sum is not finite.
+        ValueError: if this package can only read the format, or if a sum is not finite.
     """
     if weight.format not in FORMATS:
         raise ValueError(
-            f"merging into {weight.format} experts is not supported, because {weight.format} is "
-            "only read here, not written; load the base model unquantized, or merge into its "
-            "unquantized checkpoint with merge_adapter."
+            f"merging into {weight.format} experts is not supported, because weights can be read "
+            f"but not written in {weight.format}; load the base model unquantized, or merge into "
+            "its unquantized checkpoint with merge_adapter."
         )
     dense = weight.dense()
     update = 0.0

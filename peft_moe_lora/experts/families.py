@@ -1,7 +1,7 @@
-"""The tables of model families: all names of models and of their classes that the package knows.
+"""Tables of model families: every name of a model or of its classes that the package uses.
 
-A family that follows transformers' experts interface needs no row: all that an adapter needs is
-read from its modules.
+A family that follows transformers' experts interface needs no row: an adapter reads everything it
+needs from the modules.
 """
 
 import re
@@ -23,7 +23,7 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 # puts in its error.
 # fmt: off
 NOT_YET = {
-    "Mxfp4GptOssExperts": 'its weights are packed in the order of a kernel of its own; load_quantized with experts="mxfp4" keeps them as published',  # noqa: E501
+    "Mxfp4GptOssExperts": 'its weights are packed in the order of its own kernel; load the model with load_quantized and experts="mxfp4", which keeps the published order',  # noqa: E501
 }
 # fmt: on
 
@@ -35,9 +35,9 @@ READ_NOT_CALLED = {
 
 
 class AdaptedLayer(Protocol):
-    """What a family's `call` needs of the adapted layer around its module.
+    """The part of an adapted layer that a family's `call` uses.
 
-    `compute` runs all of an experts module, `compute_rows` a module that is a single projection.
+    `compute` runs a whole experts module; `compute_rows` runs a module that is a single projection.
     """
 
     @property
@@ -61,19 +61,20 @@ class AdaptedLayer(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """A class of experts modules with weights or a call of its own.
+    """A class of experts modules with its own way to store weights, or with its own arguments.
 
     Attributes:
-        arguments: names of the arguments of its forward. A class of the same name whose forward
-            takes others is not this one.
-        weights: projection -> names of its parameters. Their rows, one parameter after the other,
-            are the N rows of the projection. A parameter is [E, n, K], or [E, K, n] if transposed;
-            if it is 2-D, the first two of these dimensions are one.
-        call: (layer, module, *arguments) -> what the module's own forward returns, computed with
-            the layer's adapters.
-        transposed: the projections whose parameters are stored as [E, K, N].
-        act_fn: name of the activation between the projections.
-        exports: why adapters on it cannot be written in another program's format; None if they can.
+        arguments: names of the arguments of its forward. A class with the same name but other
+            arguments is another class.
+        weights: projection -> names of its parameters. Their rows, concatenated in this order, are
+            the N rows of the projection. A parameter is [E, n, K], or [E, K, n] if transposed; in a
+            2-D parameter, the first two of these dimensions are flattened into one.
+        call: called as call(layer, module, *arguments). It returns what the module's own forward
+            returns, but with the layer's adapters.
+        transposed: the projections whose parameters are stored as [E, K, n].
+        act_fn: name of the attribute that holds the activation between the projections.
+        exports: the reason why adapters on this class cannot be written in another program's
+            format; None if they can.
     """
 
     arguments: tuple[str, ...]
@@ -87,19 +88,19 @@ class Family:
 def _llama4(layer: AdaptedLayer, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Every expert gets every token; the routing weight is already part of the input.
 
-    The router gives weight 0 to a token that did not select the expert. Its row is all zeros, and
-    if act(0) = 0, its output and its gradient are zero too: such rows are skipped.
+    For an expert that a token did not select, the routing weight is 0, so the row is all zeros. If
+    act(0) = 0, the output and the gradient of such a row are zero too, and the row is skipped.
 
     Args:
         layer: the adapted layer.
         module: the experts module.
-        hidden_states: [E * T, H] rows in expert order, already times their routing weight.
+        hidden_states: [E * T, H] rows in expert order, multiplied by their routing weights.
     Returns: [E * T, H].
     """
     E = layer.layout.num_experts
     rows = hidden_states.reshape(-1, layer.in_features)
     expert = torch.arange(E, device=rows.device).repeat_interleave(rows.shape[0] // E)
-    # every activation that is fused is 0 at 0
+    # every fused activation maps 0 to 0
     if layer.layout.activation is not None:
         largest = torch.linalg.vector_norm(rows.detach(), torch.inf, dim=-1)
         expert = torch.where(largest != 0, expert, E)
@@ -114,9 +115,9 @@ def _longcat_flash(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The experts from E on are the identity: each adds its routing weight times x[t] to out[t]."""
+    """Experts E and above are the identity: each adds its routing weight times x[t] to out[t]."""
     is_identity = top_k_index >= layer.layout.num_experts
-    # ids beyond all experts are sentinels, which nothing computes
+    # ids beyond all experts are sentinels, which are skipped
     is_identity &= top_k_index < cast(int, module.total_experts)
     weight = (top_k_weights * is_identity).sum(-1, keepdim=True)
     computed = layer.compute(module, hidden_states, top_k_index, top_k_weights)
@@ -126,7 +127,7 @@ def _longcat_flash(
 def _rows(
     layer: AdaptedLayer, module: nn.Module, rows: torch.Tensor, expert_size: torch.Tensor
 ) -> torch.Tensor:
-    """The module is one projection of [M, K] rows in expert order, expert_size[e] for expert e."""
+    """The module is one projection. Its rows [M, K] are in expert order, expert_size[e] for e."""
     return layer.compute_rows(module, rows, expert_size)
 
 
@@ -142,12 +143,12 @@ def _dbrx(
     return layer.compute(module, rows, top_k_index, top_k_weights).view_as(hidden_states)
 
 
-# the reason for families whose modules are one projection; also given for an adapter without a base
+# `exports` of families whose modules are a single projection; also used if the base is not known
 ONE_EACH = "each of its modules is a single projection, which other formats cannot describe"
 
-# A row is the class of an experts module with weights or a call of its own. `layout` reads where
-# its weights are, the adapted layer runs its `call`, and conversions refuse it if `exports` says
-# why.
+# A row is a class of experts modules that does not follow transformers' experts interface. `layout`
+# reads from it where the weights are, the adapted layer runs its `call`, and conversions refuse the
+# class if `exports` gives a reason.
 FAMILIES = {
     "Llama4TextExperts": Family(
         arguments=("hidden_states",),
@@ -159,7 +160,7 @@ FAMILIES = {
     ),
     "LongcatFlashExperts": Family(
         arguments=("hidden_states", "top_k_index", "top_k_weights"),
-        # gate_up_proj also has rows for the identity experts, which nothing reads
+        # gate_up_proj also has rows for the identity experts; no code reads these rows
         weights={"gate_up": ("gate_up_proj",), "down": ("down_proj",)},
         call=_longcat_flash,
         exports="other formats count its identity experts, which have no adapter",
@@ -170,7 +171,7 @@ FAMILIES = {
         call=_rows,
         exports=ONE_EACH,
     ),
-    # aria before transformers 5.18; drop when the floor passes it
+    # aria before transformers 5.18; drop this row when older releases are no longer supported
     "AriaGroupedExpertsGemm": Family(
         arguments=("input", "tokens_per_expert"),
         weights={"linear": ("weight",)},
@@ -194,7 +195,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class HubNames:
-    """The names of experts in a family's published checkpoints; transformers 5 has others.
+    """Names in a family's published checkpoints; transformers 5 uses other names.
 
     Attributes:
         gate, up, down: the projections of one expert.
@@ -209,16 +210,16 @@ class HubNames:
     router: str = "gate"
 
     def to_hub(self, key: str) -> str:
-        """A key with transformers' names, in the published names; a dense layer's "mlp" stays."""
+        """Replace transformers' names in a key by the published ones, except a dense layer's "mlp"."""
         return self._rename(key, ("mlp", self.router), (self.block, "gate"))
 
     def from_hub(self, key: str) -> str:
-        """A key with the published names, in transformers' names."""
+        """Replace the published names in a key by transformers' names."""
         return self._rename(key, (self.block, "gate"), ("mlp", self.router))
 
     @staticmethod
     def _rename(key: str, old: tuple[str, str], new: tuple[str, str]) -> str:
-        """The key with (block, router) replaced."""
+        """Replace the names (block, router) in a key."""
         if old == new:
             return key
         old_block, old_router = old
@@ -236,8 +237,8 @@ class HubNames:
 _NUMBERED = HubNames("w1", "w3", "w2")
 _BLOCK_SPARSE = HubNames("w1", "w3", "w2", "block_sparse_moe")
 
-# A row is a model type whose published checkpoints have names of their own, and these names; all
-# others have the defaults of HubNames. Conversions write and read these names.
+# Model type -> the names in its published checkpoints. All other model types have the defaults of
+# HubNames. Conversions read and write these names.
 HUB_NAMES = {
     "deepseek_v4": _NUMBERED,
     "kimi_linear": _BLOCK_SPARSE,
@@ -250,14 +251,14 @@ HUB_NAMES = {
     "phimoe": HubNames("w1", "w3", "w2", "block_sparse_moe", "router"),
 }
 
-# What is before "layers.0" in a path. It differs between a text model and a larger model that
-# contains it; conversions compare paths without it.
+# The part of a path before "layers.0". It differs between a text model and a larger model that
+# contains the text model, so conversions compare paths without it.
 TEXT_PREFIX = re.compile(
     r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|model\.)"
 )
 
-# A row is a model type whose experts vLLM reads in 3-D, because its class sets is_3d_moe_weight; it
-# reads all others per expert. The formats for vLLM read this table.
+# Model types whose experts vLLM reads as 3-D tensors, because their classes in vLLM set
+# is_3d_moe_weight. For all others vLLM reads 2-D tensors of each expert.
 VLLM_3D = frozenset(
     {
         "gpt_oss",

@@ -1,7 +1,8 @@
 """How an experts module stores its weights and what it computes, read from the module.
 
 transformers' experts interface gives most classes the same attributes: `has_gate`, `is_transposed`
-and others. For a class without them, the shapes tell, or the row of the class in `families`.
+and others. For a class without these attributes, the layout follows from the shapes of its
+parameters, or from its row in `FAMILIES`.
 """
 
 import inspect
@@ -29,10 +30,10 @@ class ProjectionLayout:
     """One projection of every expert.
 
     Attributes:
-        weights: names of the parameters; one in most families. Their rows, one parameter after the
-            other, are the N rows. Each is [E, n, K], or [E, K, n] if transposed; if it is 2-D, the
-            first two of these dimensions are one. What a parameter holds beyond the E experts is
-            not part of the projection.
+        weights: names of the parameters; one in most families. Their rows, concatenated in this
+            order, are the N rows. Each is [E, n, K], or [E, K, n] if transposed; in a 2-D
+            parameter, the first two of these dimensions are flattened into one. Entries of a
+            parameter after the E experts are not part of the projection.
         bias: name of the [E, N] bias parameter, or None.
         in_features: K.
         out_features: N.
@@ -47,23 +48,23 @@ class ProjectionLayout:
 
     @property
     def weight(self) -> str:
-        """Name of the parameter, of the first if there are several."""
+        """Name of the parameter; if there are several, of the first one."""
         return self.weights[0]
 
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """What an adapter needs to know of an experts module.
+    """What an adapter needs to know about an experts module.
 
     Attributes:
         num_experts: E.
         projections: name -> layout, in the order in which they are computed: "gate_up" (N = 2I if
             gated, else I) and "down"; or "linear", if the module is a single projection.
-        gated: whether the pre-activation holds a gate and an up half.
+        gated: whether the pre-activation consists of a gate half and an up half.
         activation: the fused activation between the projections; None if the module's own code
-            has to run there.
+            has to run instead.
         decorated: whether the class dispatches through transformers' experts interface.
-        family: how the module is called; None if it is called as
+        family: the class's row in `FAMILIES`; None if the module is called as
             experts(hidden_states, top_k_index, top_k_weights) and stores its weights as stacks.
     """
 
@@ -104,17 +105,17 @@ class ExpertsLayout:
         """The projections that get an adapter.
 
         Args:
-            target_projections: names from PROJECTIONS. They do not concern a module that is a
-                single projection: whoever targets the module means its projection.
+            target_projections: names from PROJECTIONS. A module that is a single projection ignores
+                them: its projection always gets an adapter.
         """
         if len(self.projections) == 1:
             return list(self.projections)
         return [name for name in self.projections if name in target_projections]
 
     def parts(self, module: nn.Module, name: str) -> tuple[Weight, ...]:
-        """The parameters of a projection as [E, n, K] views, however they are stored.
+        """The parameters of a projection as [E, n, K] views, also if they are stored otherwise.
 
-        Their rows, one parameter after the other, are the N rows. A quantized one is not decoded.
+        Their rows, concatenated, are the N rows. A quantized parameter is not decoded.
         """
         layout = self.projections[name]
         found = []
@@ -126,14 +127,14 @@ class ExpertsLayout:
         return tuple(found)
 
     def stored(self, module: nn.Module, parameter: str) -> Weight:
-        """A parameter as it is stored; a quantized one is not decoded."""
+        """A parameter as it is stored; a quantized parameter is not decoded."""
         if self.family is None:
             return stored_weight(module, parameter)
-        # those of a family are dense, which `read_layout` has checked
+        # `read_layout` has checked that the parameters of a family are dense
         return attrgetter(parameter)(module)
 
     def weight(self, module: nn.Module, name: str) -> Weight:
-        """[E, N, K] view of a projection that is one parameter; a quantized one is not decoded."""
+        """[E, N, K] view of a projection with one parameter, which is not decoded if quantized."""
         (weight,) = self.parts(module, name)
         return weight
 
@@ -145,7 +146,7 @@ class ExpertsLayout:
         return getattr(module, bias)
 
     def _stack(self, weight: Weight) -> Weight:
-        """The [E, R, C] experts of a parameter."""
+        """The E experts of a parameter, [E, rows, columns] as stored."""
         if isinstance(weight, QuantizedWeight):
             return weight
         if weight.ndim == 2:
@@ -160,7 +161,7 @@ def is_experts(module: nn.Module) -> bool:
     name = type(module).__name__
     if name in FAMILIES or name in NOT_YET:
         return True
-    # three stacks are shared experts, which every token passes (inkling): they take no expert ids
+    # a module with three stacks holds shared experts (inkling): it gets no expert ids
     if not is_stacked(module, "down_proj") or is_stacked(module, "gate_proj"):
         return False
     return is_stacked(module, "gate_up_proj") or is_stacked(module, "up_proj")
@@ -170,7 +171,8 @@ def read_layout(module: nn.Module) -> ExpertsLayout:
     """The layout of an experts module, from its attributes and shapes; weights are not read.
 
     Raises:
-        UnsupportedExperts: naming the class and what is missing.
+        UnsupportedExperts: if the module is not supported. The message names its class and what is
+            missing.
     """
     name = type(module).__name__
     if name in NOT_YET:
@@ -191,8 +193,8 @@ def _read_stacks(module: nn.Module) -> ExpertsLayout:
         up_name = "gate_up_proj"
     if not (is_stacked(module, up_name) and is_stacked(module, "down_proj")):
         raise UnsupportedExperts(
-            f"{name} has no 3-D parameters {up_name} and down_proj, so its experts cannot be told "
-            "apart; take it out of target_modules."
+            f"{name} needs 3-D parameters {up_name} and down_proj with one matrix for each expert, "
+            "but has no such parameters; take it out of target_modules."
         )
     up = tuple(stored_weight(module, up_name).shape)
     down = tuple(stored_weight(module, "down_proj").shape)
@@ -212,7 +214,9 @@ def _read_stacks(module: nn.Module) -> ExpertsLayout:
     if transposed:
         needed += ", both transposed"
     if (H, N) != (K, expected_N):
-        raise UnsupportedExperts(f"{name} needs {needed}; got {up} and {down}.")
+        raise UnsupportedExperts(
+            f"{name} needs {needed}; got {up} and {down}. Take it out of target_modules."
+        )
     finds_bias = getattr(module, f"{up_name}_bias", None) is not None
     up_bias: str | None = None
     down_bias: str | None = None
@@ -220,7 +224,7 @@ def _read_stacks(module: nn.Module) -> ExpertsLayout:
         up_bias = f"{up_name}_bias"
         down_bias = "down_proj_bias"
     activation = None
-    # where the experts' outputs are normalized, the module's own code runs between the projections
+    # if the experts' outputs are normalized, the module's own code runs between the projections
     if not getattr(module, "has_post_expert_norm", False):
         activation = fused_activation(module, gated)
     return ExpertsLayout(
@@ -236,16 +240,17 @@ def _read_stacks(module: nn.Module) -> ExpertsLayout:
 
 
 def _read_family(module: nn.Module, family: Family) -> ExpertsLayout:
-    """The layout of experts with weights or a call of their own."""
+    """The layout of a class of experts that has a row in `FAMILIES`."""
     taken = tuple(inspect.signature(type(module).forward).parameters)[1:]
     if taken != family.arguments:
         raise UnsupportedExperts(
-            f"{type(module).__name__}.forward takes {taken}, not {family.arguments} as in "
-            "transformers, so it is another class of that name. Take it out of target_modules."
+            f"{type(module).__name__}.forward takes {taken}, but the class of this name in "
+            f"transformers takes {family.arguments}, and only that class is supported. Take the "
+            "module out of target_modules."
         )
     names = [name for weights in family.weights.values() for name in weights]
     _check_dtypes(module, names)
-    # the last parameter has the rows of the E experts only; its first dimension is E if it is 3-D
+    # only the E experts have rows in the last parameter; its first dimension is E if it is 3-D
     last = attrgetter(names[-1])(module)
     E = last.shape[0]
     if last.ndim == 2:
@@ -309,19 +314,19 @@ def _is_transposed(name: str, up: tuple[int, ...], down: tuple[int, ...], gated:
     transposed = up[2] == factor * down[1] and up[1] == down[2]
     if plain == transposed:
         raise UnsupportedExperts(
-            f"{name} has no attribute is_transposed, and the shapes {up} and {down} do not tell "
+            f"{name} has no attribute is_transposed, and the shapes {up} and {down} do not show "
             "whether its weights are transposed; set is_transposed on the module."
         )
     return transposed
 
 
 def _check_signature(module: nn.Module) -> None:
-    """Refuse a class off the interface whose forward takes fewer than the three arguments."""
+    """Raise if the forward of a class outside the interface takes fewer than three arguments."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p.name for p in parameters if p.kind in kinds]
     if len(positional) < 3:
         raise UnsupportedExperts(
-            f"{type(module).__name__}.forward takes {positional}; an adapter needs experts called "
-            "as experts(hidden_states, top_k_index, top_k_weights). Take it out of target_modules."
+            f"{type(module).__name__}.forward takes {positional}, but an adapter calls experts as "
+            "experts(hidden_states, top_k_index, top_k_weights). Take it out of target_modules."
         )

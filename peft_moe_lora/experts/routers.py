@@ -1,4 +1,4 @@
-"""Which modules of a model are routers, read from the modules."""
+"""Decides from a module's class and weight whether it is a router."""
 
 from typing import cast
 
@@ -9,15 +9,15 @@ from .layout import is_experts
 
 
 def is_router(module: nn.Module, parent: nn.Module | None = None) -> bool:
-    """Whether the module multiplies by a 2-D weight in a forward of its own, as routers do.
+    """Whether a module is a router: its own forward multiplies by a 2-D weight [E, H].
 
-    A router keeps its weight [E, H] in one of two ways. Either it is a parameter of a class that is
-    no linear layer. Or the module is a linear layer whose class overrides forward (phimoe, llama4);
-    such a layer counts as a router only if its parent also holds experts.
+    There are two kinds. A router may be a module that is not a linear layer and has the weight as a
+    parameter. Or it may be a linear layer whose class overrides forward (phimoe, llama4); such a
+    layer is a router only if its parent also holds experts.
 
     Args:
         module: any module.
-        parent: the module that holds it, if there is one.
+        parent: the module that contains it; None if it has no parent.
     """
     if isinstance(module, nn.Linear):
         overrides_forward = type(module).forward is not nn.Linear.forward
@@ -43,5 +43,5 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _holds_experts(parent: nn.Module) -> bool:
-    # an adapted experts module stands in the place of its base layer
+    # if the experts are adapted, the child is the adapted layer and its base_layer are the experts
     return any(is_experts(getattr(child, "base_layer", child)) for child in parent.children())

@@ -1,7 +1,7 @@
-"""What a projection of an experts module is stored as, read from the module.
+"""How a projection of an experts module is stored: as a dense tensor, or as codes and scales.
 
-It is a dense tensor, or codes and scales. Nothing is decoded here: a quantized projection is
-described, and its experts are decoded where they are computed.
+Codes are the quantized values, and a scale multiplies a group of decoded values. Nothing is decoded
+here: a quantized projection becomes a `QuantizedWeight`, which is decoded where it is used.
 """
 
 import math
@@ -18,7 +18,7 @@ from .decoding import Decoding, parametrizations
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FP8 = torch.float8_e4m3fn
-# values that share a scale in MXFP4
+# number of values that share a scale in MXFP4
 MXFP4_BLOCKSIZE = 32
 
 Weight = torch.Tensor | QuantizedWeight
@@ -33,7 +33,7 @@ def is_stacked(module: nn.Module, name: str) -> bool:
 
     Args:
         module: any module.
-        name: of the projection's parameter, dense or quantized.
+        name: name of the projection's parameter, which may be dense or quantized.
     """
     if parametrize.is_parametrized(module, name):
         return True
@@ -42,18 +42,18 @@ def is_stacked(module: nn.Module, name: str) -> bool:
 
 
 def stored_weight(module: nn.Module, name: str) -> Weight:
-    """A projection as it is stored: [E, R, C], dense or quantized.
+    """A projection as it is stored: [E, R, C] (R rows, C columns), dense or quantized.
 
     Args:
         module: an experts module.
-        name: of the projection's parameter.
+        name: name of the projection's parameter.
     Raises:
-        UnsupportedExperts: naming what is missing, if it is stored in an unknown way.
+        UnsupportedExperts: if it is stored in an unknown way. The message names what is missing.
     """
     if parametrize.is_parametrized(module, name):
         return _parametrized(module, name)
     weight = getattr(module, name)
-    # plain weights return here, so that torch.compile sees no more than this
+    # plain weights return early, so that torch.compile does not trace the code below
     if type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype in FLOATS:
         return weight
     if hasattr(module, f"{name}_scale_inv") and weight.dtype not in FLOATS:
@@ -64,13 +64,13 @@ def stored_weight(module: nn.Module, name: str) -> Weight:
         raise UnsupportedExperts(
             f"{_where(module, name)} is stored as {weight.dtype} without scales in a known place; "
             "adapters need fp32, bf16 or fp16 experts, or one of the quantized formats in the "
-            "README: load the model dequantized, then quantize_experts(model)."
+            "README. Load the model dequantized; quantize_experts(model) can quantize it again."
         )
     return weight
 
 
 def _where(module: nn.Module, name: str) -> str:
-    """How errors name a projection."""
+    """The name of a projection in error messages."""
     return f"{type(module).__name__}.{name}"
 
 
@@ -96,7 +96,10 @@ def _parametrized(module: nn.Module, name: str) -> QuantizedWeight:
 # `state` is bitsandbytes' QuantState, which is not typed
 def _bitsandbytes(where: str, packed: torch.Tensor, state: Any) -> Codes4bit:
     if len(state.shape) != 3:
-        raise UnsupportedExperts(f"{where} was quantized as {list(state.shape)}, not 3-D.")
+        raise UnsupportedExperts(
+            f"{where} was quantized with shape {list(state.shape)}, but adapters need a 3-D stack "
+            "[E, N, K]; load the model unquantized and call quantize_experts(model)."
+        )
     if state.absmax.device != packed.device:
         # bitsandbytes does not move the scales with the module
         state.to(packed.device)
@@ -126,8 +129,8 @@ def _bitsandbytes(where: str, packed: torch.Tensor, state: Any) -> Codes4bit:
 def _block_scaled(module: nn.Module, name: str, weight: torch.Tensor) -> QuantizedWeight:
     """Codes in `weight`, scales in the parameter `name`_scale_inv.
 
-    They are e4m3 with a scale for each tile, or e2m1 packed in int8 with a scale for each 32 values
-    of a row.
+    The codes are e4m3 with one scale for each tile, or e2m1 packed in int8 with one scale for each
+    32 values of a row.
     """
     where = _where(module, name)
     scales = getattr(module, f"{name}_scale_inv").detach()
@@ -141,14 +144,15 @@ def _block_scaled(module: nn.Module, name: str, weight: torch.Tensor) -> Quantiz
         return _packed_e2m1(where, weight.detach(), scales, dtype)
     if weight.dtype != _FP8:
         raise UnsupportedExperts(
-            f"{where} is stored as {weight.dtype}; of 8-bit floats only {_FP8} is supported."
+            f"{where} is stored as {weight.dtype}, but {_FP8} is the only supported 8-bit float; "
+            "load the model dequantized."
         )
     block_size = getattr(module, "block_size", None)
     tile = _tile(tuple(weight.shape[1:]), tuple(scales.shape[1:]), block_size)
     if tile is None:
         raise UnsupportedExperts(
-            f"{where} {list(weight.shape)} has scales {list(scales.shape)}, which no block size of "
-            f"{block_size} explains; load the model dequantized."
+            f"{where} {list(weight.shape)} has scales {list(scales.shape)}, which do not fit "
+            f"block_size={block_size}; load the model dequantized."
         )
     return Codes8bit(
         format="fp8",
@@ -169,7 +173,7 @@ def _packed_e2m1(
     if scales.shape != (E, R, C // MXFP4_BLOCKSIZE):
         raise UnsupportedExperts(
             f"{where}: 4-bit codes need scales [E, R, C / {MXFP4_BLOCKSIZE}] = "
-            f"{[E, R, C // MXFP4_BLOCKSIZE]}, got {list(scales.shape)}."
+            f"{[E, R, C // MXFP4_BLOCKSIZE]}, got {list(scales.shape)}; load the model dequantized."
         )
     return Codes4bit(
         format="mxfp4",
@@ -184,7 +188,7 @@ def _packed_e2m1(
 
 
 def _compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which a module without float weights computes: that of its config, or bf16."""
+    """The dtype in which a quantized module computes: the dtype of its config, or else bf16."""
     dtype = getattr(getattr(module, "config", None), "dtype", None)
     if dtype in FLOATS:
         return dtype
@@ -199,7 +203,7 @@ def _tile(
     Args:
         size: (R, C) of one expert.
         counts: numbers of scales along R and along C.
-        block_size: what the module says, if it says something.
+        block_size: the module's own block_size, or None.
     """
     found = []
     for n, count, block in zip(size, counts, block_size or (None, None), strict=True):
@@ -224,8 +228,9 @@ def _torchao(where: str, weight: Any) -> Codes8bit:
     known = type(weight).__name__ == "Float8Tensor" and getattr(codes, "dtype", None) == _FP8
     if not known or codes is None or scales is None:
         raise UnsupportedExperts(
-            f"{where} is torchao's {type(weight).__name__}; of torchao's formats only Float8Tensor "
-            f"of {_FP8} is supported: load the model unquantized and quantize_experts(model)."
+            f"{where} is torchao's {type(weight).__name__}, but Float8Tensor of {_FP8} is the only "
+            "supported format of torchao; load the model unquantized and call "
+            "quantize_experts(model)."
         )
     size = _three(codes.shape)
     scales = scales.detach().float()
@@ -235,7 +240,7 @@ def _torchao(where: str, weight: Any) -> Codes8bit:
     if tile is None:
         raise UnsupportedExperts(
             f"{where} {list(size)} has scales {list(scales.shape)}, which do not divide it into "
-            "tiles; load the model unquantized and quantize_experts(model)."
+            "tiles; load the model unquantized and call quantize_experts(model)."
         )
     return Codes8bit(
         format="fp8",

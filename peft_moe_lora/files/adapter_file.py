@@ -1,7 +1,8 @@
 """The adapter file: safetensors with metadata that describe their layout.
 
 The metadata hold the layout, the format version and the shapes of each module. No model is loaded
-here. A file is read whole before it is used, and replaced whole when it is written.
+here. A file is checked completely before it is used. Changed metadata are written to a temporary
+file, which then replaces the adapter file in one step.
 """
 
 import json
@@ -20,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from .tensor_file import FilePath, encoded_header, not_finite, not_whole, read_header
 
-# the newest version that is read. Version 2 can hold only some experts of a module; a file is
-# written as version 2 only if it does, else as version 1
+# the newest version that can be read. A file of version 2 may hold only some experts of a module. A
+# file with all experts is written as version 1
 FORMAT_VERSION = 2
 CHOSEN_EXPERTS_VERSION = 2
 LAYOUT = "expert_major"
@@ -54,8 +55,8 @@ def find_adapter_file(
 
     Args:
         model_id: a folder, or a name on the hub, from which the file is downloaded.
-        subfolder: of the adapter in `model_id`.
-        hub_kwargs: for `hf_hub_download`.
+        subfolder: the adapter's folder within `model_id`.
+        hub_kwargs: further arguments of `hf_hub_download`.
     Raises:
         ValueError: if the weights are a pickle.
     """
@@ -110,8 +111,8 @@ def complete_adapter_file(folder: FilePath, description: Description) -> None:
     if pickle.is_file() and (not weights.is_file() or _is_newer(pickle, weights)):
         pickle.unlink()
         raise ValueError(
-            "safe_serialization=False: adapters are saved as safetensors only, which carry their "
-            "layout; leave safe_serialization unset."
+            "safe_serialization=False is not supported: adapters are saved as safetensors, because "
+            "their metadata hold the layout; leave safe_serialization unset."
         )
     if weights.is_file():
         described = json.dumps(description, sort_keys=True)
@@ -119,7 +120,7 @@ def complete_adapter_file(folder: FilePath, description: Description) -> None:
 
 
 def described_module(num_experts: int, experts: Sequence[int] | None) -> Description:
-    """What the metadata say of one experts module, apart from its projections.
+    """The metadata of one experts module, without its projections.
 
     Args:
         num_experts: E.
@@ -132,7 +133,7 @@ def described_module(num_experts: int, experts: Sequence[int] | None) -> Descrip
 
 
 def described(modules: dict[str, Description], routers: list[str]) -> Description:
-    """The description of a whole file, in the oldest version that can express it.
+    """The description of a whole file, in the oldest format version that can express it.
 
     Args:
         modules: path -> description of an experts module.
@@ -145,11 +146,11 @@ def described(modules: dict[str, Description], routers: list[str]) -> Descriptio
 
 
 def read_description(path: str, metadata: Mapping[str, str]) -> Description:
-    """What a file's metadata hold under METADATA_KEY; {} if there is nothing.
+    """The entry METADATA_KEY of a file's metadata; {} if there is none.
 
     Args:
-        path: of the file, for errors.
-        metadata: of the file's header.
+        path: path of the file, for error messages.
+        metadata: the metadata in the file's header.
     Raises:
         ValueError: if it is not a JSON object, or its layout or version is unknown.
     """
@@ -157,23 +158,23 @@ def read_description(path: str, metadata: Mapping[str, str]) -> Description:
         description = json.loads(metadata.get(METADATA_KEY, "{}"))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}: its metadata under {METADATA_KEY!r} is no JSON ({error}); save it again."
+            f"{path}: its metadata {METADATA_KEY!r} are not JSON ({error}); save the adapter again."
         ) from error
     if not isinstance(description, dict):
         raise ValueError(
-            f"{path}: its metadata under {METADATA_KEY!r} is no JSON object; save it again."
+            f"{path}: its metadata {METADATA_KEY!r} are not a JSON object; save the adapter again."
         )
     layout = description.get("layout", LAYOUT)
     if layout != LAYOUT:
         raise ValueError(
-            f"{path}: layout {layout!r} is not known, this version reads {LAYOUT!r}; convert the "
+            f"{path}: layout {layout!r} is not known; this version reads {LAYOUT!r}. Convert the "
             "adapter."
         )
     version = description.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version {version!r} is not known, this version reads 1 to "
-            f"{FORMAT_VERSION}; upgrade peft_moe_lora."
+            f"{path}: format_version {version!r} is not known; this version reads 1 to "
+            f"{FORMAT_VERSION}. Upgrade peft_moe_lora."
         )
     return description
 

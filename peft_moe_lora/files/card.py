@@ -1,7 +1,7 @@
-"""The model card in an adapter's folder, README.md: what it is, how to load it, how to serve it.
+"""Writes the model card of an adapter: README.md, on what it is and how to load and serve it.
 
-What the card says of a format is a `CardText`. Each format that is converted to has its own; the
-text of our own format stands here, because saving a model writes it too.
+A `CardText` is the part of the card that describes the adapter's format. Each format has its own.
+The text of this package's own format is in this file, because saving a model writes it too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,12 +24,12 @@ _CONVERT_NOTE = "vLLM's 3-D models (gpt-oss, Qwen3.5-MoE, Qwen3-VL-MoE) take `--
 
 @dataclass(frozen=True)
 class CardText:
-    """What the card of an adapter says of its format.
+    """The part of a model card that describes the adapter's format.
 
     Attributes:
         layout: how the tensors are named and ordered, in Markdown.
         loading: the lines on how to load it, in Markdown, with the field {base}.
-        served_by: the servers that read the format; empty where it has to be converted first.
+        served_by: the servers that read the format; empty if it has to be converted first.
     """
 
     layout: str
@@ -64,12 +64,12 @@ def write_card(
     config: Mapping[str, Any],
     notes: Iterable[str] = (),
 ) -> None:
-    """Write our section of the README in an adapter's folder; what others wrote there stays.
+    """Write our section of the README in an adapter's folder, and keep the rest of the README.
 
     Args:
-        folder: of the adapter.
-        card: what is said of the format its tensors are in.
-        config: its configuration, as a dict.
+        folder: the adapter's folder.
+        card: the text about the adapter's format.
+        config: the adapter's configuration, as a dict.
         notes: sentences on what a conversion changed.
     """
     path = Path(folder, "README.md")
@@ -100,7 +100,7 @@ def card_section(card: CardText, config: Mapping[str, Any], notes: Iterable[str]
 
 
 def _facts(card: CardText, config: Mapping[str, Any], base: str) -> dict[str, str]:
-    """Name -> what the card says; empty where there is nothing to say."""
+    """Name of a fact -> its text; empty for a fact that the card leaves out."""
     rank = str(config.get("r"))
     if config.get("rank_pattern"):
         rank += f", by name {config['rank_pattern']}"
@@ -126,7 +126,7 @@ def _facts(card: CardText, config: Mapping[str, Any], base: str) -> dict[str, st
 
 
 def _serving(card: CardText, base: str, rank: int) -> list[str]:
-    """The commands that serve an adapter of a rank, converted first where no server reads it."""
+    """The commands that serve an adapter of this rank; if no server reads it, convert it first."""
     commands = []
     servers = card.served_by
     adapter = "ADAPTER"

@@ -1,4 +1,4 @@
-"""The programs that serve adapters beside their base model, and the ranks they take."""
+"""The programs that serve adapters together with their base model, and the ranks they accept."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ class Server:
     """A program that serves adapters.
 
     Attributes:
-        name: as its users write it.
-        command: what starts it, with the fields {base}, {rank} and {adapter}.
-        ranks: the ranks it can allocate adapters at, ascending; empty where it takes any rank.
+        name: the program's name.
+        command: the command that starts it, with the fields {base}, {rank} and {adapter}.
+        ranks: the values that its maximum rank can have, ascending; empty if it accepts any rank.
     """
 
     name: str
@@ -18,7 +18,7 @@ class Server:
     ranks: tuple[int, ...] = ()
 
     def allocated(self, rank: int) -> int | None:
-        """The rank it has to allocate for an adapter of a rank; None where that is too high."""
+        """The maximum rank to start it with for an adapter of `rank`; None if `rank` is too high."""
         if not self.ranks:
             return rank
         return next((allowed for allowed in self.ranks if allowed >= rank), None)

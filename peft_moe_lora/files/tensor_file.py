@@ -1,8 +1,8 @@
 """Safetensors files, read and written one tensor at a time.
 
 A file holds the length of its header (8 bytes), the header (JSON) and the bytes of the tensors.
-Tensors are read with ordinary reads, not through a memory map: what was read and freed does not
-stay in memory.
+Tensors are read with ordinary file reads, not through a memory map, so that a tensor which was
+freed does not stay in memory.
 """
 
 import json
@@ -44,7 +44,8 @@ class AdapterError(ValueError):
 class RefusedError(AdapterError):
     """An undamaged adapter is refused.
 
-    The program it is written for would refuse or misread it, or it can be read in two ways.
+    The program that reads the result would refuse or misread it, or the adapter can be read in two
+    ways.
     """
 
 
@@ -54,12 +55,12 @@ class ExistsError(AdapterError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor.
+    """The entry of a tensor in the header.
 
     Attributes:
-        dtype: of its values.
-        shape: of the tensor.
-        offset: of its first byte in the file.
+        dtype: the tensor's dtype.
+        shape: the tensor's shape.
+        offset: position of its first byte in the file.
     """
 
     dtype: torch.dtype
@@ -113,10 +114,11 @@ class TensorFile:
         """Read a tensor, or one row of it.
 
         Args:
-            name: of the tensor.
+            name: the tensor's name.
             row: index along its first dimension; None reads the whole tensor.
-            check: whether to refuse a tensor with NaN or infinity.
-            view: a shape with as many elements, in which the tensor is read; by default its own.
+            check: whether to raise if the tensor holds NaN or infinity.
+            view: read the tensor in this shape, which must have as many elements; by default in its
+                own shape.
         Raises:
             AdapterError: if a value is NaN or infinite.
         """
@@ -138,12 +140,12 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors of one dtype that are computed together, when they are written.
+    """Tensors of one dtype that are computed together, just before they are written.
 
     Attributes:
         shapes: name -> shape.
-        dtype: of all of them.
-        make: yields their values in the order of `shapes`. A large tensor may come in several
+        dtype: the dtype of all tensors.
+        make: yields the tensors in the order of `shapes`. A large tensor may be yielded in several
             pieces, in the order of its bytes.
     """
 
@@ -165,10 +167,10 @@ def write_tensors(
     """Write a safetensors file block by block, with one block's tensors in memory at a time.
 
     Args:
-        path: the file. It is written in place: put it into a `new_folder`.
-        blocks: what to write.
+        path: the file. It is written in place, so it should be in a `new_folder`.
+        blocks: the tensors to write.
         metadata: strings for the header.
-        progress: called with (blocks written, blocks in all).
+        progress: called with (blocks written, total blocks).
     """
     # the widest dtype first, so that every tensor is aligned to the size of its elements
     ordered = sorted(blocks, key=lambda block: -block.dtype.itemsize)
@@ -183,14 +185,14 @@ def write_tensors(
                 if tensor.numel():
                     file.write(_bytes(tensor.contiguous()))
             assert file.tell() == end, (
-                f"{list(block.shapes)[:2]}: another number of bytes than the header says"
+                f"{list(block.shapes)[:2]}: the number of bytes differs from the header"
             )
             if progress is not None:
                 progress(done, len(ordered))
 
 
 def read_header(file: BinaryIO) -> dict[str, Any]:
-    """The header of an open safetensors file, which is left at the first byte of the tensors.
+    """Read the header of an open safetensors file, up to the first byte of the tensors.
 
     Raises:
         ValueError: if it is not JSON.
@@ -200,7 +202,7 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
 
 
 def encoded_header(header: dict[str, Any]) -> bytes:
-    """A header as it stands in a safetensors file, with its length before it."""
+    """The bytes of a header in a safetensors file: its length, then the header itself."""
     encoded = json.dumps(header, separators=(",", ":")).encode()
     # the format aligns the first tensor to 8 bytes
     encoded += b" " * (-len(encoded) % 8)
@@ -247,18 +249,18 @@ def read_json(path: FilePath) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        AdapterError: if the file does not exist, or holds something else.
+        AdapterError: if the file does not exist or does not hold a JSON object.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(
-            f"{path} does not exist; is its folder that of an adapter or a model?"
+            f"{path} does not exist; name the folder of an adapter or of a model."
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path} is no JSON file ({error}); copy or save it again.") from error
+        raise AdapterError(f"{path} is not JSON ({error}); copy or save it again.") from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{path} holds no JSON object; copy or save it again.")
+        raise AdapterError(f"{path} is not a JSON object; copy or save it again.")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Quantizes the experts of a model in memory, and stores them as dense parameters again."""
+"""Quantizes the experts of a model in memory, and dequantizes them again."""
 
 import torch
 from torch import nn
@@ -17,24 +17,26 @@ def quantize_experts(
 ) -> nn.Module:
     """Store the routed experts of a model in 4 or 8 bits, one projection after the other.
 
-    The formats are bitsandbytes', bit for bit: "nf4" and "fp4" in blocks of `blocksize` values,
-    "int8" with a scale for each row. `double_quant` stores the scales of blocks in 8 bits too: 4.13
-    bits a weight instead of 4.5 with a blocksize of 64.
+    The formats are those of bitsandbytes, bit for bit: "nf4" and "fp4" with one scale for each
+    block of `blocksize` values, and "int8" with one scale for each row. With `double_quant` the
+    scales of blocks are stored in 8 bits too: 4.13 bits per weight instead of 4.5 with a blocksize
+    of 64.
 
-    Biases, routers and all other layers stay as they are. The model runs as before: each call of an
-    experts module decodes its whole stacks. With an adapter only the experts that have rows are
+    Biases, routers and all other layers do not change. The model runs as before, but each call of
+    an experts module decodes its whole stacks. With an adapter, only the experts that have rows are
     decoded.
 
     Args:
         model: changed in place; its experts may have an adapter.
         format: "nf4", "fp4" or "int8".
-        blocksize: values that share a scale, a power of two from 32 to 4096; not used for int8.
+        blocksize: number of values that share a scale, a power of two from 32 to 4096; not used for
+            int8.
         double_quant: whether to store the scales in 8 bits; not used for int8.
     Returns: the model.
     Raises:
-        ValueError: before anything is changed, if the model has no experts, or some that cannot be
-            quantized: they are in an unsupported form, quantized already, on the meta device, or
-            have an adapter merged in.
+        ValueError: if the model has no experts, or if some experts are in an unsupported form, are
+            quantized already, are on the meta device, or have an adapter merged in. The model is
+            left unchanged.
     """
     modules = _experts(model)
     for path, module in modules.items():
@@ -49,7 +51,7 @@ def quantize_experts(
                 )
     for module in modules.values():
         for name in _names(module):
-            # the dense stack is not kept in a variable here: `store` frees it
+            # no variable keeps the dense stack alive, so `store` frees it
             weight = _quantized(stored_weight(module, name), format, blocksize, double_quant)
             store(module, name, weight)
     return model
@@ -60,10 +62,10 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn
 
     Args:
         model: changed in place.
-        dtype: of the parameters; by default the dtype they are computed in.
+        dtype: dtype of the parameters; by default the dtype in which they are computed.
     Returns: the model.
     Raises:
-        ValueError: if the model has no experts, or some whose module supports only its quantized
+        ValueError: if the model has no experts, or if an experts module supports only its quantized
             format.
     """
     modules = _experts(model)
@@ -85,17 +87,17 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn
 
 
 def _experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> experts module, of the base model where it is adapted.
+    """Path -> experts module; for an adapted layer, the base module.
 
     Raises:
-        ValueError: if there are none, or one cannot be quantized or has an adapter merged in.
+        ValueError: if there are none, or if one cannot be quantized or has an adapter merged in.
     """
     modules = {}
     for path, module in model.named_modules():
         if isinstance(module, MoELoraLayer):
             if module.merged:
                 raise ValueError(
-                    f"{path} has {module.merged_adapters} merged in; unmerge_adapter() first."
+                    f"{path} has {module.merged_adapters} merged in; call unmerge_adapter() first."
                 )
         elif not isinstance(module, Decoding) and is_experts(module):
             modules[path] = module
@@ -111,16 +113,16 @@ def _experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _names(module: nn.Module) -> list[str]:
-    """Names of the parameters of an experts module's projections."""
+    """Parameter names of an experts module's projections."""
     layout = read_layout(module)
     return [layout.projection(name).weight for name in PROJECTIONS]
 
 
 def _weights(module: nn.Module) -> dict[str, Weight]:
-    """Parameter name -> what it stores, of an experts module."""
+    """Parameter name -> weight, dense or quantized, of an experts module."""
     return {name: stored_weight(module, name) for name in _names(module)}
 
 
 def _quantized(weight: Weight, format: str, blocksize: int, double_quant: bool) -> QuantizedWeight:
-    assert isinstance(weight, torch.Tensor), "quantized weights were refused"
+    assert isinstance(weight, torch.Tensor), "the caller has refused quantized weights"
     return quantize(weight, format, blocksize=blocksize, double_quant=double_quant)

@@ -24,23 +24,23 @@ def load_quantized(
 ) -> PreTrainedModel:
     """`from_pretrained` with quantized experts; the whole dense model is never in memory.
 
-    Every stack of experts is quantized on its device as soon as its shards are read. While it is
-    quantized, the tensors it was stacked from are in memory too: about three times its dense size.
-    What is not experts loads as usual.
+    Every stack of experts is quantized on its device as soon as its shards are read. At that moment
+    the tensors that were stacked are in memory too: about three times the dense size of one stack.
+    All other parameters are loaded as usual.
 
     Args:
-        name_or_path: of the model.
-        experts: "nf4", "fp4" or "int8" for an unquantized checkpoint; "mxfp4" for one published in
-            MXFP4 (gpt-oss), whose packed blocks are kept as they are.
+        name_or_path: the model's name on the hub, or its folder.
+        experts: "nf4", "fp4" or "int8" for an unquantized checkpoint; "mxfp4" for a checkpoint in
+            MXFP4 (gpt-oss), whose packed blocks are kept unchanged.
         blocksize, double_quant: as in `quantize_experts`.
-        quantization_config: bitsandbytes' config for the linear layers, in 4 bits; None leaves them
-            as they are.
+        quantization_config: bitsandbytes' config for the linear layers, in 4 bits; None does not
+            quantize them.
         model_class: the class whose `from_pretrained` loads the model.
-        kwargs: for `from_pretrained`: dtype, device_map and others.
+        kwargs: further arguments of `from_pretrained`: dtype, device_map and others.
     Returns: the model, ready for an adapter.
     Raises:
-        ValueError: if the format does not exist or does not fit that of the checkpoint, if the
-            model has no experts, or if the checkpoint does not hold all of them.
+        ValueError: if the format is unknown or cannot be made from the checkpoint, if the model has
+            no experts, or if the checkpoint does not hold all of them.
     """
     _check_settings(experts, blocksize, quantization_config)
     config = kwargs.pop("config", None)
@@ -51,8 +51,8 @@ def load_quantized(
     settings = ExpertsQuantizationConfig(experts, blocksize, double_quant, quantization_config)
     given: ExpertsQuantizationConfig | None = settings
     if experts == MXFP4:
-        # the config of the checkpoint names transformers' own quantizer, which repacks the weights
-        # for its kernel; ours takes its place
+        # the checkpoint's config names transformers' own quantizer, which repacks the weights for
+        # its kernel; our quantizer replaces it
         config.quantization_config = settings.to_dict()
         given = None
     model = model_class.from_pretrained(
@@ -79,17 +79,17 @@ def _check_settings(
 
 
 def _stored_format(config: Any) -> str | None:
-    """The quantization method of a checkpoint by its config; None if it is not quantized."""
+    """The quantization method that a checkpoint's config names; None if it is not quantized."""
     stored = getattr(config, "quantization_config", None) or {}
     method = getattr(stored, "quant_method", None)
     if isinstance(stored, dict):
         method = stored.get("quant_method")
-    # transformers may have made it a member of its enum
+    # transformers may have converted the name to a member of its enum
     return getattr(method, "value", method)
 
 
 def _check_format(name_or_path: str, stored: str | None, experts: str) -> None:
-    """Refuse a checkpoint that `experts` cannot be made from."""
+    """Raise if the format `experts` cannot be made from a checkpoint stored as `stored`."""
     needed = None
     if experts == MXFP4:
         needed = MXFP4
@@ -102,13 +102,13 @@ def _check_format(name_or_path: str, stored: str | None, experts: str) -> None:
     }
     other = "load it with from_pretrained; the README lists the formats that adapters support."
     raise ValueError(
-        f"{name_or_path} is stored in {stored or 'full precision'}, from which experts={experts!r} "
-        f"cannot be made: {remedy.get(stored, other)}"
+        f"{name_or_path} is stored in {stored or 'full precision'}, and experts={experts!r} cannot "
+        f"be made from it: {remedy.get(stored, other)}"
     )
 
 
 def _check_loaded(name_or_path: str, model: nn.Module) -> None:
-    """Refuse a model that has no experts, or some that stayed dense."""
+    """Raise if a model has no experts, or if some of its stacks are still dense."""
     stacks = 0
     dense = 0
     for module in model.modules():
@@ -122,6 +122,6 @@ def _check_loaded(name_or_path: str, model: nn.Module) -> None:
         raise ValueError(f"{name_or_path} has no routed experts that could be quantized.")
     if dense:
         raise ValueError(
-            f"{name_or_path}: the checkpoint did not give {dense} of {stacks} stacks of experts; "
+            f"{name_or_path}: the checkpoint does not hold {dense} of {stacks} stacks of experts; "
             "download or save it again."
         )

@@ -1,7 +1,8 @@
-"""What transformers' loader calls to quantize stacks of experts while it loads a checkpoint.
+"""The quantizer that transformers' loader calls while it loads a checkpoint.
 
-The loader reads the shards, renames their tensors, stacks those of the experts and places them. The
-quantizer here takes each stack as soon as it is complete. `registration` makes the loader know it.
+The loader reads the shards, renames their tensors, stacks the tensors of the experts and places
+them in the model. `ExpertsQuantizer` quantizes each stack as soon as it is complete. `registration`
+registers it with transformers.
 """
 
 from collections.abc import MutableMapping
@@ -25,16 +26,17 @@ from ..ops.quantized import Codes4bit, QuantizedWeight
 METHOD = "peft_moe_lora"
 MXFP4 = "mxfp4"
 
-# what the loader hands over: parameter name -> tensor, or a list with one
+# what the loader passes: parameter name -> tensor, or a list with one tensor
 Tensors = MutableMapping[str, torch.Tensor | list[torch.Tensor]]
 
 
 class ExpertsQuantizationConfig(QuantizationConfigMixin):
-    """The settings of `load_quantized`, as transformers' loader takes them.
+    """The settings of `load_quantized`, in the form that transformers' loader takes.
 
     Args:
         experts, blocksize, double_quant: as in `load_quantized`.
-        linear: bitsandbytes' config for the linear layers, or what its `to_dict` returned, or None.
+        linear: bitsandbytes' config for the linear layers, also as a dict; None does not quantize
+            them.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         linear: BitsAndBytesConfig | dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        # a method of our own, which transformers' enum does not have
+        # transformers' enum has no member for this method
         self.quant_method = cast(QuantizationMethod, METHOD)
         self.experts = experts
         self.blocksize = blocksize
@@ -63,7 +65,7 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
 
 
 class ExpertsQuantizer(HfQuantizer):
-    """Quantizes stacks of experts, and lets bitsandbytes quantize linear layers if asked to."""
+    """Quantizes stacks of experts; with `linear`, bitsandbytes quantizes the linear layers."""
 
     quantization_config: ExpertsQuantizationConfig
 
@@ -71,7 +73,7 @@ class ExpertsQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.linear: HfQuantizer | None = None
         if quantization_config.linear is not None:
-            # imports bitsandbytes, which need not be installed
+            # imported here, because it imports bitsandbytes, which may not be installed
             from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
             self.linear = Bnb4BitHfQuantizer(quantization_config.linear, pre_quantized=False)
@@ -82,7 +84,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes of one weight with its part of the scales; the loader plans memory with it."""
+        """Bytes per weight, scales included; the loader plans its memory with this number."""
         return KNOWN_FORMATS[self.quantization_config.experts].element_size
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -101,7 +103,7 @@ class ExpertsQuantizer(HfQuantizer):
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        # packed blocks are quantized already
+        # MXFP4 blocks are quantized already
         if self.quantization_config.experts == MXFP4:
             return False
         if _is_stack(model, param_name):
@@ -112,7 +114,7 @@ class ExpertsQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """The conversions of tensors to parameters that the model itself does not have."""
+        """The conversions from tensors to parameters that the model does not define itself."""
         if self.quantization_config.experts != MXFP4:
             return []
         return [
@@ -153,15 +155,15 @@ class _Quantize(ConversionOps):
 
         Args:
             input_dict: full parameter name -> tensor.
-            model: whose parameters these are.
-            missing_keys: the parameters that the checkpoint has not given so far.
-            kwargs: what else the loader passes, for bitsandbytes.
+            model: the model that owns the parameters.
+            missing_keys: the parameters that are not loaded yet.
+            kwargs: further arguments of the loader, passed on to bitsandbytes.
         Returns: the other tensors, as bitsandbytes returns them.
         """
         settings = self.hf_quantizer.quantization_config
         others = {}
         for name in list(input_dict):
-            # no reference may stay: the dense stack is freed before the next one is quantized
+            # no reference to the dense stack stays, so it is freed before the next one is quantized
             tensor = input_dict.pop(name)
             if not _is_stack(model, name):
                 others[name] = tensor
@@ -177,13 +179,13 @@ class _Quantize(ConversionOps):
         if not others:
             return {}
         linear = self.hf_quantizer.linear
-        assert linear is not None, "without a quantizer for linear layers, only stacks come here"
+        assert linear is not None, "only a quantizer for linear layers asks for other tensors"
         operation = linear.get_quantize_ops()
         return operation.convert(others, model=model, missing_keys=missing_keys, **kwargs)
 
 
 class _KeepPacked(ConversionOps):
-    """Stores MXFP4 blocks [E, N, K / 32, 16] and scales [E, N, K / 32] as they were published."""
+    """Stores published MXFP4 blocks [E, N, K / 32, 16] and scales [E, N, K / 32] unchanged."""
 
     def convert(  # type: ignore[override]  # the loader passes the other arguments by keyword
         self,
@@ -198,13 +200,13 @@ class _KeepPacked(ConversionOps):
 
         Args:
             input_dict: name -> tensor; the names end in "_blocks" and "_scales".
-            model: whose parameter this is.
+            model: the model that owns the parameter.
             full_layer_name: full name of the parameter.
-            missing_keys: the parameters that the checkpoint has not given so far.
-            kwargs: what else the loader passes, not used.
-        Returns: {}, because nothing is left to place.
+            missing_keys: the parameters that are not loaded yet.
+            kwargs: further arguments of the loader, not used.
+        Returns: {}, because no tensor is left for the loader to place.
         Raises:
-            ValueError: if the blocks are not of the parameter's shape.
+            ValueError: if the blocks do not have the parameter's shape.
         """
         found = {name.rpartition("_")[2]: _only(tensor) for name, tensor in input_dict.items()}
         blocks = found["blocks"]
@@ -226,14 +228,15 @@ class _KeepPacked(ConversionOps):
         if weight.shape != tuple(parameter.shape):
             raise ValueError(
                 f"{full_layer_name} is {tuple(parameter.shape)}, but its blocks are "
-                f"{weight.shape}; the checkpoint and its config do not belong together."
+                f"{weight.shape}; the checkpoint and its config do not belong together. Download "
+                "both again."
             )
         _place(model, full_layer_name, weight, missing_keys)
         return {}
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether a module holds experts in stacks, not in a form of its family."""
+    """Whether a module holds experts as stacks that can be quantized."""
     return is_experts(module) and type(module).__name__ not in FAMILIES
 
 
@@ -243,7 +246,7 @@ def _is_stack(model: nn.Module, name: str) -> bool:
 
 
 def _only(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """A tensor, which the loader may hand over as a list of one."""
+    """The tensor; the loader may pass it as a list with one tensor."""
     if isinstance(value, list):
         return value[0]
     return value
@@ -252,11 +255,11 @@ def _only(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
 def _place(
     model: PreTrainedModel, name: str, weight: QuantizedWeight, missing_keys: set[str] | None
 ) -> None:
-    """Store a quantized weight in its module, and tell the loader that it is loaded."""
+    """Store a quantized weight in its module, and mark it as loaded."""
     module, last = get_module_from_name(model, name)
     store(module, last, weight)
     listed = parametrizations(module, last)
-    # the loader initializes whatever does not have this attribute
+    # the loader initializes every tensor and module without this attribute
     for tensor in (*listed.parameters(), *listed.buffers()):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # the loader's own attribute
     module._is_hf_initialized = True

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ExpertLoadCallback(TrainerCallback):
-    """Logs, at each log of the Trainer, how even the routing was since the last one.
+    """Logs how even the routing was since the last log, each time the Trainer logs.
 
         trainer.add_callback(ExpertLoadCallback(trainer))
 
@@ -24,15 +24,16 @@ class ExpertLoadCallback(TrainerCallback):
     `expert_load/largest_max_violation`, `expert_load/dead_experts` (the experts of all layers that
     got no row) and, with `per_layer`, `expert_load/max_violation/<path>` of each layer with rows.
 
-    The rows of all micro-batches of training count. Evaluation, padding and what gradient
-    checkpointing computes again do not. The rows of all processes are added up once a log.
+    The rows of all training micro-batches are counted. Evaluation, padding and forwards that
+    gradient checkpointing recomputes are not counted. The counts of all processes are summed once
+    per log.
 
     Args:
-        trainer: the Trainer whose log it writes to.
+        trainer: the Trainer that logs the metrics.
         per_layer: whether to log the max violation of every layer too.
     Attributes:
         last: the load between the last two logs, of all processes; None before the first log.
-        total: the load from the start of training to the last log, or to the end once it has ended.
+        total: the load from the start of training to the last log; after training, to its end.
     """
 
     def __init__(self, trainer: "Trainer", per_layer: bool = False) -> None:
@@ -75,10 +76,10 @@ class ExpertLoadCallback(TrainerCallback):
                 # NaN: the layer got no row
                 if not math.isnan(violation):
                     metrics[f"max_violation/{path}"] = violation
-        # the method of a subclass may do more: TRL's adds the metrics of the steps, which belong to
-        # the log that follows
+        # the base class's method, because a subclass's may do more: TRL's also logs the metrics of
+        # the steps, and they belong to the next log
         Trainer.log(self.trainer, {f"expert_load/{name}": value for name, value in metrics.items()})
-        # `log` has set it to False, but the loss still has to be logged
+        # `log` has set should_log to False, but the loss still has to be logged
         control.should_log = True
 
     def on_train_end(
@@ -94,7 +95,7 @@ class ExpertLoadCallback(TrainerCallback):
 
     def _take(self) -> ExpertLoad:
         """The load of all processes since the last call, also added to `total`."""
-        assert self._watch is not None, "training has begun"
+        assert self._watch is not None, "on_train_begin creates the watch"
         load = ExpertLoad(self._watch.take(sum_over_processes))
         self.last = load
         if self.total is None:

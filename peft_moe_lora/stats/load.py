@@ -1,6 +1,6 @@
 """How evenly a model's tokens are spread over its experts.
 
-load[e] = rows routed to expert e, without the tokens of padding
+load[e] = rows routed to expert e, without padding
 max violation = (max load - mean load) / mean load
 """
 
@@ -44,10 +44,10 @@ class ExpertLoad:
         return {path: (rows == 0).nonzero()[:, 0].tolist() for path, rows in self.counts.items()}
 
     def metrics(self) -> dict[str, float]:
-        """Three numbers over all modules that got rows; {} if none did.
+        """Three numbers over all modules that got rows; {} if no module got rows.
 
-        Returns: "max_violation", the mean over the modules; "largest_max_violation";
-            "dead_experts", their number in all these modules.
+        Returns: "max_violation", the mean over these modules; "largest_max_violation", the maximum;
+            "dead_experts", the number of experts without rows in all these modules.
         """
         ran = ExpertLoad({path: rows for path, rows in self.counts.items() if rows.any()})
         violations = list(ran.max_violation.values())
@@ -68,7 +68,7 @@ class ExpertLoad:
         return ExpertLoad(total)
 
     def __str__(self) -> str:
-        """A line for each module."""
+        """One line for each module."""
         dead = self.dead
         violation = self.max_violation
         lines = []

@@ -1,4 +1,4 @@
-"""Pictures of expert loads; matplotlib is imported when one is drawn."""
+"""Plots expert loads; matplotlib is imported only when a plot is drawn."""
 
 import re
 from typing import TYPE_CHECKING
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 
 def plot_expert_load(load: ExpertLoad, ax: "Axes | None" = None) -> "Figure | SubFigure":
-    """A heatmap of loads: a line for each layer, a column for each expert; 1 is the layer's mean.
+    """Draw a heatmap of loads, with a row for each layer and a column for each expert.
+
+    The value is the expert's load divided by the mean load of its layer, so 1 is even.
 
     Args:
-        load: from `expert_load` or a callback.
-        ax: matplotlib axes to draw in; new ones by default.
+        load: the loads, from `expert_load` or from a callback.
+        ax: matplotlib axes to draw in; new axes by default.
     Returns: the matplotlib figure.
     Raises:
-        ImportError: naming the extra to install, if there is no matplotlib.
+        ImportError: if matplotlib is not installed. The message names the extra to install.
     """
     try:
         import matplotlib.pyplot as plt
@@ -29,7 +31,7 @@ def plot_expert_load(load: ExpertLoad, ax: "Axes | None" = None) -> "Figure | Su
             f"plot_expert_load needs matplotlib ({error}): pip install 'peft-moe-lora[notebook]'"
         ) from error
     counts = list(load.counts.values())
-    # layers with fewer experts end in NaN, which is not drawn
+    # layers with fewer experts are filled with NaN, which is not drawn
     lines = torch.full((len(counts), max(map(len, counts))), torch.nan)
     for line, rows in zip(lines, counts, strict=True):
         line[: len(rows)] = rows / rows.double().mean()

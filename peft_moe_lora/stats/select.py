@@ -1,4 +1,4 @@
-"""The experts that matter for some data, selected by their share of its tokens."""
+"""Selects the experts that matter for some data, by their share of its tokens."""
 
 from collections.abc import Iterable
 
@@ -18,12 +18,12 @@ def select_experts(
     threshold: float | None = None,
     top: int | None = None,
 ) -> dict[str, list[int]]:
-    """The experts that matter for some data, as `expert_indices` of MoELoraConfig takes them.
+    """Select the experts that matter for some data, in the form of MoELoraConfig.expert_indices.
 
         score[e] = 1/N sum over samples j of 1/L_j sum over tokens t of s[t, e]
 
-    for N samples of L_j tokens. s[t, e] is the routing weight that token t gives expert e for
-    "gates" (average gate score); for "tokens" (token selection ratio) it is 1 / top_k if the token
+    for N samples of L_j tokens. With "gates" (average gate score), s[t, e] is the routing weight of
+    token t for expert e. With "tokens" (token selection ratio), it is 1 / top_k if the token
     selects the expert, else 0. The scores are divided by their sum over the layer's experts.
 
     Args:
@@ -31,9 +31,9 @@ def select_experts(
         batches: dicts of the model's arguments, or [batch, length] input_ids. A sample is one line
             of a batch; a few dozen samples of the task are enough.
         score: "tokens" or "gates".
-        threshold: in (0, 1]. Select in each layer the fewest experts whose scores sum to at least
-            this.
-        top: instead, select in each layer this many experts with the highest scores.
+        threshold: in (0, 1]; in each layer, select the fewest experts whose scores sum to at least
+            this. Give either threshold or top.
+        top: in each layer, select this many experts with the highest scores.
     Returns: path of each experts module in the base model -> ascending ids.
     Raises:
         ValueError: if an argument is out of range, or a layer got no token.
@@ -45,10 +45,11 @@ def select_experts(
     for path, sums in measured(model, batches, score).items():
         if not sums.any():
             raise ValueError(
-                f"{path} got no token from the batches, so its experts have no score; leave it out."
+                f"{path} got no token from the batches, so its experts have no scores; give "
+                "batches whose tokens reach it."
             )
         if top is not None and top > len(sums):
-            raise ValueError(f"top={top} experts of {path}, which has {len(sums)}.")
+            raise ValueError(f"top={top} must be at most {len(sums)}, the experts of {path}.")
         shares, order = (sums / sums.sum()).sort(descending=True, stable=True)
         count = top
         if threshold is not None:
@@ -71,7 +72,7 @@ def _check_arguments(score: str, threshold: float | None, top: int | None) -> No
 
 
 def _fewest(shares: torch.Tensor, threshold: float) -> int:
-    """How many of the shares, in descending order, sum to at least the threshold."""
-    # 1e-9: the sum of shares that should be the threshold may be less by rounding
+    """The smallest number of shares, the largest first, that sum to at least the threshold."""
+    # 1e-9: by rounding, a sum that should equal the threshold may be slightly below it
     short = shares.cumsum(0) < threshold - 1e-9
     return int(short.sum()) + 1

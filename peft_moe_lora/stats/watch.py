@@ -1,10 +1,10 @@
-"""Sums over a model's tokens for each expert, added up on the device while the model runs.
+"""Sums a value over the tokens of each expert, on the device, while a model runs.
 
-    sum[e] += value of the row, for each (token, slot) routed to expert e
+    sum[e] += value of the row, for each row, a (token, slot), routed to expert e
 
-It consists of forward hooks. Without a watch there is no cost. A watch adds a few small launches to
-each call of an experts module and never waits for the device. The rows are counted from
-top_k_index, because the offsets that the kernels compute do not know which tokens are padding.
+A watch consists of forward hooks. It adds a few small kernel launches to each call of an experts
+module and never waits for the device. Without a watch there is no cost. The rows are read from
+top_k_index, because the offsets that the kernels compute do not show which tokens are padding.
 """
 
 import inspect
@@ -40,16 +40,17 @@ class _Call:
 
 
 class RoutingWatch:
-    """Adds up what each experts module's tokens are routed to, while a model runs.
+    """Sums a value of the rows of every expert, in every experts module, while a model runs.
 
-    Only what runs between a call of the model and its return counts. What gradient checkpointing
-    computes again in backward does not count a second time.
+    Only forwards of the whole model are counted. A forward that gradient checkpointing recomputes
+    during backward is not counted a second time.
 
     Args:
-        model: the module that gets called, with or without adapters.
-        measure: the value of a row. "rows": 1. In a sample (a line of the batch) of L tokens,
-            "tokens": 1 / (L top_k), and "gates": its top_k_weights / L.
-        when: called at each call of the model; the call counts if it returns True.
+        model: the module that is called, with or without adapters.
+        measure: the value of a row. With "rows" it is 1. With "tokens" it is 1 / (L * top_k), and
+            with "gates" it is the row's top_k_weights / L, where L is the number of tokens in the
+            sample (a line of the batch).
+        when: called before each forward of the model; the forward is counted if it returns True.
     Raises:
         ValueError: if the model has no experts.
     """
@@ -62,7 +63,8 @@ class RoutingWatch:
         self.modules = dict(_experts_modules(model))
         if not self.modules:
             raise ValueError(
-                f"{type(model).__name__} holds no experts modules, so there is no load to read."
+                f"{type(model).__name__} holds no experts modules, so it has no expert loads; give "
+                "a Mixture-of-Experts model."
             )
         # path -> [E + 2]; see `_hook`
         self._sums: dict[str, torch.Tensor] = {}
@@ -90,10 +92,10 @@ class RoutingWatch:
     def take(
         self, reduce: Callable[[torch.Tensor], object] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The sums since the last call of `take`, which start again from zero.
+        """Return the sums since the last call of `take`, and start again from zero.
 
         Args:
-            reduce: called with all sums in one tensor on the device; it may add those of other
+            reduce: called with all sums in one tensor on the device. It may add the sums of other
                 processes in place.
         Returns: path -> [E] on the CPU, int64 for "rows", else float64; zeros for a module that did
             not run.
@@ -118,7 +120,7 @@ class RoutingWatch:
         return dict(zip(sizes, split, strict=True))
 
     def _device(self) -> torch.device:
-        """Where the sums are, or the experts, if nothing ran yet."""
+        """The device of the sums, or of the model's experts if nothing has run yet."""
         tensors = list(self._sums.values())
         for module in self.modules.values():
             tensors.extend(module.parameters())
@@ -158,14 +160,15 @@ class RoutingWatch:
                 self._sums[path] = torch.zeros(
                     num_experts + 2, dtype=values.dtype, device=index.device
                 )
-            # ids outside 0..E-1 are sentinels, which nothing computes: they go to the two ends
+            # ids outside 0..E-1 are sentinels, whose rows are skipped: they are added to the first
+            # and the last entry, which `take` leaves out
             expert = index.reshape(-1).clamp(-1, num_experts) + 1
             self._sums[path].index_add_(0, expert, values)
 
         return add
 
     def _values(self, call: _Call, index: torch.Tensor) -> torch.Tensor:
-        """[T * top_k]: the value of each row, computed once for all layers of a call."""
+        """The value of each row, [T * top_k], computed once for all layers of a call."""
         T, top_k = index.shape
         key = (T, top_k, index.device)
         if key not in call.values:
@@ -213,7 +216,7 @@ def _arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
     """A batch as the model's arguments, on its device."""
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
-    # an offloaded model moves its arguments itself
+    # accelerate moves the arguments of an offloaded model
     if device.type == "meta":
         return dict(batch)
     given = {}
@@ -245,22 +248,22 @@ def _check_mask(mask: object) -> None:
 
 
 def _kept(call: _Call, T: int, device: torch.device) -> torch.Tensor:
-    """[batch, length] bool: which of the T tokens given to an experts module are not padding."""
+    """Which of an experts module's T tokens are not padding, [batch, length] bool."""
     if call.mask is None:
         size = (1, T)
         if call.size is not None and math.prod(call.size) == T:
             size = call.size
         return torch.ones(size, dtype=torch.bool, device=device)
     batch, length = call.mask.shape
-    # with a cache the mask also covers past tokens; those that run now are the last
+    # with a cache, the mask also covers past tokens; the tokens of this call are the last ones
     running = None
     if batch and T % batch == 0:
         running = T // batch
     if running is None or running > length:
         raise ValueError(
-            f"an experts module was given {T} tokens and attention_mask is {(batch, length)}, "
-            "which does not tell which of the tokens are padding. Use batches without padding and "
-            "without attention_mask."
+            f"an experts module got {T} tokens, but attention_mask is {(batch, length)}, so it is "
+            "not known which of the tokens are padding. Use batches without padding and without "
+            "attention_mask."
         )
     return call.mask[:, length - running :].to(device) != 0
 
@@ -282,18 +285,18 @@ def _experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _num_experts(module: nn.Module) -> int:
-    """E of an experts module, whatever its form; `read_layout` would refuse some."""
+    """E of an experts module, also of one that `read_layout` does not support."""
     if isinstance(module, MoELoraLayer):
         return module.layout.num_experts
     E = getattr(module, "num_experts", None)
-    # the attribute first: reading a quantized weight would decode it
+    # the attribute is read first, because reading a quantized weight would decode it
     if isinstance(E, int):
         return E
     down = getattr(module, "down_proj", None)
     if down is None:
         raise ValueError(
-            f"{type(module).__name__} says nowhere how many experts it holds: it has neither "
-            "num_experts nor down_proj."
+            f"{type(module).__name__} has neither num_experts nor down_proj, so the number of its "
+            "experts is not known; set num_experts on the module."
         )
     return down.shape[0]
 
@@ -315,7 +318,7 @@ def _routed(
         if isinstance(module, MoELoraLayer):
             name = type(module.base_layer).__name__
         raise ValueError(
-            f"{name} is not called as experts(hidden_states, top_k_index, top_k_weights), so which "
-            "experts its tokens go to cannot be read."
+            f"{name} is not called as experts(hidden_states, top_k_index, top_k_weights), so the "
+            "experts of its tokens are not known, and its loads cannot be counted."
         )
     return index, cast(torch.Tensor, weights)

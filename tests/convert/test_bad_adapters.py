@@ -211,7 +211,7 @@ def test_configurations_that_are_no_lora_of_ours_are_refused(qwen, tmp_path, cha
 def test_broken_json_no_weights_and_a_pickle_are_refused(qwen, tmp_path):
     shutil.copytree(qwen.ours, tmp_path / "in")
     (tmp_path / "in" / "adapter_config.json").write_text("{")
-    refused(qwen, tmp_path, "no JSON")
+    refused(qwen, tmp_path, "not JSON")
     (tmp_path / "in" / "adapter_config.json").unlink()
     refused(qwen, tmp_path, "does not exist")
     (tmp_path / "in" / "adapter_model.safetensors").rename(tmp_path / "in" / "adapter_model.bin")

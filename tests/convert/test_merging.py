@@ -162,7 +162,7 @@ def test_indexes_that_lie_are_refused(qwen, sharded, tmp_path):
         path.write_text(json.dumps(wrong))
         refused(qwen, tmp_path, match)
     path.write_text(whole[:-5])
-    refused(qwen, tmp_path, "no JSON")
+    refused(qwen, tmp_path, "not JSON")
     path.write_text(whole)
     shard = sharded / index["weight_map"][first]
     shard.write_bytes(shard.read_bytes()[:-1])

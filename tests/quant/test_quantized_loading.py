@@ -207,7 +207,7 @@ def test_refusals_name_what_came_and_the_remedy(saved, gpt_oss):
     ][:1]
     tensors = {n: t for n, t in load_file(shard).items() if "down_proj" not in n}
     save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(ValueError, match="did not give 1 of 4 stacks"):
+    with pytest.raises(ValueError, match="does not hold 1 of 4 stacks"):
         load_quantized(shard.parent)
     with pytest.raises(ValueError, match="load_in_4bit=True"):
         load_quantized(saved("mixtral"), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
