@@ -210,7 +210,7 @@ class HubNames:
     router: str = "gate"
 
     def to_hub(self, key: str) -> str:
-        """Replace transformers' names in a key by the published ones, except a dense layer's "mlp"."""
+        """Replace transformers' names in a key by published names, except a dense layer's "mlp"."""
         return self._rename(key, ("mlp", self.router), (self.block, "gate"))
 
     def from_hub(self, key: str) -> str:

@@ -367,7 +367,7 @@ def test_a_selection_goes_into_a_configuration():
         ({"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
         ({"threshold": 1.5}, r"threshold must be in \(0, 1\]"),
         ({"top": 0}, "top must be an integer"),
-        ({"top": E + 1}, f"top={E + 1} experts of"),
+        ({"top": E + 1}, f"top={E + 1} must be at most"),
         ({"score": "norm", "top": 1}, "score must be one of"),
     ],
     ids=str,
