@@ -455,8 +455,8 @@ def test_every_expert_is_still_version_one(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({FIRST: [1, 3]}, r"holds experts \[1, 4\].*says experts \[1, 3\]"),
-        (None, r"holds experts \[1, 4\].*says every expert"),
+        ({FIRST: [1, 3]}, r"holds experts \[1, 4\].*chooses experts \[1, 3\]"),
+        (None, r"holds experts \[1, 4\].*chooses every expert"),
         ({FIRST: [1, 4, 0]}, r"holds experts \[1, 4\]"),
         ({SECOND: [1, 4]}, "unknown tensors"),
         ({FIRST: [1, 9]}, "names expert 9"),
