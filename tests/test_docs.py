@@ -60,8 +60,8 @@ STEPS_FORWARD, STEPS_BACKWARD = TABLES["Around the model's own code: `functional
 # ---- launches ------------------------------------------------------------------------------------
 
 E, H, I, TOP_K, RANK = 128, 128, 128, 2, 16  # noqa: E741
-# 192 rows an expert, from which on tiles have 128 rows, and 16
-MANY, FEW = 12288, 1024
+# tokens that give each expert 192 rows, 64 and 16: its tiles have 128 rows, 64 and 16
+MANY, MIDDLING, FEW = 12288, 4096, 1024
 
 # GPUs by compute capability and multiprocessors, and the column that says what they launch
 HOPPER = ((9, 0), 132)
@@ -105,6 +105,7 @@ CASES = {
     "quantized": Case(quantized="nf4"),
     "quantized, few rows": Case(T=FEW, quantized="nf4"),
     "few rows": Case(T=FEW),
+    "middling rows": Case(T=MIDDLING),
     "some experts": Case(experts=(1, 2)),
     "transposed base": Case(transposed=True),
     "up alone": Case(down=False),
