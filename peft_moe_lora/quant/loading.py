@@ -96,7 +96,7 @@ def _check_format(name_or_path: str, stored: str | None, experts: str) -> None:
     if stored == needed:
         return
     remedy = {
-        None: 'the checkpoint is not quantized; experts must be "nf4", "fp4" or "int8".',
+        None: f"the checkpoint is not quantized; experts must be one of {FORMATS}.",
         MXFP4: 'pass experts="mxfp4", which keeps it as it is, or load it with '
         "Mxfp4Config(dequantize=True) and quantize_experts(model).",
     }

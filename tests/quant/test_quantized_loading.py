@@ -23,6 +23,7 @@ from helpers import (
 )
 from peft_moe_lora import load_quantized, quantize_experts
 from peft_moe_lora.experts.stored import stored_weight
+from peft_moe_lora.ops.quantize import FORMATS
 from peft_moe_lora.ops.quantized import QuantizedWeight
 
 
@@ -39,7 +40,7 @@ def saved(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("experts", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("experts", FORMATS)
 @pytest.mark.parametrize("family", STORED_FAMILIES)
 def test_it_is_the_model_quantized_after_loading(saved, family, experts):
     path = saved(family)
