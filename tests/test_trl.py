@@ -300,5 +300,7 @@ def test_the_example_runs_on_a_tiny_model_and_on_ones_own(tmp_path):
     assert (tmp_path / "own" / "sft" / "chat_template.jinja").exists()
 
 
+# the examples share their arguments: test_examples runs the same check
+@pytest.mark.long
 def test_a_model_without_data_is_refused():
     assert "--model needs --data" in example("--model", "somewhere", ok=False).stderr
