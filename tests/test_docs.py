@@ -5,6 +5,7 @@ That is kernels in the order of their launches, files, functions, and where link
 
 import importlib
 import re
+import tomllib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +57,39 @@ TABLES = tables(ARCHITECTURE)
 STEPS_FORWARD, STEPS_BACKWARD = TABLES["Around the model's own code: `functional/steps.py`"]
 (VARIANTS,) = TABLES["What differs"]
 (FILES,) = TABLES["Kernels and their files"]
+
+ROOMS_TABLE, OPS_TABLE, KERNELS_TABLE = TABLES["The rooms"]
+
+# ---- the order of the rooms ------------------------------------------------------------------------
+
+CONTRACTS = {
+    contract["name"]: contract["layers"]
+    for contract in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "importlinter"
+    ]["contracts"]
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "contract"),
+    [
+        (ROOMS_TABLE, "rooms of the package"),
+        (OPS_TABLE, "rooms of the operations"),
+        (KERNELS_TABLE, "rooms of the kernels"),
+    ],
+    ids=["package", "ops", "kernels"],
+)
+def test_the_floors_are_those_that_import_linter_holds(table, contract):
+    floors = [set(re.findall(r"\w+", layer)) for layer in reversed(CONTRACTS[contract])]
+    if table is KERNELS_TABLE:
+        # the top floor is all files
+        floors[-1] = {"kernels"}
+    described = [set() for _ in floors]
+    for row in table:
+        names = [Path(name).stem for name in re.findall(r"`([^`]+)`", row["room"])]
+        described[int(row["floor"]) - 1] |= set(names)
+    assert described == floors
+
 
 # ---- launches ------------------------------------------------------------------------------------
 
