@@ -60,7 +60,7 @@ STEPS_FORWARD, STEPS_BACKWARD = TABLES["Around the model's own code: `functional
 
 ROOMS_TABLE, OPS_TABLE, KERNELS_TABLE = TABLES["The rooms"]
 
-# ---- the order of the rooms ------------------------------------------------------------------------
+# ---- the order of the rooms -----------------------------------------------------------------------
 
 CONTRACTS = {
     contract["name"]: contract["layers"]
@@ -292,7 +292,7 @@ def test_files_that_are_named_exist(path):
 
 @every_document
 def test_names_said_to_be_in_a_file_are_there(path):
-    """`NAME` of `file.py`; and in an item of a list, names between its first file and the next one."""
+    """`NAME` of `file.py`; in an item of a list, the names between its first two files."""
     text = path.read_text(encoding="utf-8")
     for name, file in re.findall(r"`(\w[\w.]*)`[^`.;]{0,40}\b(?:of|in) `([\w/.-]+\.py)`", text):
         assert name.split(".")[-1] in words_of(file), f"{path.name}: {name} of {file}"
