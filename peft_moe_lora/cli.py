@@ -198,7 +198,8 @@ def verify(
     _print({**asdict(found), "ok": found.ok}, as_json)
     if not found.ok:
         print(
-            f"error: {found.where} differs by {found.max_error:.2e}, relative to the update",
+            f"error: {found.where} differs by {found.max_error:.2e}, relative to the update; the "
+            f"tolerance is {found.tolerance:g}",
             file=sys.stderr,
         )
         raise typer.Exit(DIFFERENT)

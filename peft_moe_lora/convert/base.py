@@ -22,7 +22,7 @@ from ..experts.routers import is_router, linear_features
 from ..experts.stored import UnsupportedExperts
 from ..files.tensor_file import AdapterError, FilePath, RefusedError
 
-# what a model class may raise when it is built from a config that is not its own
+# errors that a model class may raise if the config belongs to another class
 _BUILDING_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -41,15 +41,16 @@ class BaseModel:
     """The facts of a base model.
 
     Attributes:
-        name: what the caller asked for, for messages.
-        model_type: of the config.
+        name: name or folder of the model, for messages.
+        model_type: model_type of the config.
         experts: path -> layout of every routed experts module.
-        interleaved: path -> whether the rows of its gate_up projection alternate (gate, up, gate,
-            ...); None where the module does not tell.
+        interleaved: path of an experts module -> whether the rows of gate_up alternate (gate, up,
+            gate, ...); None if this is not known.
         linears: path -> (in_features, out_features) of every linear layer, embedding and router.
-        routers: the paths among them that are routers, which PEFT does not count as linear layers.
-        modules: every path.
-        renamings: transformers' own, from published names to module paths.
+        routers: the paths in `linears` that are routers, which PEFT does not count as linear
+            layers.
+        modules: the paths of all modules.
+        renamings: transformers' renamings of published tensor names to module paths.
     """
 
     name: str
@@ -66,7 +67,7 @@ class BaseModel:
         return HUB_NAMES.get(self.model_type, HubNames())
 
     def resolve(self, path: str) -> str:
-        """The base's own path for a path of an adapter or a checkpoint.
+        """The base model's own path for a path in an adapter or a checkpoint.
 
         Published names are replaced by transformers' names. "model.layers" also finds
         "model.language_model.layers", and the other way round. A path that is not found is
@@ -75,7 +76,7 @@ class BaseModel:
         path = self.hub_names.from_hub(path)
         if path in self.modules:
             return path
-        # some renamings match the end of a tensor's name, so the path gets one
+        # some renamings match the end of a tensor's name, so the path gets such an end
         renamed = self.renamed(f"{path}.weight").removesuffix(".weight")
         if renamed in self.modules:
             return renamed
@@ -100,7 +101,7 @@ class BaseModel:
         """The rows of gate and the rows of up in a gate_up projection of N = 2I rows.
 
         Raises:
-            RefusedError: if the module does not say how its rows are ordered.
+            RefusedError: if the order of the rows is not known.
         """
         interleaved = self.interleaved[path]
         if interleaved is None:
@@ -115,7 +116,7 @@ class BaseModel:
         return slice(width), slice(width, None)
 
 
-# how a caller names a base model: a folder, a config file, a name on the hub, a config, or its dict
+# a base model: its facts, its folder, config file or name on the hub, or its config
 BaseConfig = BaseModel | PreTrainedConfig | dict[str, Any] | FilePath
 
 
@@ -123,7 +124,7 @@ def need_base(base: BaseModel | None, why: str) -> BaseModel:
     """The base model's facts.
 
     Raises:
-        RefusedError: if the base model is not known; the message says what it is needed for.
+        RefusedError: if the base model is not known. The message begins with `why` it is needed.
     """
     if base is None:
         raise RefusedError(f"{why}; name the base model (base_config, --base-config).")
@@ -152,7 +153,7 @@ def read_base(base_config: BaseConfig) -> BaseModel:
 
 
 def describe_base(model: nn.Module, name: str, model_type: str) -> BaseModel:
-    """The facts of a model that is at hand; its weights are not read.
+    """The facts of a model that is built already; its weights are not read.
 
     Raises:
         RefusedError: if the model has no routed experts that an adapter can be added to.
@@ -161,7 +162,8 @@ def describe_base(model: nn.Module, name: str, model_type: str) -> BaseModel:
     experts = {path: module for path, module in modules.items() if is_experts(module)}
     if not experts:
         raise RefusedError(
-            f"{name} ({model_type}) has no routed experts; is this the right base model?"
+            f"{name} ({model_type}) has no routed experts; name the base model that the adapter "
+            "was trained on."
         )
     try:
         layouts = {path: read_layout(module) for path, module in experts.items()}
@@ -218,9 +220,10 @@ def _read_config(
 
 
 def _model_builder(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], nn.Module]:
-    """What builds the model whose module paths a saved adapter uses.
+    """The function that builds the base model from its config.
 
-    That is the class the config names; without one, the causal language model of its type.
+    A saved adapter uses the module paths of the class that the config names. If the config names no
+    class, it is the causal language model of its type.
     """
     architectures = getattr(config, "architectures", None)
     if architectures:
@@ -231,7 +234,7 @@ def _model_builder(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], nn.
 
 
 def _interleaved(module: nn.Module, layout: ExpertsLayout) -> bool | None:
-    """Whether the rows of gate_up alternate: as the module says, else as its activation does."""
+    """Whether the rows of gate_up alternate, from `is_concatenated` or else from the activation."""
     if hasattr(module, "is_concatenated"):
         return not module.is_concatenated
     if layout.activation is None:

@@ -1,7 +1,7 @@
 """A base model's checkpoint on disk, and which of its tensors get which update of an adapter.
 
-The experts of a module are stored stacked, as in transformers 5, or with a tensor for each of them,
-under the names of published checkpoints.
+The experts of a module are stored as stacks, as in transformers 5, or as one tensor for each
+expert, under the names of published checkpoints.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a tensor of the checkpoint gets its update from.
+    """The update of one tensor of the checkpoint.
 
     Attributes:
-        pair: of the experts' projection, or of an ordinary layer.
-        expert: the one expert the tensor holds; None where it holds all of them, stacked.
-        rows: the rows of the projection the tensor holds: gate's, up's, or None for all.
-        transposed: whether the tensor is stored [.., K, N].
-        stack: the tensor's shape with the experts as a dimension of their own, where it is a stack.
+        pair: A, B and the scaling of the experts' projection, or of an ordinary layer.
+        expert: id of the one expert that the tensor holds; None if it holds a stack of all experts.
+        rows: the rows of the projection that the tensor holds: gate's or up's; None for all rows.
+        transposed: whether the tensor is stored as [.., K, N].
+        stack: for a stack, its shape with the experts as the first of three dimensions; else None.
     """
 
     pair: Pair | LinearPair
@@ -38,11 +38,11 @@ class Target:
 
 
 class _ExpertTensor(NamedTuple):
-    """A tensor of the checkpoint that lies within an experts module.
+    """A tensor of the checkpoint that belongs to an experts module.
 
     Attributes:
-        name: in the checkpoint.
-        expert: the one expert it holds; None for a stack.
+        name: the tensor's name in the checkpoint.
+        expert: id of the one expert that it holds; None for a stack.
         leaf: name of the stack, or of the expert's projection.
     """
 
@@ -55,14 +55,15 @@ def shard_paths(base: Path) -> list[Path]:
     """The checkpoint's safetensors files.
 
     Raises:
-        AdapterError: if the index names files that are not there or are outside the folder, or
-            other tensors than the files hold.
+        AdapterError: if the index names a file that is missing or outside the folder, or if its
+            tensors differ from the tensors in the files.
     """
     index = base / INDEX_NAME
     if not index.is_file():
         if not (base / SINGLE_NAME).is_file():
             raise AdapterError(
-                f"{base} holds neither {SINGLE_NAME} nor {INDEX_NAME}; merging needs its weights."
+                f"{base} holds neither {SINGLE_NAME} nor {INDEX_NAME}, but merging needs its "
+                "weights; download the checkpoint as safetensors."
             )
         return [base / SINGLE_NAME]
     named = read_json(index).get("weight_map")
@@ -71,10 +72,11 @@ def shard_paths(base: Path) -> list[Path]:
             f"{index} has no weight_map of tensor names and files; download it again."
         )
     for file in set(named.values()):
-        # a bare name: an index must not lead outside its folder
+        # a bare file name, so that no file outside the folder is read
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise AdapterError(
-                f"{index} names {file!r}, which is not the name of a safetensors file beside it."
+                f"{index} names {file!r}, which is not the name of a safetensors file in its "
+                "folder; download the checkpoint again."
             )
         if not (base / file).is_file():
             raise AdapterError(
@@ -85,14 +87,14 @@ def shard_paths(base: Path) -> list[Path]:
     different = sorted(held ^ set(named))
     if different:
         raise AdapterError(
-            f"{index} and the files beside it differ on {different[0]}; download the checkpoint "
-            "again."
+            f"{index} and the files in its folder differ on {different[0]}; download the "
+            "checkpoint again."
         )
     return files
 
 
 def resolved_name(base: BaseModel, name: str) -> str:
-    """The name of a checkpoint's tensor in the model's own paths."""
+    """The name of a checkpoint's tensor with the base model's own module path."""
     path, _, last = name.rpartition(".")
     return f"{base.resolve(path)}.{last}"
 
@@ -100,10 +102,10 @@ def resolved_name(base: BaseModel, name: str) -> str:
 def find_targets(
     adapter: Adapter, base: BaseModel, tensors: Mapping[str, TensorInfo]
 ) -> dict[str, Target]:
-    """Tensor of the checkpoint -> its update.
+    """Name of a tensor in the checkpoint -> its update.
 
     Raises:
-        AdapterError: if a tensor's shape is not that of the base model.
+        AdapterError: if a tensor's shape does not fit the base model.
         RefusedError: if the checkpoint has no tensor for a part of the adapter.
     """
     return {
@@ -113,15 +115,15 @@ def find_targets(
 
 
 def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Compare the shape of a checkpoint's tensor with what the base model says.
+    """Check that a checkpoint's tensor has the expected shape.
 
     Raises:
-        AdapterError: if they differ.
+        AdapterError: if it has another shape.
     """
     if shape != expected:
         raise AdapterError(
-            f"the checkpoint's {name} is {list(shape)} and must be {list(expected)}; take the "
-            "checkpoint that the config belongs to, unquantized."
+            f"the checkpoint's {name} must have shape {list(expected)}, but has {list(shape)}; use "
+            "the unquantized checkpoint that belongs to the config."
         )
 
 
@@ -153,14 +155,15 @@ def _linear_targets(
         name = known.get(f"{path}.weight")
         if name is None:
             raise RefusedError(
-                f"{base.name} has no tensor {path}.weight, to which the adapter adds LoRA."
+                f"{base.name} has no tensor {path}.weight, but the adapter updates it; merge into "
+                "the base model that the adapter was trained on."
             )
         embedding = ".lora_embedding_" in linear.A
         in_features = adapter.file.tensors[adapter.names[linear.A]].shape[1]
         out_features = adapter.file.tensors[adapter.names[linear.B]].shape[0]
         expected = (out_features, in_features)
         if embedding:
-            # nn.Embedding stores its weight the other way round
+            # nn.Embedding stores its weight as [in_features, out_features]
             expected = (in_features, out_features)
         check_shape(name, tensors[name].shape, expected)
         found[name] = Target(linear, transposed=embedding)
@@ -168,13 +171,13 @@ def _linear_targets(
 
 
 def _expert_tensor(base: BaseModel, name: str) -> tuple[str, _ExpertTensor]:
-    """The path of the experts module a tensor lies in, and what it holds of it.
+    """The path of the experts module that a tensor belongs to, and what the tensor holds.
 
-    A tensor that is not of experts gets the path of its own module.
+    For a tensor that does not belong to experts, it is the path of the tensor's own module.
     """
     renamed = base.renamed(name)
     path = renamed.rpartition(".")[0]
-    # a stack may be in a module of its own within the experts module
+    # a stack may be in a submodule of the experts module
     while path and path not in base.experts:
         path = path.rpartition(".")[0]
     leaf = renamed.removeprefix(f"{path}.")
@@ -201,10 +204,10 @@ def _one_by_one(
     here: Sequence[_ExpertTensor],
     tensors: Mapping[str, TensorInfo],
 ) -> dict[str, Target]:
-    """Tensor -> update, of a projection whose experts have tensors of their own.
+    """Tensor -> update, for a projection that is stored as separate tensors of each expert.
 
     Args:
-        pair, path, projection: of the update.
+        pair, path, projection: the update, its experts module and its projection.
         base: the base model.
         here: the tensors of the experts module.
         tensors: all tensors of the checkpoint.
@@ -224,8 +227,8 @@ def _one_by_one(
     if len(held) != wanted:
         raise RefusedError(
             f"{base.name} holds {len(held)} of the {wanted} tensors of {path}, {projection}: its "
-            "experts are stored in a way that is not known (quantized, perhaps). Save the model "
-            "once with transformers' save_pretrained, dequantized, and merge into that."
+            "experts are stored in a way that is not known (perhaps quantized). Save the "
+            "dequantized model with transformers' save_pretrained, and merge into that checkpoint."
         )
     return found
 
@@ -252,12 +255,13 @@ def _stacked(
     stacks: Mapping[str, str],
     tensors: Mapping[str, TensorInfo],
 ) -> dict[str, Target]:
-    """Tensor -> update, of a projection whose experts are stacked.
+    """Tensor -> update, for a projection whose experts are stored as stacks.
 
-    One stack holds all rows of a projection, or one holds those of gate and another those of up.
+    One stack holds all rows of the projection, or one stack holds the rows of gate and another the
+    rows of up.
 
     Args:
-        pair, layout, path, projection: of the update.
+        pair, layout, path, projection: the update, its experts module and its projection.
         stacks: parameter name -> tensor of the checkpoint.
         tensors: all tensors of the checkpoint.
     """
@@ -285,14 +289,14 @@ def _stacked(
 
 
 def _is_transposed(layout: ExpertsLayout, path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the stacks of a module are stored [E, K, N].
+    """Whether the stacks of a module are stored as [E, K, N].
 
-    The published files of some families differ from their modules in this, so the shapes decide;
-    where K = N, the shape of the other stack does.
+    In some families the published files and the modules differ in this order. So the shapes of the
+    stacks decide. If one stack has K = N, the shape of the other stack decides.
 
     Args:
-        layout: of the module.
-        path: of the module.
+        layout: layout of the module.
+        path: path of the module.
         shapes: parameter name -> shape of the stack in the checkpoint.
     """
     seen = set()
@@ -310,7 +314,7 @@ def _is_transposed(layout: ExpertsLayout, path: str, shapes: Mapping[str, tuple[
             seen.add(False)
     if len(seen) == 2:
         raise AdapterError(
-            f"the checkpoint stores one stack of {path} transposed and the other not; download it "
+            f"the checkpoint stores only one of the two stacks of {path} transposed; download it "
             "again."
         )
     if not seen:

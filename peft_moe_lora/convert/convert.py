@@ -1,7 +1,8 @@
 """Converts adapters from one format into another; no weight of the base model is loaded.
 
-What the readers of a format would refuse is refused before anything is written. Only the tensors
-being converted are in memory: one projection of one experts module at a time.
+If the readers of a format would refuse an adapter, it is refused here before anything is written.
+Only the tensors that are being converted are in memory: one projection of one experts module at a
+time.
 """
 
 import shutil
@@ -39,11 +40,12 @@ class Conversion:
     """What a conversion did.
 
     Attributes:
-        source, to: format read, format written.
-        path: the folder written.
+        source: name of the format that was read.
+        to: name of the format that was written.
+        path: the folder that was written.
         modules: number of experts modules.
-        experts: number of experts with an update, of all modules together.
-        notes: what was changed or should be known, in sentences.
+        experts: number of experts with an update, in all modules together.
+        notes: sentences on what was changed and what a user should know.
     """
 
     source: str
@@ -67,16 +69,16 @@ def convert_adapter(
     """Write an adapter in another format.
 
     Args:
-        src: folder of an adapter in any format; its tensors' names tell which.
-        dst: folder to write. It appears only once all of it is written.
+        src: folder of an adapter; its format is found from the names of its tensors.
+        dst: folder to write. It appears only after everything is written.
         to: name of the format to write: moe_lora, peft, per_expert, vllm_3d or sglang_3d.
-        base_config: the base model: a folder, a config, or a name on the hub; by default the
-            adapter's own base where that is a local folder. The adapter's shapes are compared with
-            it, and splitting gate from up needs it.
+        base_config: the base model: a folder, a config, or a name on the hub; by default the base
+            model that the adapter names, if it is a local folder. The adapter's shapes are compared
+            with it, and it is needed to split gate from up.
         b_layout: order of lora_B under PEFT's keys: "auto", "rank_major" (PEFT) or "expert_major"
             (old Unsloth).
         force: replace what is at `dst`.
-        progress: called with (blocks written, blocks in all).
+        progress: called with (blocks written, total blocks).
     Returns: what was done, with notes.
     Raises:
         AdapterError: if the adapter is damaged, unknown, or for another model.
@@ -86,7 +88,7 @@ def convert_adapter(
     """
     if to not in FORMATS:
         raise RefusedError(
-            f"to={to!r} is not written; known are {', '.join(FORMATS)} "
+            f"to={to!r} is not a format that can be written; choose one of {', '.join(FORMATS)} "
             f"({LEGACY_NAME} is read only)."
         )
     form = FORMATS[to]
@@ -104,10 +106,10 @@ def convert_adapter(
 
 
 def prepare(adapter: Adapter, form: Format) -> Adapter:
-    """The adapter as the readers of a format take it.
+    """The adapter in the form that the readers of a format accept.
 
     Raises:
-        RefusedError: if they would refuse it.
+        RefusedError: if there is no such form.
     """
     if not form.every_family:
         _refuse_families_without_export(adapter, form)
@@ -120,7 +122,7 @@ def prepare(adapter: Adapter, form: Format) -> Adapter:
 
 
 def _refuse_families_without_export(adapter: Adapter, form: Format) -> None:
-    """Refuse the families whose experts no format but ours describes."""
+    """Raise for an adapter on a family that only our own format can describe."""
     for path, pairs in adapter.experts.items():
         family = None
         if adapter.base is not None:
@@ -137,7 +139,7 @@ def _refuse_families_without_export(adapter: Adapter, form: Format) -> None:
 
 
 def _serving_notes(adapter: Adapter, form: Format) -> Iterator[str]:
-    """The rank to serve with, for servers that allocate adapters at some ranks only."""
+    """Notes on the maximum rank to serve with, for servers that accept only some values."""
     for server in form.card.served_by:
         rank = server.allocated(adapter.config["r"])
         if server.ranks and rank is not None:
@@ -145,12 +147,12 @@ def _serving_notes(adapter: Adapter, form: Format) -> Iterator[str]:
 
 
 def _losses(adapter: Adapter, form: Format) -> Iterator[str]:
-    """What a format cannot say, and what is written in its place."""
+    """Notes on what a format cannot express, and what is written instead."""
     if not form.some_experts and any(pair.chosen is not None for pair in adapter.pairs()):
         able = ", ".join(other.name for other in FORMATS.values() if other.some_experts)
         yield f"experts without an adapter are written as zeros: only {able} can leave them out"
     if not form.keeps_dropout and adapter.config.get("lora_dropout"):
-        yield "lora_dropout is written as 0: it has no meaning once training is over"
+        yield "lora_dropout is written as 0: it has no effect after training"
 
 
 def write_adapter(
@@ -158,8 +160,8 @@ def write_adapter(
 ) -> None:
     """Write a prepared adapter into an empty folder.
 
-    The folder gets the weights, the configuration, the model card, and the tokenizer's files that
-    are beside the adapter read.
+    The folder gets the weights, the configuration, the model card, and copies of the tokenizer's
+    files in the source adapter's folder.
     """
     config = form.config(adapter)
     blocks = _blocks(adapter, form)
@@ -172,7 +174,7 @@ def write_adapter(
 
 
 def _blocks(adapter: Adapter, form: Format) -> Iterator[Block]:
-    """All that is written: the experts, the ordinary layers' LoRA, the tensors saved whole."""
+    """Everything to write: the experts, the LoRA of ordinary layers, the tensors saved whole."""
     for path, pairs in adapter.experts.items():
         for projection, pair in pairs.items():
             yield form.block(adapter, path, projection, pair)
@@ -202,7 +204,7 @@ def _linear_block(adapter: Adapter, form: Format, linear: LinearPair, key: str) 
 
 
 def _carried_block(adapter: Adapter, form: Format, key: str) -> Block:
-    """A tensor that is written as it was read."""
+    """A tensor that is written unchanged."""
     name = adapter.names[key]
     info = adapter.file.tensors[name]
     shapes = {form.rename(adapter, key): info.shape}

@@ -1,6 +1,6 @@
-"""An adapter changed to what a reader takes, while its update stays the same.
+"""Brings an adapter into a form that a format's readers accept; its update stays the same.
 
-Projections that are not adapted are written as zeros, ranks are padded, scalings go into B.
+Projections that are not adapted get zeros, ranks are padded, and scalings are folded into B.
 """
 
 import math
@@ -14,14 +14,14 @@ from .targets import tidy
 
 
 def fill_in(adapter: Adapter, projections: Collection[str], reader: str) -> Adapter:
-    """The adapter with zero updates of the projections that some of its modules do not adapt.
+    """Add zero updates for projections that some modules do not adapt.
 
     Args:
-        adapter: to be filled in.
-        projections: what every module is to have.
-        reader: name of the format that asks for them, for messages.
+        adapter: the adapter.
+        projections: the projections that every module must have.
+        reader: name of the format that needs them, for messages.
     Raises:
-        RefusedError: if something is missing and the base model's sizes are not known.
+        RefusedError: if a projection is missing and the base model's sizes are not known.
     """
     missing = [
         (path, projection)
@@ -32,7 +32,7 @@ def fill_in(adapter: Adapter, projections: Collection[str], reader: str) -> Adap
         return adapter
     base = need_base(
         adapter.base,
-        f"{reader} wants {sorted(projections)} of every module, so their sizes must be known",
+        f"{reader} needs {sorted(projections)} of every module, so their sizes must be known",
     )
     experts = {path: dict(pairs) for path, pairs in adapter.experts.items()}
     for path, projection in missing:
@@ -45,15 +45,15 @@ def fill_in(adapter: Adapter, projections: Collection[str], reader: str) -> Adap
     }
     what = ", ".join(sorted({projection for _, projection in missing}))
     return replace(adapter, experts=ordered).noted(
-        f"{what} not adapted: written as zeros for {reader}"
+        f"{what} without an adapter is written as zeros for {reader}"
     )
 
 
 def make_uniform(adapter: Adapter, reader: str) -> Adapter:
-    """The adapter at one rank and one scaling.
+    """Give all layers of an adapter the same rank and the same scaling.
 
-    The rank is the highest; lower ranks are padded with zeros. The scaling is the most frequent;
-    other scalings are folded into B.
+    The rank is the highest rank; lower ranks are padded with zeros. The scaling is the most
+    frequent scaling; other scalings are folded into B.
     """
     layers = adapter.layers()
     r = max(layer.r for layer in layers)
@@ -73,15 +73,16 @@ def make_uniform(adapter: Adapter, reader: str) -> Adapter:
 
 
 def _uniform_notes(adapter: Adapter, r: int, scaling: float, reader: str) -> list[str]:
-    """What `make_uniform` changes of an adapter."""
+    """Notes on what `make_uniform` changes."""
     layers = adapter.layers()
     notes = []
     ranks = sorted({layer.r for layer in layers})
     if ranks != [r]:
-        notes.append(f"ranks {ranks} padded with zeros to {r}: {reader} knows one rank")
+        notes.append(f"ranks {ranks} are padded with zeros to {r}: {reader} supports one rank")
     if not all(math.isclose(layer.scaling, scaling) for layer in layers):
         folded = (
-            f"other scalings than {scaling:g} folded into B: {reader} knows lora_alpha / r only"
+            f"scalings other than {scaling:g} are folded into B: {reader} supports only "
+            "lora_alpha / r"
         )
         narrow = _narrow_dtypes(list(adapter.pairs()))
         if narrow:

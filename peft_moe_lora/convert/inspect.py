@@ -1,4 +1,4 @@
-"""What an adapter holds, and which formats it can be converted to; reads headers only."""
+"""Describes what an adapter holds and which formats it can be converted to, from headers only."""
 
 import math
 from collections import Counter
@@ -16,22 +16,22 @@ from .reading import open_adapter
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an adapter's files say.
+    """What an adapter's files hold.
 
     Attributes:
         path: folder of the adapter.
-        format: of its tensors.
+        format: name of its format.
         base_model: base_model_name_or_path of its configuration.
         modules: number of experts modules.
-        num_experts: the different E's of these modules, ascending.
-        adapted: number of experts with an update, of all modules together.
-        projections: those that are adapted.
-        ranks, scalings: value -> number of projections and ordinary layers that have it.
-        dtypes: value -> number of tensors that have it.
-        linears: last name of ordinary layers -> how many have LoRA.
+        num_experts: the values of E in these modules, ascending.
+        adapted: number of experts with an update, in all modules together.
+        projections: names of the adapted projections.
+        ranks, scalings: value -> number of projections and ordinary layers with this value.
+        dtypes: name of a dtype -> number of LoRA tensors with this dtype.
+        linears: last name of ordinary layers -> number of layers with LoRA.
         carried: keys of tensors saved whole.
         parameters: number of LoRA parameters.
-        readers: format -> "ok", or why its readers would refuse the adapter.
+        readers: format -> "ok", or the reason why its readers would refuse the adapter.
         notes: what a user should know.
     """
 
@@ -55,7 +55,7 @@ class Inspection:
 def inspect_adapter(
     path: FilePath, base_config: BaseConfig | None = None, b_layout: str = "auto"
 ) -> Inspection:
-    """Say what an adapter holds and which formats it can be converted to; reads headers only.
+    """Describe what an adapter holds and which formats it can be converted to, from headers only.
 
     Args:
         path: folder of the adapter.
@@ -88,7 +88,7 @@ def inspect_adapter(
 
 
 def _answer(adapter: Adapter, form: Format) -> str:
-    """ "ok" with the notes of a conversion, or why it is refused."""
+    """For one format: "ok" with the notes of a conversion, or the reason why it is refused."""
     try:
         prepared = prepare(replace(adapter, notes=()), form)
     except RefusedError as error:

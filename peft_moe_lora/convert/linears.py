@@ -8,20 +8,21 @@ from .model import LinearPair
 from .source import Slot, Source
 
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
-# PEFT also saves these whole where the vocabulary was resized
+# PEFT also saves these whole if the vocabulary was resized
 _SAVED_UNASKED = ("embed_tokens", "lm_head")
 
 
 def read_linears(
     source: Source, keys: Iterable[str]
 ) -> tuple[dict[str, LinearPair], tuple[str, ...]]:
-    """The pairs of ordinary layers by path, and the keys of tensors saved whole.
+    """The LoRA of ordinary layers by path, and the keys of tensors that are saved whole.
 
     Args:
         source: the adapter.
-        keys: those that are not of experts.
+        keys: keys of the tensors that do not belong to experts.
     Raises:
-        AdapterError: if a tensor is neither, or does not fit the configuration or the base model.
+        AdapterError: if a tensor is neither of the two, or if it does not fit the configuration or
+            the base model.
     """
     found: dict[str, dict[str, str]] = {}
     carried = []
@@ -34,7 +35,7 @@ def read_linears(
         else:
             raise AdapterError(
                 f"{source.file.path}: {source.names[key]} is neither a LoRA tensor nor saved whole "
-                "by modules_to_save; such tensors cannot be converted."
+                "by modules_to_save; such tensors cannot be converted. Remove it from the file."
             )
     linears = {path: _linear(source, path, found[path]) for path in sorted(found, key=natural)}
     return linears, tuple(carried)
@@ -55,7 +56,7 @@ def _is_saved_whole(source: Source, key: str) -> bool:
     if ".lora_" in key:
         return False
     saved = (*(source.config.get("modules_to_save") or ()), *_SAVED_UNASKED)
-    # as in PEFT, a name also stands for longer names that end in it
+    # as in PEFT, a name also matches longer names that end with it
     return key.endswith(".bias") or any(f"{name}." in key for name in saved)
 
 
@@ -68,13 +69,13 @@ def _linear(source: Source, path: str, sides: dict[str, str]) -> LinearPair:
     scaling = source.scaling(name)
     if len(sides) < 2:
         raise AdapterError(
-            f"{source.file.path} has {next(iter(sides.values()))} without the other one of lora_A "
-            "and lora_B; the file is damaged or was filtered."
+            f"{source.file.path} has {next(iter(sides.values()))}, but lora_A and lora_B are both "
+            "needed; the file is damaged or was filtered."
         )
     slot = Slot(sides["A"], sides["B"])
     _check_shapes(source, path, slot, r)
     if source.base is None:
-        # a router was targeted as a parameter, or our own file lists it
+        # without a base model: a router was targeted as a parameter, or our own file lists it
         is_router = by_parameter or path in source.description.get("routers", ())
     else:
         is_router = path in source.base.routers

@@ -1,4 +1,4 @@
-"""An adapter in any known format, loaded into a model as one of ours."""
+"""Loads an adapter in any known format into a model, as an adapter of this package."""
 
 import tempfile
 from pathlib import Path
@@ -22,17 +22,18 @@ def load_peft_adapter(
     b_layout: str = "auto",
     **kwargs: Any,
 ) -> PeftModel:
-    """Load an adapter written by PEFT, or by another program in a known format, as one of ours.
+    """Load an adapter of PEFT, or of another program in a known format, into a fused model.
 
-    The adapter is converted into a temporary folder and loaded from there. The fused layers run it,
-    it can be trained on, and it is saved in our format. Attention and other layers come along.
+    The adapter is converted into a temporary folder and loaded from there. The fused layers run it.
+    It can be trained further, and it is saved in this package's own format. LoRA on attention and
+    other layers is loaded too.
 
     Args:
-        model: the base model the adapter belongs to; changed in place, as by
+        model: the base model that the adapter belongs to; changed in place, as by
             `PeftModel.from_pretrained`.
         path: folder of the adapter: PEFT's `target_parameters`, per-expert tensors, SGLang's, or
             ours.
-        adapter_name: its name in the model.
+        adapter_name: the adapter's name in the model.
         is_trainable: whether it will be trained further.
         b_layout: order of lora_B, see `convert_adapter`.
         kwargs: passed on to `PeftModel.from_pretrained`.

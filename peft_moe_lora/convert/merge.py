@@ -1,9 +1,9 @@
-"""An adapter merged into a checkpoint, shard by shard.
+"""Merges an adapter into a checkpoint, shard by shard.
 
     W[e] + scaling * B[e] A[e], rounded once to the checkpoint's dtype
 
-The model is never loaded. A shard is read tensor by tensor, a stack of experts expert by expert,
-and each is written at once.
+The model is never loaded. Tensors are read, merged and written one after the other, and a stack of
+experts one expert after the other.
 """
 
 import shutil
@@ -29,18 +29,18 @@ from .checkpoint import Target, check_shape, find_targets, resolved_name, shard_
 from .model import Adapter, LinearPair, Pair
 from .reading import open_adapter
 
-# endings of the files beside a checkpoint that hold weights, which are not copied
+# endings of files that hold weights; the base's other files are copied
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 @dataclass
 class Rounding:
-    """How much of the updates the checkpoint's dtype kept.
+    """How much of the updates was lost by rounding to the checkpoint's dtype.
 
     Attributes:
-        dtypes: of the merged tensors.
-        error: sum of squares of what rounding changed.
-        update: sum of squares of the updates.
+        dtypes: names of the merged tensors' dtypes.
+        error: sum of the squared rounding errors.
+        update: sum of the squared updates.
     """
 
     dtypes: set[str] = field(default_factory=set)
@@ -55,12 +55,12 @@ class Rounding:
         A: torch.Tensor,
         B: torch.Tensor,
     ) -> None:
-        """Count one merged weight.
+        """Add one merged weight.
 
         Args:
             merged: the weight in the checkpoint's dtype.
-            exact: the same before it was rounded.
-            scaling, A, B: of the update; A is [r, K] and B is [N, r].
+            exact: the same weight before rounding.
+            scaling, A, B: the factors of the update; A is [r, K] and B is [N, r].
         """
         self.dtypes.add(str(merged.dtype).removeprefix("torch."))
         if merged.dtype != exact.dtype:
@@ -70,7 +70,7 @@ class Rounding:
 
     @property
     def share(self) -> float:
-        """Norm of the rounding over the norm of the updates."""
+        """Norm of the rounding errors, divided by the norm of the updates."""
         if not self.update:
             return 0.0
         return (self.error / self.update) ** 0.5
@@ -81,10 +81,10 @@ class Merge:
     """What a merge did.
 
     Attributes:
-        path: the folder written.
+        path: the folder that was written.
         merged: number of the checkpoint's tensors that were changed.
-        tensors: number of all of them.
-        rounding: what writing in the checkpoint's dtype cost.
+        tensors: number of all tensors of the checkpoint.
+        rounding: the error of rounding to the checkpoint's dtype.
     """
 
     path: Path
@@ -95,7 +95,7 @@ class Merge:
     def __str__(self) -> str:
         dtypes = ", ".join(sorted(self.rounding.dtypes))
         return (
-            f"{self.merged} of {self.tensors} tensors merged in {dtypes}; rounding to it is "
+            f"{self.merged} of {self.tensors} tensors merged in {dtypes}; the rounding error is "
             f"{self.rounding.share:.2%} of the update's norm"
         )
 
@@ -115,14 +115,14 @@ def merge_adapter(
         adapter: folder of an adapter in any format.
         base: folder of the base model: config.json and safetensors, in one file or sharded with an
             index.
-        dst: folder to write, with the base's other files. It appears only once all of it is
-            written.
+        dst: folder to write. It also gets the base's other files, and appears only after everything
+            is written.
         b_layout: as in `convert_adapter`.
         force: replace what is at `dst`.
-        progress: called with (tensors written, tensors in all).
-    Returns: what was merged and what rounding to the checkpoint's dtype cost.
+        progress: called with (tensors written, total tensors).
+    Returns: what was merged, and the error of rounding to the checkpoint's dtype.
     Raises:
-        AdapterError: if a file is damaged or the two do not belong together.
+        AdapterError: if a file is damaged, or if adapter and base do not belong together.
         RefusedError: if the checkpoint has no tensor to merge a part of the adapter into.
         ExistsError: if `dst` exists.
     """
@@ -134,7 +134,10 @@ def merge_adapter(
     saved = {resolved_name(facts, name): name for name in tensors}
     lost = sorted(set(read.carried) - set(saved))
     if lost:
-        raise RefusedError(f"{base} has no tensor {lost[0]}, which the adapter saved whole.")
+        raise RefusedError(
+            f"{base} has no tensor {lost[0]}, but the adapter saved this tensor whole; merge into "
+            "the base model that the adapter was trained on."
+        )
     replaced = {saved[key]: key for key in read.carried}
     merger = _Merger(read, targets, replaced)
     with new_folder(dst, force) as folder:
@@ -161,21 +164,23 @@ class _Merger:
     """Makes the tensors of the merged checkpoint.
 
     Attributes:
-        adapter: what is merged.
-        targets: tensor of the checkpoint -> its update.
-        replaced: tensor of the checkpoint -> key of the adapter's tensor that replaces it.
-        rounding: of all tensors made so far.
+        adapter: the adapter to merge.
+        targets: name of a tensor in the checkpoint -> its update.
+        replaced: name of a tensor in the checkpoint -> key of the adapter's tensor that replaces
+            it.
+        rounding: the rounding errors of all tensors merged so far.
     """
 
     adapter: Adapter
     targets: Mapping[str, Target]
     replaced: Mapping[str, str]
     rounding: Rounding = field(default_factory=Rounding)
-    # the pair whose A and B were loaded last, and these
+    # the pair that was loaded last, and its A and B
     _loaded: tuple[Pair | LinearPair, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def blocks(self, shard: TensorFile) -> Iterator[Block]:
-        # the tensors of one projection follow each other, so that its A and B are read once
+        # tensors with the same A and B are written one after the other, so that A and B are read
+        # once
         order = {id(target.pair): i for i, target in enumerate(self.targets.values())}
 
         def position(name: str) -> int:
@@ -192,7 +197,7 @@ class _Merger:
             yield Block({name: info.shape}, info.dtype, partial(self._make, shard, name))
 
     def _make(self, shard: TensorFile, name: str) -> Iterator[torch.Tensor]:
-        """A tensor of the merged checkpoint, a stack in pieces of one expert."""
+        """Yield a tensor of the merged checkpoint; a stack is yielded one expert at a time."""
         target = self.targets.get(name)
         if name in self.replaced:
             source = self.adapter.names[self.replaced[name]]
@@ -208,7 +213,7 @@ class _Merger:
             yield self._merged(shard.load(name, check=False), target)
 
     def _merged(self, weight: torch.Tensor, target: Target) -> torch.Tensor:
-        """One expert's weight, or an ordinary layer's, with its update, in the weight's dtype."""
+        """The weight of one expert or ordinary layer plus its update, in the weight's dtype."""
         A, B = self._factors(target.pair)
         if target.expert is not None:
             A = A[target.expert]
@@ -234,10 +239,10 @@ class _Merger:
         return merged
 
     def _factors(self, pair: Pair | LinearPair) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of a pair; those of the last pair are kept."""
+        """A and B of a pair; A and B of the last pair stay in memory."""
         if self._loaded is not None and self._loaded[0] is pair:
             return self._loaded[1]
-        self._loaded = None  # frees them before the next are loaded
+        self._loaded = None  # frees A and B before the next ones are loaded
         if isinstance(pair, Pair):
             factors = pair.load()
         else:

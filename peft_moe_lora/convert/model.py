@@ -1,9 +1,9 @@
-"""What an adapter is, whatever its format: A[e] [r, K], B[e] [N, r] and a scaling per projection.
+"""An adapter, independent of its format: A[e] [r, K], B[e] [N, r] and a scaling per projection.
 
     W[e] + scaling * B[e] A[e]          for every expert e of a projection of an experts module
 
-No tensor is loaded before its turn to be written. Padding a rank and folding a scaling into B are
-put off until then too.
+A tensor is loaded only when it is written. At that moment its rank is padded and its scaling is
+folded into B, if needed.
 """
 
 import math
@@ -23,8 +23,8 @@ class Pair:
 
     Attributes:
         num_experts, r, in_features, out_features: E, r, K, N.
-        scaling: what B[e] A[e] is multiplied by.
-        dtype: of the tensors.
+        scaling: the factor of B[e] A[e].
+        dtype: dtype of A and B.
         load: returns A [E, r, K] and B [E, N, r].
         chosen: ascending ids of the experts that have an update, or None for all. For the other
             experts `load` returns zeros.
@@ -69,7 +69,7 @@ class Pair:
         return replace(self, scaling=scaling, load=load)
 
     def zeros_like(self, in_features: int, out_features: int) -> "Pair":
-        """An update by zero of another projection of the same experts."""
+        """A zero update of another projection of the same experts."""
 
         def load() -> tuple[torch.Tensor, torch.Tensor]:
             A = torch.zeros(self.num_experts, self.r, in_features, dtype=self.dtype)
@@ -85,11 +85,14 @@ Experts = dict[str, dict[str, Pair]]
 
 @dataclass(frozen=True)
 class LinearPair:
-    """The LoRA of an ordinary layer, which is carried along: its keys, rank and scaling.
+    """The LoRA of an ordinary layer, one without experts: its keys, rank and scaling.
 
     Attributes:
+        path: path of the layer.
         A, B: keys of the tensors; A is [r, K] and B is [N, r].
-        factor: what B is multiplied by when it is written.
+        r: rank.
+        scaling: the factor of B A.
+        factor: the factor by which B is multiplied when it is written.
         is_router: whether the layer is a router, which PEFT does not count as a linear layer.
     """
 
@@ -108,13 +111,13 @@ class Adapter:
 
     Attributes:
         format: name of the format it was read from.
-        config: its adapter_config.json.
-        file: its tensors.
-        names: key without prefix, in the base model's own paths -> name in the file.
+        config: the contents of its adapter_config.json.
+        file: the file with its tensors.
+        names: key -> name in the file; a key has no PEFT prefix and uses the base model's paths.
         experts: experts path -> projection -> Pair.
         linears: path -> LinearPair.
         carried: keys of tensors that are not LoRA: modules saved whole, embeddings, biases.
-        base: facts of the base model, where they are known.
+        base: facts of the base model; None if it is not known.
         notes: what a user should know.
     """
 
@@ -136,7 +139,7 @@ class Adapter:
         return [*self.pairs(), *self.linears.values()]
 
     def adapted_experts(self) -> int:
-        """How many experts of all modules together have an update."""
+        """The number of experts with an update, in all modules together."""
         return sum(len(next(iter(pairs.values())).experts) for pairs in self.experts.values())
 
     def noted(self, *notes: str) -> "Adapter":
@@ -156,7 +159,7 @@ def pad(tensor: torch.Tensor, dim: int, r: int) -> torch.Tensor:
 
 
 def rescale(B: torch.Tensor, factor: float) -> torch.Tensor:
-    """B times a factor in B's dtype, computed in fp32 at least; B itself where the factor is 1."""
+    """B times a factor in B's dtype, computed in at least fp32; B itself if the factor is 1."""
     if math.isclose(factor, 1.0):
         return B
     wide = B.to(torch.promote_types(B.dtype, torch.float32))

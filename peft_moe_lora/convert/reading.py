@@ -1,7 +1,8 @@
-"""An adapter read from its two files, in whatever format; no tensor is kept.
+"""Reads an adapter in any format from its two files; no tensor stays in memory.
 
-The file's keys tell the format. The configuration, the base model where it is known, and our own
-files' metadata are compared with the tensors, so that files that do not belong together are found.
+The format is found from the tensors' keys. The tensors are compared with the configuration, with
+the base model if it is known, and with the metadata if the file is in our own format. This finds
+files that do not belong together.
 """
 
 import math
@@ -21,16 +22,18 @@ from .model import Adapter, Experts, Pair
 from .source import Source
 
 CONFIG_NAME = "adapter_config.json"
-# options of LoRA that change what is computed, and that no format can express
+# options of LoRA that change the computation and that no format can express
 _REFUSED_OPTIONS = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
 
 
 def open_adapter(
     path: FilePath, base_config: BaseConfig | None = None, b_layout: str = "auto"
 ) -> Adapter:
-    """Read what an adapter's two files say.
+    """Read an adapter's configuration and the header of its tensors.
 
-    Args: as for `convert_adapter`, `path` being its `src`.
+    Args:
+        path: folder of the adapter.
+        base_config, b_layout: as in `convert_adapter`.
     Raises:
         AdapterError, RefusedError: as `convert_adapter`.
     """
@@ -65,15 +68,15 @@ def _check_weights(folder: Path) -> None:
         return
     pickled = ""
     if (folder / PICKLE_NAME).is_file():
-        pickled = f", and {PICKLE_NAME}, a pickle, is not read"
+        pickled = f" ({PICKLE_NAME} is a pickle, which is not read)"
     raise AdapterError(
-        f"{folder} holds no {WEIGHTS_NAME}{pickled}; name the folder of an adapter, saved as "
-        "safetensors."
+        f"{folder} holds no {WEIGHTS_NAME}{pickled}; name the folder of an adapter that was saved "
+        "as safetensors."
     )
 
 
 def _base(base_config: BaseConfig | None, config: dict[str, Any]) -> BaseModel | None:
-    """The base model that was named, else the adapter's own where it is on this machine."""
+    """The base model that the caller named, or the adapter's own one if it is a local folder."""
     if base_config is not None:
         return read_base(base_config)
     own = config.get("base_model_name_or_path")
@@ -83,13 +86,15 @@ def _base(base_config: BaseConfig | None, config: dict[str, Any]) -> BaseModel |
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json, checked.
+    """Read and check adapter_config.json.
 
-    Missing patterns become empty ones, and use_rslora becomes a boolean.
+    Missing patterns become empty dicts, and use_rslora becomes a boolean.
     """
     config = read_json(path)
     if config.get("peft_type") not in ("LORA", "MOE_LORA"):
-        raise AdapterError(f"{path}: peft_type {config.get('peft_type')!r} is not LoRA.")
+        raise AdapterError(
+            f"{path}: peft_type must be LORA or MOE_LORA, got {config.get('peft_type')!r}."
+        )
     for name in _REFUSED_OPTIONS:
         if config.get(name):
             raise RefusedError(
@@ -99,8 +104,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         config[name] = config.get(name) or {}
         if not isinstance(config[name], dict):
             raise AdapterError(
-                f"{path}: rank_pattern and alpha_pattern must be objects of names and numbers, "
-                f"got {name} {config[name]!r}."
+                f"{path}: {name} must be an object that maps names to numbers, got "
+                f"{config[name]!r}."
             )
     ranks = [config.get("r"), *config["rank_pattern"].values()]
     if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
@@ -120,7 +125,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _names(file: TensorFile, base: BaseModel | None) -> dict[str, str]:
-    """Key without PEFT's prefix, in the base's own paths -> name in the file."""
+    """Key, without PEFT's prefix and with the base model's own path -> name in the file."""
     names: dict[str, str] = {}
     resolved: dict[str, str] = {}
     for name in file.tensors:
@@ -140,7 +145,7 @@ def _names(file: TensorFile, base: BaseModel | None) -> dict[str, str]:
 
 
 def _module_path(key: str) -> str | None:
-    """The path of the module a tensor belongs to; the experts module for all that is within it."""
+    """The path of a tensor's module; of the experts module for every tensor inside one."""
     match = re.match(r"(.*\bexperts)(?=\.)|(.*?)(?=\.lora_)|(.*)(?=\.)", key)
     if match is None:
         return None
@@ -170,14 +175,14 @@ def _format_of(source: Source) -> tuple[Format, Slots]:
     if len(found) > 1:
         names = " and ".join(form.name for form, _ in found)
         raise AdapterError(
-            f"{source.file.path} holds tensors of experts in the formats {names}; an adapter has "
-            "one format."
+            f"{source.file.path} holds tensors of experts in the formats {names}, but an adapter "
+            "must have one format; save each format in a file of its own."
         )
     return found[0]
 
 
 def _expert_keys(source: Source, slots: Slots) -> set[str]:
-    """The keys of all expert tensors, after each module's dtypes were compared."""
+    """The keys of all expert tensors; checks that each module has one dtype."""
     taken: set[str] = set()
     for path, found in slots.items():
         keys = {key for slot in found.values() for key in slot}
@@ -191,7 +196,7 @@ def _expert_keys(source: Source, slots: Slots) -> set[str]:
 
 
 def _check_description(source: Source, experts: Experts) -> None:
-    """Compare what our own files say in their metadata, E, r, K and N, with the tensors."""
+    """Compare E, r, K and N in the metadata of our own format with the tensors."""
     for path, described in source.description.get("experts", {}).items():
         own_path = path
         if source.base is not None:
@@ -207,9 +212,9 @@ def _check_description(source: Source, experts: Experts) -> None:
             or chosen != {_as_tuple(described.get("experts"))}
         ):
             raise AdapterError(
-                f"{source.file.path}: its metadata says {described} of {path}, but its tensors "
-                f"and adapter_config.json say {numbers or 'no'} experts of {held}, with the expert "
-                f"ids {chosen}; the two files do not belong together."
+                f"{source.file.path}: its metadata describe {path} as {described}, but its tensors "
+                f"and adapter_config.json give {numbers or 'no'} experts of {held}, with the "
+                f"expert ids {chosen}; the two files do not belong together."
             )
 
 

@@ -1,4 +1,4 @@
-"""An adapter's two files before its format is understood: its tensors, and what its config says."""
+"""An adapter's two files before its format is known: the tensors and the configuration."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .model import Pair
 
 
 class Slot(NamedTuple):
-    """The keys of an A and of the B that belongs to it."""
+    """The keys of one A and its B."""
 
     A: str
     B: str
@@ -23,14 +23,14 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The files of an adapter, and what is known of its base model.
+    """The files of an adapter, and the facts of its base model.
 
     Attributes:
-        file: its tensors.
-        config: its adapter_config.json.
-        names: key without prefix, in the base model's own paths -> name in the file.
-        base: facts of the base model, where they are known.
-        b_layout: the order of lora_B that the caller asked for, see `convert_adapter`.
+        file: the file with its tensors.
+        config: the contents of its adapter_config.json.
+        names: key -> name in the file; a key has no PEFT prefix and uses the base model's paths.
+        base: facts of the base model; None if it is not known.
+        b_layout: the order of lora_B, as the caller gave it; see `convert_adapter`.
     """
 
     file: TensorFile
@@ -47,7 +47,7 @@ class Source:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What our own files say in their metadata; {} for files of other programs."""
+        """The description in the metadata of our own format; {} for files of other programs."""
         return read_description(str(self.file.path), self.file.metadata)
 
     def rank(self, path: str) -> int:
@@ -73,23 +73,24 @@ class Source:
         return tuple(indices.get(get_pattern_key(indices.keys(), path), ()))
 
     def num_experts(self, path: str, chosen: tuple[int, ...]) -> int:
-        """E of a module whose tensors hold the chosen experts only."""
+        """E of a module whose tensors hold only the chosen experts."""
         described = self.description.get("experts", {}).get(path, {})
         if self.base is None and "num_experts" in described:
             return described["num_experts"]
         base = need_base(
             self.base,
-            f"{self.file.path} holds some experts of {path} and does not say out of how many",
+            f"{self.file.path} holds only some experts of {path}, and the number of all experts "
+            "of the module is not known",
         )
         if path in base.experts:
             return base.experts[path].num_experts
         return len(chosen)
 
     def checked(self, path: str, projection: str, pair: Pair) -> Pair:
-        """The pair, after its sizes were compared with the base model's, where that is known.
+        """Check a pair's sizes against the base model, if that is known, and return the pair.
 
         Raises:
-            AdapterError: if the base model has no such experts module, or one of other sizes.
+            AdapterError: if the base model has no such experts module, or if its sizes differ.
         """
         if self.base is None:
             return pair
@@ -98,7 +99,7 @@ class Source:
             raise AdapterError(
                 f"{self.file.path} adapts {path}, but {self.base.name} has no experts module of "
                 f"that name; its first one is {next(iter(self.base.experts))}. Name the base model "
-                "the adapter was trained on."
+                "that the adapter was trained on."
             )
         known = layout.projection(projection)
         sizes = (pair.num_experts, pair.in_features, pair.out_features)
@@ -107,7 +108,7 @@ class Source:
                 f"{self.file.path}: {path}, {projection} is for {pair.num_experts} experts of "
                 f"{pair.in_features} -> {pair.out_features} features, but {self.base.name} has "
                 f"{layout.num_experts} experts of {known.in_features} -> {known.out_features}. "
-                "Name the base model the adapter was trained on."
+                "Name the base model that the adapter was trained on."
             )
         return pair
 

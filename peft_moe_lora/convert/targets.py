@@ -1,4 +1,4 @@
-"""The fields of an adapter_config.json: which layers are adapted, at what rank and scaling."""
+"""The fields of adapter_config.json: which layers are adapted, and their ranks and scalings."""
 
 import math
 import re
@@ -17,7 +17,7 @@ def common_fields(adapter: Adapter, layers: Mapping[str, Pair | LinearPair]) -> 
     """LoraConfig's fields except for the targets.
 
     Args:
-        adapter: whose configuration is written.
+        adapter: the adapter to write.
         layers: name -> adapted layer; rank_pattern and alpha_pattern use these names.
     """
     config = adapter.config
@@ -51,7 +51,7 @@ def _alpha(layer: Pair | LinearPair, use_rslora: bool) -> float:
 
 
 def _default(configured: _Number, values: list[_Number]) -> _Number:
-    """The configured value where some layer has it, else the most frequent one of the layers."""
+    """The configured value if some layer has it, else the most frequent value of the layers."""
     if configured in values or not values:
         return configured
     return max(values, key=values.count)
@@ -71,10 +71,10 @@ def tidy(alpha: float) -> float:
 
 
 def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """rank_pattern or alpha_pattern of the layers whose value is not the default.
+    """rank_pattern or alpha_pattern, for the layers whose value is not the default.
 
-    A layer's last name stands for all layers of that name where these agree; elsewhere the whole
-    path is written.
+    If all layers with the same last name have the same value, the key is this last name. Otherwise
+    the keys are their whole paths.
     """
     values_of_name: dict[str, set[float]] = defaultdict(set)
     for path, value in values.items():
@@ -91,7 +91,7 @@ def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
 
 
 def short_names(adapter: Adapter, paths: Iterable[str]) -> list[str]:
-    """Targets: last names where they mean just `paths`, whole paths elsewhere; sorted."""
+    """Sorted targets that match `paths` only: last names if these are enough, else whole paths."""
     paths = list(paths)
     if adapter.base is None:
         if _names_all_of_a_kind(adapter.config):
@@ -105,7 +105,7 @@ def short_names(adapter: Adapter, paths: Iterable[str]) -> list[str]:
 
 
 def _names_all_of_a_kind(config: Mapping[str, Any]) -> bool:
-    """Whether the targets of a config adapt every layer of a name, and no single layers."""
+    """Whether every target of a config is a name that all layers of this name share."""
     if config.get("layers_to_transform") or config.get("exclude_modules"):
         return False
     if isinstance(config.get("target_modules"), str):
@@ -115,7 +115,7 @@ def _names_all_of_a_kind(config: Mapping[str, Any]) -> bool:
 
 
 def _everything(base: BaseModel) -> list[str]:
-    """All that a target could mean: every module, routers' weights, the experts' parameters."""
+    """All paths that a target can match: modules, routers' weights, the experts' parameters."""
     return [
         *base.modules,
         *(f"{path}.weight" for path in base.routers),
@@ -129,7 +129,7 @@ def _everything(base: BaseModel) -> list[str]:
 
 
 def _last(path: str) -> str:
-    """The last name of a path; of a parameter's path, the last two."""
+    """The last name of a path; the last two names if it is the path of a parameter."""
     head, _, last = path.rpartition(".")
     if last == "weight" or (last in STACKS and head.endswith("experts")):
         return f"{head.rpartition('.')[2]}.{last}"

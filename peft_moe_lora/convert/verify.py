@@ -1,6 +1,6 @@
-"""Whether two adapters are the same update.
+"""Checks whether two adapters are the same update.
 
-scaling * B[e] A[e]          of some experts e of every projection, computed from both files
+scaling * B[e] A[e]          for some experts e of every projection, computed from both files
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ _SAMPLED_EXPERTS = 2
 
 @dataclass(frozen=True)
 class Verification:
-    """How far two adapters' updates are apart.
+    """How much the updates of two adapters differ.
 
     Attributes:
         compared: number of updates that were compared: one per drawn expert of a projection, one
             per ordinary layer.
         max_error: the largest relative error of an update: largest |difference| / largest |value|;
             0 without a second adapter.
-        where: the module of that error.
-        tolerance: what was allowed.
+        where: the module with the largest error.
+        tolerance: the largest error that passes.
     """
 
     compared: int
@@ -45,7 +45,7 @@ class _Layer:
     """The updates of one projection or one ordinary layer, from both adapters.
 
     Attributes:
-        where: its name, for messages.
+        where: the layer's name, for messages.
         updates: yields the two adapters' updates, each [N, K].
     """
 
@@ -63,21 +63,21 @@ def verify_adapter(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compare an adapter with its base model, and with a second adapter that should be the same.
+    """Check that an adapter fits its base model, and compare it with a second adapter.
 
     Some experts are drawn for every projection of every module, and scaling * B[e] A[e] is computed
-    from both files. Two orders of one shape, swapped experts or a lost scaling give an error of
-    order one.
+    from both files. If lora_B is in another order, if experts are swapped or if a scaling is lost,
+    the relative error is about one.
 
     Args:
         path: folder of the adapter.
         base: its base model, as in `convert_adapter`.
         other: folder of the second adapter, in any format.
-        b_layout: order of lora_B under PEFT's keys, for both.
-        tolerance: largest relative error that passes; by default 1e-5 for fp32 files, 1e-2 where
-            one is bf16 or fp16.
-        seed: which experts are drawn.
-        progress: called with (modules done, modules in all).
+        b_layout: order of lora_B under PEFT's keys, for both adapters.
+        tolerance: largest relative error that passes; by default 1e-5 for fp32 files, 1e-2 if one
+            file is bf16 or fp16.
+        seed: seed of the random choice of experts.
+        progress: called with (modules done, total modules).
     Returns: what was compared and the largest error. Without `other`, nothing is compared, but
         every tensor is read and checked to be finite.
     Raises:
@@ -109,7 +109,7 @@ def verify_adapter(
 
 
 def _read_all(adapter: Adapter, progress: Progress | None) -> None:
-    """Read every tensor, which raises where a value is not finite."""
+    """Read every tensor; reading raises if a value is not finite."""
     for done, name in enumerate(adapter.file.tensors, 1):
         adapter.file.load(name)
         if progress is not None:
@@ -124,7 +124,7 @@ def _tolerance(first: Adapter, second: Adapter) -> float:
 
 
 def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest |a - b| over the largest |value|; 0 where both are zero."""
+    """Largest |a - b| divided by the largest |value|; 0 if both are zero."""
     size = max(a.abs().max().item(), b.abs().max().item())
     if not size:
         return 0.0
@@ -132,9 +132,10 @@ def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _check_same_modules(first: Adapter, second: Adapter) -> None:
-    different = sorted(set(first.linears) ^ set(second.linears)) + sorted(
-        set(first.carried) ^ set(second.carried)
-    ) or sorted(set(first.experts) ^ set(second.experts))
+    different = sorted(set(first.linears) ^ set(second.linears))
+    different += sorted(set(first.carried) ^ set(second.carried))
+    if not different:
+        different = sorted(set(first.experts) ^ set(second.experts))
     if different:
         raise AdapterError(
             f"only one of {first.file.path} and {second.file.path} adapts {different[0]}; they "
@@ -143,7 +144,7 @@ def _check_same_modules(first: Adapter, second: Adapter) -> None:
 
 
 def _projections(first: Adapter, second: Adapter) -> list[tuple[str, str]]:
-    """(path, projection) of all that either adapter adapts."""
+    """(path, projection) of every projection that one of the adapters adapts."""
     return [
         (path, projection)
         for path, pairs in first.experts.items()
@@ -152,7 +153,10 @@ def _projections(first: Adapter, second: Adapter) -> list[tuple[str, str]]:
 
 
 def _layers(first: Adapter, second: Adapter, seed: int) -> Iterator[_Layer]:
-    """All that either adapter adapts; what only one of them adapts is zero in the other."""
+    """Every projection and layer that one of the adapters adapts.
+
+    If only one of them adapts a projection, the update of the other is zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     for path, projection in _projections(first, second):
         a = first.experts[path].get(projection)
@@ -166,14 +170,14 @@ def _layers(first: Adapter, second: Adapter, seed: int) -> Iterator[_Layer]:
 def _expert_updates(
     a: Pair | None, b: Pair | None, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The updates of some experts in both adapters, of which one may not adapt the projection."""
+    """The updates of some experts; `a` or `b` is None if its adapter lacks the projection."""
     present = [pair for pair in (a, b) if pair is not None]
     drawn = _drawn(present, generator)
     return zip(_updates(a, present[0], drawn), _updates(b, present[0], drawn), strict=True)
 
 
 def _updates(pair: Pair | None, sizes: Pair, experts: list[int]) -> list[torch.Tensor]:
-    """scaling * B[e] A[e] of some experts, [N, K]; zeros of these sizes where there is no pair."""
+    """scaling * B[e] A[e] of some experts, [N, K]; zeros with these sizes if `pair` is None."""
     if pair is None:
         zeros = torch.zeros(sizes.out_features, sizes.in_features, dtype=torch.float64)
         return [zeros] * len(experts)
@@ -184,8 +188,8 @@ def _updates(pair: Pair | None, sizes: Pair, experts: list[int]) -> list[torch.T
 def _drawn(pairs: list[Pair], generator: torch.Generator) -> list[int]:
     """The experts to compare.
 
-    Where the pairs update some experts only, these are a few of those, and one that neither pair
-    updates.
+    If the pairs update only some experts, a few of these are compared, and one expert that neither
+    pair updates.
     """
     chosen: list[int] = sorted(set().union(*(pair.chosen or () for pair in pairs)))
     E = pairs[0].num_experts

@@ -85,7 +85,7 @@ def test_two_dtypes_in_one_module_are_refused(written, qwen, tmp_path):
 
 def test_a_tensor_without_its_other_half_is_refused(written, qwen, tmp_path):
     rewrite(tmp_path / "in", lambda s: {n: t for n, t in s.items() if n != first_of(s, "lora_B")})
-    refused(qwen, tmp_path, r"lora_B|misses|metadata says")
+    refused(qwen, tmp_path, r"lora_B|misses|metadata describe")
 
 
 def test_an_unknown_tensor_is_refused(written, qwen, tmp_path):
@@ -102,7 +102,7 @@ def test_a_rank_that_is_not_the_tensors_is_refused(written, qwen, tmp_path):
         refused(
             qwen,
             tmp_path,
-            r"do not belong together|another model|adapter_config.json|metadata says|is for 10",
+            r"do not belong together|another model|adapter_config.json|metadata describe|is for 10",
         )
 
 
@@ -179,7 +179,7 @@ def test_a_projection_missing_in_one_layer_is_filled_or_found(qwen, tmp_path):
         lambda s: {n: t for n, t in s.items() if "layers.1" not in n or "down" not in n},
         metadata,
     )
-    refused(qwen, tmp_path, "metadata says")
+    refused(qwen, tmp_path, "metadata describe")
 
 
 def test_two_formats_in_one_file_are_refused(qwen, tmp_path):

@@ -98,7 +98,7 @@ def test_ours_into_ours_keeps_the_choice(case, known, tmp_path):
 def test_a_file_without_metadata_needs_its_base(case, tmp_path):
     case.model.save_pretrained(tmp_path / "bare")
     rewrite(tmp_path / "bare", state=lambda state: state)
-    with pytest.raises(ValueError, match="out of how many; name the base model"):
+    with pytest.raises(ValueError, match="is not known; name the base model"):
         inspect_adapter(tmp_path / "bare")
     assert inspect_adapter(tmp_path / "bare", case.config).num_experts == (E,)
     convert_adapter(tmp_path / "bare", tmp_path / "again", to="moe_lora", base_config=case.config)

@@ -1,4 +1,4 @@
-"""The adapter formats, one file each: how tensors are named and ordered, and what readers take.
+"""The adapter formats, one file each: how tensors are named and ordered, and what readers accept.
 
 `moe_lora` is our own: A [r*E, K] and B [N, r*E], both expert-major. `peft` is PEFT's
 target_parameters, B rank-major: column j*E + e. `per_expert` has 2-D tensors of every expert.
@@ -28,11 +28,12 @@ _PEFT = Peft()
 _PER_EXPERT = PerExpert()
 _SGLANG_3D = Sglang3d()
 
-# what adapters are written in, by the name a user gives
+# the formats that can be written, by the name that a user gives
 FORMATS: dict[str, Format] = {
     form.name: form for form in (OURS, _PEFT, _PER_EXPERT, Vllm3d(), _SGLANG_3D)
 }
-# what a file's keys are compared with, the most specific pattern first; vllm_3d has peft's keys
+# the formats whose patterns are compared with a file's keys, the most specific first; vllm_3d
+# is missing because it has peft's keys
 READERS: tuple[Format, ...] = (OURS, _PER_EXPERT, _SGLANG_3D, _PEFT)
-# most servers and PEFT read it
+# PEFT and most servers read this format
 DEFAULT_FORMAT = _PER_EXPERT.name

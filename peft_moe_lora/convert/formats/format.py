@@ -1,4 +1,4 @@
-"""What a format is: how it names and orders its tensors, and what its readers take."""
+"""The interface of a format: how it names and orders its tensors, and what its readers accept."""
 
 import re
 from abc import ABC, abstractmethod
@@ -12,31 +12,31 @@ from ...files.tensor_file import AdapterError, Block
 from ..model import Adapter, Experts, Pair
 from ..source import Slot, Source
 
-# what PEFT puts before every path in an adapter file
+# the prefix that PEFT adds to every path in an adapter file
 PREFIX = "base_model.model."
 
 
 class SlotName(NamedTuple):
-    """What tells the pairs of one experts module apart.
+    """Identifies a pair (an A and its B) within one experts module.
 
     Attributes:
-        name: as the format's keys have it.
-        expert: id of the one expert the pair belongs to; None where it holds all of them.
+        name: the projection's name in the format's keys.
+        expert: id of the one expert that the pair belongs to; None if the pair holds all experts.
     """
 
     name: str
     expert: int | None = None
 
 
-# experts path -> slot name -> its keys
+# path of an experts module -> name of a pair -> the keys of its A and B
 Slots = dict[str, dict[SlotName, Slot]]
 
 
 class Read(NamedTuple):
-    """What a format makes of a file's expert tensors.
+    """The result of reading a file's expert tensors.
 
     Attributes:
-        format: name of the format, or of an older form of it.
+        format: name of the format, or of an older version of it.
         experts: experts path -> projection -> Pair.
         notes: what a user should know.
     """
@@ -50,16 +50,16 @@ class Format(ABC):
     """One format: reads its tensors into pairs, and writes pairs as its tensors.
 
     Attributes:
-        name: as users write it.
-        key: pattern of an expert tensor's key. Its group `path` is the experts module, `side` is A
-            or B, and `slot` tells the pairs of one module apart.
-        card: what a model card says of the format, and which servers read it.
-        one_rank: whether its readers know one rank and one scaling for the whole adapter.
-        both_projections: whether its readers want both projections of every expert.
-        some_experts: whether it can hold updates of some experts only.
-        every_family: whether it can describe every family that we adapt; if not, a family says
-            why its adapters are not written (`Family.exports`).
-        keeps_dropout: whether it keeps lora_dropout, for training on.
+        name: the format's name, as users write it.
+        key: pattern of an expert tensor's key. The group `path` is the experts module, `side` is A
+            or B, and `slot` is the name of the pair within the module.
+        card: the text about the format in a model card, and the servers that read it.
+        one_rank: whether its readers support only one rank and one scaling for the whole adapter.
+        both_projections: whether its readers need both projections of every expert.
+        some_experts: whether it can hold updates of only some experts.
+        every_family: whether it can describe every family that this package adapts. If not,
+            `Family.exports` gives the reason why a family's adapters cannot be written.
+        keeps_dropout: whether it keeps lora_dropout, for further training.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Format(ABC):
         """The expert tensors of this format in a file.
 
         Raises:
-            AdapterError: if an A stands without its B, or a B without its A.
+            AdapterError: if an A has no B, or if a B has no A.
         """
         found: dict[str, dict[SlotName, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
         for key in source.names:
@@ -95,15 +95,16 @@ class Format(ABC):
         """The updates of the experts; no tensor is loaded.
 
         Raises:
-            AdapterError: if the tensors are not of one adapter, or not for the base model.
-            RefusedError: if they can be read in two ways, or the base model has to be known.
+            AdapterError: if the tensors do not belong together or do not fit the base model.
+            RefusedError: if they can be read in two ways, or if the base model is needed but not
+                known.
         """
 
     def prepare(self, adapter: Adapter) -> Adapter:
-        """The adapter in a form that this format's readers take.
+        """The adapter in a form that this format's readers accept.
 
         Raises:
-            RefusedError: if there is none.
+            RefusedError: if there is no such form.
         """
         return adapter
 
@@ -113,14 +114,14 @@ class Format(ABC):
 
     @abstractmethod
     def config(self, adapter: Adapter) -> LoraConfig:
-        """What is saved as adapter_config.json."""
+        """The configuration that is saved as adapter_config.json."""
 
     def metadata(self, adapter: Adapter) -> dict[str, str]:
         """The strings in the header of the safetensors file."""
         return {"format": "pt"}
 
     def rename(self, adapter: Adapter, key: str) -> str:
-        """A key in the base model's paths, as this format writes it."""
+        """The name that this format writes for a key with the base model's path."""
         return PREFIX + key
 
 
@@ -128,7 +129,7 @@ def _both_sides(source: Source, path: str, sides: dict[str, str]) -> Slot:
     for side, other in (("A", "B"), ("B", "A")):
         if side not in sides:
             raise AdapterError(
-                f"{source.file.path}: {path} has {sides[other]} without its lora_{side}; the file "
+                f"{source.file.path}: {path} has {sides[other]} but not its lora_{side}; the file "
                 "is damaged or was filtered."
             )
     return Slot(sides["A"], sides["B"])

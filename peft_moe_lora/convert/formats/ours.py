@@ -1,8 +1,8 @@
 """Our own format: `<experts>.lora_A.<projection>` [r*E, K] and `lora_B` [N, r*E].
 
-Both are expert-major: rows e*r up to (e + 1)*r of A, and columns e*r up to (e + 1)*r of B, are
-expert e. A module has one rank and one scaling. Where the file holds some experts only, E in these
-shapes is their number, and adapter_config.json names them in expert_indices.
+Both are expert-major: rows e*r up to (e + 1)*r of A, and columns e*r up to (e + 1)*r of B, belong
+to expert e. A module has one rank and one scaling. If the file holds only some experts, E in these
+shapes is the number of these experts, and adapter_config.json lists them in expert_indices.
 """
 
 import json
@@ -47,7 +47,7 @@ class Ours(Format):
         return Read(self.name, experts)
 
     def prepare(self, adapter: Adapter) -> Adapter:
-        """One rank and scaling per module, and the same projections everywhere."""
+        """Give each module one rank and one scaling, and all modules the same projections."""
         every = {name for pairs in adapter.experts.values() for name in pairs}
         adapter = fill_in(adapter, every, self.name)
         experts: Experts = {}
@@ -63,7 +63,7 @@ class Ours(Format):
         adapter = replace(adapter, experts=experts)
         if padded:
             adapter = adapter.noted(
-                "lower ranks padded with zeros: one rank for the projections of a module"
+                "lower ranks are padded with zeros: the projections of a module have one rank"
             )
         return adapter
 
@@ -105,7 +105,7 @@ class Ours(Format):
 
 
 def _described(pairs: dict[str, Pair]) -> dict[str, Any]:
-    """What the metadata says of one experts module."""
+    """The metadata of one experts module."""
     first = next(iter(pairs.values()))
     said = described_module(first.num_experts, first.chosen)
     for name, pair in pairs.items():
@@ -137,12 +137,13 @@ def _read_pair(source: Source, path: str, slot: Slot) -> Pair:
 
 
 def _experts_in_all(source: Source, path: str, held: int, chosen: tuple[int, ...]) -> int:
-    """E of a module of which some experts are held, compared with what expert_indices chooses."""
+    """E of a module whose file holds only some experts; checks them against expert_indices."""
     E = source.num_experts(path, chosen)
     if held != len(chosen) or chosen[-1] >= E:
         raise AdapterError(
-            f"{source.file.path} holds {held} experts of {path}, which has {E}; expert_indices of "
-            f"adapter_config.json names {list(chosen)}. The two files do not belong together."
+            f"{source.file.path} holds {held} experts of {path}, which has {E} experts, but "
+            f"expert_indices of adapter_config.json names {list(chosen)}. The two files do not "
+            "belong together."
         )
     return E
 
@@ -154,7 +155,7 @@ def _loader(
     num_experts: int,
     chosen: tuple[int, ...] | None,
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Loads A [E, r, K] and B [E, N, r] from tensors of sizes (experts held, r)."""
+    """A function that loads A [E, r, K] and B [E, N, r]; sizes = (experts in the file, r)."""
 
     def load() -> tuple[torch.Tensor, torch.Tensor]:
         A = source.load(slot.A).unflatten(0, sizes)

@@ -1,8 +1,8 @@
 """PEFT's target_parameters: `<experts>.base_layer.lora_A/B.weight` and `<experts>.lora_A/B.weight`.
 
-The first key is that of gate_up, the second that of down. Where only one of them is adapted, it has
-the second key, whichever it is. A [E*r, K] is expert-major; B [N, r*E] is rank-major: column
-j*E + e is rank j of expert e. PEFT adapts a router as a parameter too, `<router>.weight`.
+The first key belongs to gate_up and the second key to down. If only one projection is adapted, it
+always has the second key. A [E*r, K] is expert-major; B [N, r*E] is rank-major: column j*E + e is
+rank j of expert e. PEFT adapts a router as a parameter too, `<router>.weight`.
 """
 
 import re
@@ -27,12 +27,12 @@ LAYOUT = (
     "`<experts>.lora_A/B.weight` down (or the only target). A `[E * r, K]` is expert-major, B "
     "`[N, r * E]` **rank-major**: column `j*E + e`."
 )
-# the orders of lora_B under PEFT's keys that a caller may name
+# the values of b_layout: the orders of lora_B under PEFT's keys
 B_LAYOUTS = ("auto", "rank_major", "expert_major")
 
 _INNER = SlotName(".base_layer")
 _OUTER = SlotName("")
-# projection -> what its parameter can be called
+# projection -> the possible names of its parameter
 _PARAMETERS = {"gate_up": ("gate_up_proj", "up_proj"), "down": ("down_proj",)}
 
 
@@ -99,43 +99,43 @@ class Peft(Format):
 
 
 def _order_of_B(source: Source) -> tuple[str, list[str]]:
-    """The order of B, and notes: PEFT's own unless the file was written by another program.
+    """The order of B, and notes. It is PEFT's order, unless another program wrote the file.
 
     Raises:
-        AdapterError: if the caller asked for an order that does not exist.
-        RefusedError: if the file may be in either order, or names one that is not known.
+        AdapterError: if the caller names an order that does not exist.
+        RefusedError: if the file may be in either order, or if it names an unknown order.
     """
     if source.b_layout not in B_LAYOUTS:
         raise AdapterError(f"b_layout must be one of {B_LAYOUTS}, got {source.b_layout!r}.")
     if source.b_layout != "auto":
-        return source.b_layout, [f"B was read as {source.b_layout}, which b_layout asked for"]
+        return source.b_layout, [f"B was read as {source.b_layout}, as given by b_layout"]
     marker = source.config.get("lora_B_layout")
     if marker in B_LAYOUTS[1:]:
-        return marker, [f"B was read as {marker}, which adapter_config.json says"]
+        return marker, [f"B was read as {marker}, as given by adapter_config.json"]
     if marker is not None:
         raise RefusedError(
-            f"{source.file.path}: adapter_config.json says lora_B_layout={marker!r}, which is not "
-            "known; say how B is ordered with b_layout (--b-layout rank_major or expert_major)."
+            f"{source.file.path}: adapter_config.json has lora_B_layout={marker!r}, which is not "
+            "known; give the order of B as b_layout (--b-layout rank_major or expert_major)."
         )
     mapping = source.config.get("auto_mapping") or {}
     base_name = source.config.get("base_model_name_or_path") or ""
     if mapping.get("unsloth_fixed") or "unsloth" in base_name.lower():
         raise RefusedError(
-            f"{source.file.path} looks like Unsloth's and does not say how its lora_B is ordered: "
-            "releases before September 2026 trained it expert-major, later ones rank-major, and "
-            "the shapes are the same. Say which with b_layout (--b-layout expert_major or "
-            "rank_major)."
+            f"{source.file.path} looks like an adapter of Unsloth and does not say how its lora_B "
+            "is ordered. Releases before September 2026 trained it expert-major and later releases "
+            "rank-major, with the same shapes. Give the order as b_layout (--b-layout expert_major "
+            "or rank_major)."
         )
     return "rank_major", []
 
 
 def _projections(source: Source, path: str, slots: Mapping[SlotName, Slot]) -> dict[str, Slot]:
-    """Projection -> its keys. A single target has the outer keys, whichever projection it is."""
+    """Projection -> its keys. If only one projection is adapted, it has the outer keys."""
     if len(slots) == 2:
         return {"gate_up": slots[_INNER], "down": slots[_OUTER]}
     if _OUTER not in slots:
         raise AdapterError(
-            f"{source.file.path}: {path} has base_layer.lora_A but no lora_A; the file is damaged."
+            f"{source.file.path}: {path} has base_layer.lora_A but not lora_A; the file is damaged."
         )
     slot = slots[_OUTER]
     targets = source.config.get("target_parameters") or []
@@ -146,7 +146,7 @@ def _projections(source: Source, path: str, slots: Mapping[SlotName, Slot]) -> d
     if len(possible) != 1:
         raise RefusedError(
             f"{source.file.path}: {path} has one adapted projection, and neither "
-            f"target_parameters={targets!r} nor the shapes tell whether it is gate_up or down; "
+            f"target_parameters={targets!r} nor the shapes show whether it is gate_up or down; "
             "write the parameter's name into target_parameters of its adapter_config.json."
         )
     return {possible.pop(): slot}
@@ -173,11 +173,12 @@ def _parameter(
 ) -> str:
     """The path of the parameter that a projection adapts.
 
-    Its name is the base model's; without one, the target's; else `pairs` tell whether there is a
-    gate, by the sizes of gate_up and down.
+    The name of the parameter comes from the base model. If that is not known, it comes from
+    target_parameters. Otherwise the sizes of gate_up and down in `pairs` show whether there is a
+    gate.
 
     Raises:
-        RefusedError: if `pairs` are given and do not tell either.
+        RefusedError: if `pairs` is given but holds only gate_up, so that its sizes show nothing.
     """
     return f"{path}.{_parameter_name(base, config, path, projection, pairs)}"
 
@@ -207,7 +208,7 @@ def _parameter_name(
 
 
 def _read_pair(source: Source, parameter: str, slot: Slot, layout: str, swapped: bool) -> Pair:
-    """The pair of a parameter, from tensors in one of the orders of B."""
+    """The pair of a parameter; `layout` is the order of B in the file."""
     r = source.rank(parameter)
     E, in_features, out_features = source.stacked_sizes(slot, r)
     if swapped:
@@ -226,7 +227,7 @@ def _read_pair(source: Source, parameter: str, slot: Slot, layout: str, swapped:
 def _loader(
     source: Source, slot: Slot, expert_sizes: tuple[int, int], layout: str, swapped: bool
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Loads A [E, r, K] and B [E, N, r] from tensors of sizes (E, r)."""
+    """A function that loads A [E, r, K] and B [E, N, r]; expert_sizes = (E, r)."""
     E, r = expert_sizes
 
     def load() -> tuple[torch.Tensor, torch.Tensor]:

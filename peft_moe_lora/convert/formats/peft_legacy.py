@@ -1,6 +1,7 @@
-"""PEFT before 0.19.1: A and B of experts with in and out swapped, under the keys of today.
+"""PEFT before 0.19.1: in- and out-features of experts' A and B are swapped, under today's keys.
 
-The shapes tell whether a file is swapped; where both ways fit, the version of PEFT that wrote it.
+The shapes show whether a file is swapped. If both ways fit, the version of PEFT that wrote the file
+decides.
 """
 
 import re
@@ -9,10 +10,11 @@ from collections.abc import Mapping
 from ...files.tensor_file import AdapterError, RefusedError
 from ..source import Slot, Source
 
-# what such adapters are called; they are read, and never written
+# the name of this format, which can be read but not written
 LEGACY_NAME = "peft_legacy"
+# the first version that does not swap
 _FIRST_RIGHT = (0, 19, 1)
-# it swapped some projections and not others, so one projection says nothing about another
+# this version swaps some projections and not others, so one projection says nothing about another
 _MIXED = (0, 19, 0)
 
 _Sizes = dict[str, tuple[int, int]]  # projection -> (in, out)
@@ -23,12 +25,12 @@ def swapped_projections(source: Source, path: str, slots: Mapping[str, Slot]) ->
 
     Args:
         source: the adapter.
-        path: of the experts module.
+        path: path of the experts module.
         slots: projection -> its keys.
     Returns: projection -> whether it is swapped.
     Raises:
-        AdapterError: if some shapes fit in neither way.
-        RefusedError: if neither the shapes nor the version tell.
+        AdapterError: if a projection's shapes fit neither way.
+        RefusedError: if neither the shapes nor the version decide.
     """
     sizes = {name: _in_and_out(source, slot) for name, slot in slots.items()}
     fits = _fits(source, path, sizes)
@@ -37,7 +39,7 @@ def swapped_projections(source: Source, path: str, slots: Mapping[str, Slot]) ->
         if source.base is not None:
             whose = f" of {source.base.name}"
         raise AdapterError(
-            f"{source.file.path}: {path} has A and B of {sizes} (in, out), which fits no experts "
+            f"{source.file.path}: {path} has A and B of {sizes} (in, out), which fit no experts "
             f"projection{whose}; the adapter is for another model, or damaged."
         )
     certain = {name: next(iter(fit)) for name, fit in fits.items() if len(fit) == 1}
@@ -50,9 +52,9 @@ def swapped_projections(source: Source, path: str, slots: Mapping[str, Slot]) ->
     if release and release != _MIXED and not certain:
         return dict.fromkeys(fits, release < _FIRST_RIGHT)
     raise RefusedError(
-        f"{source.file.path}: the shapes of {path}, {sizes} (in, out), do not tell whether PEFT "
-        "swapped in and out as it did before 0.19.1, and "
-        f"peft_version={version or None!r} does not either; write the PEFT version that saved the "
+        f"{source.file.path}: neither the shapes of {path}, {sizes} (in, out), nor "
+        f"peft_version={version or None!r} show whether PEFT swapped in and out, as it did before "
+        "0.19.1; write the PEFT version that saved the "
         "adapter into peft_version of its adapter_config.json, or name the base model "
         "(--base-config)."
     )
@@ -63,7 +65,7 @@ def _in_and_out(source: Source, slot: Slot) -> tuple[int, int]:
 
 
 def _fits(source: Source, path: str, sizes: _Sizes) -> dict[str, set[bool]]:
-    """Projection -> the ways in which its sizes fit: False as today, True swapped."""
+    """Projection -> the ways in which its sizes fit: False for not swapped, True for swapped."""
     if source.base is None or path not in source.base.experts:
         return _fits_by_themselves(sizes)
     layout = source.base.experts[path]
@@ -79,7 +81,7 @@ def _fits(source: Source, path: str, sizes: _Sizes) -> dict[str, set[bool]]:
 
 
 def _fits_by_themselves(sizes: _Sizes) -> dict[str, set[bool]]:
-    """The same without a base model: gate_up [H -> I or 2I] and down [I -> H] must fit together."""
+    """As `_fits` without a base model: gate_up [H -> I or 2I] and down [I -> H] must match."""
     if len(sizes) < 2:
         return {name: {False, True} for name in sizes}
     K, N = sizes["gate_up"]

@@ -2,7 +2,7 @@
 
 A is [r, K] and B is [N, r]. gate and up share A, and the rows of B are split between them. The
 projections are named as in published checkpoints: w1, w3 and w2 in Mixtral. PEFT, vLLM and SGLang
-read this format; each of them refuses some adapters that the others take.
+read this format; each of them refuses some adapters that the others accept.
 """
 
 import re
@@ -22,12 +22,12 @@ from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
 from .sglang_3d import query_without_value
 
-# names that published checkpoints have -> names in transformers
+# names in published checkpoints -> names in transformers
 _LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 class PerExpert(Format):
-    """A [r, K] and B [N, r] of every projection of every expert, under a key of its own."""
+    """A [r, K] and B [N, r] of every projection of every expert, each under its own key."""
 
     name = "per_expert"
     key = re.compile(
@@ -65,7 +65,7 @@ class PerExpert(Format):
                 pair = _read_pair(source, base, path, found, parts)
                 experts[path]["gate_up"] = source.checked(path, "gate_up", pair)
                 if pair.r == 2 * source.rank(f"{path}.0.gate_proj"):
-                    notes = ("gate and up have different A's: combined exactly, at twice the rank",)
+                    notes = ("gate and up have different A: combined exactly, at twice the rank",)
             if "down_proj" in leaves:
                 pair = _read_pair(source, base, path, found, ["down_proj"])
                 experts[path]["down"] = source.checked(path, "down", pair)
@@ -77,7 +77,7 @@ class PerExpert(Format):
         )
         for path, pairs in adapter.experts.items():
             if "gate_up" in pairs and base.experts[path].gated:
-                base.gate_and_up(path)  # refuses where the order is not known
+                base.gate_and_up(path)  # raises if the order is not known
         return adapter.noted(*_refused_elsewhere(adapter, base))
 
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
@@ -119,7 +119,7 @@ class PerExpert(Format):
 
 
 def _base_of(adapter: Adapter) -> BaseModel:
-    """The base model of a prepared adapter, which `PerExpert.prepare` has made sure of."""
+    """The base model of a prepared adapter; `PerExpert.prepare` has checked that it is known."""
     assert adapter.base is not None, "the adapter was not prepared for per-expert tensors"
     return adapter.base
 
@@ -138,14 +138,16 @@ def _parts(base: BaseModel, path: str, projection: str) -> dict[str, slice]:
 def _check_complete(
     source: Source, base: BaseModel, path: str, found: Mapping[SlotName, Slot]
 ) -> set[str]:
-    """The names of the projections that are held, each of them for every expert.
+    """Check that every projection in the file is there for every expert; return their names.
 
     Raises:
-        AdapterError: if the base model has no such module, or experts or projections are missing.
+        AdapterError: if the base model has no such module, or if experts or projections are
+            missing.
     """
     if path not in base.experts:
         raise AdapterError(
-            f"{source.file.path} adapts {path}, but {base.name} has no experts module of that name."
+            f"{source.file.path} adapts {path}, but {base.name} has no experts module of that "
+            "name; name the base model that the adapter was trained on."
         )
     layout = base.experts[path]
     leaves = sorted({name.name for name in found})
@@ -159,7 +161,7 @@ def _check_complete(
     elif beyond:
         wrong = f"has experts {beyond}"
     elif layout.gated and ("gate_proj" in leaves) != ("up_proj" in leaves):
-        wrong = "has one of gate_proj and up_proj only"
+        wrong = "has only one of gate_proj and up_proj"
     if wrong:
         raise AdapterError(
             f"{source.file.path}: {path} {wrong}; the model has {layout.num_experts} experts."
@@ -174,10 +176,11 @@ def _read_pair(
     found: Mapping[SlotName, Slot],
     parts: Sequence[str],
 ) -> Pair:
-    """The pair of a projection, put together from one or two parts of every expert.
+    """The pair of a projection, combined from one or two parts of every expert.
 
-    Where gate and up share A, their B's are the rows of one B. Where they do not, A is
-    [A_gate; A_up] at twice the rank, and B is zero where the rows of one meet the A of the other.
+    If gate and up share A, the rows of B_gate and B_up become the rows of one B. If they do not, A
+    is [A_gate; A_up] with twice the rank, and in B the rows of gate are zero in the columns of
+    A_up, and the rows of up are zero in the columns of A_gate.
     """
     E = base.experts[path].num_experts
     r = source.rank(f"{path}.0.{parts[0]}")
@@ -223,7 +226,7 @@ def _check_alike(
     parts: Sequence[str],
     r: int,
 ) -> None:
-    """Compare the shapes and the scaling of every expert with those of expert 0.
+    """Check that all experts have the shapes and the scaling of expert 0.
 
     Raises:
         AdapterError: if a shape differs.
@@ -244,7 +247,7 @@ def _check_alike(
         if source.scaling(f"{path}.{e}.{leaf}") != scaling:
             raise RefusedError(
                 f"{source.file.path}: {path}, {leaf} of expert {e} has another scaling than expert "
-                "0; the experts of a module must have one scaling."
+                "0, but the experts of a module must have the same scaling."
             )
 
 
@@ -262,7 +265,7 @@ def _share_A(
 
 
 def _peft_reads_per_expert(model_type: str) -> bool | None:
-    """Whether PEFT combines a family's per-expert tensors on loading; None if it does not say."""
+    """Whether PEFT combines a family's per-expert tensors on loading; None if not known."""
     try:
         from peft.utils.transformers_weight_conversion import (
             _MODEL_TO_CONVERSION_PATTERN,
@@ -274,7 +277,7 @@ def _peft_reads_per_expert(model_type: str) -> bool | None:
 
 
 def _refused_elsewhere(adapter: Adapter, base: BaseModel) -> Iterator[str]:
-    """What one of the format's readers would refuse or ignore, though others take it."""
+    """Notes on what one of the format's readers would refuse or ignore."""
     if _peft_reads_per_expert(base.model_type) is False:
         yield (
             f"PEFT does not read per-expert tensors of {base.model_type} but ignores them; convert "

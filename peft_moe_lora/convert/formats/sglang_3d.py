@@ -1,7 +1,7 @@
 """SGLang's 3-D format: `<experts>.gate_up_proj|down_proj.lora_A/B.weight`, [E, r, K] and [E, N, r].
 
-SGLang scales by lora_alpha / r only and reads gate_up as [gate; up]. It loads neither modules saved
-whole nor q_proj without v_proj.
+SGLang supports only the scaling lora_alpha / r, and reads gate_up as [gate; up]. It does not load
+modules that are saved whole, or q_proj without v_proj.
 """
 
 import re
@@ -73,8 +73,8 @@ class Sglang3d(Format):
         lonely = query_without_value(adapter.linears)
         if lonely is not None:
             raise RefusedError(
-                f"SGLang does not load q_proj without v_proj, as {lonely} has it; train both, or "
-                "convert without it."
+                f"SGLang does not load q_proj without v_proj, but {lonely} has only q_proj; train "
+                "both, or convert without q_proj."
             )
         return adapter
 
@@ -97,7 +97,7 @@ class Sglang3d(Format):
 
 
 def query_without_value(paths: Iterable[str]) -> str | None:
-    """The first block of which q_proj is adapted and v_proj is not, which SGLang does not load."""
+    """The first block whose q_proj is adapted but not its v_proj, which SGLang does not load."""
     names_of_block: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         block, _, name = path.rpartition(".")

@@ -1,7 +1,7 @@
-"""PEFT's format as vLLM reads it for models whose experts it holds in 3-D (gpt-oss, Qwen3.5-MoE).
+"""PEFT's format as vLLM reads it for models with 3-D experts (gpt-oss, Qwen3.5-MoE).
 
-vLLM knows one rank and one scaling, wants both projections everywhere, loads no module that was
-saved whole, and allocates adapters at fixed ranks.
+vLLM supports one rank and one scaling, needs both projections in every module, does not load
+modules that are saved whole, and accepts only some values of the maximum rank.
 """
 
 from ...experts.families import VLLM_3D
@@ -29,13 +29,13 @@ class Vllm3d(Peft):
         rank = max(layer.r for layer in adapter.layers())
         if VLLM.allocated(rank) is None:
             raise RefusedError(
-                f"vLLM takes ranks up to {VLLM.ranks[-1]}, but this adapter has {rank}; merge it "
+                f"vLLM accepts ranks up to {VLLM.ranks[-1]}, but this adapter has {rank}; merge it "
                 "into the base model instead (peft-moe-lora merge)."
             )
         if adapter.base is not None and adapter.base.model_type not in VLLM_3D:
             return adapter.noted(
-                f"vLLM is not known to read {adapter.base.model_type} in 3-D, and gives no error "
-                "where it does not; check that its class sets is_3d_moe_weight, or convert to "
-                "per_expert"
+                f"vLLM is not known to read {adapter.base.model_type} in 3-D, and it gives no "
+                "error if it cannot; check that the model's class in vLLM sets is_3d_moe_weight, "
+                "or convert to per_expert"
             )
         return adapter
