@@ -1,8 +1,9 @@
 """out[t] = sum over slots of top_k_weights * down(act(gate_up(x[t]))), with gradients.
 
-Each projection is W + scaling * B A per expert. This is the one door to `ops`, and may import ops
-alone. `backends` chooses the operations, `whole` and `steps` write the gradients out. The base
-weights are frozen: no function here forms a gradient for them or materialises W + scaling * B A.
+Each projection of an expert is W + scaling * B A. Rooms above call operations only through this
+one, and it may import only ops. `backends` chooses the operations; `whole` and `steps` implement
+forward and backward. The base weights are frozen: no function here computes a gradient for them or
+materializes W + scaling * B A.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,23 +42,23 @@ def experts(
     backend: str = "auto",
     recompute: bool = False,
 ) -> torch.Tensor:
-    """A whole experts layer, forward and backward.
+    """Compute a whole experts layer, with gradients.
 
     Args:
-        hidden_states: [T, H] float; computed in the dtype of the weights.
+        hidden_states: [T, H] float; cast to the dtype of the weights.
         top_k_index: [T, top_k] integer; an id outside 0..E-1 is skipped.
-        top_k_weights: [T, top_k] float; receives its gradient.
-        up: the gate_up projection, [E, N, H] with N = 2I where gated.
+        top_k_weights: [T, top_k] float; gets a gradient.
+        up: the gate_up projection, [E, N, H] with N = 2I if gated.
         down: the down projection, [E, H, I].
         activation: an `Activation` runs inside the kernels; any other callable [M, N] -> [M, I]
             runs between them.
         post_norm: applied to the down rows [M, H] before the routing weights.
-        backend: out of BACKENDS.
-        recompute: backward computes the gate_up product once more, and nothing [M, N] wide is
-            kept. Read where an `Activation` runs inside the kernels.
+        backend: one of BACKENDS.
+        recompute: backward computes the gate_up product again, and no [M, N] tensor is kept. Used
+            only if an `Activation` runs inside the kernels.
     Returns: [T, H], dtype of hidden_states.
     Raises:
-        ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
+        ValueError: if the shapes do not agree, or if a base weight requires a gradient.
     """
     _check(hidden_states, top_k_index, top_k_weights, up, down)
     quantized = isinstance(up.weight, QuantizedWeight) or isinstance(down.weight, QuantizedWeight)
@@ -100,7 +101,7 @@ def _run(
     return out.to(hidden_states.dtype)
 
 
-# an operator's arguments are tensors, and codes with their scales are more than one
+# under torch.compile an operator takes one tensor for each weight; a quantized weight has several
 _run_uncompiled = torch.compiler.disable(_run)
 
 
@@ -114,13 +115,14 @@ def rows_linear(
     """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] x[m], for rows in expert order.
 
     Args:
-        x: [M, K] float; computed in the dtype of the weights.
-        expert_size: E integers, the rows of each expert, adding up to M; a list or a tensor.
-        projection: [E, N, K].
-        backend: out of BACKENDS.
+        x: [M, K] float; cast to the dtype of the weights.
+        expert_size: E integers, the number of rows of each expert, with the sum M; a list or a
+            tensor.
+        projection: the projection, [E, N, K].
+        backend: one of BACKENDS.
     Returns: [M, N], dtype of x.
     Raises:
-        ValueError: if the shapes do not agree, or a frozen weight asks for a gradient.
+        ValueError: if the shapes do not agree, or if a base weight requires a gradient.
     """
     E, _, K = projection.weight.shape
     sizes = torch.as_tensor(expert_size, device=x.device)
@@ -172,11 +174,11 @@ def _check_frozen(*projections: Projection) -> None:
 
 
 def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
-    """Make the device of x the current one: kernels start there.
+    """Make the device of x the current device, because kernels are launched on the current one.
 
-    The layers of one model may lie on several devices.
+    The layers of one model may be on several devices.
     """
-    # compiled code sets the device itself
+    # code compiled by torch.compile sets the device itself
     if torch.compiler.is_compiling() or not x.is_cuda:
         return nullcontext()
     if x.get_device() == torch.cuda.current_device():
@@ -185,18 +187,18 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    """The operations fix their own dtypes: autocast would round inside them."""
+    """Disable autocast: the operations choose their dtypes, and autocast would round inside them."""
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def _draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor | None:
-    """Two seeds from the default generator, so that recomputation repeats the masks.
+    """Two seeds from the default generator, so that a recomputed forward draws the same masks.
 
-    Returns: [2, 2] int64, one seed a row; None where no projection has dropout.
+    Returns: [2, 2] int64 with one seed per row; None if no projection has dropout.
     """
     if not any(p.dropout_p for p in projections):
         return None
-    # rows of sixteen bytes, on which kernels want their tensors to begin
+    # each row has 16 bytes, because kernels want tensors that are aligned to 16 bytes
     return torch.randint(2**31 - 1, (2, 2), device=device)

@@ -1,7 +1,4 @@
-"""Which operations run:
-
-the Triton kernels or plain PyTorch, by the backend asked for and the device.
-"""
+"""Chooses the operations, Triton kernels or plain PyTorch, from the backend and the device."""
 
 import importlib.util
 import logging
@@ -18,12 +15,12 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 def select_backend(backend: str, device: torch.device) -> str:
-    """Either "triton" or "torch", for a backend out of BACKENDS on a device.
+    """The backend that runs on a device, "triton" or "torch", for one of BACKENDS.
 
-    What "auto" picked is logged once.
+    The choice of "auto" is logged once.
 
     Raises:
-        RuntimeError: if "triton" was asked for where it cannot run.
+        RuntimeError: if the backend is "triton" and it cannot run on the device.
     """
     if backend == "torch":
         return "torch"
@@ -40,7 +37,7 @@ def select_backend(backend: str, device: torch.device) -> str:
 
 
 def ops_for(backend: str, device: torch.device) -> Operations:
-    """The operations for a backend out of BACKENDS on a device."""
+    """The operations that run on a device, for one of BACKENDS."""
     if select_backend(backend, device) == "torch":
         return reference
     from ..ops import kernels
@@ -50,7 +47,7 @@ def ops_for(backend: str, device: torch.device) -> Operations:
 
 @cache
 def _triton_obstacle(device_type: str, index: int | None) -> str:
-    """Why the kernels cannot run on this device; empty where they can."""
+    """The reason why the kernels cannot run on this device; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device_type == "cuda":

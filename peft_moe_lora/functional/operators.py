@@ -1,14 +1,14 @@
-"""A computation written once, for eager PyTorch and for torch.compile.
+"""Runs one implementation of a computation both in eager mode and under torch.compile.
 
-Eager, it is plain Python inside one `torch.autograd.Function`. Under torch.compile it is one
-operator, which is one node of the graph.
+In eager mode the computation is plain Python inside one `torch.autograd.Function`. Under
+torch.compile it is one custom operator, and so one node of the graph.
 
 Legend:
-    group: a named tuple or a frozen dataclass of arguments that travel together. Its annotations
-        give the operator's schema, and `__match_args__` the order of its fields. Operators and
-        autograd take flat arguments: `flatten` and `unflatten` convert.
-    absent: an operator returns tensors only. Where the computation returns None, it returns an
-        empty tensor of three dimensions, which no result has.
+    group: a named tuple or a frozen dataclass of arguments that are passed together. Its
+        annotations give the operator's schema, and `__match_args__` gives the order of its fields.
+        Operators and autograd take flat arguments; `flatten` and `unflatten` convert.
+    absent: an operator can return only tensors. For a result that is None it returns an empty
+        tensor of three dimensions. No other result has three dimensions.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops import QuantizedWeight
 
-# how the annotation of a group's field reads in an operator's schema
+# annotation of a group's field -> its type in an operator's schema
 _SCHEMA = {
     torch.Tensor: "Tensor",
     torch.Tensor | None: "Tensor?",
@@ -33,12 +33,12 @@ _SCHEMA = {
     str: "str",
     tuple[int, ...] | None: "int[]?",
 }
-# stands where autograd holds a tensor, among the values that it does not hold
+# placeholder for a tensor that autograd saves, in the list of a context's other values
 _HELD_BY_AUTOGRAD = object()
 
 
 class Gradient(NamedTuple):
-    """The group of one tensor with which every backward begins."""
+    """The first group of every backward: the gradient of forward's first result."""
 
     gradient: torch.Tensor
 
@@ -56,7 +56,7 @@ def unflatten(kinds: Iterable[type[Any]], values: Iterable[Any]) -> list[Any]:
 
     Args:
         kinds: the class of each group.
-        values: those of all groups, field by field.
+        values: the values of all groups, field by field.
     """
     remaining = iter(values)
     groups = [kind(*(next(remaining) for _ in kind.__match_args__)) for kind in kinds]
@@ -68,12 +68,13 @@ class Operator:
     """One computation, as an operator under torch.compile and as a plain call elsewhere.
 
     Args:
-        name: of the operator, in the namespace `peft_moe_lora`.
+        name: name of the operator in the namespace `peft_moe_lora`.
         groups: the class of each argument.
-        results: a named tuple. A field with a default is for eager calls alone: an operator leaves
-            it out.
-        run: from the groups to `results`.
-        fake: the same from shapes and dtypes alone, without the fields that have a default.
+        results: the class of the result, a named tuple. Only eager calls return a field with a
+            default; the operator does not return it.
+        run: takes the groups and returns `results`.
+        fake: takes the groups and returns `results` with empty tensors of the right shapes and
+            dtypes, without the fields that have a default.
     """
 
     def __init__(
@@ -102,20 +103,20 @@ class Operator:
         self.operator = getattr(torch.ops.peft_moe_lora, name)
 
     def compiled(self, *groups: Any) -> Any:
-        """The results, by a call of the operator."""
+        """Call the operator, and return the results."""
         returned = self.operator(*flatten(groups))
         if self._num_returned == 1:
             returned = (returned,)
         return self.results(*_none_where_absent(returned))
 
     def __call__(self, *groups: Any) -> Any:
-        """The results, without a gradient."""
+        """Compute the results, without gradients."""
         if torch.compiler.is_compiling():
             return self.compiled(*groups)
         return self.run(*groups)
 
     def _as_operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function from flat arguments to the tensors that an operator returns."""
+        """The function with flat arguments, which returns a tensor for each result."""
 
         def flat(*values: Any) -> Any:
             # an operator receives a tuple of integers as a list
@@ -143,16 +144,16 @@ def differentiable(
     keep: Callable[..., tuple],
     gradients: Callable[..., Any],
 ) -> Callable[..., torch.Tensor]:
-    """The first result of an operator, with the gradient that another one computes.
+    """Make a function that runs a forward operator, with gradients from a backward operator.
 
     Args:
         forward_operator: its first group holds every tensor that may get a gradient.
         backward_operator: its first group is `Gradient`.
-        keep: from forward's groups and its results to the groups that backward needs.
-        gradients: from (call, gradient, needs, *groups kept) to the gradients of forward's first
-            arguments. `call` computes what `backward_operator` does; `needs` says of each field of
-            the first group whether it asks for a gradient.
-    Returns: a function of forward's groups.
+        keep: takes forward's groups and results; returns the groups that backward needs.
+        gradients: called as gradients(call, gradient, needs, *kept groups). It returns the
+            gradients of forward's first arguments. `call` runs `backward_operator`. `needs` is a
+            first group of booleans: whether each field requires a gradient.
+    Returns: a function that takes forward's groups and returns its first result.
     """
     kinds = forward_operator.groups
     differentiated = kinds[0]
@@ -188,7 +189,7 @@ def differentiable(
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
             return backward_by(backward_operator.run, ctx, gradient)
 
-    # the name that a graph of autograd shows
+    # the name that autograd graphs show
     Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]
 
     def call(*groups: Any) -> torch.Tensor:
@@ -200,7 +201,7 @@ def differentiable(
 
 
 def _save(ctx: Any, groups: tuple) -> None:
-    """Keep groups for backward: their tensors by autograd, all else on the context."""
+    """Keep groups for backward: autograd saves the tensors, the context keeps other values."""
     values = flatten(groups)
     ctx.kinds = [type(group) for group in groups]
     ctx.others = [_HELD_BY_AUTOGRAD if isinstance(v, torch.Tensor) else v for v in values]
@@ -208,15 +209,15 @@ def _save(ctx: Any, groups: tuple) -> None:
 
 
 def _saved(ctx: Any) -> list[Any]:
-    """The groups that `_save` was given."""
-    # read once: under checkpointing each reading unpacks the tensors, and may recompute them
+    """The groups that `_save` kept."""
+    # read once: under checkpointing each access unpacks the tensors, and may recompute them
     tensors = iter(ctx.saved_tensors)
     values = [next(tensors) if other is _HELD_BY_AUTOGRAD else other for other in ctx.others]
     return unflatten(ctx.kinds, values)
 
 
 def as_stored(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient in the dtype of the tensor it belongs to; None where either is None."""
+    """A gradient in the dtype of the tensor that it belongs to; None if one of the two is None."""
     if gradient is None or like is None:
         return None
     return gradient.to(like.dtype)

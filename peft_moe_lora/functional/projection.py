@@ -1,4 +1,4 @@
-"""W[e] + scaling * B[e] A[e]: a projection, and its A and B as the kernels address them.
+"""W[e] + scaling * B[e] A[e]: a projection, and its A and B in the layout that kernels read.
 
 Legend:
     E experts, S of them with an update; r rank of one update; K in- and N out-features
@@ -14,28 +14,28 @@ import torch
 
 from ..ops import QuantizedWeight
 
-# A and B, or what belongs to them; both are None without an adapter
+# A and B, or their gradients; both are None without an adapter
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
-# the same with an adapter
+# A and B, or their gradients, if there is an adapter
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen projection of every expert and the low-rank update that rides on it.
+    """One frozen projection of every expert, and its low-rank update.
 
     Attributes:
-        weight: [E, N, K] float, any strides (a transposed model passes a view), or quantized; its
-            gate half [E, N/2, K] where `up_weight` is the other half.
+        weight: [E, N, K] float, any strides (a transposed model passes a view), or quantized. If
+            `up_weight` is not None, weight is only the gate half, [E, N/2, K].
         bias: [E, N] or None.
-        lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th expert that has
-            one; S = E unless `experts` says otherwise. None where no adapter is active.
+        lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th of the S
+            experts that have an update. None if no adapter is active.
         lora_B: [N, r * S], expert-major: columns s*r up to (s + 1)*r are B of that expert.
         scaling: factor of the update.
         dropout_p: probability that an element of x is dropped before A, in [0, 1).
-        experts: ascending ids of the S experts that have an update; None for all E.
-        up_weight: [E, N/2, K], the up half of a gate_up projection whose halves are stored apart;
-            else None.
+        experts: ascending ids of the S experts that have an update; None for all, S = E.
+        up_weight: [E, N/2, K], the up half of a gate_up projection whose halves are stored as two
+            tensors; else None.
     """
 
     weight: torch.Tensor | QuantizedWeight
@@ -48,7 +48,7 @@ class Projection:
     up_weight: torch.Tensor | None = None
 
     def halves(self) -> list["Projection"]:
-        """The gate and the up half, which share A; itself where it is stored whole."""
+        """The gate half and the up half, which share A; [self] if the weight is one tensor."""
         if self.up_weight is None:
             return [self]
         n = self.weight.shape[1]
@@ -93,17 +93,18 @@ def whole_pair(
     experts: Sequence[int] | None,
     dtype: torch.dtype,
 ) -> Pair:
-    """A pair of all E experts, made from the pair of some.
+    """Make a pair for all E experts from a pair for S experts.
 
-    The kernels address A and B by expert, as they address W. The parameters, their gradients and
-    the optimizer's state hold S experts; the pair made here lives for one call.
+    The kernels index A and B by the expert's id, as they index W. But the parameters, their
+    gradients and the optimizer's state hold only S experts. The new pair exists during one call.
 
     Args:
         lora_A: [r * S, K], expert-major; None without an adapter.
         lora_B: [N, r * S], expert-major.
         num_experts: E.
-        experts: ascending ids of the S experts; None for all: the pair is returned.
-        dtype: of a pair that is made.
+        experts: ascending ids of the S experts; None for all, and then lora_A and lora_B are
+            returned.
+        dtype: dtype of the new pair.
     Returns: [r * E, K] and [N, r * E], expert-major, zeros for an expert without an update.
     """
     if lora_A is None or lora_B is None or experts is None:
@@ -139,7 +140,7 @@ def spread(
     experts: Sequence[int] | None,
     dtype: torch.dtype,
 ) -> Pair:
-    """Views [E, r, K] and [E, N, r] of `whole_pair`, which says what the arguments are."""
+    """Views [E, r, K] and [E, N, r] of the result of `whole_pair`, with the same arguments."""
     return per_expert(*whole_pair(lora_A, lora_B, num_experts, experts, dtype), num_experts)
 
 
@@ -159,10 +160,11 @@ def transposed(weight: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    """An uninitialised gradient, contiguous, in at least fp32 whatever the parameter is stored in.
+    """An uninitialised, contiguous gradient in at least fp32, also for a bf16 or fp16 parameter.
 
     Args:
-        shape: of the gradient; that of the parameter by default.
+        parameter: the parameter.
+        shape: shape of the gradient; by default the shape of the parameter.
     """
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return parameter.new_empty(shape or parameter.shape, dtype=dtype)
@@ -170,7 +172,7 @@ def gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None)
 
 def pair_like(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None) -> Tensors:
     """Uninitialised gradients of a pair, as `gradient_like` makes them."""
-    assert lora_A is not None and lora_B is not None, "only a pair that is there has a gradient"
+    assert lora_A is not None and lora_B is not None, "without a pair there are no gradients"
     return gradient_like(lora_A), gradient_like(lora_B)
 
 
@@ -208,10 +210,10 @@ def gathered(
     num_experts: int,
     experts: Sequence[int] | None,
 ) -> Pair:
-    """The gradients of some experts, taken from those of all.
+    """Select the gradients of S experts from the gradients of all E experts.
 
     Args:
-        dA: [r * E, K], expert-major; None where it is not asked for.
+        dA: [r * E, K], expert-major; None if it is not needed.
         dB: [N, r * E], expert-major.
         num_experts: E.
         experts: ascending ids of the S experts; None for all.
@@ -229,6 +231,6 @@ def gathered(
 def _index(experts: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """[S] int64 on the device.
 
-    Kept, because making it anew would wait for a copy from the host in every call.
+    It is cached, because a new tensor would wait for a copy from the host in every call.
     """
     return torch.tensor(experts, device=device)

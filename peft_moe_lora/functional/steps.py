@@ -1,7 +1,7 @@
-"""out = combine(post_norm(down(act(gate_up(x))))) in steps of autograd, around the model's code.
+"""out = combine(post_norm(down(act(gate_up(x))))) in several autograd steps.
 
-gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). They, the routing and combine
-are an operator each.
+gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). Routing, gate_up, down and
+combine are one operator each. act and post_norm are the model's own code and run between them.
 
 Legend: xa [M, r] = scaling * A[e] drop(x); yb [M, r] = scaling * B[e]^T dy.
 """
@@ -37,10 +37,10 @@ def unfused_experts(
     seed: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    """`functional.experts` of x [T, H] in the dtype of the weights.
+    """`functional.experts`, for x [T, H] in the dtype of the weights.
 
     Args:
-        seed: [2, 2] int64, whose rows draw the masks of up and down; None without dropout.
+        seed: [2, 2] int64, the seeds of the masks of up and down in its rows; None without dropout.
     """
     routing = route(top_k_index, up.weight.shape[0], backend)
     halves = [
@@ -54,7 +54,7 @@ def unfused_experts(
 
 
 class Backend(NamedTuple):
-    """The backend of a step, out of BACKENDS."""
+    """The backend of a step, one of BACKENDS."""
 
     backend: str
 
@@ -75,10 +75,10 @@ class Selected(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The index tensors of `Routing`; `tiles` and `block_m` for eager calls alone.
+    """The index tensors of `Routing`; `tiles` and `block_m` exist only in eager calls.
 
-    How many tiles there are depends on the device. An operator leaves them out, and who needs them
-    makes the table.
+    The number of tiles depends on the device, so an operator does not return the table of tiles.
+    Operations that need the table make it.
     """
 
     expert_offsets: torch.Tensor
@@ -136,9 +136,9 @@ class Inputs(NamedTuple):
     """The tensors of a projection.
 
     Attributes:
-        x: [M, K], or [T, K] tokens where gathered; dtype of the weight.
+        x: [M, K] rows, or [T, K] tokens with `gather`; dtype of the weight.
         lora_A, lora_B, weight, bias: as in `Projection`.
-        seed: [1] int64 that draws the mask; None without dropout.
+        seed: [1] int64, the seed of the mask; None without dropout.
     """
 
     x: torch.Tensor
@@ -155,7 +155,7 @@ class Plan(NamedTuple):
     Attributes:
         scaling, dropout_p, experts: as in `Projection`.
         gather: whether row m reads token row_token[m].
-        backend: out of BACKENDS.
+        backend: one of BACKENDS.
     """
 
     scaling: float
@@ -173,20 +173,20 @@ class Results(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What backward reads beside x, the pair and the weight."""
+    """What backward reads in addition to x, the pair and the weight."""
 
     xa: torch.Tensor | None
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for: of x, of the pair."""
+    """Which gradients are needed: the gradient of x, and the gradients of the pair."""
 
     needs_x: bool
     needs_lora: bool
 
 
 class Gradients(NamedTuple):
-    """The gradients of the first fields of `Inputs`, in their order; None where not asked for."""
+    """The gradients of the first fields of `Inputs`, in their order; None if not needed."""
 
     x: torch.Tensor | None
     lora_A: torch.Tensor | None
@@ -205,11 +205,13 @@ def expert_linear(
     """y[m] = W[e] x[m] + bias[e] + scaling * B[e] A[e] drop(x[m]).
 
     Args:
-        x: [M, K] rows, or [T, K] tokens with gather; computed in the dtype of the weight.
+        x: [M, K] rows, or [T, K] tokens with gather; cast to the dtype of the weight.
+        projection: the projection.
+        routing: the routing of the rows.
         seeds: [2, 2] int64; None without dropout.
-        nth: the row of `seeds` that draws the mask.
-        backend: out of BACKENDS.
-        gather: row m reads token row_token[m].
+        nth: index of the row of `seeds` that is the seed of the mask.
+        backend: one of BACKENDS.
+        gather: whether row m reads token row_token[m].
     Returns: [M, N], dtype of the weight.
     """
     p = projection
@@ -307,7 +309,7 @@ def _linear_gradients(
     routing: Routing,
     plan: Plan,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of `Inputs`' first fields, in the dtypes of the tensors they belong to."""
+    """The gradients of the first fields of `Inputs`, in the dtypes of these fields."""
     needs = Needs(asked.x, asked.lora_A or asked.lora_B)
     found = backward(Gradient(dy), inputs, kept, routing, needs, plan)
     dA = as_stored(found.lora_A, inputs.lora_A)

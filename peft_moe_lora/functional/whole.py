@@ -8,7 +8,8 @@ Legend:
     pre [M, N], act [M, I]: the rows before and after the activation
     xa [M, r] = up_scaling * A[e] drop(x), ha [M, r] = down_scaling * A[e] drop(act)
     yb [M, r] = scaling * B[e]^T dy, of up or of down, where dy is the gradient of its output
-    draw [M, I]: gradient of act before the routing weight; dpre [M, N]: gradient of pre
+    draw [M, I]: gradient of act before it is multiplied by the routing weight
+    dpre [M, N]: gradient of pre
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class Inputs(NamedTuple):
         up_A, up_B, down_A, down_B: as in `Projection`.
         up, up_bias: [E, N, H] and [E, N].
         down, down_bias: [E, H, I] and [E, H].
-        seed: [2, 2] int64, whose rows draw the masks of up and down; None without dropout.
+        seed: [2, 2] int64, the seeds of the masks of up and down in its rows; None without dropout.
     """
 
     x: torch.Tensor
@@ -49,7 +50,7 @@ class Inputs(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """The experts that the router selected; forward alone reads them.
+    """The experts that the router selected; only forward reads them.
 
     Attributes:
         top_k_index: [T, top_k] integer.
@@ -62,9 +63,9 @@ class Plan(NamedTuple):
     """Settings of a call that are not tensors.
 
     Attributes:
-        backend: out of BACKENDS.
-        recompute: whether backward computes the pre-activation again instead of keeping it.
-        up_scaling, up_dropout, up_experts: as in `Projection`; so for down.
+        backend: one of BACKENDS.
+        recompute: whether backward computes the pre-activation again; if not, forward keeps it.
+        up_scaling, up_dropout, up_experts: as in `Projection`; the same for down.
     """
 
     backend: str
@@ -84,9 +85,9 @@ class Results(NamedTuple):
         out: [T, H].
         pre, xa, ha: as in the legend; pre is None with recompute, xa and ha are None without an
             adapter.
-        expert_offsets, row_token, row_slot, slot_row: of `Routing`.
-        tiles, block_m: of `Routing`; an operator leaves them out, and backward makes the table
-            again.
+        expert_offsets, row_token, row_slot, slot_row: as in `Routing`.
+        tiles, block_m: as in `Routing`; an operator does not return them, and backward makes the
+            table again.
     """
 
     out: torch.Tensor
@@ -102,7 +103,7 @@ class Results(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What forward keeps for backward, beside its inputs and the routing: fields of `Results`."""
+    """The fields of `Results` that forward keeps for backward, besides inputs and routing."""
 
     pre: torch.Tensor | None
     xa: torch.Tensor | None
@@ -110,7 +111,7 @@ class Kept(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for: of x, of the pair of up, of the pair of down."""
+    """Which gradients are needed: of x, of the pair of up, of the pair of down."""
 
     needs_x: bool
     needs_up: bool
@@ -118,7 +119,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of the first fields of `Inputs`, in their order; None where not asked for."""
+    """The gradients of the first fields of `Inputs`, in their order; None if not needed."""
 
     x: torch.Tensor | None
     top_k_weights: torch.Tensor
@@ -143,10 +144,10 @@ def fused_experts(
     backend: str,
     recompute: bool,
 ) -> torch.Tensor:
-    """`functional.experts` of x [T, H] in the dtype of the weights.
+    """`functional.experts`, for x [T, H] in the dtype of the weights.
 
     Args:
-        seed: [2, 2] int64, whose rows draw the masks of up and down; None without dropout.
+        seed: [2, 2] int64, the seeds of the masks of up and down in its rows; None without dropout.
     """
     inputs = Inputs(
         x,
@@ -178,7 +179,7 @@ def fused_experts(
 
 
 def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, plan: Plan) -> Results:
-    """`_forward`, for adapters of some experts too."""
+    """`_forward`, also for adapters of only some experts."""
     groups = _of_all_experts(inputs, plan), selected, activation, plan
     ops = ops_for(plan.backend, inputs.x.device)
     results = Results(*ops.replayed(_forward, *flatten(groups)))
@@ -186,10 +187,11 @@ def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, pla
 
 
 def _forward(*values: Any) -> Results:
-    """The layer, for pairs of all experts.
+    """Compute the layer, with pairs for all experts.
 
     Args:
-        values: of the groups FORWARD, flat: what decides whether a recorded call can be replayed.
+        values: the values of the groups FORWARD, flattened. They decide whether a recorded call can
+            be replayed.
     """
     inputs, (top_k_index,), activation, plan = unflatten(FORWARD, values)
     ops = ops_for(plan.backend, inputs.x.device)
@@ -285,7 +287,7 @@ def _run_backward(
     activation: Activation,
     plan: Plan,
 ) -> Gradients:
-    """`_backward`, for adapters of some experts too."""
+    """`_backward`, also for adapters of only some experts."""
     whole = _of_all_experts(inputs, plan)
     groups = gradient, whole, kept, routing, needs, activation, plan
     ops = ops_for(plan.backend, inputs.x.device)
@@ -297,10 +299,10 @@ def _run_backward(
 
 
 def _backward(*values: Any) -> Gradients:
-    """The gradients of the layer, for pairs of all experts.
+    """Compute the gradients of the layer, with pairs for all experts.
 
     Args:
-        values: of the groups BACKWARD, flat, as in `_forward`.
+        values: the values of the groups BACKWARD, flattened, as in `_forward`.
     """
     (dout,), inputs, kept, routing, needs, activation, plan = unflatten(BACKWARD, values)
     ops = ops_for(plan.backend, inputs.x.device)
@@ -325,7 +327,7 @@ def _backward(*values: Any) -> Gradients:
     )  # fmt: skip
     needs_yb = needs.needs_x or needs.needs_up
     rows = RankRows(down_yb, ddown_A, kept.xa, up_B if needs_yb else None, plan.up_scaling, dup_B)
-    # `rows` alone refers to it from here on, so that its memory is free after the operation
+    # only `rows` refers to it from here on, so its memory is freed after the operation
     del down_yb
     dpre, yb, dweights = composed.expert_act_backward_outer(
         ops, draw, pre, routing, activation, inputs.top_k_weights, rows,
@@ -379,13 +381,13 @@ def _gradients(
     activation: Activation,
     plan: Plan,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of `Inputs`' first fields, in the dtypes of the tensors they belong to.
+    """The gradients of the first fields of `Inputs`, in the dtypes of these fields.
 
     Args:
         backward: `_run_backward`, or its operator.
-        dout: [T, H].
-        asked: an `Inputs` that says of each field whether its gradient is asked for.
-        inputs, kept, routing, activation, plan: the groups of `_keep`.
+        dout: [T, H], gradient of out.
+        asked: an `Inputs` of booleans: whether the gradient of each field is needed.
+        inputs, kept, routing, activation, plan: the groups that `_keep` returned.
     """
     needs = Needs(asked.x, asked.up_A or asked.up_B, asked.down_A or asked.down_B)
     found = backward(Gradient(dout), inputs, kept, routing, needs, activation, plan)
@@ -405,7 +407,7 @@ class Pairs(NamedTuple):
 
 
 def _of_all_experts(inputs: Inputs, plan: Plan) -> Inputs:
-    """The inputs with pairs of all E experts: zeros for experts that have none."""
+    """The inputs with pairs for all E experts, and zeros for experts without an update."""
     E = inputs.up.shape[0]
     dtype = inputs.x.dtype
     up_A, up_B = whole_pair(inputs.up_A, inputs.up_B, E, plan.up_experts, dtype)
@@ -422,7 +424,7 @@ def _per_expert(pairs: Inputs | Pairs, num_experts: int) -> Pairs:
 
 
 def _new_gradients(inputs: Inputs, needs: Needs) -> Pairs:
-    """Uninitialised gradients of the pairs, expert-major, where they are asked for."""
+    """Uninitialised gradients of the pairs, expert-major; None if they are not needed."""
     up_A = up_B = down_A = down_B = None
     if needs.needs_up:
         up_A, up_B = pair_like(inputs.up_A, inputs.up_B)
@@ -432,7 +434,7 @@ def _new_gradients(inputs: Inputs, needs: Needs) -> Pairs:
 
 
 def _dropouts(inputs: Inputs, plan: Plan) -> tuple[Dropout | None, Dropout | None]:
-    """The dropout of x and that of act."""
+    """The dropout of x, and the dropout of act."""
     if inputs.seed is None:
         return None, None
     up = down = None

@@ -1,8 +1,8 @@
-"""Operations on rows sorted by expert: knows rows, experts, ranks and strides; never heard of PEFT
-or a model.
+"""Operations on rows sorted by expert. They know rows, experts, ranks and strides, but no PEFT and
+no model.
 
-`reference` holds the pure-PyTorch twins (also the CPU path), `kernels` the Triton ones, same names
-and signatures.
+`kernels` holds the Triton kernels. `reference` holds their twins in plain PyTorch, with the same
+names and signatures; they are also the CPU path.
 """
 
 from .activation import Activation

@@ -1,4 +1,4 @@
-"""act = f(gate) * (up + up_shift) of a pre-activation's clamped halves, or f(pre) without a gate."""
+"""act = f(gate) * (up + up_shift), with clamped gate and up, or act = f(pre) without a gate."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,16 @@ KINDS = ("silu", "gelu_tanh", "gelu", "relu2")
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation the kernels fuse, and its pure-PyTorch meaning.
+    """An activation that the kernels can fuse, and its definition in plain PyTorch.
 
     Attributes:
         kind: f, one of KINDS; relu2 is relu(x)^2.
-        gated: whether the pre-activation holds a gate and an up half; else act = f(pre).
-        interleaved: the columns of gate and up alternate (gpt_oss); else all of gate come first.
-        limit: gate is clamped from above to limit, up to [-limit, limit], before anything else;
-            None for no clamp.
-        alpha: f(x) = x * sigmoid(alpha * x); read for kind "silu" only.
+        gated: whether the pre-activation consists of gate and up; if not, act = f(pre).
+        interleaved: whether the columns of gate and up alternate (gpt_oss); if not, all columns of
+            gate come first.
+        limit: first, gate is clamped to at most limit, and up is clamped to [-limit, limit]; None
+            for no clamp.
+        alpha: f(x) = x * sigmoid(alpha * x); used only for kind "silu".
         up_shift: added to up before the product (gpt_oss: 1).
     """
 
@@ -32,7 +33,7 @@ class Activation:
 
     @property
     def halves(self) -> int:
-        """2 where all columns of gate come before all columns of up, else 1."""
+        """2 if all columns of gate come before all columns of up, else 1."""
         return 2 if self.gated and not self.interleaved else 1
 
     def width(self, N: int) -> int:
@@ -40,18 +41,18 @@ class Activation:
         return N // 2 if self.gated else N
 
     def __call__(self, pre: torch.Tensor) -> torch.Tensor:
-        """[M, N] pre-activation to [M, I] act, computed in fp32 (fp64 for fp64), dtype of pre."""
+        """act [M, I] from pre [M, N], computed in fp32 (fp64 for fp64); dtype of pre."""
         if not self.gated:
             return self._f(wide(pre)).to(pre.dtype)
         gate, up = self._clamped(*self._split(wide(pre)))
         return (self._f(gate) * (up + self.up_shift)).to(pre.dtype)
 
     def backward(self, pre: torch.Tensor, dact: torch.Tensor) -> torch.Tensor:
-        """The gradient of the pre-activation, from that of act.
+        """The gradient of the pre-activation, from the gradient of act.
 
         Args:
-            pre: [M, N].
-            dact: [M, I].
+            pre: [M, N], the pre-activation.
+            dact: [M, I], the gradient of act.
         Returns: [M, N], dtype of pre; zero where a value was clamped.
         """
         dact = dact.to(wide(pre).dtype)
@@ -64,11 +65,10 @@ class Activation:
         if self.limit is not None:
             dgate = dgate.masked_fill(raw_gate > self.limit, 0.0)
             dup = dup.masked_fill(raw_up.abs() > self.limit, 0.0)
-        dpre = (
-            torch.stack((dgate, dup), -1).flatten(-2)
-            if self.interleaved
-            else torch.cat((dgate, dup), -1)
-        )
+        if self.interleaved:
+            dpre = torch.stack((dgate, dup), -1).flatten(-2)
+        else:
+            dpre = torch.cat((dgate, dup), -1)
         return dpre.to(pre.dtype)
 
     def _split(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

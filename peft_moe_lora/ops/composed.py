@@ -1,6 +1,7 @@
-"""Operations made of other operations, where no kernel computes them in one reading of their rows.
+"""Combinations of operations, computed by one fused kernel if it supports the case.
 
-A kernel that does says when it does not apply, by returning None before anything is written.
+The fused kernel reads the rows only once. If it does not support a case, it returns None and writes
+nothing, and the operations run one after the other.
 """
 
 import torch
@@ -28,12 +29,12 @@ def expert_shrink_outer(
     Args:
         ops: the operations to compose.
         x: [M, K] rows, or [T, K] tokens with gather.
-        lora_A: [E, r, K]; None where there is nothing to compute.
-        right: [M, r], dtype of x; read for `out` alone.
-        scaling: of xa, not of out.
-        out: [E, K, r] fp32 (fp64 for fp64), any strides, zeros for an expert without rows; None
-            where it is not asked for.
-        row_weights: [T, top_k] float, of the outer product; None for ones.
+        lora_A: [E, r, K]; None if nothing is to be computed.
+        right: [M, r], dtype of x; read only to compute `out`.
+        scaling: factor of xa, not of out.
+        out: [E, K, r] fp32 (fp64 for fp64), any strides; gets zeros for an expert without rows;
+            None if it is not needed.
+        row_weights: [T, top_k] float, weights of the rows in the outer product; None for ones.
     Returns: xa [M, r], dtype of x; None without lora_A.
     """
     if lora_A is None:
@@ -63,17 +64,17 @@ def expert_act_backward_outer(
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The gradient of an activation, and the rank-r products of its rows.
+    """The gradient of an activation, and the low-rank products with its rows.
 
-    These are `expert_act_backward`, `expert_outer` of down_yb and act into dA, and
+    It runs `expert_act_backward`, then `expert_outer` of down_yb and act, which writes dA, and then
     `expert_shrink_outer` of dpre.
 
     Args:
         ops: the operations to compose.
-        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be
+        draw, pre, activation, top_k_weights, dout, bias: as in `expert_act_backward`; draw may be
             overwritten.
-        rows: the rank-r rows and the gradients to write.
-        dropout: masks act in dA.
+        rows: the rows of rank r, and the gradients to write.
+        dropout: the mask that is applied to act in dA.
     Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre (None without lora_B), and
         d_top_k_weights [T, top_k] fp32.
     """

@@ -1,4 +1,4 @@
-"""mask[m, k] = 0 or 1 / (1 - p), from the seed, the slot of row m and the column k alone.
+"""mask[m, k] = 0 or 1 / (1 - p), computed only from the seed, the slot of row m and the column k.
 
 No mask is stored: backward computes it again.
 
@@ -16,7 +16,7 @@ class Dropout:
 
     Attributes:
         p: probability that an element is dropped, in (0, 1).
-        seed: [1] int64 on the device of the rows; its low 32 bits count.
+        seed: [1] int64 on the device of the rows; only its low 32 bits are used.
     """
 
     p: float
@@ -28,7 +28,7 @@ def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.
 
     Args:
         row_slot: [M] int32, the flat (token, slot) of each row.
-        width: columns of the rows.
+        width: number of columns.
     Returns: [M, width] fp32 of 0 and 1 / (1 - p).
     """
     slot_hash = _mix(row_slot.long() ^ (dropout.seed & 0xFFFFFFFF))
@@ -38,7 +38,7 @@ def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
-    """lowbias32 in int64: a product may wrap past 2**63, but its low 32 bits are right."""
+    """lowbias32 in int64: a product may overflow, but its low 32 bits are correct."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     return h ^ (h >> 16)

@@ -1,8 +1,8 @@
 """out[m] = x[m] @ weight[e] for the rows m of each expert e, in plain PyTorch.
 
-On CUDA, `torch.nn.functional.grouped_mm` does this without reading the offsets on the host, where
-dtypes and strides allow. Elsewhere a loop over the experts calls `torch.mm`, which is faster on a
-CPU: 17 ms against 29 ms (M=4096, K=N=512, E=32, fp32, two cores, 2026-11-21).
+On CUDA, `torch.nn.functional.grouped_mm` computes this without reading the offsets on the host, if
+dtypes and strides allow it. Otherwise a loop over the experts calls `torch.mm`. On a CPU the loop
+is faster: 17 ms against 29 ms (M=4096, K=N=512, E=32, fp32, two cores, 2026-11-21).
 """
 
 from collections.abc import Iterator
@@ -52,10 +52,10 @@ def grouped_outer(
 
     Args:
         left: [M, P] float rows in expert order.
-        right: [M, Q] the same rows.
+        right: [M, Q] float, the same rows.
         expert_offsets: [E + 1] int32.
-        out: [E, P, Q], any strides; the sums are formed in its dtype. An expert without rows gets
-            zeros.
+        out: [E, P, Q], any strides; the products are computed in its dtype. An expert without rows
+            gets zeros.
     Returns: out.
     """
     out.zero_()
@@ -65,17 +65,17 @@ def grouped_outer(
 
 
 def _grouped_mm_runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `F.grouped_mm` takes these operands."""
+    """Whether `F.grouped_mm` supports these operands."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
     if 1 not in weight.stride()[1:] or not (_is_aligned(x) and _is_aligned(weight)):
         return False
-    # the rows of the result have N elements, and must be multiples of 16 bytes too
+    # the result has rows of N elements, whose size must be a multiple of 16 bytes too
     return all(n % 8 == 0 for n in weight.shape[1:])
 
 
 def _is_aligned(t: torch.Tensor) -> bool:
-    """Whether the address and all strides but those of 1 are multiples of 16 bytes."""
+    """Whether the address and all strides other than 1 are multiples of 16 bytes."""
     if t.data_ptr() % 16:
         return False
     return all(s == 1 or s * t.element_size() % 16 == 0 for s in t.stride())

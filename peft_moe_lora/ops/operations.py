@@ -1,8 +1,8 @@
-"""The operations: what the Triton kernels and their twins in plain PyTorch both offer.
+"""The interface of the operations, for the Triton kernels and for their twins in plain PyTorch.
 
 Legend:
     T tokens; M = T * top_k rows in expert order; E experts; K and N in- and out-features; r rank
-    x: [M, K] rows, or [T, K] tokens where `gather` says that row m reads token row_token[m]
+    x: [M, K] rows; or [T, K] tokens with `gather`, and then row m reads token row_token[m]
     weight: [E, N, K], any strides, or quantized
     lora_A [E, r, K], lora_B [E, N, r]: views of the expert-major parameters, any strides; they are
         cast to the dtype of x
@@ -20,17 +20,20 @@ from .routing import Routing
 
 
 class RankRows(NamedTuple):
-    """Rank-r rows and gradients beside an activation's gradient: dA of down, yb and dB of up.
+    """Tensors of the low-rank products that are computed with an activation's gradient.
+
+    The products are dA = down_yb^T act, with weighted rows, yb = scaling * B^T dpre, and
+    dB = dpre^T xa.
 
     Attributes:
-        down_yb: [M, r] rows that dA sums with act, weighted; None without an adapter on down.
-        dA: [E, r, I] fp32, any strides, receives the gradient of down's A; None where it is not
-            asked for.
-        xa: [M, r] rows that dB sums with dpre.
-        lora_B: [E, N, r] of up; None where yb is not asked for.
-        scaling: of yb.
-        dB: [E, N, r] fp32, any strides, receives the gradient of up's B; None where it is not asked
-            for.
+        down_yb: [M, r] rows; None without an adapter on down.
+        dA: [E, r, I] fp32, any strides, is overwritten with the gradient of down's A; None if it is
+            not needed.
+        xa: [M, r] rows.
+        lora_B: [E, N, r], B of up; None if yb is not needed.
+        scaling: factor of yb.
+        dB: [E, N, r] fp32, any strides, is overwritten with the gradient of up's B; None if it is
+            not needed.
     """
 
     down_yb: torch.Tensor | None
@@ -42,12 +45,13 @@ class RankRows(NamedTuple):
 
 
 class Operations(Protocol):
-    """The module `reference` or the package `kernels`."""
+    """The functions of the module `reference` and of the package `kernels`."""
 
     def replayed(self, function: Callable[..., tuple], *arguments: Any) -> tuple:
-        """function(*arguments), which composes operations.
+        """Run function(*arguments), which composes operations.
 
         Args:
+            function: the kernels that it launches may be recorded, and replayed in later calls.
             arguments: a tensor first, then tensors, quantized weights, None, or hashable values.
         """
 
@@ -59,12 +63,12 @@ class Operations(Protocol):
         """
 
     def with_tiles(self, routing: Routing) -> Routing:
-        """The routing, with what these operations need beside its index tensors."""
+        """The routing, with a table of tiles if these operations need one."""
 
     def dequantize(
         self, weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
     ) -> torch.Tensor:
-        """out[j] = W[first + j], in the order in which it is stored, where that expert has rows.
+        """out[j] = W[first + j], in its stored order, for the experts that have rows.
 
         Args:
             expert_offsets: [E + 1] int32.
@@ -99,8 +103,8 @@ class Operations(Protocol):
 
         Args:
             bias: [E, N].
-            xa: [M, r], dtype of x, with its lora_B [E, N, r].
-            dropout: masks the low-rank term: the input gradient of a layer that dropped its input.
+            xa: [M, r], dtype of x; needs lora_B [E, N, r].
+            dropout: the mask of the low-rank term, for the input gradient of a layer with dropout.
         Returns: [M, N], dtype of x.
         """
 
@@ -129,15 +133,17 @@ class Operations(Protocol):
         dout: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """From the gradient of act to those of the pre-activation and of the routing weights.
+        """The gradients of the pre-activation and of the routing weights, from the gradient of act.
 
-        d top_k_weights = <act, draw> + <bias, dout>, so the down output itself need not be kept.
+        d top_k_weights = <act, draw> + <bias, dout>, so forward does not keep the output of down.
 
         Args:
-            draw: [M, I], gradient of act before the routing weight; may be overwritten.
-            pre: [M, N] kept by forward.
+            draw: [M, I], gradient of act before it is multiplied by the routing weight; may be
+                overwritten.
+            pre: [M, N], the pre-activation.
             top_k_weights: [T, top_k] float.
-            dout: [T, H], with bias: [E, H], the down bias.
+            dout: [T, H], gradient of the layer's output; read only if there is a bias.
+            bias: [E, H], the bias of down.
         Returns: dpre [M, N], act [M, I], d_top_k_weights [T, top_k] fp32, 0 for sentinels.
         """
 
@@ -153,7 +159,7 @@ class Operations(Protocol):
         Args:
             y: [M, N] float rows in expert order.
             top_k_weights: [T, top_k] float; None for ones.
-            dtype: of the result; that of y by default.
+            dtype: dtype of the result; by default the dtype of y.
         Returns: [T, N], summed in fp32; a sentinel slot adds nothing.
         """
 
@@ -198,9 +204,9 @@ class Operations(Protocol):
         row_weights: torch.Tensor | None = None,
         gather: bool = False,
     ) -> torch.Tensor | None:
-        """`composed.expert_shrink_outer` in one reading of x.
+        """`composed.expert_shrink_outer` as one kernel, which reads x once.
 
-        Returns: xa, or None where this does not apply; then nothing is written.
+        Returns: xa; or None if the kernel does not support the case, and then nothing is written.
         """
 
     def expert_act_backward_outer(
@@ -216,8 +222,8 @@ class Operations(Protocol):
         bias: torch.Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """`composed.expert_act_backward_outer` in one reading; no field of `rows` is None.
+        """`composed.expert_act_backward_outer` as one kernel; no field of `rows` is None.
 
-        Returns: dpre, yb, d_top_k_weights, or None where this does not apply; then nothing is
-            written.
+        Returns: dpre, yb, d_top_k_weights; or None if the kernel does not support the case, and
+            then nothing is written.
         """

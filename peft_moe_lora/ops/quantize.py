@@ -1,10 +1,9 @@
-"""codes = nearest(W / scale): dense [E, R, C] stacks into the formats of `quantized`.
+"""codes = nearest(W / scale), which quantizes dense [E, R, C] stacks to the formats of `quantized`.
 
-The bits are those that bitsandbytes computes. A stack is quantized a slice at a time, so that no
-fp32 copy of the whole stack exists.
+The codes and scales are bit for bit those of bitsandbytes. A stack is quantized one slice at a
+time, so that no fp32 copy of the whole stack exists.
 
-`KNOWN_FORMATS` holds what the package knows of a format by its name. A new 4-bit format with 16
-values of its own is a row there.
+`KNOWN_FORMATS` describes each format. A new 4-bit format with 16 other values is a new row there.
 """
 
 from functools import cache
@@ -32,12 +31,12 @@ _E2M1 = (
 
 
 class Format(NamedTuple):
-    """What is known of a format by its name.
+    """The description of a format.
 
     Attributes:
-        code: the values of its 16 codes; None for a format of 8 bits.
-        element_size: bytes of a value with its part of the scales, at most.
-        written: whether `quantize` writes the format; if not, such weights are only read.
+        code: the values of its 16 codes; None for an 8-bit format.
+        element_size: upper bound of the bytes per value, scales included.
+        written: whether `quantize` can write the format; if not, such weights can only be read.
     """
 
     code: tuple[float, ...] | None
@@ -52,11 +51,11 @@ KNOWN_FORMATS = {
     "int8": Format(None, 1.01, written=True),
     "fp8": Format(None, 1.01, written=False),
 }
-# the formats that `quantize` writes
+# the formats that `quantize` can write
 FORMATS = tuple(name for name, known in KNOWN_FORMATS.items() if known.written)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
-# values quantized at a time: about 400 MB of fp32 values and indices, for a stack of any size
+# number of values quantized at a time, which needs about 400 MB of fp32 values and indices
 SLICE = 1 << 24
 
 
@@ -67,7 +66,7 @@ def code_of(format: str, device: torch.device) -> torch.Tensor:
 
 @cache
 def _dynamic_code() -> tuple[float, ...]:
-    """The 256 values, in ascending order, of the 8-bit codes in which nested scales are stored.
+    """The 256 values, in ascending order, of the 8-bit codes that store nested scales.
 
     There are 7 powers of ten, and each has twice as many values as the next smaller one.
 
@@ -90,11 +89,11 @@ def quantize(
         stack: [E, R, C] fp32, bf16 or fp16.
         format: "nf4" or "fp4", with a scale for each block of the flat stack; "int8", with a scale
             for each row.
-        blocksize: values that share a scale; ignored for int8.
+        blocksize: number of values that share a scale; ignored for int8.
         double_quant: whether scales are stored in 8 bits too; ignored for int8.
     Returns: the quantized stack, on the device of `stack`; it decodes to the dtype of `stack`.
     Raises:
-        ValueError: if the format or the block size does not exist, or a value is not finite.
+        ValueError: if the format or the block size is not supported, or if a value is not finite.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
@@ -106,24 +105,27 @@ def quantize(
         quantized = _quantize_8bit(stack)
     else:
         quantized = _quantize_4bit(stack, format, blocksize, double_quant)
-    # a value that is not finite makes a scale that is not: among the fp32 tensors are the scales
+    # a value that is not finite makes its scale not finite, and the scales are fp32 tensors here
     floats = [t for t in quantized.tensors() if t.dtype == torch.float32]
     if not all(torch.isfinite(t).all() for t in floats):
         raise ValueError(
-            f"the weights hold NaN or infinity, which {format} cannot store; load them again."
+            f"the weights hold NaN or infinity, which {format} cannot store; load the weights "
+            "again."
         )
     return quantized
 
 
 def quantize_like(weight: QuantizedWeight, dense: torch.Tensor) -> QuantizedWeight:
-    """Quantize a dense [E, N, K] as `weight` is: same format, blocks and order of bytes.
+    """Quantize a dense [E, N, K] in the same way as `weight`: format, blocks, order of bytes.
 
     Raises:
-        ValueError: if this package reads the format of `weight` but does not write it.
+        ValueError: if this package can read the format of `weight` but not write it.
     """
     if weight.format not in FORMATS:
-        raise ValueError(f"weights are read from {weight.format}, but not written in it.")
-    # oriented is its own inverse: it swaps the last two dimensions where the weight is transposed
+        raise ValueError(
+            f"the format must be one of {FORMATS}, got {weight.format!r}, which can only be read."
+        )
+    # oriented is its own inverse: it swaps the last two dimensions if the weight is transposed
     stored = weight.oriented(dense)
     quantized = quantize(stored.to(weight.dtype), weight.format, **weight.settings())
     if weight.transposed:
@@ -143,7 +145,7 @@ def _quantize_4bit(
         scaled, slice_scales = _scaled(values, blocksize)
         first_block = start // blocksize
         scales[first_block : first_block + slice_scales.numel()] = slice_scales
-        # an odd number of values is filled up to whole bytes
+        # an odd number of values gets one more value to fill the last byte
         padded = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
         q = _nearest(padded, code).view(-1, 2)
         packed[start // 2 : start // 2 + q.shape[0]] = (q[:, 0] << 4) | q[:, 1]
@@ -177,7 +179,7 @@ def _scaled(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.T
     largest = blocks.abs().amax(1)
     scaled = (blocks * (1 / largest.clamp(min=1e-38))[:, None]).view(-1)
     if whole < values.numel():
-        # bitsandbytes divides the short block, and multiplies the others by the inverse: the two
+        # bitsandbytes divides the short block but multiplies the others by the inverse, and the two
         # round differently
         last = values[whole:].abs().max().clamp(min=1e-38)
         largest = torch.cat((largest, last[None]))

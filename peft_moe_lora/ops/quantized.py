@@ -1,8 +1,8 @@
 """W[e] = codes * scales: a frozen projection stored in 4 or 8 bits.
 
-A quantized weight takes the place of a dense [E, N, K] tensor. It has the shape, dtype and device
-of that tensor, `transpose` sets a flag, and weight[e] is the dense [N, K] of expert e. It keeps no
-dense copy.
+A quantized weight replaces a dense [E, N, K] tensor. It has the shape, dtype and device of that
+tensor, `transpose` only sets a flag, and weight[e] is the dense [N, K] of expert e. It keeps no
+dense copy. A code is the integer or 8-bit float that is stored for one value.
 
 There is one class for each way of storing codes: `Codes4bit` (nf4, fp4, mxfp4) and `Codes8bit`
 (int8, fp8). Each decodes itself in plain PyTorch; `kernels/dequantize.py` lists the Triton kernels.
@@ -29,8 +29,8 @@ class QuantizedWeight:
         format: "nf4", "fp4", "mxfp4", "int8" or "fp8".
         stored_shape: (E, R, C), the shape in the order of the bytes.
         dtype: dtype of the decoded weight.
-        transposed: False where an expert's [N, K] is the stored [R, C]; True where it is the
-            transpose [C, R].
+        transposed: False if an expert's [N, K] is the stored [R, C]; True if it is the transpose of
+            the stored [R, C].
     """
 
     format: str
@@ -55,7 +55,7 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored."""
+        """Bytes of all stored tensors."""
         return sum(t.nbytes for t in self.tensors())
 
     def stride(self) -> tuple[int, int, int]:
@@ -66,12 +66,12 @@ class QuantizedWeight:
         return R * C, C, 1
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors in field order: those that autograd saves and that move between devices."""
+        """All tensors in field order; autograd saves them, and they move between devices."""
         values = [getattr(self, f.name) for f in fields(self)]
         return [value for value in values if isinstance(value, torch.Tensor)]
 
     def facts(self) -> tuple:
-        """(class, (name, value) of every field that is not a tensor): hashable.
+        """The class, and (name, value) of every field that is not a tensor; hashable.
 
         Two weights with equal facts, and with tensors of equal dtypes and shapes, run the same
         kernels.
@@ -86,11 +86,11 @@ class QuantizedWeight:
         return replace(self, **changes)
 
     def settings(self) -> dict[str, Any]:
-        """The arguments with which `quantize` stores a weight in the same way, `format` aside."""
+        """The arguments, except `format`, with which `quantize` stores a weight in the same way."""
         return {}
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse weights on another device, where a kernel would read unrelated memory.
+        """Check that all tensors are on a device; a kernel would read unrelated memory otherwise.
 
         Raises:
             ValueError: if a tensor of this weight is not on `device`.
@@ -103,7 +103,7 @@ class QuantizedWeight:
             )
 
     def transpose(self, dim0: int, dim1: int) -> Self:
-        """[E, K, N], sharing the tensors."""
+        """The transposed weight [E, K, N], which shares the tensors."""
         assert {dim0 % 3, dim1 % 3} == {1, 2}, "only the last two dimensions can be swapped"
         return replace(self, transposed=not self.transposed)
 
@@ -112,24 +112,24 @@ class QuantizedWeight:
         return self
 
     def oriented(self, decoded: torch.Tensor) -> torch.Tensor:
-        """The [count, N, K] view of experts decoded in the order of their bytes, [count, R, C]."""
+        """View experts that were decoded in stored order, [count, R, C], as [count, N, K]."""
         if self.transposed:
             return decoded.transpose(1, 2)
         return decoded
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        """[N, K] dense, a new tensor."""
+        """Decode one expert to a new dense tensor [N, K]."""
         return self.oriented(self.decode(expert, 1))[0]
 
     def dense(self) -> torch.Tensor:
-        """[E, N, K] dense, in new memory, decoded one expert at a time."""
+        """Decode all experts, one at a time, to a new dense tensor [E, N, K]."""
         out = torch.empty(self.stored_shape, dtype=self.dtype, device=self.device)
         for e in range(self.stored_shape[0]):
             out[e] = self.decode(e, 1)[0]
         return self.oriented(out)
 
     def decode(self, first: int, count: int) -> torch.Tensor:
-        """Experts first up to first + count in plain PyTorch, [count, R, C] in `dtype`."""
+        """Decode experts first up to first + count in plain PyTorch: [count, R, C] in `dtype`."""
         raise NotImplementedError
 
 
@@ -144,15 +144,15 @@ class Codes4bit(QuantizedWeight):
             scales + offset.
 
     Attributes:
-        packed: [E * R * C / 2, rounded up] uint8, two codes q a byte.
+        packed: [E * R * C / 2, rounded up] uint8, two codes q per byte.
         code: [16] fp32, the value of each code.
         scales: [blocks] fp32 or uint8.
-        blocksize: values of a block, a power of two.
+        blocksize: number of values in a block, a power of two.
         low_first: whether the low half of a byte is the first of its two codes.
-        nested_code: [256] fp32; None where scales are not nested.
+        nested_code: [256] fp32; None if scales are not nested.
         nested_scales: [blocks / nested_blocksize, rounded up] fp32.
         offset: [] fp32.
-        nested_blocksize: scales that share a nested scale.
+        nested_blocksize: number of scales that share a nested scale.
     Source: bitsandbytes' 4-bit format (Dettmers et al. 2023, arXiv:2305.14314); OCP Microscaling
         Formats 1.0.
     """
@@ -169,7 +169,7 @@ class Codes4bit(QuantizedWeight):
 
     @property
     def group(self) -> int:
-        """gcd of block and expert sizes: so many aligned values of an expert share a scale."""
+        """Number of aligned values of one expert that share a scale: gcd(block, expert size)."""
         _, R, C = self.stored_shape
         return math.gcd(self.blocksize, R * C)
 
@@ -180,7 +180,7 @@ class Codes4bit(QuantizedWeight):
         _, R, C = self.stored_shape
         start = first * R * C
         n = count * R * C
-        # a table [256, 2] of the two values of every byte
+        # a table [256, 2] with the two values of every byte
         byte = torch.arange(256, device=self.code.device)
         high = self.code[byte >> 4]
         low = self.code[byte & 15]
@@ -238,6 +238,6 @@ class Codes8bit(QuantizedWeight):
 
 
 def _power_of_2(exponents: torch.Tensor) -> torch.Tensor:
-    """2**(e - 127) in fp32 of uint8 exponents e, which become the exponent bits of the result."""
+    """2**(e - 127) in fp32: the uint8 exponents e become the exponent bits of the result."""
     # e = 0 is 2**-127, the denormal with bits 1 << 22
     return (exponents.int() << 23).clamp(min=1 << 22).view(torch.float32)

@@ -1,6 +1,6 @@
-"""The operations in plain PyTorch: the twins of the kernels, and the path without Triton.
+"""The operations in plain PyTorch: the twins of the kernels, which also run without Triton.
 
-`operations` says what the arguments and the results are.
+`operations` documents the arguments and the results.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
-    """function(*arguments), which composes operations."""
+    """Run function(*arguments), which composes operations; nothing is recorded."""
     return function(*arguments)
 
 
@@ -59,14 +59,14 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
 
 
 def with_tiles(routing: Routing) -> Routing:
-    """The routing, with what operations need of it beside its index tensors: here nothing."""
+    """The routing itself, because these operations need no table of tiles."""
     return routing
 
 
 def dequantize(
     weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """out[j] = W[first + j], in the order in which it is stored, for experts that have rows."""
+    """out[j] = W[first + j], in its stored order, for the experts that have rows."""
     for e in (expert_offsets[1:] > expert_offsets[:-1]).nonzero()[:, 0].tolist():
         if first <= e < first + out.shape[0]:
             out[e - first] = weight.decode(e, 1)[0]
@@ -137,7 +137,7 @@ def expert_act_backward(
     dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the gradient of act to those of the pre-activation and of the routing weights."""
+    """The gradients of the pre-activation and of the routing weights, from the gradient of act."""
     act = activation(pre)
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(draw.dtype)
     dpre = activation.backward(pre, w[:, None] * draw)
@@ -154,7 +154,7 @@ def combine(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """out[t] = sum over the token's slots of top_k_weights[t, slot] * y[row of the slot]."""
-    # a sentinel's row may hold anything, so it is masked, never multiplied by zero
+    # a sentinel's row may hold NaN, so it is masked and not multiplied by zero
     rows = wide(y[routing.slot_row.clamp(min=0).long()]).masked_fill(
         (routing.slot_row < 0)[:, None], 0.0
     )
@@ -206,7 +206,7 @@ def expert_shrink_outer(
     row_weights: torch.Tensor | None = None,
     gather: bool = False,
 ) -> torch.Tensor | None:
-    """Never applies: plain PyTorch reads x twice, as `composed.expert_shrink_outer` does."""
+    """Always None: `composed.expert_shrink_outer` then runs the two operations."""
     return None
 
 
@@ -222,16 +222,15 @@ def expert_act_backward_outer(
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Never applies: `composed.expert_act_backward_outer` is the twin of the kernel."""
+    """Always None: `composed.expert_act_backward_outer` is the twin of the kernel."""
     return None
 
 
 def _dropped(x: torch.Tensor, routing: Routing, dropout: Dropout | None) -> torch.Tensor:
-    return (
-        x
-        if dropout is None
-        else (x * dropout_mask(dropout, routing.row_slot, x.shape[1])).to(x.dtype)
-    )
+    if dropout is None:
+        return x
+    mask = dropout_mask(dropout, routing.row_slot, x.shape[1])
+    return (x * mask).to(x.dtype)
 
 
 def _rows(x: torch.Tensor, routing: Routing, gather: bool) -> torch.Tensor:
@@ -249,6 +248,6 @@ def _row_expert(routing: Routing) -> torch.Tensor:
 
 
 def _slots(values: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """[M] values by row to [T, top_k] by slot, 0 for sentinels."""
+    """Reorder values of the rows, [M], to the order of the slots, [T, top_k]; 0 for sentinels."""
     by_slot = values[routing.slot_row.clamp(min=0).long()].masked_fill(routing.slot_row < 0, 0.0)
     return by_slot.view(routing.num_tokens, routing.top_k)

@@ -1,8 +1,8 @@
-"""Which rows each expert owns, and the way from rows to tokens and back.
+"""Which rows each expert owns, which token each row reads, and which rows each token has.
 
-A row is one (token, slot) pair. Rows stand in expert order: those of expert 0 first, each expert's
-in slot order. Rows from expert_offsets[E] on belong to ids outside 0..E-1 (sentinels of expert
-parallelism): nobody computes them, and no result may read them.
+A row is one (token, slot) pair. Rows are sorted by expert, and within one expert by slot. Rows from
+expert_offsets[E] on belong to ids outside 0..E-1 (sentinels of expert parallelism): these rows are
+not computed, and no result may read them.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class Routing:
     Attributes:
         expert_offsets: [E + 1] int32, exclusive: expert e owns rows expert_offsets[e] up to
             expert_offsets[e + 1].
-        row_token: [M] int32, the token a row reads.
-        row_slot: [M] int32, the flat (token, slot) a row serves: token * top_k + slot.
+        row_token: [M] int32, the token that a row reads.
+        row_slot: [M] int32, the flat (token, slot) of a row: token * top_k + slot.
         slot_row: [M] int32, the inverse of row_slot; -1 for a sentinel slot.
         top_k: experts per token.
         tiles: [max_tiles + 3, 2] int32 for kernels: (expert, first row) of each tile of `block_m`
             rows; expert is -1 past the last tile; then (-1, number of tiles) and (-1, 0), a
-            counter. None for the twins.
-        block_m: rows per tile of `tiles`.
+            counter. None in the twins.
+        block_m: number of rows in a tile of `tiles`.
     """
 
     expert_offsets: torch.Tensor
