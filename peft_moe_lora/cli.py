@@ -65,7 +65,7 @@ BLayout = Annotated[
     str, typer.Option(help=f"Order of lora_B under PEFT's keys: {', '.join(B_LAYOUTS)}.")
 ]
 Destination = Annotated[Path, typer.Argument(help="Folder to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at the destination.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 

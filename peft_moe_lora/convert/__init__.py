@@ -1,4 +1,4 @@
-"""Adapter files: read in any known format, converted, merged, inspected and compared.
+"""Reads adapter files in any known format; converts, merges, inspects and compares them.
 
 May import from tuner, functional, experts, files and ops.
 """

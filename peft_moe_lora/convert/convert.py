@@ -24,7 +24,7 @@ from .model import Adapter, LinearPair, pad, rescale
 from .reading import open_adapter
 
 # beginnings of the names of files that are copied with an adapter
-_TRAVELS = (
+_COPIED_FILES = (
     "tokenizer",
     "special_tokens_map",
     "added_tokens",
@@ -168,7 +168,7 @@ def write_adapter(
     write_tensors(folder / WEIGHTS_NAME, blocks, form.metadata(adapter), progress)
     config.save_pretrained(str(folder))
     for file in adapter.file.path.parent.iterdir():
-        if file.is_file() and file.name.startswith(_TRAVELS):
+        if file.is_file() and file.name.startswith(_COPIED_FILES):
             shutil.copy(file, folder)
     write_card(folder, form.card, config.to_dict(), adapter.notes)
 

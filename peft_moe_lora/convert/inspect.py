@@ -62,7 +62,7 @@ def inspect_adapter(
         base_config: as in `convert_adapter`.
         b_layout: as in `convert_adapter`.
     Raises:
-        AdapterError, RefusedError: as `convert_adapter`.
+        AdapterError, RefusedError: as in `convert_adapter`.
     """
     adapter = open_adapter(path, base_config, b_layout)
     layers = adapter.layers()

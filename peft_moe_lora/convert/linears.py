@@ -104,5 +104,6 @@ def _check_shapes(source: Source, path: str, slot: Slot, r: int) -> None:
         )
     if source.base is not None and path not in source.base.modules:
         raise AdapterError(
-            f"{source.file.path} adapts {path}, but {source.base.name} has no such module."
+            f"{source.file.path} adapts {path}, but {source.base.name} has no such module; name "
+            "the base model that the adapter was trained on."
         )

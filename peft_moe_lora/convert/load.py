@@ -31,8 +31,7 @@ def load_peft_adapter(
     Args:
         model: the base model that the adapter belongs to; changed in place, as by
             `PeftModel.from_pretrained`.
-        path: folder of the adapter: PEFT's `target_parameters`, per-expert tensors, SGLang's, or
-            ours.
+        path: folder of the adapter, in any format that `convert_adapter` reads.
         adapter_name: the adapter's name in the model.
         is_trainable: whether it will be trained further.
         b_layout: order of lora_B, see `convert_adapter`.

@@ -109,7 +109,7 @@ def merge_adapter(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Merge:
-    """Write a full checkpoint: the base's, with the adapter merged in.
+    """Write a full checkpoint: the base model with the adapter merged into it.
 
     Args:
         adapter: folder of an adapter in any format.

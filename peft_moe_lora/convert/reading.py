@@ -35,7 +35,7 @@ def open_adapter(
         path: folder of the adapter.
         base_config, b_layout: as in `convert_adapter`.
     Raises:
-        AdapterError, RefusedError: as `convert_adapter`.
+        AdapterError, RefusedError: as in `convert_adapter`.
     """
     folder = Path(path)
     _check_weights(folder)

@@ -13,7 +13,7 @@ from .base import BaseConfig
 from .model import Adapter, LinearPair, Pair
 from .reading import open_adapter
 
-# experts compared per projection
+# number of experts that are compared for each projection
 _SAMPLED_EXPERTS = 2
 
 
@@ -81,8 +81,8 @@ def verify_adapter(
     Returns: what was compared and the largest error. Without `other`, nothing is compared, but
         every tensor is read and checked to be finite.
     Raises:
-        AdapterError, RefusedError: as `convert_adapter`; also if the two adapters do not adapt the
-            same modules.
+        AdapterError, RefusedError: as in `convert_adapter`.
+        AdapterError: also if the two adapters do not adapt the same modules.
     """
     first = open_adapter(path, base, b_layout)
     if other is None:

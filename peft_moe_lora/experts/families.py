@@ -19,16 +19,15 @@ if TYPE_CHECKING:
 # models look for them. An experts module has `gate_up_proj` if it is gated, else `up_proj`.
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
-# A row is the class of an experts module that cannot be adapted yet, and the reason, which `layout`
-# puts in its error.
+# Class of an experts module that cannot be adapted yet -> the reason, for the error of `layout`.
 # fmt: off
 NOT_YET = {
     "Mxfp4GptOssExperts": 'its weights are packed in the order of its own kernel; load the model with load_quantized and experts="mxfp4", which keeps the published order',  # noqa: E501
 }
 # fmt: on
 
-# A row is the class of a router that reads the weight of a linear layer without calling the layer,
-# and that layer's name. The tuner refuses to put a LoRA there, because it would have no effect.
+# Class of a router -> name of a linear layer whose weight the router reads without calling the
+# layer. The tuner refuses to put a LoRA on that layer, because it would have no effect.
 READ_NOT_CALLED = {
     "LongcatFlashTopkRouter": "classifier",
 }
@@ -200,7 +199,7 @@ class HubNames:
     Attributes:
         gate, up, down: the projections of one expert.
         block: the module that holds the experts and the router; transformers 5 calls it "mlp".
-        router: what transformers 5 calls the router; published checkpoints call it "gate".
+        router: the router's name in transformers 5; published checkpoints call it "gate".
     """
 
     gate: str = "gate_proj"

@@ -1,4 +1,4 @@
-"""Files of adapters and tensors: read, checked, written, described.
+"""Reads, checks, writes and describes files of adapters and tensors.
 
 Imports no other room.
 """

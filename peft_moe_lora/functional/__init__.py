@@ -52,7 +52,8 @@ def experts(
         down: the down projection, [E, H, I].
         activation: an `Activation` runs inside the kernels; any other callable [M, N] -> [M, I]
             runs between them.
-        post_norm: applied to the down rows [M, H] before the routing weights.
+        post_norm: applied to the output rows of down, [M, H], before they are multiplied by the
+            routing weights.
         backend: one of BACKENDS.
         recompute: backward computes the gate_up product again, and no [M, N] tensor is kept. Used
             only if an `Activation` runs inside the kernels.
@@ -187,7 +188,7 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Disable autocast: the operations choose their dtypes, and autocast would round inside them."""
+    """Disable autocast: operations choose their own dtypes; autocast would round inside them."""
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

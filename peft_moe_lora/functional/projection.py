@@ -172,7 +172,7 @@ def gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None)
 
 def pair_like(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None) -> Tensors:
     """Uninitialised gradients of a pair, as `gradient_like` makes them."""
-    assert lora_A is not None and lora_B is not None, "without a pair there are no gradients"
+    assert lora_A is not None and lora_B is not None, "no pair, no gradients"
     return gradient_like(lora_A), gradient_like(lora_B)
 
 

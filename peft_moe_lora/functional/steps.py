@@ -267,12 +267,12 @@ def _run_linear_backward(
     dropout = _dropout(inputs, plan)
     dx = dA = dB = A_out = B_out = None
     if needs.needs_lora:
-        assert inputs.lora_A is not None and inputs.lora_B is not None, "an adapter is trained"
+        assert inputs.lora_A is not None and inputs.lora_B is not None, "no pair, no gradients"
         dA, dB = whole_gradients(inputs.lora_A, inputs.lora_B, E, plan.experts)
         A_out, B_out = per_expert(dA, dB, E)
     yb = composed.expert_shrink_outer(ops, dy, transposed(B), kept.xa, routing, plan.scaling, B_out)
     if needs.needs_lora:
-        assert yb is not None and A_out is not None, "an adapter is trained"
+        assert yb is not None and A_out is not None, "no pair, no gradients"
         ops.expert_outer(yb, inputs.x, routing, A_out, gather_right=plan.gather, dropout=dropout)
         dA, dB = gathered(dA, dB, E, plan.experts)
     if needs.needs_x:

@@ -336,7 +336,7 @@ def _backward(*values: Any) -> Gradients:
     del draw, rows
     dx = None
     if needs.needs_up:
-        assert yb is not None and dup_A is not None, "an adapter is trained"
+        assert yb is not None and dup_A is not None, "no pair, no gradients"
         ops.expert_outer(yb, inputs.x, routing, dup_A, gather_right=True, dropout=up_dropout)
     if needs.needs_x:
         dx_rows = ops.expert_linear(

@@ -1,8 +1,8 @@
-"""Operations on rows sorted by expert. They know rows, experts, ranks and strides, but no PEFT and
-no model.
+"""Operations on rows sorted by expert.
 
-`kernels` holds the Triton kernels. `reference` holds their twins in plain PyTorch, with the same
-names and signatures; they are also the CPU path.
+They know rows, experts, ranks and strides, but nothing about PEFT or models. `kernels` holds the
+Triton kernels. `reference` holds their twins in plain PyTorch, with the same names and signatures;
+the twins are also the CPU path.
 """
 
 from .activation import Activation

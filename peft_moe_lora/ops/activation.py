@@ -105,5 +105,5 @@ class Activation:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """fp32 for half precision, unchanged for fp32 and fp64."""
+    """x in fp32 if it has half precision; x itself if it is fp32 or fp64."""
     return x.float() if x.dtype.itemsize < 4 else x

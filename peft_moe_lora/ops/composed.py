@@ -41,7 +41,7 @@ def expert_shrink_outer(
         return None
     if out is None:
         return ops.expert_shrink(x, lora_A, routing, scaling, gather=gather)
-    assert right is not None, "an outer product has two sides"
+    assert right is not None, "an outer product needs both operands"
     xa = ops.expert_shrink_outer(
         x, lora_A, right, routing, scaling, out, row_weights=row_weights, gather=gather
     )
@@ -66,8 +66,8 @@ def expert_act_backward_outer(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The gradient of an activation, and the low-rank products with its rows.
 
-    It runs `expert_act_backward`, then `expert_outer` of down_yb and act, which writes dA, and then
-    `expert_shrink_outer` of dpre.
+    The result is the same as from `expert_act_backward`, then `expert_outer` of down_yb and act,
+    which writes dA, and then `expert_shrink_outer` of dpre.
 
     Args:
         ops: the operations to compose.
@@ -96,7 +96,7 @@ def expert_act_backward_outer(
         draw, pre, routing, activation, top_k_weights, dout=dout, bias=bias
     )
     if rows.dA is not None:
-        assert rows.down_yb is not None, "an outer product has two sides"
+        assert rows.down_yb is not None, "an outer product needs both operands"
         ops.expert_outer(
             rows.down_yb, act, routing, rows.dA, row_weights=top_k_weights, dropout=dropout
         )

@@ -140,8 +140,8 @@ class Codes4bit(QuantizedWeight):
     Scales are stored in one of three ways:
         as fp32;
         as uint8 exponents e, where scale = 2**(e - 127) (mxfp4);
-        nested, as uint8 codes s, where scale = nested_code[s] * nested_scales of the block of
-            scales + offset.
+        nested, as uint8 codes s, where scale = nested_code[s] * n + offset. n is the entry of
+            nested_scales for the block of `nested_blocksize` scales.
 
     Attributes:
         packed: [E * R * C / 2, rounded up] uint8, two codes q per byte.

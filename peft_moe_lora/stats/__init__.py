@@ -1,4 +1,4 @@
-"""Where the router sends tokens: counting them, selecting experts by the counts, plotting.
+"""Counts where the router sends tokens, selects experts by the counts, and plots the counts.
 
 May import tuner and below.
 """

@@ -86,7 +86,7 @@ def expert_load(model: nn.Module, batches: Iterable[Batch]) -> ExpertLoad:
     Args:
         model: a model with experts, with or without adapters.
         batches: dicts of the model's arguments, or [batch, length] input_ids; they are moved to the
-            model's device. Tokens with attention_mask 0 do not count.
+            model's device. Tokens with attention_mask 0 are not counted.
     Returns: the loads of this process.
     Raises:
         ValueError: if the model has no experts, or no token was counted.

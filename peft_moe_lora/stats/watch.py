@@ -1,6 +1,6 @@
 """Sums a value over the tokens of each expert, on the device, while a model runs.
 
-    sum[e] += value of the row, for each row, a (token, slot), routed to expert e
+    sum[e] += value of the row, for each row (token, slot) that is routed to expert e
 
 A watch consists of forward hooks. It adds a few small kernel launches to each call of an experts
 module and never waits for the device. Without a watch there is no cost. The rows are read from
@@ -206,8 +206,8 @@ def measured(model: nn.Module, batches: Iterable[Batch], measure: str) -> dict[s
             module.training = training
     if not any(sums.any() for sums in found.values()):
         raise ValueError(
-            "no token was routed: there was no batch, or attention_mask says that all of it is "
-            "padding."
+            "no token was routed: there was no batch, or by attention_mask all of it is padding. "
+            "Give batches with tokens that are not padding."
         )
     return found
 

@@ -25,8 +25,8 @@ from ..files.card import OUR_CARD, write_card
 from ..functional import BACKENDS
 from .implementations import MATERIALIZE
 
-# fields of LoraConfig that turn on a method which experts do not support:
-# name of the field -> (its value when the method is off, name of the method)
+# fields of LoraConfig that turn on a feature which experts do not support:
+# name of the field -> (its value when the feature is off, name of the feature)
 # fmt: off
 _NOT_ON_EXPERTS: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "DoRA"),

@@ -1,7 +1,7 @@
 """W[e] + scaling * B[e] A[e] written into the base weights of an experts module, and removed again.
 
-A dense weight is changed in place, expert by expert. A quantized one is replaced: all adapters that
-are merged into it are added to the weight as it was first quantized, and the sum is quantized once.
+A dense weight is changed in place, one expert after the other. A quantized weight is replaced: the
+updates of all merged adapters are added to the original weight, and the sum is quantized once.
 """
 
 import logging
@@ -138,7 +138,7 @@ def _quantized(layer: "MoELoraLayer", name: str) -> QuantizedWeight | None:
 def _merged_quantized(
     layer: "MoELoraLayer", adapter_name: str, name: str
 ) -> tuple[QuantizedWeight, QuantizedWeight]:
-    """A quantized projection without any adapter, and with all merged adapters and this one.
+    """A quantized weight without adapters, and with this adapter and all merged adapters.
 
     Raises:
         ValueError: if this package can only read the format.

@@ -1,6 +1,6 @@
 """logits = x W^T + scaling * (x A^T) B^T, for routers.
 
-A router of transformers v5 is not an nn.Linear. It holds an [E, H] weight, and its forward takes
+A router of transformers v5 multiplies by its [E, H] weight inside its own forward, which takes
 hidden states and returns the chosen experts. This forward runs unchanged. Inside it, the product of
 x and the weight is intercepted, and the low-rank term is added to the product.
 """
@@ -50,7 +50,7 @@ class UnsupportedRouter(ValueError):
 
 
 class MoELoraRouter(lora.Linear):
-    """PEFT's linear LoRA layer around a router, which is not a linear layer.
+    """PEFT's linear LoRA layer around a router, whose forward does more than a linear layer's.
 
     It has PEFT's parameters, `lora_A.<adapter>.weight` [r, H] and `lora_B.<adapter>.weight` [E, r].
     Their initialisation, dropout, scaling and merging are PEFT's too.

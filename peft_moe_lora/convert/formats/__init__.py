@@ -2,7 +2,7 @@
 
 `moe_lora` is our own: A [r*E, K] and B [N, r*E], both expert-major. `peft` is PEFT's
 target_parameters, B rank-major: column j*E + e. `per_expert` has 2-D tensors of every expert.
-`vllm_3d` is `peft` as vLLM's 3-D models read it. `sglang_3d` has A [E, r, K] and B [E, N, r].
+`vllm_3d` is `peft` within the limits of vLLM. `sglang_3d` has A [E, r, K] and B [E, N, r].
 """
 
 from .format import PREFIX, Format

@@ -59,7 +59,7 @@ class Sglang3d(Format):
         if adapter.carried:
             raise RefusedError(
                 "SGLang does not load modules saved whole, but this adapter holds "
-                f"{adapter.carried[0]}."
+                f"{adapter.carried[0]}; merge it into the base model instead (peft-moe-lora merge)."
             )
         base = need_base(
             adapter.base,
@@ -116,7 +116,8 @@ def _read_pair(source: Source, name: str, slot: Slot) -> Pair:
     if len(A) != 3 or len(B) != 3 or (A[0], A[1]) != (B[0], r) or B[2] != r:
         raise AdapterError(
             f"{source.file.path}: {slot.A} {list(A)} and {slot.B} {list(B)} must be A [E, r, K] "
-            f"and B [E, N, r] with r={r} of adapter_config.json."
+            f"and B [E, N, r] with r={r} of adapter_config.json; the two files do not belong "
+            "together."
         )
     return Pair(
         num_experts=A[0],

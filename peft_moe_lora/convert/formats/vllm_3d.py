@@ -24,7 +24,7 @@ class Vllm3d(Peft):
         if adapter.carried:
             raise RefusedError(
                 "vLLM refuses adapters with modules_to_save, but this one holds "
-                f"{adapter.carried[0]}."
+                f"{adapter.carried[0]}; merge it into the base model instead (peft-moe-lora merge)."
             )
         rank = max(layer.r for layer in adapter.layers())
         if VLLM.allocated(rank) is None:
