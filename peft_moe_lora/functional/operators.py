@@ -11,8 +11,7 @@ Legend:
         tensor of three dimensions. No other result has three dimensions.
 """
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -47,21 +46,33 @@ def flatten(groups: Iterable[Any]) -> list[Any]:
     """The values of all groups, field by field."""
     values: list[Any] = []
     for group in groups:
-        values += [getattr(group, name) for name in type(group).__match_args__]
+        if isinstance(group, tuple):
+            values += group
+        else:
+            values += [getattr(group, name) for name in group.__match_args__]
     return values
 
 
-def unflatten(kinds: Iterable[type[Any]], values: Iterable[Any]) -> list[Any]:
+def unflatten(kinds: Iterable[type[Any]], values: Sequence[Any]) -> list[Any]:
     """The inverse of `flatten`.
 
     Args:
         kinds: the class of each group.
         values: the values of all groups, field by field.
     """
-    remaining = iter(values)
-    groups = [kind(*(next(remaining) for _ in kind.__match_args__)) for kind in kinds]
-    assert next(remaining, _HELD_BY_AUTOGRAD) is _HELD_BY_AUTOGRAD, "more values than fields"
+    groups = []
+    start = 0
+    for kind in kinds:
+        end = start + len(kind.__match_args__)
+        groups.append(kind(*values[start:end]))
+        start = end
+    assert start == len(values), "as many values as fields"
     return groups
+
+
+def _holds_tensors(kind: type[Any]) -> bool:
+    """Whether a field of a group may be a tensor."""
+    return any("Tensor" in _SCHEMA[hint] for hint in get_type_hints(kind).values())
 
 
 class Operator:
@@ -148,7 +159,7 @@ def differentiable(
 
     Args:
         forward_operator: its first group holds every tensor that may get a gradient.
-        backward_operator: its first group is `Gradient`.
+        backward_operator: its first group is `Gradient`. Groups that hold tensors come first.
         keep: takes forward's groups and results; returns the groups that backward needs.
         gradients: called as gradients(call, gradient, needs, *kept groups). It returns the
             gradients of forward's first arguments. `call` runs `backward_operator`. `needs` is a
@@ -158,54 +169,66 @@ def differentiable(
     kinds = forward_operator.groups
     differentiated = kinds[0]
     num_inputs = len(differentiated.__match_args__)
-    num_arguments = sum(len(kind.__match_args__) for kind in kinds)
+    num_others = sum(len(kind.__match_args__) for kind in kinds[1:])
+    # the groups of tensors come first, `Gradient` before them
+    num_held = sum(_holds_tensors(kind) for kind in backward_operator.groups) - 1
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         returned = output if isinstance(output, tuple) else (output,)
         results = forward_operator.results(*_none_where_absent(returned))
-        _save(ctx, keep(*unflatten(kinds, inputs), results))
+        _save(ctx, keep(*unflatten(kinds, inputs), results), num_held)
 
-    def backward_by(call: Callable[..., Any], ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple:
+    def input_gradients(call: Callable[..., Any], ctx: Any, gradient: torch.Tensor) -> tuple:
         needs = differentiated(*ctx.needs_input_grad[:num_inputs])
         found = gradients(call, gradient.contiguous(), needs, *_saved(ctx))
-        return *found, *[None] * (num_arguments - len(found))
+        return *found, *[None] * (num_inputs - len(found))
+
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple:
+        found = input_gradients(backward_operator.compiled, ctx, gradient)
+        return *found, *[None] * num_others
 
     torch.library.register_autograd(
-        forward_operator.qualified_name,
-        partial(backward_by, backward_operator.compiled),
-        setup_context=setup_context,
+        forward_operator.qualified_name, backward, setup_context=setup_context
     )
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> torch.Tensor:
-            groups = unflatten(kinds, values)
+            # the other groups are one argument, which autograd passes on as it is
+            *inputs, others = values
+            groups = (differentiated(*inputs), *others)
             results = forward_operator.run(*groups)
-            _save(ctx, keep(*groups, results))
+            _save(ctx, keep(*groups, results), num_held)
             return results[0]
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-            return backward_by(backward_operator.run, ctx, gradient)
+            return *input_gradients(backward_operator.run, ctx, gradient), None
 
     # the name that autograd graphs show
     Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]
 
-    def call(*groups: Any) -> torch.Tensor:
+    def call(inputs: Any, *others: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return forward_operator.compiled(*groups)[0]
-        return Eager.apply(*flatten(groups))
+            return forward_operator.compiled(inputs, *others)[0]
+        return Eager.apply(*inputs, others)
 
     return call
 
 
-def _save(ctx: Any, groups: tuple) -> None:
-    """Keep groups for backward: autograd saves the tensors, the context keeps other values."""
-    values = flatten(groups)
-    ctx.kinds = [type(group) for group in groups]
+def _save(ctx: Any, groups: tuple, num_held: int) -> None:
+    """Keep groups for backward.
+
+    Args:
+        num_held: how many of the groups, from the first on, hold tensors. Autograd keeps the
+            tensors; the context keeps other values.
+    """
+    values = flatten(groups[:num_held])
+    ctx.plain = groups[num_held:]
+    ctx.kinds = [type(group) for group in groups[:num_held]]
     ctx.others = [_HELD_BY_AUTOGRAD if isinstance(v, torch.Tensor) else v for v in values]
-    ctx.save_for_backward(*(v for v in values if isinstance(v, torch.Tensor)))
+    ctx.save_for_backward(*[v for v in values if isinstance(v, torch.Tensor)])
 
 
 def _saved(ctx: Any) -> list[Any]:
@@ -213,7 +236,7 @@ def _saved(ctx: Any) -> list[Any]:
     # read once: under checkpointing each access unpacks the tensors, and may recompute them
     tensors = iter(ctx.saved_tensors)
     values = [next(tensors) if other is _HELD_BY_AUTOGRAD else other for other in ctx.others]
-    return unflatten(ctx.kinds, values)
+    return [*unflatten(ctx.kinds, values), *ctx.plain]
 
 
 def as_stored(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:

@@ -180,9 +180,9 @@ def fused_experts(
 
 def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, plan: Plan) -> Results:
     """`_forward`, also for adapters of only some experts."""
-    groups = _of_all_experts(inputs, plan), selected, activation, plan
+    whole = _of_all_experts(inputs, plan)
     ops = ops_for(plan.backend, inputs.x.device)
-    results = Results(*ops.replayed(_forward, *flatten(groups)))
+    results = Results(*ops.replayed(_forward, *whole, selected.top_k_index, activation, plan))
     return results._replace(pre=None) if plan.recompute else results
 
 
@@ -190,10 +190,11 @@ def _forward(*values: Any) -> Results:
     """Compute the layer, with pairs for all experts.
 
     Args:
-        values: the values of the groups FORWARD, flattened. They decide whether a recorded call can
-            be replayed.
+        values: the fields of `Inputs`, top_k_index, the activation and the plan, flattened. The
+            kinds of the tensors and the other values decide whether a recorded call can be replayed.
     """
-    inputs, (top_k_index,), activation, plan = unflatten(FORWARD, values)
+    *tensors, top_k_index, activation, plan = values
+    inputs = Inputs(*tensors)
     ops = ops_for(plan.backend, inputs.x.device)
     up_A, up_B, down_A, down_B = _per_expert(inputs, inputs.up.shape[0])
     up_dropout, down_dropout = _dropouts(inputs, plan)
@@ -289,9 +290,11 @@ def _run_backward(
 ) -> Gradients:
     """`_backward`, also for adapters of only some experts."""
     whole = _of_all_experts(inputs, plan)
-    groups = gradient, whole, kept, routing, needs, activation, plan
+    tensors = flatten((gradient, whole, kept, routing))
     ops = ops_for(plan.backend, inputs.x.device)
-    found = Gradients(*ops.replayed(_backward, *flatten(groups)))
+    found = Gradients(*ops.replayed(_backward, *tensors, needs, activation, plan))
+    if plan.up_experts is None and plan.down_experts is None:
+        return found
     E = inputs.up.shape[0]
     up_A, up_B = gathered(found.up_A, found.up_B, E, plan.up_experts)
     down_A, down_B = gathered(found.down_A, found.down_B, E, plan.down_experts)
@@ -302,9 +305,11 @@ def _backward(*values: Any) -> Gradients:
     """Compute the gradients of the layer, with pairs for all experts.
 
     Args:
-        values: the values of the groups BACKWARD, flattened, as in `_forward`.
+        values: the fields of `Gradient`, `Inputs`, `Kept` and `Routing`, then the needs, the
+            activation and the plan, flattened as in `_forward`.
     """
-    (dout,), inputs, kept, routing, needs, activation, plan = unflatten(BACKWARD, values)
+    *tensors, needs, activation, plan = values
+    (dout,), inputs, kept, routing = unflatten((Gradient, Inputs, Kept, Routing), tensors)
     ops = ops_for(plan.backend, inputs.x.device)
     routing = ops.with_tiles(routing)
     up_A, up_B, down_A, down_B = _per_expert(inputs, inputs.up.shape[0])
@@ -391,7 +396,8 @@ def _gradients(
     """
     needs = Needs(asked.x, asked.up_A or asked.up_B, asked.down_A or asked.down_B)
     found = backward(Gradient(dout), inputs, kept, routing, needs, activation, plan)
-    return tuple(as_stored(g, getattr(inputs, name)) for name, g in found._asdict().items())
+    # the gradients stand in the order of the first inputs
+    return tuple(as_stored(g, t) for g, t in zip(found, inputs, strict=False))
 
 
 # ---- what both directions need
@@ -408,6 +414,8 @@ class Pairs(NamedTuple):
 
 def _of_all_experts(inputs: Inputs, plan: Plan) -> Inputs:
     """The inputs with pairs for all E experts, and zeros for experts without an update."""
+    if plan.up_experts is None and plan.down_experts is None:
+        return inputs
     E = inputs.up.shape[0]
     dtype = inputs.x.dtype
     up_A, up_B = whole_pair(inputs.up_A, inputs.up_B, E, plan.up_experts, dtype)

@@ -5,13 +5,12 @@ expert_offsets[E] on belong to ids outside 0..E-1 (sentinels of expert paralleli
 not computed, and no result may read them.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """Index tensors of one batch, all on the device of the routing.
 
     Attributes:

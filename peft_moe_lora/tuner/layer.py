@@ -205,6 +205,11 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
             return []
         return list(cast(nn.ParameterDict, self.lora_A[adapter_name]).keys())
 
+    def adapts(self, adapter_name: str, projection: str) -> bool:
+        """Whether a projection has a pair in an adapter."""
+        pairs = self.lora_A
+        return adapter_name in pairs and projection in cast(nn.ParameterDict, pairs[adapter_name])
+
     def pair(self, adapter_name: str, projection: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A [r * S, K] and lora_B [N, r * S] of one adapter, both expert-major."""
         A = cast(nn.ParameterDict, self.lora_A[adapter_name])[projection]

@@ -27,16 +27,21 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
         ValueError: in training, if the active adapters have different lora_dropout.
     """
     base = _base_projection(layer, module, name)
-    active = [a for a in layer.active_adapters if name in layer.adapted_projections(a)]
+    active = [a for a in layer.active_adapters if layer.adapts(a, name)]
     if not active:
         return base
-    base = replace(base, dropout_p=_common_dropout(layer, active))
+    dropout_p = _common_dropout(layer, active)
     if len(active) > 1:
-        return _with_several(layer, base, active, name)
+        return replace(_with_several(layer, base, active, name), dropout_p=dropout_p)
     (only,) = active
     A, B = layer.pair(only, name)
     return replace(
-        base, lora_A=A, lora_B=B, scaling=layer.scaling[only], experts=layer.experts[only]
+        base,
+        lora_A=A,
+        lora_B=B,
+        scaling=layer.scaling[only],
+        dropout_p=dropout_p,
+        experts=layer.experts[only],
     )
 
 

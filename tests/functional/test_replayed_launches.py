@@ -4,7 +4,6 @@ The kernels are fakes, so no GPU is needed.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -185,7 +184,7 @@ def test_operators_make_the_table_of_tiles_once_each(launches):
         operator(*arguments)
         return [*launches.at_launch, *(name for name, *_ in launches)].count("_tiles_kernel")
 
-    routing = replace(routing, tiles=None, block_m=0)
+    routing = routing._replace(tiles=None, block_m=0)
     inputs = whole.Inputs(
         x, torch.zeros(T, TOP_K), up_A, up_B, down_A, down_B, up, None, down, None, None
     )

@@ -13,8 +13,6 @@ Legend: S = T * top_k slots, in blocks of BLOCK. A sentinel (an id outside 0..E-
         whose programs take output tiles from a queue; they set it back to 0 when they end.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -245,7 +243,7 @@ def with_tiles(routing: Routing) -> Routing:
     grid = ceil_div(lines, TILES_BLOCK), 1, 1
     key = "tiles", E, block_m
     launch(key, _tiles_kernel, grid, (offsets, tiles), lambda: ((E,), constants), (lines,))
-    return replace(routing, tiles=tiles, block_m=block_m)
+    return routing._replace(tiles=tiles, block_m=block_m)
 
 
 def part_tables(routing: Routing, count: int) -> list[Routing]:
@@ -276,6 +274,6 @@ def part_tables(routing: Routing, count: int) -> list[Routing]:
     key = "part_tables", E, count, block_m
     launch(key, _part_tables_kernel, grid, (offsets, tables), lambda: ((E,), constants), (lines,))
     return [
-        replace(routing, expert_offsets=offsets[first : first + count + 1], tiles=tables[i])
+        routing._replace(expert_offsets=offsets[first : first + count + 1], tiles=tables[i])
         for i, first in enumerate(range(0, E, count))
     ]
