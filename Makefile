@@ -21,7 +21,7 @@ LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 WORKERS ?= 2
 # processes that share one GPU; most of their time they compile
-GPU_WORKERS ?= 12
+GPU_WORKERS ?= 15
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check

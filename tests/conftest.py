@@ -9,10 +9,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+# tests of these files take up to 45 s each: whole models under torch.compile, fp64 twins
+LONG_ON_A_GPU = {
+    "test_act_backward_outer.py",
+    "test_beside_experts.py",
+    "test_convergence.py",
+    "test_shrink_outer.py",
+    "test_training_modes.py",
+}
+
 
 def pytest_collection_modifyitems(config, items):
-    """Without a CUDA device the tests marked gpu are deselected, and counted as such."""
+    """Without a CUDA device the tests marked gpu are deselected, and counted as such.
+
+    With one, the longest come first, so that the processes of `make gpu-test` end together.
+    """
     if torch.cuda.is_available():
+        items.sort(key=lambda item: item.path.name not in LONG_ON_A_GPU)
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
