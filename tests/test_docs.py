@@ -60,7 +60,7 @@ STEPS_FORWARD, STEPS_BACKWARD = TABLES["Around the model's own code: `functional
 
 ROOMS_TABLE, OPS_TABLE, KERNELS_TABLE = TABLES["The rooms"]
 
-# ---- the order of the rooms -----------------------------------------------------------------------
+# ---- the order of the rooms ----------------------------------------------------------------------
 
 CONTRACTS = {
     contract["name"]: contract["layers"]

@@ -18,7 +18,7 @@ class Server:
     ranks: tuple[int, ...] = ()
 
     def allocated(self, rank: int) -> int | None:
-        """The maximum rank to start it with for an adapter of `rank`; None if `rank` is too high."""
+        """The maximum rank to start it with for an adapter of `rank`; None if that is too high."""
         if not self.ranks:
             return rank
         return next((allowed for allowed in self.ranks if allowed >= rank), None)

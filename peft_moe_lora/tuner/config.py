@@ -31,7 +31,10 @@ from .implementations import MATERIALIZE
 _NOT_ON_EXPERTS: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "DoRA"),
     "lora_bias": (False, "a bias on B"),
-    "target_parameters": (None, "targeting parameters; name the experts modules in target_modules instead"),
+    "target_parameters": (
+        None,
+        "targeting parameters; name the experts modules in target_modules instead",
+    ),
     "use_qalora": (False, "QALoRA"),
     "use_bdlora": (None, "BD-LoRA"),
     "arrow_config": (None, "Arrow routing"),
