@@ -191,7 +191,8 @@ def _forward(*values: Any) -> Results:
 
     Args:
         values: the fields of `Inputs`, top_k_index, the activation and the plan, flattened. The
-            kinds of the tensors and the other values decide whether a recorded call can be replayed.
+            kinds of the tensors and the other values decide whether a recorded call can be
+            replayed.
     """
     *tensors, top_k_index, activation, plan = values
     inputs = Inputs(*tensors)
