@@ -1,12 +1,12 @@
 """dpre = activation.backward(pre, w * draw), act = activation(pre), dw = <act, draw>.
 
-draw is the gradient of act before it is multiplied by the routing weight w, whose gradient is dw;
-so dw needs act, but not the output of the down projection. One program computes whole rows, a block
-of columns at a time.
+w is the routing weight, and dw its gradient. draw is the gradient of act before the multiplication
+by w; so dw needs act, but not the output of the down projection. One program computes whole rows, a
+block of columns at a time.
 
-The product that gives draw is a kernel of its own: with this pass in its epilogue it took 700 us,
-apart 510 us (H200, 2026-11-21; docs/performance.md). `sm90.act_backward_outer` is another way,
-which also computes the rank-r products of dpre and act.
+draw comes from a product in a kernel of its own. The two kernels take 510 us; with this pass in the
+epilogue of the product it was 700 us (H200, 2026-11-21; docs/performance.md). The kernel
+`sm90.act_backward_outer` computes the same and also the rank-r products of dpre and act.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _act_backward_kernel(
         if GATED:
             pre_ptrs = pre_ptr + rows * stride_prem
             if INTERLEAVED:
-                # gate and up are loaded as pairs: a load of one would use every second element
+                # gate and up are loaded as pairs: a load of gate would use every second element
                 pair_cols = (2 * i + tl.arange(0, 2 * BLOCK_I))[None, :]
                 mask_pairs = routed[:, None] & (pair_cols < 2 * I)
                 pairs = tl.load(pre_ptrs + pair_cols * stride_pren, mask=mask_pairs, other=0.0)
@@ -92,14 +92,14 @@ def expert_act_backward(
     dout: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of the pre-activation and of the routing weights, and act once more.
+    """The gradients of the pre-activation and of the routing weights, and act, computed again.
 
     Args:
         draw: [M, I], the gradient of act before the routing weight: W[e]^T dout[t] of the down
-            projection, with its low-rank term. act is written into its memory.
+            projection, with its low-rank term. It is overwritten by act.
         pre: [M, N], the pre-activation that forward kept.
         top_k_weights: [T, top_k] float.
-        dout: [T, H], needed with a bias.
+        dout: [T, H], needed if there is a bias.
         bias: [E, H], the bias of the down projection.
     Returns: dpre [M, N], act [M, I], both in the dtype of pre, and d_top_k_weights [T, top_k] in
         fp32, 0 for sentinels.

@@ -1,4 +1,4 @@
-"""dpre, d_top_k_weights, yb, dB and dA in one reading of draw and pre."""
+"""dpre, d_top_k_weights, yb, dB and dA, by one kernel that reads draw and pre once."""
 
 import torch
 
@@ -22,16 +22,15 @@ def expert_act_backward_outer(
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """`expert_act_backward`, `expert_outer` of act and `expert_shrink_outer` of dpre, in one
-    reading.
+    """`expert_act_backward`, `expert_outer` of act, `expert_shrink_outer` of dpre, in one kernel.
 
     Args:
-        draw, pre, activation, top_k_weights, dout, bias: of `expert_act_backward`; draw may be
-            overwritten.
+        draw, pre, activation, top_k_weights, dout, bias: as for `expert_act_backward`; draw may
+            be overwritten.
         rows: the rank-r rows and the gradients to write; no field is None.
         dropout: masks act in dA; not supported here.
     Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32; None
-        where no kernel does this here, and then nothing is written.
+        if no kernel supports this call, and then nothing is written.
     Twin: `composed.expert_act_backward_outer` with the operations of `reference`.
     """
     arch, _ = device_facts(pre.device)

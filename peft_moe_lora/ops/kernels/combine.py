@@ -30,7 +30,7 @@ def _combine_kernel(
         for u in tl.static_range(UNROLLED):
             slot = t * top_k + j0 + u
             row = tl.load(slot_row_ptr + slot, mask=slot < (t + 1) * top_k, other=-1).to(tl.int64)
-            # a sentinel's row may hold NaN, which stays NaN times zero: it is not read at all
+            # a sentinel's row is not read at all: it may hold NaN, and NaN times zero is NaN
             mask_y = offs_n < tl.where(row >= 0, N, 0)
             y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_y, other=0.0)
             y = y.to(tl.float32)

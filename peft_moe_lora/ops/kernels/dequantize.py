@@ -18,14 +18,14 @@ KERNELS: dict[type[QuantizedWeight], Callable[..., torch.Tensor]] = {
 def dequantize(
     weight: QuantizedWeight, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """Decode those of the experts first up to first + count that have rows.
+    """Decode the experts `first` up to `first + count`, except experts without rows.
 
     Args:
-        weight: of E experts.
+        weight: quantized weight of E experts.
         expert_offsets: [E + 1] int32; expert e has no rows if offsets[e] == offsets[e + 1].
         first: the expert that is written to out[0].
         out: [count, R, C] contiguous, dtype of the weight, in the order in which the weight is
-            stored. The place of an expert without rows is not written.
+            stored. Where an expert has no rows, nothing is written.
     Returns: out.
     Twin: `reference.dequantize`.
     """

@@ -2,9 +2,9 @@
 
 row = row_token[m] where x is gathered, else m.
 
-`expert_linear` chooses among three kernels: `sm90.linear_roles`, `linear_ordered` for rows in
-expert order, and the one here, which takes everything: dropout, quantized weights, any strides, any
-GPU.
+`expert_linear` chooses one of three kernels: `sm90.linear_roles`, `linear_ordered` for rows in
+expert order, or the kernel of this file, which supports every case: dropout, quantized weights, any
+strides, any GPU.
 """
 
 import torch
@@ -45,12 +45,12 @@ def _linear_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """One output tile of expert e, of columns n0 up to n0 + BLOCK_N.
+    """Compute one output tile of expert e, with columns n0 up to n0 + BLOCK_N.
 
-    Its rows are first_row up to min(first_row + BLOCK_M, end).
+    The rows of the tile are first_row up to min(first_row + BLOCK_M, end).
     """
     offs_m = first_row + tl.arange(0, BLOCK_M)
-    # past the expert's last row, that last row is computed again without a mask, and not stored
+    # past the expert's last row, that row is repeated: loads need no mask. Copies are not stored
     rows = tl.minimum(offs_m, end - 1)
     x_rows = rows
     if GATHER:
@@ -86,7 +86,7 @@ def _linear_kernel(
     total = num_tiles * num_n
     tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)
     e, first_row, end = table_line(tiles_ptr, tl.maximum(tile, 0))
-    # nothing is hoisted out of the loop where ranks are large: it would hold registers they need
+    # for large ranks nothing is hoisted out of the loop: hoisted values would take their registers
     LARGE_RANK: tl.constexpr = R > 16
     for t in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=LARGE_RANK):
         # the table line of the next tile is loaded while this tile is computed
@@ -138,8 +138,8 @@ def expert_linear(
         xa: [M, r], dtype of x.
         lora_B: [E, N, r], any strides and float dtype; given with xa.
         gather: whether row m reads token row_token[m].
-        dropout: masks the low-rank term of the output: used for the gradient of an input that
-            forward dropped.
+        dropout: masks the low-rank term of the output. Backward uses it for the gradient of an
+            input on which forward applied dropout.
     Returns: [M, N], dtype of x.
     Twin: `reference.expert_linear`.
     """

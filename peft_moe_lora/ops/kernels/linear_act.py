@@ -1,7 +1,7 @@
 """pre[m] = W[e] x[row] + bias[e] + B[e] xa[m]; act[m] = f(gate) * (up + up_shift).
 
-gate and up are the halves of pre, or its alternate columns; row = row_token[m] where x is gathered,
-else m.
+gate and up are the two halves of pre or, if interleaved, its even and its odd columns.
+row = row_token[m] where x is gathered, else m.
 
 A tile holds the same columns of the gate half and of the up half, so the activation is part of the
 product's epilogue.
@@ -45,10 +45,10 @@ def _linear_act_tile(
     R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """Column tile n of expert e, for rows first_row up to min(first_row + BLOCK_M, end)."""
+    """Compute column tile n of expert e, for rows first_row up to min(first_row + BLOCK_M, end)."""
     BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     offs_m = first_row + tl.arange(0, BLOCK_M)
-    # past the expert's last row, that last row is computed again without a mask, and not stored
+    # past the expert's last row, that row is repeated: loads need no mask. Copies are not stored
     rows = tl.minimum(offs_m, end - 1)
     x_rows = rows
     if GATHER:
@@ -84,7 +84,7 @@ def _linear_act_tile(
             gate, up = halves(acc, BLOCK_M, BLOCK_I)
             tl.store(pre_ptr + rows_out * N + offs_i[None, :], gate.to(dtype), mask=mask_i)
             tl.store(pre_ptr + rows_out * N + (I + offs_i)[None, :], up.to(dtype), mask=mask_i)
-        # act is computed from the rounded values that are stored: both in fp32 need more registers
+        # act is computed from the rounded values that are stored: fp32 values need more registers
         gate = gate.to(dtype).to(tl.float32)
         up = up.to(dtype).to(tl.float32)
         tl.store(act_ptrs, activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT).to(dtype), mask=mask_i)
@@ -112,7 +112,7 @@ def _linear_act_kernel(
     total = num_tiles * num_n
     tile, n = position(tl.minimum(tl.program_id(0), total - 1), num_tiles, num_n, GROUP)
     e, first_row, end = table_line(tiles_ptr, tl.maximum(tile, 0))
-    # nothing is hoisted out of the loop where ranks are large: it would hold registers they need
+    # for large ranks nothing is hoisted out of the loop: hoisted values would take their registers
     LARGE_RANK: tl.constexpr = R > 16 and not INTERLEAVED
     for t in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=LARGE_RANK):
         # the table line of the next tile is loaded while this tile is computed

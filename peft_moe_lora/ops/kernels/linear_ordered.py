@@ -1,10 +1,10 @@
 """y[m] = W[e] x[m] + bias[e] + B[e] xa[m] for rows in expert order, loaded by descriptors.
 
-The low-rank term is additional steps of the K loop, in which xa and B take the place of x and W. So
-nothing comes before or after this loop, Triton can flatten it with the loop over output tiles, and
-the operands of the next tile are loaded while this tile is stored: 4 to 9 % less time than with a
-separate low-rank term, casts of B included (NVIDIA H200, 2026-11-21). `linear` has the general
-form.
+The low-rank term is computed in additional steps of the K loop, which load xa and B instead of x
+and W. So no product comes before or after this loop, and Triton can flatten it with the loop over
+output tiles: the operands of the next tile are loaded while this tile is stored. This takes 4 to 9
+% less time than a separate low-rank term, casts of B included (NVIDIA H200, 2026-11-21). The
+general kernel is in `linear`.
 """
 
 import torch
@@ -41,7 +41,7 @@ def _linear_ordered_kernel(
         e, first_row, end = table_line(tiles_ptr, tile)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for i in range(k_steps + R_STEPS):
-            # past K and past r the descriptors give zeros
+            # past K and past r, loads by descriptor return zeros
             k = i * BLOCK_K
             rows_desc = x_desc
             columns_desc = weight_desc
@@ -62,7 +62,7 @@ def _linear_ordered_kernel(
             # int64: an expert index times a stride passes 2**31
             bias_ptrs = bias_ptr + e.to(tl.int64) * stride_biase + cols * stride_biasn
             acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        # rows past the expert's last belong to another expert, or to none, and are not stored
+        # rows from `end` on belong to another expert or to none, and are not stored
         offs_m = first_row + tl.arange(0, BLOCK_M)
         y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + cols[None, :]
         mask = (offs_m < end)[:, None] & mask_n[None, :]
@@ -78,9 +78,9 @@ def linear_ordered(
     lora_B: torch.Tensor | None,
     y: torch.Tensor,
 ) -> bool:
-    """Write `expert_linear` of rows in expert order, without dropout, into y, if this applies.
+    """Write `expert_linear` of rows in expert order, without dropout, into y, if possible.
 
-    It does not apply where the table has no row, or strides or alignment allow no descriptor.
+    It is not possible if the table has no row, or if strides or alignment allow no descriptor.
 
     Args:
         routing: with tiles.

@@ -1,11 +1,11 @@
 """out[e, p, q] = sum over the rows m of e of w[m] * left[m, p] * mask[m, q] * right[m, q].
 
-All LoRA weight gradients are this product: dA of (dY @ B, X) and dB of (dY, X @ A^T). One side has
-the width of the rank and is called small, the other wide; the routing weight w is multiplied into
-the small side.
+All gradients of A and B are this product: for dA left is dY @ B and right is X; for dB left is dY
+and right is X @ A^T. The side whose width is the rank is called small, and the other side wide. The
+small side is multiplied by the routing weight w.
 
-A program sums over one chunk of an expert's rows, for one tile [wide, small] of the output;
-`chunks` says what a chunk is, and adds the sums of experts with several.
+A program sums over one chunk of an expert's rows, for one tile [wide, small] of the output.
+`tiles.chunks` defines chunks, and adds the partial sums of experts with several chunks.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def _outer_kernel(
 ):  # fmt: skip
     """Grid [tiles of wide * tiles of small, max_chunks].
 
-    The sums of an expert with one chunk, or without rows, go to out, those of others to partial.
+    The sums of an expert with one chunk or without rows go to out, other sums to partial.
     """
     chunk = tl.program_id(1)
     e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
@@ -59,8 +59,8 @@ def _outer_kernel(
     mask_s = offs_s < SMALL
     mask_w = offs_w < WIDE
     rows = start + tl.arange(0, BLOCK_M)
-    # tokens, slots and weights are loaded one block of rows ahead of the rows that they select: a
-    # load whose address has just been loaded would wait for memory twice
+    # tokens, slots and weights are loaded one block ahead of the rows that they select. Otherwise
+    # every block would wait for memory twice: for the tokens, and then for their rows
     if GATHER_SMALL or GATHER_WIDE:
         tokens = _of_rows(row_token_ptr, rows, end)
     if row_weights_ptr is not None or P > 0:
@@ -118,7 +118,7 @@ def _outer_kernel(
 
 
 class _Sides(NamedTuple):
-    """left and right by their width, and the strides of out by expert, small and wide index."""
+    """left and right, named by their width, and the strides of out along expert, small and wide."""
 
     small: torch.Tensor
     wide: torch.Tensor
@@ -135,16 +135,16 @@ def _sides(
     gather_right: bool,
     dropout: Dropout | None,
 ) -> _Sides:
-    """Which of left and right is the small side, and which the wide one."""
+    """Find which of left and right is the small side, and which is the wide side."""
     stride_e, stride_p, stride_q = out.stride()
-    # the kernel computes the mask on the wide side, so with dropout right is the wide side
+    # the kernel masks the wide side, and dropout masks right: so right is the wide side
     if dropout is not None or left.shape[1] <= right.shape[1]:
         return _Sides(left, right, gather_left, gather_right, (stride_e, stride_p, stride_q))
     return _Sides(right, left, gather_right, gather_left, (stride_e, stride_q, stride_p))
 
 
 def _block_sizes(sides: _Sides, arch: int) -> dict:
-    """The constexprs of the kernel's blocks: the table's, fitted to the rank."""
+    """The constexprs of the kernel's blocks: from the table, adapted to the rank."""
     op = "outer"
     if sides.gather_wide:
         op = "outer_gathered"

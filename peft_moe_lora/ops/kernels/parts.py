@@ -2,7 +2,7 @@
 
 Where the product decodes the weight itself (`product_4bit`), all experts are one part.
 
-The scratch buffer for decoded experts is an ordinary tensor of the call, freed after it. torch's
+The scratch buffer for decoded experts is an ordinary tensor that is freed after the call. PyTorch's
 allocator reuses memory in stream order, also inside a CUDA graph, so all layers share one buffer.
 """
 
@@ -17,7 +17,7 @@ from .dequantize import dequantize
 from .launching.table import ceil_div
 from .routing import part_tables
 
-# largest scratch buffer, unless one expert alone is larger: what decoding adds to peak memory
+# most bytes of the scratch buffer, unless one expert alone is larger; peak memory grows by these
 SCRATCH_BYTES = 128 * 2**20
 
 
@@ -26,7 +26,7 @@ def parts(
 ) -> Iterator[tuple[slice, torch.Tensor | QuantizedWeight, Routing]]:
     """The parts of a product, in order: (experts, their weight [count, N, K], their routing).
 
-    The weight of a part is overwritten when the next part is asked for.
+    The weight of a part is overwritten when the next part is requested.
 
     Args:
         weight: [E, N, K]. A dense weight is a single part, and so is one that the product decodes.
@@ -37,7 +37,7 @@ def parts(
         return
     E, R, C = weight.stored_shape
     fitting = max(1, SCRATCH_BYTES // (R * C * weight.dtype.itemsize))
-    # parts of equal size, so that the last one is not left with a single expert
+    # parts of about equal size; otherwise the last part could have a single expert
     count = ceil_div(E, ceil_div(E, fitting))
     scratch = torch.empty(count, R, C, dtype=weight.dtype, device=weight.device)
     for part, first in zip(part_tables(routing, count), range(0, E, count), strict=True):

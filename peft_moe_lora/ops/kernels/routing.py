@@ -4,13 +4,14 @@ Three launches: count the slots of each expert in each block of slots; sum these
 blocks; write the row of every slot. The last launch also writes the offsets and the tile table.
 
 Legend: S = T * top_k slots, in blocks of BLOCK. A sentinel (an id outside 0..E-1) counts as id E.
-    counts_ptr [blocks, E + 1]: slots of each expert in a block; after the scan, in all earlier
-        blocks; while slots are placed, the row of the block's first slot of each expert
-    totals_ptr [E + 1]: slots of each expert
+    counts_ptr [blocks, E + 1]: first the number of slots of each expert in a block. The scan turns
+        it into the number in all earlier blocks. The last launch turns that into the row of each
+        expert's first slot in the block.
+    totals_ptr [E + 1]: number of slots of each expert
     tiles_ptr [max_tiles + 3, 2]: the tile table, (expert, first row) of each row tile. A tile ends
-        where the next line begins, so after the last tile come lines (-1, number of routed rows).
-        The last two lines are (-1, number of tiles) and (-1, 0). The 0 is the counter of kernels
-        whose programs take output tiles from a queue; they set it back to 0 when they end.
+        at the first row of the next line; so lines after the last tile are (-1, number of routed
+        rows). The last two lines are (-1, number of tiles) and (-1, 0). This 0 is a counter, for
+        kernels whose programs take output tiles from a queue. They reset it to 0 when they end.
 """
 
 import torch
@@ -27,7 +28,7 @@ TILES_BLOCK = 32
 
 @triton.jit
 def _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k):
-    """The expert of each slot: E for a sentinel, -1 past the last slot, which equals no id."""
+    """The expert of each slot: E for a sentinel; past the last slot -1, which is no id."""
     offsets = (slots // top_k).to(tl.int64) * stride_t + (slots % top_k) * stride_k
     ids = tl.load(top_k_index_ptr + offsets, mask=slots < S, other=-1)
     ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
@@ -70,15 +71,15 @@ def _write_tiles(
 ):
     """Write lines first_tile up to first_tile + TILES_BLOCK of a tile table.
 
-    totals [experts]: rows of each expert. base: first row of the first of them. lines: of the
-        table.
+    totals [experts]: rows of each expert. base: first row of the first expert. lines: number of
+        lines of the table.
     """
     tiles_end = tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, axis=0)
     rows_end = tl.cumsum(totals, axis=0)
     num_tiles = tl.max(tiles_end, axis=0)
     t = first_tile + tl.arange(0, TILES_BLOCK)
-    # passed: experts whose tiles all come before tile t. Their number is the expert of t, whose
-    # rows and tiles begin where theirs end
+    # passed: experts whose tiles all come before tile t. The expert of t is the next one: its index
+    # is the number of passed experts, and its rows and tiles begin where theirs end
     passed = tiles_end[None, :] <= t[:, None]
     expert = tl.sum(passed.to(tl.int32), axis=1)
     first_row = tl.max(tl.where(passed, rows_end[None, :], 0), axis=1)
@@ -97,14 +98,16 @@ def _place_kernel(
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [blocks + 1 + tile blocks]: a block of slots, the offsets, a block of table lines."""
+    """Grid [blocks + 1 + tile blocks]: one program for each block of slots, one for the offsets, and
+    one for each block of table lines.
+    """
     pid = tl.program_id(0)
     if pid < blocks:
         slots = pid * BLOCK + tl.arange(0, BLOCK)
         ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
         mask = slots < S
-        # the block's first row of each expert is written to memory and read back, because every
-        # slot looks up its own expert's, and Triton does not index one tensor by another
+        # every slot needs the block's first row of its own expert. These rows are written to memory
+        # and read back, because Triton does not index one tensor by another
         experts = tl.arange(0, E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
         starts_ptr = counts_ptr + pid * (E + 1)
@@ -155,7 +158,9 @@ def _part_tables_kernel(
     COUNT: tl.constexpr, COUNT_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tile blocks, parts]: a tile table for each COUNT experts, numbered from 0."""
+    """Grid [tile blocks, parts]: a tile table for each part of COUNT experts. In a table,
+    experts count from 0.
+    """
     first = tl.program_id(1) * COUNT
     j = tl.arange(0, COUNT_PADDED)
     mask = (j < COUNT) & (first + j < E)
@@ -171,8 +176,8 @@ def _part_tables_kernel(
 def _lines(M: int, E: int, block_m: int) -> int:
     """Lines of a tile table: max_tiles + 3.
 
-    max_tiles is the most tiles that any routing of M rows can have, so that shapes do not depend on
-    the data.
+    max_tiles is an upper bound of the tiles of any routing of M rows, so that shapes do not depend
+    on the data.
     """
     return M // block_m + min(E, M) + 3
 
@@ -229,7 +234,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
 
 
 def with_tiles(routing: Routing) -> Routing:
-    """The routing with a tile table: itself if it has one."""
+    """The routing with a tile table; the same object if it already has one."""
     if routing.tiles is not None:
         return routing
     M = routing.num_rows

@@ -15,7 +15,7 @@ from .routing import with_tiles
 from .tiles.dropout import dropout_mask, probability_and_seed
 from .tiles.tile import table_line
 
-# up to this K the loop is short, and more programs at a time are worth more than pipeline stages
+# up to this K the loop is short, and higher occupancy is worth more than more pipeline stages
 SHORT_K = 2048
 
 
@@ -26,7 +26,7 @@ def _shrink_kernel(
     PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid [max_tiles * PARTS]: each tile of the tile table is PARTS tiles of BLOCK_M rows here."""
+    """Grid [max_tiles * PARTS]: each tile of the table is cut into PARTS tiles of BLOCK_M rows."""
     e, first_row, end = table_line(tiles_ptr, tl.program_id(0) // PARTS)
     first_row += tl.program_id(0) % PARTS * BLOCK_M
     if e < 0 or first_row >= end:
@@ -34,7 +34,7 @@ def _shrink_kernel(
     # int64: an expert index times a stride passes 2**31
     e = e.to(tl.int64)
     offs_m = first_row + tl.arange(0, BLOCK_M)
-    # past the expert's last row, that last row is computed again without a mask, and not stored
+    # past the expert's last row, that row is repeated: loads need no mask. Copies are not stored
     rows = tl.minimum(offs_m, end - 1)
     x_rows = rows
     if GATHER:
@@ -102,7 +102,7 @@ def expert_shrink(
     blocks = dict(find(op, arch, x.element_size(), routing.block_m))
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], routing.block_m)
     parts = routing.block_m // blocks["BLOCK_M"]
-    # the tile of A grows with the rank: fewer stages of it, and more threads to hold the sums
+    # the tile of A grows with the rank: so fewer pipeline stages, and more warps for the sums
     if r > 64:
         blocks |= {"BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
     elif r > 16:

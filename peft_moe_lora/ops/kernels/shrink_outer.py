@@ -20,24 +20,25 @@ def expert_shrink_outer(
     row_weights: torch.Tensor | None = None,
     gather: bool = False,
 ) -> torch.Tensor | None:
-    """`expert_shrink` of x, and `expert_outer` of x and right, in one reading of x.
+    """`expert_shrink` of x, and `expert_outer` of x and right, by one kernel that reads x once.
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
-        lora_A: [E, r, K], any strides and float dtype; cast to the dtype of x tile by tile, never
-            copied.
+        lora_A: [E, r, K], any strides and float dtype; the kernel casts its tiles to the dtype of
+            x, without a cast copy.
         right: [M, r], dtype of x.
-        scaling: of xa, not of out.
-        out: [E, K, r] fp32, any strides; every element is written, zeros for an expert without
-            rows.
-        row_weights: [T, top_k] float, of the outer product; None for ones.
-    Returns: xa [M, r], dtype of x; None where no kernel does this here, and then nothing is
+        scaling: applies to xa, not to out.
+        out: [E, K, r] fp32, any strides; every element is written. An expert without rows gets
+            zeros.
+        row_weights: [T, top_k] float, for the outer product; None for ones.
+    Returns: xa [M, r], dtype of x; None if no kernel supports this call, and then nothing is
         written.
     Twin: `composed.expert_shrink_outer` with the operations of `reference`.
     """
     arch, multiprocessors = device_facts(x.device)
     blocks = lookup("shrink_outer", arch, x.element_size(), routing.block_m)
-    # a program has one chunk: with fewer programs than this the two operations take less time
+    # a program has one chunk. With fewer programs than two for three multiprocessors, the two
+    # operations take less time
     if not blocks or 3 * num_chunks(routing, blocks) < 2 * multiprocessors:
         return None
     kernel = in_gluon("shrink_outer")
@@ -47,6 +48,6 @@ def expert_shrink_outer(
 
 
 def num_chunks(routing: Routing, blocks: dict) -> int:
-    """About how many chunks there are, whatever the routing."""
+    """An estimate of the number of chunks that does not depend on the routing."""
     at_least = min(routing.num_experts, routing.num_rows)
     return max(at_least, routing.num_rows // (blocks["ROWS"] + blocks["TAIL"]))

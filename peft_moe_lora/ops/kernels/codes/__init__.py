@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits: kernels that decode them, and the part of a product that does.
+"""Weights in 4 and 8 bits: kernels that decode them, and a product that decodes in its K loop.
 
 May import launching and ops.
 """

@@ -8,9 +8,9 @@ Legend:
     FORMAT: (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST), the constants of `Codes4bit`
         BLOCKSIZE: values that share a scale
         SPAN: values that are adjacent in memory and share a scale, and are loaded together
-        NESTED: scales that share a scale of their own; 0 where scales are not quantized
+        NESTED: number of scales that share a second-level scale; 0 if scales are not quantized
         EXPONENTS: whether a scale is stored as an exponent of 2 in 8 bits
-        LOW_FIRST: whether the low half of a byte is the first of its two codes
+        LOW_FIRST: whether the low four bits of a byte are the first of its two codes
 """
 
 import torch
@@ -22,7 +22,7 @@ from ...quantized import Codes4bit
 
 @triton.jit
 def load_scales(codes, block, mask, FORMAT: tl.constexpr):
-    """The stored scales of blocks, and the scales of these scales (only where they are nested)."""
+    """Load the stored scales of blocks and, if they are nested, the scales of these scales."""
     NESTED: tl.constexpr = FORMAT[2]
     stored = tl.load(codes[0] + block, mask=mask, other=0)
     nested = stored
@@ -35,10 +35,11 @@ def load_scales(codes, block, mask, FORMAT: tl.constexpr):
 def decoded_scales(codes, stored, nested, FORMAT: tl.constexpr):
     """fp32 scales from the two results of `load_scales`."""
     if FORMAT[2] > 0:
-        # bitsandbytes rounds twice, so the kernel is launched without fused multiply-add
+        # bitsandbytes rounds the product and the sum, so `code_operands` disables fused
+        # multiply-add
         scales = tl.load(codes[2] + stored.to(tl.int32)) * nested + tl.load(codes[4])
     elif FORMAT[3]:
-        # e becomes the exponent bits of an fp32; e = 0 is 2**-127, the denormal with bits 1 << 22
+        # e becomes the exponent bits of an fp32. e = 0 means 2**-127, a denormal with bits 1 << 22
         scales = tl.maximum(stored.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
     else:
         scales = stored
@@ -54,12 +55,13 @@ def decoded_values(codes, packed, scales, dtype: tl.constexpr, FORMAT: tl.conste
 
 
 def code_operands(weight: Codes4bit, span: int) -> tuple[tuple, dict]:
-    """(tensors, constexprs) that give the codes of a weight to a kernel.
+    """(tensors, constexprs): the arguments of a kernel for a weight in 4-bit codes.
 
     Args:
-        span: values that the kernel loads together; adjacent, even in number, and of one block.
+        span: number of values that the kernel loads together. It is even, and the values are
+            adjacent and in one block.
     Returns: (packed, scales, code, nested_code, nested_scales, offset), None for an absent tensor;
-        and the constants of FORMAT by name.
+        and the constants of FORMAT, by name.
     """
     nested = weight.nested_code is not None
     constants = {

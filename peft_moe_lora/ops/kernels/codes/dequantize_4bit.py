@@ -2,8 +2,9 @@
 
 Legend:
     expert: R * C values in the order of their bytes; a byte holds the codes of two values
-    block: BLOCKSIZE values that share a scale; blocks run over the flat stack, across experts
-    group: SPAN values that share a scale in every expert; SPAN divides a block and an expert
+    block: BLOCKSIZE values that share a scale. The flat stack of all experts is cut into blocks, so
+        two experts may share a block.
+    group: SPAN adjacent values with one scale; SPAN divides the size of a block and of an expert
     codes, FORMAT: as in `decode_4bit`
 """
 
@@ -52,7 +53,7 @@ def _dequantize_4bit_kernel(
 def dequantize_4bit(
     weight: Codes4bit, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """`dequantize` of a weight with two codes a byte.
+    """`dequantize` of a weight that has two codes in a byte.
 
     Raises:
         ValueError: if an expert has an odd number of values, so that two experts share a byte.
@@ -60,8 +61,8 @@ def dequantize_4bit(
     _, R, C = weight.stored_shape
     if R * C % 2:
         raise ValueError(
-            f"experts of {R} x {C} values share bytes in {weight.format}, which the kernels do not "
-            'read; use backend="torch".'
+            f"experts of {R} x {C} values share bytes in {weight.format}, but the kernels need "
+            'an even number of values in an expert; use backend="torch".'
         )
     group = weight.group
     groups = R * C // group

@@ -1,8 +1,8 @@
 """value[r, c] = code[r, c] * scale of its tile * unit, for every expert that has rows.
 
 Legend:
-    code: int8, or a float8 of kind e4m3, given as its bits
-    scale: fp32, or e for 2**(e - 127); a tile of TILE_R x TILE_C values shares one
+    code: int8, or float8 e4m3 whose bits are passed as uint8
+    scale: fp32, or a uint8 e that means 2**(e - 127); one for each tile of TILE_R x TILE_C values
 """
 
 import torch
@@ -32,8 +32,8 @@ def _dequantize_8bit_kernel(
     # int64: an expert index times its size passes 2**31
     codes = tl.load(codes_ptr + e.to(tl.int64) * R * C + within, mask=mask, other=0)
     if FLOATS:
-        # e4m3 is decoded by hand, because compute capability 8.0 has no such type: its bits are
-        # those of an fp16 with another exponent bias, and without infinity
+        # e4m3 is decoded by bit operations, because compute capability 8.0 has no such type. Its
+        # bits are those of an fp16 with another exponent bias, and without infinity
         bits = codes.to(tl.int16)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
         values = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
@@ -44,7 +44,7 @@ def _dequantize_8bit_kernel(
     )
     scales = tl.load(scale_ptrs, mask=mask, other=0)
     if EXPONENTS:
-        # e becomes the exponent bits of an fp32; e = 0 is 2**-127, the denormal with bits 1 << 22
+        # e becomes the exponent bits of an fp32. e = 0 means 2**-127, a denormal with bits 1 << 22
         scales = tl.maximum(scales.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
     values *= scales
     if UNIT != 1.0:
@@ -56,7 +56,7 @@ def _dequantize_8bit_kernel(
 def dequantize_8bit(
     weight: Codes8bit, expert_offsets: torch.Tensor, first: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """`dequantize` of a weight with one code a byte."""
+    """`dequantize` of a weight that has one code in a byte."""
     _, R, C = weight.stored_shape
     tile_r, tile_c = weight.tile
     floats = weight.codes.dtype != torch.int8
@@ -83,7 +83,7 @@ def dequantize_8bit(
     )  # fmt: skip
     codes = weight.codes
     if floats:
-        # neither the launcher's keys nor older devices have a float8 type
+        # passed as uint8: the launcher's keys and older devices do not know float8 types
         codes = codes.view(torch.uint8)
     grid = ceil_div(R, blocks["BLOCK_R"]) * ceil_div(C, block_c), out.shape[0], 1
     tensors = codes, out, scales, expert_offsets

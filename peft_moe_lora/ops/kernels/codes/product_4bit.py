@@ -1,9 +1,9 @@
 """acc[m, n] += sum over k of x[row, k] * W[e, n, k], W decoded from 4-bit codes inside the K loop.
 
-With few rows an expert, a product's time is the time to load the weight. Here only the codes are
+If experts have few rows, a product spends its time on loading the weight. Here only the codes are
 loaded, a quarter of the bytes of a 16-bit weight, and the decoded tile never leaves the registers.
-With many rows an expert, several row tiles would decode the same codes again; there `parts` decodes
-each expert once, into a scratch buffer, and a dense product follows.
+If experts have many rows, several row tiles would decode the same codes. Then `parts` decodes each
+expert once into a scratch buffer, and a dense product reads this buffer.
 
 Legend: codes, FORMAT and SPAN as in `decode_4bit`.
 """
@@ -18,10 +18,11 @@ from ...quantized import Codes4bit, QuantizedWeight
 from ..launching.table import device_facts, lookup
 from .decode_4bit import code_operands, decoded_scales, decoded_values, load_scales
 
-# a product decodes its weight itself if its tiles have at most this many rows: at 16 rows an expert
-# it took 0.95 ms and 1.02 with a scratch, at 32 1.18 and 1.05 (NVIDIA H200, 2026-11-21)
+# a product decodes its weight itself if its tiles have at most this many rows. With 16 rows an
+# expert this took 0.95 ms, and 1.02 ms with a scratch buffer; with 32 rows it took 1.18 ms, and
+# 1.05 ms with a scratch buffer (NVIDIA H200, 2026-11-21)
 MAX_BLOCK_M = 16
-# the codes and constants of a dense weight
+# the arguments `codes` and FORMAT for a dense weight
 _NO_CODES = (None, None, None, None, None)
 _NO_FORMAT = {
     "BLOCKSIZE": 0,
@@ -34,7 +35,7 @@ _NO_FORMAT = {
 
 @triton.jit
 def _load_spans(packed_ptr, codes, flat, mask, FORMAT: tl.constexpr):
-    """Packed bytes [P, Q, SPAN / 2] and scales [P, Q] of spans.
+    """Load the packed bytes [P, Q, SPAN / 2] and the stored scales [P, Q] of spans.
 
     flat [P, Q]: the index, in the flat stack, of the first value of each span.
     """
@@ -55,7 +56,8 @@ def add_product_4bit(
     """acc [BLOCK_M, BLOCK_N] + x W[e]^T.
 
     x_ptrs [BLOCK_M, BLOCK_K]: the first tile of x. cols [BLOCK_N]: the columns of the tile.
-    Strides of the weight count values, not bytes. K_UNIT: whether adjacent values run along K.
+    Strides of the weight count values, not bytes. K_UNIT: whether values
+    that are adjacent in memory lie along K.
     """
     SPAN: tl.constexpr = FORMAT[1]
     offs_k = tl.arange(0, BLOCK_K)
@@ -65,8 +67,8 @@ def add_product_4bit(
         exists = mask_n[:, None]
         span_k = tl.arange(0, BLOCK_K // SPAN)[None, :] * SPAN
     else:
-        # spans [K, N / SPAN]: a span never crosses the gate and up halves, and either all of its
-        # columns exist or none
+        # spans [K, N / SPAN]: a span never crosses from the gate half to the up half, and either
+        # all or none of its columns exist
         n = tl.min(cols.reshape(BLOCK_N // SPAN, SPAN), 1)[None, :]
         exists = tl.max(mask_n.reshape(BLOCK_N // SPAN, SPAN).to(tl.int32), 1)[None, :] > 0
         span_k = offs_k[:, None]
@@ -96,13 +98,13 @@ def add_product_4bit(
 
 
 def decodes_in_kernel(weight: torch.Tensor | QuantizedWeight, block_m: int) -> bool:
-    """Whether the product decodes this weight itself, and nothing has to be decoded before it.
+    """Whether the product decodes this weight itself, so that nothing is decoded before it.
 
-    It does for 4-bit codes, small row tiles, rows of a multiple of 64 values, and where the table
-    has a row.
+    It does if the weight has 4-bit codes, row tiles are small, the stored rows have a multiple of
+    64 values, and the table has a row for it.
 
     Args:
-        block_m: rows of a tile, which follow from the rows an expert has when routing is even.
+        block_m: rows of a tile; depends on the rows that an expert has when routing is even.
     """
     if not isinstance(weight, Codes4bit):
         return False
@@ -115,11 +117,11 @@ def decodes_in_kernel(weight: torch.Tensor | QuantizedWeight, block_m: int) -> b
 def weight_operands(
     weight: torch.Tensor | Codes4bit, blocks: dict, halves: int = 1
 ) -> tuple[tuple, dict]:
-    """(tensors, constexprs) that give a weight, dense or in 4-bit codes, to a linear kernel.
+    """(tensors, constexprs): a linear kernel's arguments for a weight, dense or in 4-bit codes.
 
     Args:
         blocks: the constexprs of the kernel's tiles.
-        halves: 2 where a tile's columns are half gate and half up, which lie apart in memory.
+        halves: 2 if half of a tile's columns are gate and half up, which lie apart in memory.
     """
     if isinstance(weight, torch.Tensor):
         return (weight, *_NO_CODES), _NO_FORMAT

@@ -1,8 +1,8 @@
-"""Launches at the same addresses as before, as one CUDA graph: one call of the host for a dozen.
+"""Replay a sequence of kernel launches as one CUDA graph: one host call instead of a dozen.
 
 In a training loop the allocator hands out the same addresses step after step. A CUDA graph holds
-the addresses it was captured with, so each set of addresses has a graph of its own. At addresses
-that are new, and while somebody else captures a graph, kernels are launched one by one.
+the addresses it was captured with, so each set of addresses has a graph of its own. Kernels are
+launched one by one at new addresses, and while other code captures the current stream.
 """
 
 import logging
@@ -14,12 +14,12 @@ from triton.runtime import driver
 
 logger = logging.getLogger(__name__)
 
-# entries of `_recent`; when it is full, the entry that was not used for longest is dropped. A graph
+# most entries of `_recent`; when it is full, the least recently used entry is dropped. A graph
 # takes 0.13 MiB of device memory (NVIDIA H200, 2026-11-24); a step of 48 layers has 96 graphs
 KEPT = 1024
-# calls at the same addresses before the one that is captured
+# calls at the same addresses before a graph is captured; the next such call captures it
 SIGHTINGS = 2
-# {(the Graphs, addresses): their graph, or how many calls there were}; the latest used is last
+# {(the Graphs, addresses): the graph, or the number of calls so far}; most recently used last
 _recent: "OrderedDict[tuple[Graphs, tuple], torch.cuda.CUDAGraph | int]" = OrderedDict()
 
 
@@ -32,7 +32,7 @@ class Graphs:
     """The graphs of one recorded call, one for each set of addresses.
 
     Attributes:
-        refused: whether launches always go out one by one, because the device is not CUDA or
+        refused: whether kernels are always launched one by one, because the device is not CUDA or
             because a capture failed.
     """
 
@@ -43,17 +43,18 @@ class Graphs:
     def __call__(
         self, addresses: Sequence[int | None], launch: Callable[[int | None], None]
     ) -> None:
-        """launch(handle of the current stream), or the same launches by a graph.
+        """Call launch(handle of the current stream), or replay the same launches as a graph.
 
         Args:
-            addresses: all that `launch` depends on.
+            addresses: addresses that `launch` passes to its kernels. Calls with equal addresses
+                must make the same launches.
         """
         stream = driver.active.get_current_stream(self.device.index)
         if self.refused or torch.cuda.is_current_stream_capturing():
             launch(stream)
             return
         key = self, tuple(addresses)
-        # taken out, and put back as the latest used
+        # removed here, and inserted again below as the most recently used entry
         found = _recent.pop(key, 0)
         if found == SIGHTINGS:
             found = self._captured(launch)
@@ -71,7 +72,7 @@ class Graphs:
             _recent.popitem(last=False)
 
     def _captured(self, launch: Callable[[int], None]) -> torch.cuda.CUDAGraph | None:
-        """A graph of the launches, or None where CUDA refuses to capture them."""
+        """Capture the launches as a graph; return None if CUDA cannot capture them."""
         try:
             graph = torch.cuda.CUDAGraph()
             side_stream = torch.cuda.Stream(self.device)

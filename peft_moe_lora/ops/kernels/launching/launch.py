@@ -1,9 +1,9 @@
-"""Launch a compiled kernel without asking again which one it is.
+"""Launch a kernel that is already compiled, without Triton's own look-up of that kernel.
 
-Triton's own launch binds and specializes some forty arguments in Python each time, which takes
-longer than many of these kernels run (30 to 60 us a launch on a slow host, 2026-11-21). Here the
-operation gives a key. Under a key the first launch, by Triton, leaves its compiled kernel and the
-arguments that never change; later launches find both there.
+At each launch Triton binds and specializes about forty arguments in Python. On a slow host this
+takes 30 to 60 us (2026-11-21), longer than many of these kernels run. Here the operation passes a
+key. The first launch with a key goes through Triton; then the compiled kernel and the arguments
+that never change are stored under the key. Later launches with that key use what is stored.
 """
 
 import threading
@@ -18,13 +18,14 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 Grid = tuple[int, int, int]
-# the arguments after `sizes`, and the constexprs
+# returns (the arguments after `sizes`, the constexprs)
 Rest = Callable[[], tuple[tuple, dict[str, Any]]]
 
 # {(key, device): (compiled kernel, its run method, the arguments after `sizes`)}
 _plans: dict[tuple[tuple, int], tuple[CompiledKernel, Callable, tuple]] = {}
-# state of each thread. `current`: the recording that notes its launches, or None. `ahead`: within
-# `compile_ahead` the launches to compile for, {key: launch}. `bound`: whether it has a CUDA context
+# state of each thread. `current`: the recording of the thread's launches, or None. `ahead`: {key:
+# launch}, the launches whose kernels `compile_ahead` will compile, or None outside of it. `bound`:
+# whether the thread has a CUDA context
 recorder = threading.local()
 
 
@@ -39,27 +40,28 @@ def launch(
 ) -> None:
     """kernel[grid](*descriptors, *tensors, *sizes, *fixed, **constants) on the current device.
 
-    Launch hooks, which profilers set, are not called.
+    Triton's launch hooks, which profilers set, are not called.
 
     Args:
-        key: all that decides which kernel is compiled and what `rest` gives, except the alignment
-            of the tensors.
+        key: all that determines which kernel is compiled and what `rest` returns, except the
+            alignment of the tensors.
         tensors: the first must be a tensor, the others may be None.
-        rest: gives (fixed, constants): the arguments after `sizes`, and the constexprs. Called only
-            where the key has no compiled kernel yet.
+        rest: returns (fixed, constants): the arguments after `sizes`, and the constexprs. It is
+            called only if no compiled kernel is stored under the key.
         sizes: ints that change with the batch; the kernel must not specialize on them.
         descriptors: tensor descriptors or None.
     """
     device = tensors[0].get_device()
     bind(device)
-    # addresses, because for a tensor Triton's launcher would ask the driver
+    # addresses instead of tensors: for a tensor, Triton's launcher would query the driver
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     union = 0
     for pointer in pointers:
         union |= pointer or 0
     aligned = not union & 15
     found = None
-    # for addresses off 16 bytes, which are rare, Triton specializes argument by argument
+    # stored kernels need addresses that are multiples of 16 bytes. In the rare other case Triton
+    # launches, and specializes argument by argument
     if aligned:
         found = _plans.get((key, device))
     ahead = getattr(recorder, "ahead", None)
@@ -83,7 +85,7 @@ def launch(
     fixed, constants = rest()
     operands = (*descriptors, *tensors, *sizes, *fixed)
     compiled = kernel[grid](*operands, **constants)
-    # the interpreter compiles nothing
+    # in the interpreter nothing is compiled, and `compiled` is None
     if compiled is not None and aligned:
         constexprs = [constants[name] for name in kernel.arg_names[len(operands) :]]
         _plans[key, device] = compiled, compiled.run, (*fixed, *constexprs)
@@ -92,9 +94,10 @@ def launch(
 def bind(device: int) -> None:
     """Give this thread a CUDA context, once.
 
-    A thread of torch gets its context with the first call that needs one. Encoding a tensor
-    descriptor needs a context and does not ask for it: without this, a process whose first backward
-    begins with a descriptor fails, because backward runs in a thread of autograd's own.
+    PyTorch creates the context of a thread at its first call that needs one. Encoding a tensor
+    descriptor needs a context too, but does not create it. Autograd runs backward in a thread of
+    its own. Without this function, encoding fails if the first kernel of that thread takes a
+    descriptor.
 
     Args:
         device: index of a CUDA device; negative for a tensor elsewhere, which needs no context.
@@ -107,9 +110,9 @@ def bind(device: int) -> None:
 def compile_ahead(function: Callable, *arguments: Any) -> None:
     """Compile, in parallel threads, all the kernels that function(*arguments) will launch.
 
-    It takes half the seconds of one kernel after the other. The function is called with its
-    launches left out, so it must compose operations of this package and compute nothing else.
-    A kernel that does not compile is passed over: its launch raises the error.
+    This takes half as long as compiling one kernel after another. The function is called, but its
+    launches are skipped; so it must only call operations of this package and compute nothing else.
+    If a kernel does not compile, no error is raised here, but when the kernel is launched.
     """
     recorder.ahead = {}
     try:
@@ -119,8 +122,8 @@ def compile_ahead(function: Callable, *arguments: Any) -> None:
         recorder.ahead = None
     if len(missing) > 1:
         device = arguments[0].get_device()
-        # in a context of its own: after an interruption Triton would otherwise go on sending what
-        # it compiles to the closed pool
+        # in a copy of the context: otherwise, after an interruption, Triton would still submit
+        # compilations to the closed thread pool
         copy_context().run(_compile_at_once, missing, device)
 
 
@@ -132,7 +135,7 @@ def _compile_at_once(launches: list[tuple], device: int) -> None:
         if hasattr(kernel, "result"):
             compiled = kernel.result(ignore_errors=True)
         if compiled is not None:
-            # reading `run` compiles the C function that passes the arguments on
+            # reading `run` compiles the C function that passes the arguments to the kernel
             with torch.cuda.device(device):
                 _ = compiled.run
 
@@ -146,10 +149,10 @@ def _compile_at_once(launches: list[tuple], device: int) -> None:
 
 
 def forget() -> None:
-    """Drop all compiled kernels: needed after a change of the table."""
+    """Drop all stored kernels. Call this after a change of the table of block sizes."""
     _plans.clear()
 
 
 def facts(*tensors: torch.Tensor | None) -> tuple:
-    """dtype and strides of each tensor, for a key."""
+    """(dtype, strides) of each tensor, or None for None; used as a part of a key."""
     return tuple([None if t is None else (t.dtype, t.stride()) for t in tensors])

@@ -1,20 +1,24 @@
-"""Call a composition of operations again by repeating the launches it made before.
+"""Repeat a call of several operations by repeating the kernel launches that it made before.
 
-In such a call the host decides grids, block sizes, which kernels run and where each buffer lies.
-All that follows from the arguments' dtypes, shapes and strides and from plain values; what depends
-on data is decided on the device. So the host decides once for each kind of call:
+In such a call the host chooses the kernels, their grids and block sizes, and the address of each
+buffer. These choices depend only on the arguments' dtypes, shapes and strides and on plain values;
+a choice that depends on data is made on the device. So the host chooses once for each kind of call:
 
-    first call: its kernels are compiled, all in parallel, then it runs as it is
-    second call: it runs, and its allocations and launches are recorded
-    later calls: results and a workspace are allocated, and the recorded launches repeated, by one
-        CUDA graph where the addresses came before: a few microseconds a launch instead of twenty
+    first call: all its kernels are compiled in parallel, then the function runs
+    second call: the function runs, and its allocations and launches are recorded
+    later calls: results and a workspace are allocated, and the recorded launches are repeated.
+        If the same addresses came before, one CUDA graph repeats them.
+
+A repeated launch takes the host a few microseconds instead of twenty.
 
 Legend:
     kind: the function, the device, and each argument's dtype, shape and strides, or its value
-    buffer: memory that was allocated within the recorded call; one that is returned is a result
-    workspace: one allocation that holds the other buffers; those of different times share bytes
-    slot: index of an address in a replayed call: of arguments, then results, then the workspace
-    place: (slot, bytes from its address), or None for an absent tensor
+    buffer: memory that was allocated in the recorded call. If the call returns it, it is a result.
+    workspace: one allocation that holds all other buffers. Buffers that are never used at the same
+        time may share bytes.
+    slot: index into the addresses of a replayed call: first those of the arguments, then of the
+        results, then of the workspace
+    place: (slot, byte offset from its address), or None for a tensor that is None
 """
 
 import logging
@@ -34,9 +38,9 @@ from .table import ceil_div, dot_precision
 
 logger = logging.getLogger(__name__)
 
-# kinds that are kept: with batches of ever new sizes they would pile up
+# most kinds that are kept; without a limit, batches of ever new sizes would add kinds forever
 KINDS = 512
-# bytes that a buffer's address in the workspace is a multiple of
+# a buffer begins at a multiple of this many bytes in the workspace
 _ALIGNMENT = 512
 _ALLOCATIONS = frozenset(
     {
@@ -47,25 +51,25 @@ _ALLOCATIONS = frozenset(
         torch.ops.aten.new_empty_strided.default,
     }
 )
-# operators that compute on dtypes only
+# operators that read dtypes, not data
 _HARMLESS = frozenset({torch.ops.aten.promote_types.default})
-# what is known of a kind: how often it was called, its _Replay, or None where it cannot be replayed
+# {kind: the number of calls so far, or its _Replay, or None if it cannot be replayed}
 _kinds: "dict[tuple, int | _Replay | None]" = {}
 
 
 def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
-    """function(*arguments), on the current device.
+    """Return function(*arguments), computed on the current device, by a replay if possible.
 
     Args:
-        function: composes operations of this package and computes nothing else; returns a tuple of
-            new tensors and of values that follow from the kind of its arguments. A function that
-            does more is found out when it is recorded, and is then always called as it is.
-            Before the first call it is called once more, without its launches.
-        arguments: first a tensor; then tensors, quantized weights, None or hashable values. With a
-            value that is not hashable the function is called as it is.
+        function: calls operations of this package and computes nothing else. It returns a tuple of
+            new tensors, and of values that depend only on the kind of its arguments. If its
+            recording shows that it does more, it is never replayed but always called directly.
+            Before its first call it is called one additional time, and its launches are skipped.
+        arguments: first a tensor; then tensors, quantized weights, None or hashable values. If a
+            value is not hashable, the function is called directly.
     """
     device = arguments[0].get_device()
-    # before the recording, which would take it for a part of the composition
+    # before the recording, which would otherwise record what `bind` does
     launch.bind(device)
     key, tensors = _kind_and_tensors(function, device, arguments)
     try:
@@ -116,7 +120,7 @@ def forget() -> None:
 
 
 class _Origin(NamedTuple):
-    """Where an address lay in the recorded call: so many bytes into an argument or a buffer."""
+    """Where an address lay in the recorded call: `offset` bytes into an argument or a buffer."""
 
     kind: Literal["argument", "buffer"]
     index: int
@@ -124,13 +128,13 @@ class _Origin(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """One launch, with origins of the recorded call or with places of a replayed one.
+    """One launch. Its tensors are origins when it is recorded, and places when it is replayed.
 
     Attributes:
-        run: the compiled kernel's method.
+        run: the compiled kernel's method `run`.
         compiled: the kernel's handle and metadata, and the launch hooks, which are None.
-        descriptors: (origin or place of the tensor, the other fields) each, or None.
-        tensors: the origin or place of each, or None.
+        descriptors: for each, (origin or place of its tensor, its other fields), or None.
+        tensors: for each, its origin or place, or None.
         rest: all arguments after the tensors.
     """
 
@@ -144,7 +148,7 @@ class _Launch(NamedTuple):
 
 @dataclass
 class _Buffer:
-    """Memory that was allocated within the recorded call.
+    """Memory that was allocated in the recorded call.
 
     Attributes:
         first: number of the first launch after its allocation.
@@ -157,14 +161,14 @@ class _Buffer:
 
 
 class _Recording(TorchDispatchMode):
-    """While entered, notes allocations and launches.
+    """A context manager that records allocations and launches.
 
     Attributes:
         failed: why the call cannot be replayed, or None.
         ranges: (index, first address, end) of each argument that has elements.
         buffers: in the order of their allocation.
         current: {address: index of the buffer that lies there now}.
-        launches: with origins.
+        launches: the recorded launches, with origins.
         kernels: the compiled kernels, which a replay must keep alive.
     """
 
@@ -205,7 +209,7 @@ class _Recording(TorchDispatchMode):
         return out
 
     def fail(self, reason: str) -> None:
-        """Note why the call cannot be replayed; the first reason stays."""
+        """Store the reason why the call cannot be replayed; only the first reason is kept."""
         self.failed = self.failed or reason
 
     def add(
@@ -218,7 +222,7 @@ class _Recording(TorchDispatchMode):
         tail: tuple,
         descriptors: Iterable[Any],
     ) -> None:
-        """Note one launch."""
+        """Record one launch."""
         described: list[tuple | None] = []
         for descriptor in descriptors:
             if descriptor is None:
@@ -238,7 +242,7 @@ class _Recording(TorchDispatchMode):
         )
 
     def origin(self, tensor: torch.Tensor) -> _Origin:
-        """Where a tensor's address lies, which from now on the next launch reads or writes."""
+        """The origin of a tensor's address. A buffer counts as used by the next recorded launch."""
         address = tensor.data_ptr()
         storage = tensor.untyped_storage().data_ptr()
         buffer = self.current.get(storage)
@@ -291,7 +295,7 @@ class _Recording(TorchDispatchMode):
         )
 
     def _is_whole(self, tensor: torch.Tensor, origin: _Origin) -> bool:
-        """Whether a tensor is all of a buffer."""
+        """Whether a tensor covers a whole buffer."""
         if origin.kind != "buffer" or origin.offset:
             return False
         return _span(tensor) == self.buffers[origin.index].nbytes
@@ -307,23 +311,23 @@ class _Made(NamedTuple):
 
 @dataclass(frozen=True)
 class _Value:
-    """A result that is no tensor."""
+    """A result that is not a tensor."""
 
     value: object
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """A call that was recorded.
+    """A recorded call that can be replayed.
 
     Attributes:
-        num_arguments: tensors among the arguments.
-        used: the slots of those that kernels read.
-        made: how each result comes about.
-        workspace: its bytes.
-        launches: with places.
+        num_arguments: number of tensors among the arguments.
+        used: slots of the arguments that kernels use.
+        made: for each result, the tensor to allocate, or its value.
+        workspace: size of the workspace in bytes.
+        launches: the recorded launches, with places.
         kernels: the compiled kernels, kept alive because a launch holds only their handles.
-        graphs: of the launches, by addresses.
+        graphs: CUDA graphs of the launches, one for each set of addresses.
     """
 
     num_arguments: int
@@ -336,9 +340,9 @@ class _Replay:
     graphs: graphs.Graphs
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> tuple | None:
-        """The results, or None where an argument's address is off 16 bytes.
+        """The results, or None if an argument's address is not a multiple of 16 bytes.
 
-        The recorded kernels were compiled for addresses that are multiples of 16.
+        The recorded kernels were compiled for such addresses.
         """
         addresses: list[int | None] = [None] * self.num_arguments
         union = 0
@@ -379,7 +383,7 @@ def _placed(
 
     Args:
         result_of: {buffer: number of the result}.
-        offsets: {other buffer: bytes into the workspace}.
+        offsets: {other buffer: its byte offset in the workspace}.
     """
 
     def place(origin: _Origin | None) -> tuple[int, int] | None:
@@ -399,7 +403,7 @@ def _placed(
 
 
 def _used_arguments(launches: list[_Launch], num_arguments: int) -> list[int]:
-    """The slots of the arguments that launches read."""
+    """The slots of the arguments that the launches use."""
     used = set()
     for launched in launches:
         places = [*launched.tensors, *(d and d[0] for d in launched.descriptors)]
@@ -408,7 +412,7 @@ def _used_arguments(launches: list[_Launch], num_arguments: int) -> list[int]:
 
 
 class _Address:
-    """What a tensor descriptor asks its tensor for."""
+    """Takes the place of a descriptor's tensor: it has nothing but an address."""
 
     __slots__ = ("address",)
 
@@ -420,7 +424,7 @@ class _Address:
 
 
 def _fields(descriptor: Any) -> tuple[type, dict[str, Any]]:
-    """A descriptor's class, Triton's or Gluon's, and all its fields but the tensor.
+    """A descriptor's class, Triton's or Gluon's, and all its fields except the tensor.
 
     The tensor is left out because the record must not keep it alive.
     """
@@ -429,7 +433,7 @@ def _fields(descriptor: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _descriptor(kind: type, fields: dict[str, Any], address: int) -> Any:
-    """A descriptor like the recorded one at another address, without repeating its checks."""
+    """A copy of a recorded descriptor at another address; its checks are not repeated."""
     descriptor = object.__new__(kind)
     descriptor.__dict__.update(fields)
     descriptor.base = _Address(address)
@@ -437,7 +441,7 @@ def _descriptor(kind: type, fields: dict[str, Any], address: int) -> Any:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last."""
+    """Number of bytes from the start of a tensor's first element to the end of its last."""
     if not tensor.numel():
         return 0
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -445,16 +449,16 @@ def _span(tensor: torch.Tensor) -> int:
 
 
 def _pack(buffers: list[_Buffer], result_of: dict[int, int]) -> tuple[dict[int, int], int]:
-    """({buffer that is no result: its offset}, bytes of the workspace) of buffers side by side.
+    """Place all buffers that are not results: ({buffer: byte offset}, bytes of the workspace).
 
-    First fit, the largest first. Two buffers share bytes only where the last launch of one comes
-    before the first launch of the other.
+    The largest buffer is placed first, and each at the lowest offset where it fits. Two buffers
+    share bytes only if the last launch of one comes before the first launch of the other.
     """
     offsets: dict[int, int] = {}
     total = 0
     placed: list[tuple[int, int, _Buffer]] = []
     inner = [i for i in range(len(buffers)) if i not in result_of]
-    # equal sizes in a fixed order, the latest allocated first
+    # among buffers of equal size, the one that was allocated last comes first
     for i in sorted(inner, key=lambda i: (buffers[i].nbytes, i), reverse=True):
         buffer = buffers[i]
         nbytes = ceil_div(buffer.nbytes, _ALIGNMENT) * _ALIGNMENT

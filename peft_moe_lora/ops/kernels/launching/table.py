@@ -1,11 +1,12 @@
-"""Which block sizes a kernel runs with: rows of a table, chosen by rule and never searched at run time.
+"""The block sizes of each kernel: rows of a table, chosen by rule; there is no autotuning.
 
-A row serves its operation on its architecture and on newer ones, for its element size, in tiles of
-at least its `block_m` rows. Of the rows that serve, the newest architecture wins, then the largest
-`block_m`. Kernels that use one architecture's own instructions (`EXACT`) run on that one alone.
+A row applies to one operation and one element size, on its architecture and on newer ones, for
+tiles of at least its `block_m` rows. If several rows apply, the row of the newest architecture is
+used, and of these the row with the largest `block_m`. The kernels in `EXACT` use instructions that
+only one architecture has, so their rows apply to that architecture alone.
 
-Compute capability 12.x has as little shared memory as 8.6 and 8.9, 99 KiB a block, and has neither
-the products of 9.0 nor those of 10.0: it takes its own rows and those of 8.x.
+Compute capability 12.x has only 99 KiB of shared memory a block, like 8.6 and 8.9, and has neither
+the matrix instructions of 9.0 nor those of 10.0. So it uses its own rows and those of 8.x.
 """
 
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ class Row:
     """One row of the table.
 
     Attributes:
-        op: the operation's name without "expert_". A name that ends in "_gathered" is used for
-            gathered rows, one that ends in "_short" for a short K; without such a row, the plain
-            name's row serves.
+        op: the operation's name without "expert_". A name that ends in "_gathered" is for gathered
+            rows, and one that ends in "_short" for a short K. If there is no such row, the row of
+            the plain name is used.
         arch: compute capability times ten, 0 for the interpreter.
         itemsize: bytes of one element of x.
-        block_m: rows of a tile, as `block_m_for` chose them.
+        block_m: the row applies to tiles of at least this many rows (`block_m_for`).
         blocks: the kernel's constexprs, and num_warps and num_stages.
         source: machine and date of the measurement.
     """
@@ -57,18 +58,19 @@ _TINY = "small, so that tiny shapes have edges"
 _H200 = "NVIDIA H200, 2026-11-21"
 _H200_22 = "NVIDIA H200, 2026-11-22"
 _H200_24 = "NVIDIA H200, 2026-11-24"
-# GROUP: how many row tiles share a weight tile before the next weight tile is read, for experts of
-# small, middle and large weights (`tiles.tile.EXPERT_BYTES`); None: the row is not for these
+# GROUP: number of row tiles that use a weight tile before the next weight tile is read; one number
+# each for experts with small, middle-sized and large weights (`tiles.tile.EXPERT_BYTES`). None: the
+# row does not apply to such experts
 _BY_2_16 = (2, 2, 16)
 _BY_2_8 = (2, 2, 8)
 # DESCRIPTOR: load the weight by tensor descriptor; PER_SM: programs on each multiprocessor;
-# TAIL: multiply only half a tile where an expert's last tile has no more rows
+# TAIL: compute an expert's last tile with half the rows, if its rows fit into half a tile
 _POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": _BY_2_16}
 _SMALL_PROGRAMS = _POINTERS | {"PER_SM": 4}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
 _TMA_TWICE = _TMA | {"PER_SM": 2}
 _ROLES = _TMA | {"STAGES": 4, "maxnreg": 168}
-# they multiply by wgmma, which only 9.0 has
+# these kernels use wgmma, which only compute capability 9.0 has
 EXACT = frozenset({"linear_roles", "linear_roles_gathered", "shrink_outer", "act_backward_outer"})
 # fmt: off
 TABLE = (
@@ -87,8 +89,8 @@ TABLE = (
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
     _row("combine", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16),
     _row("dequantize", 0, 2, 16, _TINY, 1, 1, BLOCK=512),
-    # 2-byte elements, from 8.0 on: loads by pointers. Where maxnreg is given, the compiler of Triton
-    # 3.6 would otherwise use fewer registers, to fit one more program, and spill
+    # 2-byte elements, from 8.0 on: loads by pointers. Without the maxnreg that some rows give, the
+    # compiler of Triton 3.6 would use fewer registers, for higher occupancy, and spill
     _row("act_backward", 80, 2, 16, _SAFE, 4, 1, BLOCK_M=8, BLOCK_I=256),
     _row("combine", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=1024),
     _row("dequantize", 80, 2, 16, _SAFE, 4, 1, BLOCK=4096),
@@ -97,7 +99,7 @@ TABLE = (
     _row("linear_act", 80, 2, 16, _SAFE, 4, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
     _row("linear", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
     _row("linear_act", 80, 2, 64, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_POINTERS),
-    # many small programs, each of which loads only one tile ahead
+    # many small programs; each loads only one tile ahead
     _row("linear_4bit", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=64, **_SMALL_PROGRAMS),
     _row("linear_act_4bit", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=64, **_SMALL_PROGRAMS),
     _row("linear_4bit", 80, 2, 32, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=32, **_SMALL_PROGRAMS, maxnreg=128),
@@ -123,8 +125,8 @@ TABLE = (
     _row("linear_gathered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=_BY_2_8),
     _row("linear_act", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=True, GROUP=_BY_2_8),
     _row("linear_ordered", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, GROUP=_BY_2_16),
-    # 12 warps start with maxnreg registers a thread; then a warp that loads keeps PRODUCER of them,
-    # and one of the eight that multiply has CONSUMER
+    # all 12 warps start with maxnreg registers a thread. Then the warps that load reduce this
+    # number to PRODUCER, and the eight warps that multiply raise it to CONSUMER
     _row("linear_roles", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=40, CONSUMER=232, GROUP=(1, 12, 16)),
     _row("linear_roles_gathered", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=56, CONSUMER=224, GROUP=(1, 8, None)),
     _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
@@ -136,12 +138,13 @@ TABLE = (
     _row("shrink_outer", 90, 2, 128, _H200_24, 4, 1, ROWS=256, TAIL=64, STAGES=2),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
-    # 2-byte elements, from 10.0 on: sums of its tensor cores pass through registers only at the end
+    # 2-byte elements, from 10.0 on: the tensor cores keep their sums outside of the registers until
+    # the end
     _row("linear", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
     _row("linear_gathered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
     _row("linear_act", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
     _row("linear_ordered", 100, 2, 128, _SAFE, 8, 3, BLOCK_N=128, BLOCK_K=64, **_TMA, GROUP=_BY_2_16),
-    # where the rows of 8.0 would spill
+    # for these operations the rows of 8.0 would spill
     _row("dequantize", 100, 2, 16, _SAFE, 4, 1, BLOCK=2048),
     _row("linear", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
     _row("linear_act", 120, 2, 64, _SAFE, 8, 4, BLOCK_N=128, BLOCK_K=32, **_POINTERS),
@@ -150,7 +153,7 @@ TABLE = (
 
 
 def block_m_for(num_rows: int, num_experts: int, arch: int) -> int:
-    """Rows of a tile: about half of what one expert gets when the routing is even, from 16 to 128."""
+    """Rows of a tile, 16 to 128: about half the rows that an expert has when routing is even."""
     rows = num_rows / num_experts
     if arch == 0:
         return 32 if rows >= 16 else 16
@@ -164,7 +167,7 @@ def block_m_for(num_rows: int, num_experts: int, arch: int) -> int:
 
 
 def _serves(row: Row, op: str, arch: int, itemsize: int, block_m: int) -> bool:
-    """Whether `op` may run by this row."""
+    """Whether the row applies to this operation, architecture, element size and tile."""
     if row.op != op or row.itemsize != itemsize or row.block_m > block_m:
         return False
     # the interpreter has rows of its own
@@ -177,9 +180,9 @@ def _serves(row: Row, op: str, arch: int, itemsize: int, block_m: int) -> bool:
 
 @cache
 def lookup(op: str, arch: int, itemsize: int, block_m: int) -> dict[str, Any] | None:
-    """The blocks of the row that `op` runs by, or None where the table has none.
+    """The blocks of the row that is used for `op`, or None if no row applies.
 
-    Args: as the attributes of `Row`; the interpreter takes the same rows for every itemsize.
+    Args: as the attributes of `Row`. The interpreter uses the same rows for every itemsize.
     """
     if arch == 0:
         itemsize = 2
@@ -193,7 +196,7 @@ def lookup(op: str, arch: int, itemsize: int, block_m: int) -> dict[str, Any] | 
 
 
 def find(op: str, arch: int, itemsize: int, block_m: int) -> dict[str, Any]:
-    """`lookup` of an operation that has no other kernel to run by.
+    """`lookup` for an operation that needs a row, because no other kernel can compute it.
 
     Raises:
         ValueError: if the table has no row for it.
@@ -232,12 +235,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def padded_rank(r: int) -> int:
-    """r as a tile's width: a power of two, at least the 16 that a product of tiles takes."""
+    """r rounded up to a tile's width: a power of two, and at least 16, as `tl.dot` requires."""
     return max(16, power_of_2(r))
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n and 1."""
+    """The smallest power of two that is at least max(n, 1)."""
     return 1 << max(n - 1, 0).bit_length()
 
 

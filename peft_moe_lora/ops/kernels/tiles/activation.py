@@ -1,8 +1,8 @@
 """act = f(gate) * (up + up_shift) and its gradient, computed in fp32 on tiles in registers.
 
-The constexprs KIND, LIMIT, ALPHA and UP_SHIFT are the fields of `Activation`, which is also the
-twin. LIMIT is None where nothing is clamped.
-A new kind of activation is a branch of `_f_and_df` here and one in `Activation`.
+The constexprs KIND, LIMIT, ALPHA and UP_SHIFT are fields of `Activation`, whose methods are the
+twins. LIMIT is None if nothing is clamped. A new kind of activation needs a branch in `_f_and_df`
+and a branch in `Activation`.
 """
 
 import triton
@@ -25,8 +25,9 @@ def _approximate(x, INSTRUCTION: tl.constexpr):
 def _sigmoid(x):
     """1 / (1 + 2^(-x log2 e)) by approximate instructions with a relative error of 2^-22.
 
-    They flush denormals to 0. Triton's exp and division handle denormals by scaling before and
-    after, which made up a quarter of the instructions of an activation's gradient.
+    These instructions flush denormals to 0. Triton's exp and division handle denormals: they scale
+    their operand and then their result, which took a quarter of the instructions of an activation's
+    gradient.
     """
     if INTERPRETED:
         return tl.sigmoid(x)

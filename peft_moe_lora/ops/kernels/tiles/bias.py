@@ -1,4 +1,4 @@
-"""<bias[e], dout[t]> of each row: the part of the down bias in the gradient of a routing weight."""
+"""<bias[e], dout[t]> of each row: what the bias of `down` adds to a routing weight's gradient."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ def bias_times_dout(
     bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
     stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """<bias[e], dout[t]> [M] in fp32 of rows [M]; 0 where `routed` [M] is false.
+    """<bias[e], dout[t]> for each of `rows` [M]: [M] fp32, 0 where `routed` [M] is false.
 
     BLOCK columns of bias [E, H] and dout [T, H] are read at a time.
     """

@@ -1,4 +1,4 @@
-"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, in the memory order of the weight beside it."""
+"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, in the memory order of the weight W."""
 
 import torch
 import triton
@@ -30,15 +30,16 @@ def _cast_kernel(
 
 
 def cast_as_weight(lora_B: torch.Tensor, dtype: torch.dtype, k_unit: bool) -> torch.Tensor:
-    """lora_B in `dtype`, with stride 1 along r where k_unit, else along N.
+    """lora_B in `dtype`, with stride 1 along r if k_unit, else along N.
 
-    If lora_B is so already, it is returned. B is cast in every call: a copy kept for each version
-    of the parameter could go stale, because paged and 8-bit optimizers write through a raw pointer,
-    which leaves the version as it was. The cast moves about 2 % of the bytes of the product.
+    If lora_B already has this dtype and stride, it is returned itself. B is cast in every call,
+    which moves about 2 % of the bytes of the product. A copy that is kept until the parameter's
+    version changes could be out of date: paged and 8-bit optimizers write through a raw pointer,
+    which does not change the version.
 
     Args:
         lora_B: [E, N, r], any strides and float dtype.
-        k_unit: whether the weight [E, N, K] beside it has stride 1 along K.
+        k_unit: whether the weight [E, N, K] of the same product has stride 1 along K.
     """
     E, N, r = lora_B.shape
     contiguous = 1

@@ -1,16 +1,17 @@
 """out[e] = sum over the chunks c of expert e of partial[c]: sums over an expert's rows, in parts.
 
-The rows of each expert are cut into chunks, and a chunk is the work of one program (for each output
-tile). So an expert with most of the rows is the work of many programs. An expert with a single
-chunk is written to the output directly. The programs of other experts write partial sums, and a
-second kernel adds these in a fixed order, without atomics: results are the same in every run.
+The rows of each expert are cut into chunks. For each output tile, one program sums over one chunk.
+So many programs share the rows of an expert that has most of them. If an expert has a single chunk,
+its sums are written to the output directly. For other experts each program writes partial sums, and
+a second kernel adds these in a fixed order, without atomics: results are the same in every run.
 
 Legend:
-    chunk c < E: the first chunk of expert c, whose program finds its rows without a search
-    chunks c >= E: the further chunks, ordered by expert. There are at most E + M // CHUNK chunks
+    chunk c < E: the first chunk of expert c; its program needs no search to find its rows
+    chunks c >= E: all other chunks, ordered by expert. There are at most E + M // CHUNK chunks
         for any routing.
-    CHUNK: most rows of a chunk
-    partial_ptr [max_chunks, small, wide] fp32: the sums of each chunk, of experts with several
+    CHUNK: the largest number of rows of a chunk
+    partial_ptr [max_chunks, small, wide] fp32: the sums of each chunk; used only for experts with
+        several chunks
 """
 
 import torch
@@ -21,18 +22,18 @@ from ...routing import Routing
 from ..launching.launch import launch
 from ..launching.table import ceil_div, power_of_2
 
-# elements of an output tile of one program, which holds this tile of several chunks in registers
+# elements of a program's output tile; a program holds this tile of several chunks in registers
 SUM_ELEMENTS = 128 * 16
-# chunks that are added while the same number is being loaded
+# chunks are added in groups of this size, while the next group is being loaded
 TOGETHER = tl.constexpr(4)
-# programs that keep a large GPU busy: of the kernels that leave partial sums, and of their sum
+# programs that keep a large GPU busy: of a kernel that writes partial sums, and of `sum_chunks`
 PROGRAMS = 1024
 SUM_PROGRAMS = 1024
 
 
 @triton.jit
 def _further_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.constexpr):
-    """Number [E_PADDED] of chunks of each expert after its first."""
+    """[E_PADDED]: for each expert, the number of its chunks after the first."""
     experts = tl.arange(0, E_PADDED)
     start = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     end = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
@@ -54,9 +55,10 @@ def chunk_of(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.con
 
 @triton.jit
 def _parts(partial_ptrs, e, second_chunk, first, chunks, offs_w, WIDE, mask_s, stride_pc):
-    """TOGETHER tiles of partial sums of expert e, from its chunk `first` on; zeros past its last.
+    """Tiles of partial sums of TOGETHER chunks of expert e, from its chunk `first` on.
 
-    second_chunk: number of the expert's second chunk. chunks: how many it has.
+    Past the expert's last chunk, tiles are zero. second_chunk: index of its second chunk in
+    partial. chunks: number of its chunks.
     """
     parts = ()
     for u in tl.static_range(TOGETHER):
@@ -74,12 +76,12 @@ def _sum_chunks_kernel(
     CHUNK: tl.constexpr, E_PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_SMALL: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of wide * tiles of small, E / EXPERTS]: one tile of EXPERTS experts."""
+    """Grid [tiles of wide * tiles of small, E / EXPERTS]: one output tile of EXPERTS experts."""
     first = tl.program_id(1) * EXPERTS
     experts = first + tl.arange(0, EXPERTS)
     starts = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
     ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
-    # where routing is even, most programs end here
+    # if routing is even, most programs return here
     if tl.max(ends - starts, axis=0) <= CHUNK:
         return
     further = _further_chunks(expert_offsets_ptr, E, CHUNK, E_PADDED)
@@ -116,12 +118,13 @@ def chunk_rows(M: int, E: int, tiles: int, block_m: int, arch: int) -> int:
 
     Args:
         M: rows of all E experts.
-        tiles: output tiles, each of which is a program of every chunk.
+        tiles: number of output tiles; every chunk has one program for each of them.
         block_m: lower bound of the result.
-        arch: compute capability times ten; 0 for the interpreter, where small experts, too, are to
-            have several chunks. Elsewhere 256 rows are the least.
+        arch: compute capability times ten. On a GPU the result is at least 256. In the interpreter
+            (0) it may be smaller, so that small experts have several chunks, too.
     """
-    # twice the rows of an expert when routing is even, and of a program when PROGRAMS of them run
+    # even: twice the rows of an expert when routing is even. filling: twice the rows of a program
+    # when PROGRAMS of them run
     even = 2 * ceil_div(M, E)
     filling = 2 * ceil_div(M * tiles, PROGRAMS)
     least = 1
@@ -141,8 +144,8 @@ def sum_chunks(
 
     Args:
         partial: [max_chunks, small, wide] fp32; one of the last two dimensions is contiguous.
-        strides: of out by expert, by small and by wide index.
-        chunk: CHUNK, most rows of a chunk.
+        strides: of out along expert, small and wide.
+        chunk: CHUNK, the largest number of rows of a chunk.
     """
     E = routing.num_experts
     _, SMALL, WIDE = partial.shape

@@ -1,7 +1,7 @@
 """Tensor descriptors of a linear kernel's operands: x [M, K], xa [M, r], W [E, N, K], B [E, N, r].
 
-A descriptor lets the GPU's copy engine load a box of a tensor. It needs an address and strides that
-are multiples of 16 bytes, and a last stride of 1; where an operand has others, no descriptor is
+A descriptor lets the GPU's copy engine (TMA) load a box of a tensor. The address and the strides
+must be multiples of 16 bytes, and the last stride must be 1. For other operands no descriptor is
 made.
 """
 
@@ -13,14 +13,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .cast import cast_as_weight
 
-# (tensor, shape, strides, box) -> descriptor; Triton and Gluon have a class each
+# (tensor, shape, strides, box) -> descriptor; Triton and Gluon each have a class of their own
 Make = Callable[[torch.Tensor, list[int], list[int], list[int]], Any]
 
 
 def make_descriptor(
     t: torch.Tensor, shape: list[int], strides: list[int], box: list[int], make: Make
 ) -> Any | None:
-    """make(t, shape, strides, box), or None where the address or the strides forbid it."""
+    """make(t, shape, strides, box), or None if the address or the strides do not allow it."""
     if strides[-1] != 1 or t.data_ptr() % 16:
         return None
     if any(stride <= 0 or stride * t.element_size() % 16 for stride in strides[:-1]):
@@ -36,13 +36,14 @@ def weight_descriptor(
     block_k: int,
     make: Make = TensorDescriptor,
 ) -> Any | None:
-    """A descriptor of the weight [E, N, K] whose box is one tile, or None where there can be none.
+    """A descriptor of the weight [E, N, K] whose box is one tile, or None if impossible.
 
     Args:
         k_unit: whether the weight has stride 1 along K. If so, the descriptor is 4-D,
-            [E, halves, N / halves, K], and a tile [block_n, block_k]; else it is 3-D, [E, K, N], a
-            tile is [block_k, block_n], and halves must be 1.
-        halves: 2 where a tile has block_n / 2 columns of the gate half and as many of the up half.
+            [E, halves, N / halves, K], and a tile is [block_n, block_k]. If not, the descriptor is
+            3-D, [E, K, N], a tile is [block_k, block_n], and halves must be 1.
+        halves: 2 if a tile has block_n / 2 columns of the gate half and as many of the up half,
+            else 1.
         make: the class of the descriptor, or a function that makes one.
     """
     E, N, K = weight.shape
@@ -77,12 +78,13 @@ def operand_descriptors(
     block_k: int,
     make: Make = TensorDescriptor,
 ) -> tuple | None:
-    """(x, weight, xa, B) as descriptors, None for an absent operand; None if one cannot be made.
+    """Descriptors (x, weight, xa, B), or None if one of them cannot be made.
 
-    B is cast to the dtype of xa, in the memory order of the weight (`cast_as_weight`).
+    An operand that is None has None as its descriptor. B is cast to the dtype of xa, in the memory
+    order of the weight (`cast_as_weight`).
 
     Args:
-        x: None where rows are gathered.
+        x: None if rows are gathered.
         halves: as for `weight_descriptor`.
         rows: rows of a box of x and xa.
         make: as for `weight_descriptor`.

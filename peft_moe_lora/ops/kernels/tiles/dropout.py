@@ -27,14 +27,14 @@ def dropout_mask(seed_ptr, slots, columns, P: tl.constexpr):
     seed = tl.load(seed_ptr).to(tl.uint32)
     row_hash = _mix(slots.to(tl.uint32) ^ seed)
     h = _mix(columns.to(tl.uint32)[None, :] ^ row_hash[:, None])
-    # compared as int64: the type of a literal threshold would depend on its size
+    # compared as int64: Triton would choose the type of a literal threshold by its value
     keep = h.to(tl.int64) >= tl.full((), P * 4294967296.0, tl.float64).to(tl.int64)
     scale: tl.constexpr = 1.0 / (1.0 - P)
     return tl.where(keep, scale, 0.0)
 
 
 def probability_and_seed(dropout: Dropout | None) -> tuple[float, torch.Tensor | None]:
-    """(P, the tensor of seed_ptr) of a dropout; (0.0, None) without one."""
+    """(P, the tensor for seed_ptr); (0.0, None) if dropout is None."""
     if dropout is None:
         return 0.0, None
     return dropout.p, dropout.seed

@@ -1,20 +1,21 @@
 """acc[m, n] = mask * (B[e] xa[m]) + bias[e] + W[e] x[row]: one output tile of one expert.
 
-Shared by `linear` and `linear_act`; other linear kernels use the same order of tiles and tile
-table.
+`linear` and `linear_act` share this code. The other linear kernels use only its tile table and its
+order of tiles.
 
 Legend, of one tile:
     e: the tile's expert
-    rows [BLOCK_M]: rows of xa and of the output; past the expert's last row, that last row again
-    x_rows [BLOCK_M]: rows of x, which are tokens where x is gathered
+    rows [BLOCK_M]: rows of xa and of the output; past the expert's last row, that row is repeated
+    x_rows [BLOCK_M]: rows of x: tokens if x is gathered, else the same as rows
     cols [BLOCK_N]: columns of weight, bias and lora_B
-    HALVES: 2 where a tile holds BLOCK_N / 2 columns of the gate half and as many of the up half
+    HALVES: 2 if a tile holds BLOCK_N / 2 columns of the gate half and as many of the up half
     width: columns of a half       n0: the tile's first column within a half
-    weight_desc: descriptor [E, HALVES, width, K] where K_UNIT, else [E, K, N]; None: pointers
-    codes, FORMAT: as in `decode_4bit`, where weight_ptr points to packed bytes; codes[0] is None
-        for a dense weight
-With dropout the low-rank term is computed first and masked in the accumulator, to which the K loop
-then adds.
+    weight_desc: descriptor [E, HALVES, width, K] if K_UNIT, else [E, K, N]; None if the weight is
+        loaded by pointers
+    codes, FORMAT: as in `decode_4bit`; weight_ptr then points to packed bytes. For a dense weight
+        codes[0] is None.
+With dropout the low-rank term is computed first, and the accumulator is multiplied by the mask.
+Then the bias is added, and the K loop adds W[e] x[row].
 """
 
 from functools import cache
@@ -30,9 +31,9 @@ from ..launching.table import device_facts, lookup
 from .descriptors import weight_descriptor
 from .dropout import dropout_mask
 
-# an expert is small up to the first number of bytes, and large above the second. L2 holds several
-# small experts; it does not hold a large one until all of its row tiles have read it. The table has
-# a GROUP for small, middle-sized and large experts
+# an expert is small up to the first number of bytes, and large above the second. L2 can hold
+# several small experts. A large expert leaves L2 before all of its row tiles have read it. The
+# table has one GROUP each for small, middle-sized and large experts
 EXPERT_BYTES = 12 * 2**20, 32 * 2**20
 # half tiles (TAIL) are used up to this K; with K=7168 they took 7.1 ms instead of 6.5 (NVIDIA H200,
 # 2026-11-21)
@@ -43,8 +44,8 @@ TAIL_MAX_K = 5120
 def position(t, num_tiles, num_n, GROUP: tl.constexpr):
     """(row tile, column tile) of output tile t.
 
-    GROUP consecutive row tiles take the same column tile, so that they share a weight tile in L2,
-    before all of them go on to the next column tile.
+    A group has GROUP consecutive row tiles. First all of its row tiles take one column tile, so
+    that they share a weight tile in L2. Then all of them take the next column tile.
     """
     first = t // (GROUP * num_n) * GROUP
     size = tl.maximum(tl.minimum(num_tiles - first, GROUP), 1)
@@ -88,7 +89,7 @@ def _low_rank_factors(
 ):  # fmt: skip
     """xa [M, BLOCK_R], B [BLOCK_R, N] and the mask [BLOCK_R] of ranks r0 up to r0 + BLOCK_R.
 
-    The mask is false from rank r on, where xa and B are undefined.
+    The mask is false from rank r on; there the values of xa and B are undefined.
     """
     offs_r = r0 + tl.arange(0, BLOCK_R)
     xa_ptrs = xa_ptr + rows.to(tl.int64)[:, None] * stride_xam + offs_r[None, :] * stride_xar
@@ -123,7 +124,7 @@ def tile_product(
     # int64: an expert index times a stride passes 2**31
     e = e.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # factors of rank 16 are loaded before the K loop, which hides the latency, and used after it
+    # factors of rank 16 are loaded before the K loop and used after it: the loop hides the latency
     LATE: tl.constexpr = xa_ptr is not None and P == 0 and R == 16
     BLOCK_R: tl.constexpr = min(R, 32)
     if LATE:
@@ -182,10 +183,12 @@ def tile_product(
 def _blocks(
     op: str, arch: int, itemsize: int, block_m: int, K: int, k_unit: bool, size: int
 ) -> tuple[int, bool, dict] | None:
-    """(programs of a multiprocessor, whether by descriptor, constexprs) of a linear kernel.
+    """(programs a multiprocessor, whether by descriptor, constexprs) of a linear kernel.
+
+    "By descriptor" means that the weight is loaded by a tensor descriptor.
 
     Args:
-        size: 0 for small experts, 1, 2 for large ones (`EXPERT_BYTES`).
+        size: 0, 1 or 2 for small, middle-sized or large experts (`EXPERT_BYTES`).
     Returns: None if the table has no row for this K and these experts.
     """
     row = lookup(op, arch, itemsize, block_m)
@@ -204,6 +207,8 @@ def linear_blocks(
     op: str, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, block_m: int
 ) -> tuple[int, bool, dict] | None:
     """(programs, whether by descriptor, constexprs) of a linear kernel over x and weight [E, N, K].
+
+    "By descriptor" means that the weight is loaded by a tensor descriptor.
 
     Returns: None if the table has no row for them.
     """
@@ -227,7 +232,7 @@ def launch_facts(
 ) -> tuple[int, dict, Any | None]:
     """(programs, constexprs, weight descriptor or None) of a linear kernel over x and weight."""
     found = linear_blocks(op, x, weight, block_m)
-    assert found is not None, f"{op} has no row for compute capability and dtype"
+    assert found is not None, f"the table has no row for {op} on this GPU with this dtype"
     programs, by_descriptor, blocks = found
     descriptor = None
     if by_descriptor:
