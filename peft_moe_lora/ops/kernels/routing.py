@@ -98,7 +98,7 @@ def _place_kernel(
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [blocks + 1 + tile blocks]: one program for each block of slots, one for the offsets, and
+    """Grid [blocks + 1 + tile blocks]: one program for each block of slots, one for the offsets,
     one for each block of table lines.
     """
     pid = tl.program_id(0)
