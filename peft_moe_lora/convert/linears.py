@@ -68,9 +68,10 @@ def _linear(source: Source, path: str, sides: dict[str, str]) -> LinearPair:
     r = source.rank(name)
     scaling = source.scaling(name)
     if len(sides) < 2:
+        (key,) = sides.values()
         raise AdapterError(
-            f"{source.file.path} has {next(iter(sides.values()))}, but lora_A and lora_B are both "
-            "needed; the file is damaged or was filtered."
+            f"{source.file.path} has {key}, but lora_A and lora_B are both needed; the file is "
+            "damaged or was filtered."
         )
     slot = Slot(sides["A"], sides["B"])
     _check_shapes(source, path, slot, r)

@@ -140,7 +140,11 @@ class Adapter:
 
     def adapted_experts(self) -> int:
         """The number of experts with an update, in all modules together."""
-        return sum(len(next(iter(pairs.values())).experts) for pairs in self.experts.values())
+        total = 0
+        for pairs in self.experts.values():
+            first = next(iter(pairs.values()))
+            total += len(first.experts)
+        return total
 
     def noted(self, *notes: str) -> "Adapter":
         """The same adapter with further notes."""

@@ -70,7 +70,8 @@ class Source:
         indices = self.config.get("expert_indices")
         if indices is None:
             return None
-        return tuple(indices.get(get_pattern_key(indices.keys(), path), ()))
+        pattern = get_pattern_key(indices.keys(), path)
+        return tuple(indices.get(pattern, ()))
 
     def num_experts(self, path: str, chosen: tuple[int, ...]) -> int:
         """E of a module whose tensors hold only the chosen experts."""

@@ -63,7 +63,9 @@ def experts(
     """
     _check(hidden_states, top_k_index, top_k_weights, up, down)
     quantized = isinstance(up.weight, QuantizedWeight) or isinstance(down.weight, QuantizedWeight)
-    run = _run_uncompiled if quantized and torch.compiler.is_compiling() else _run
+    run = _run
+    if quantized and torch.compiler.is_compiling():
+        run = _run_uncompiled
     return run(
         hidden_states,
         top_k_index,

@@ -31,7 +31,9 @@ def select_backend(backend: str, device: torch.device) -> str:
                 f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "torch".'
             )
         return "triton"
-    chosen = "torch" if obstacle or device.type != "cuda" else "triton"
+    chosen = "torch"
+    if device.type == "cuda" and not obstacle:
+        chosen = "triton"
     _log_auto(chosen, device.type, obstacle)
     return chosen
 

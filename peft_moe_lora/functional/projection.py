@@ -150,13 +150,16 @@ def rank_of(lora_A: torch.Tensor, num_experts: int, experts: Sequence[int] | Non
     Args:
         lora_A, num_experts, experts: as in `whole_pair`.
     """
-    num_pairs = num_experts if experts is None else len(experts)
-    return lora_A.shape[0] // num_pairs
+    if experts is None:
+        return lora_A.shape[0] // num_experts
+    return lora_A.shape[0] // len(experts)
 
 
 def transposed(weight: torch.Tensor | None) -> torch.Tensor | None:
     """View [E, K, N] of a weight [E, N, K]; None for None."""
-    return None if weight is None else weight.transpose(1, 2)
+    if weight is None:
+        return None
+    return weight.transpose(1, 2)
 
 
 def gradient_like(parameter: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:

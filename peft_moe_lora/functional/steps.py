@@ -46,7 +46,9 @@ def unfused_experts(
     halves = [
         expert_linear(x, half, routing, seed, 0, backend, gather=True) for half in up.halves()
     ]
-    pre = torch.cat(halves, -1) if len(halves) > 1 else halves[0]
+    pre = halves[0]
+    if len(halves) > 1:
+        pre = torch.cat(halves, -1)
     y = expert_linear(activation(pre), down, routing, seed, 1, backend)
     if post_norm is not None:
         y = post_norm(y)
@@ -325,7 +327,9 @@ def _pair(inputs: Inputs, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor
 
 
 def _dropout(inputs: Inputs, plan: Plan) -> Dropout | None:
-    return None if inputs.seed is None else Dropout(plan.dropout_p, inputs.seed)
+    if inputs.seed is None:
+        return None
+    return Dropout(plan.dropout_p, inputs.seed)
 
 
 _linear = differentiable(

@@ -183,7 +183,9 @@ def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, pla
     whole = _of_all_experts(inputs, plan)
     ops = ops_for(plan.backend, inputs.x.device)
     results = Results(*ops.replayed(_forward, *whole, selected.top_k_index, activation, plan))
-    return results._replace(pre=None) if plan.recompute else results
+    if plan.recompute:
+        return results._replace(pre=None)
+    return results
 
 
 def _forward(*values: Any) -> Results:

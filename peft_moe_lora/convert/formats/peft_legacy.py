@@ -47,8 +47,9 @@ def swapped_projections(source: Source, path: str, slots: Mapping[str, Slot]) ->
         return certain
     version = str(source.config.get("peft_version") or "")
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if release != _MIXED and len(set(certain.values())) == 1:
-        return dict.fromkeys(fits, next(iter(certain.values())))
+    ways = set(certain.values())
+    if release != _MIXED and len(ways) == 1:
+        return dict.fromkeys(fits, ways.pop())
     if release and release != _MIXED and not certain:
         return dict.fromkeys(fits, release < _FIRST_RIGHT)
     raise RefusedError(
