@@ -205,7 +205,7 @@ def with_bytes(fp8):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (with_scales_of_no_block, "no block size"),
+        (with_scales_of_no_block, "do not fit block_size"),
         (with_codes_e5m2, "float8_e5m2"),
         (with_bytes, "4-bit codes need scales"),
     ],
