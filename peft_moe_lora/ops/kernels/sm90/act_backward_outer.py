@@ -1,4 +1,4 @@
-"""dpre, dw, yb, dB and dA of a gated activation, in one reading of draw and of pre:
+"""dpre, dw, yb, dB and dA of a gated activation, by one kernel that reads draw and pre once:
 
     act = activation(pre), which is never stored
     dpre = activation.backward(pre, w * draw)
@@ -7,21 +7,24 @@
     dB[e] = sum over the rows m of e of dpre[m] xa[m]^T
     dA[e] = sum over the rows m of e of w[m] * right[m] act[m]^T
 
-A program has a panel of 128 columns of act and walks over the rows of a chunk, 64 a step, with its
-part of dB and dA in registers. What its columns give of yb and dw it stores; `sum_panels` adds the
-panels. A step has four quarters of 32 rows and 64 columns. Each thread copies, with cp.async, just
-the elements that it will compute on: the copies of the next two quarters run while one is computed,
-without a barrier. What was computed goes to shared memory, where wgmma reads it after the fourth
-quarter. Two programs share a multiprocessor, so that one computes while the other multiplies. 0.59
-to 0.77 of the time of the operations it replaces (NVIDIA H200, 2026-11-24; docs/performance.md).
+A program has a panel of 128 columns of act. It loops over the rows of a chunk, 64 rows a step, and
+holds its part of dB and dA in registers. It stores partial sums of yb and dw over its columns;
+`sum_panels` adds those of all panels. A step has four quarters of 32 rows and 64 columns. Each
+thread copies, with cp.async, exactly the elements that it will compute on. So the copies of the
+next two quarters run while one quarter is computed, and no barrier is needed. The computed values
+are written to shared memory, and wgmma reads them after the fourth quarter. Two programs share a
+multiprocessor, so that one computes while the other multiplies. The kernel takes 0.59 to 0.77 of
+the time of the operations that it replaces (NVIDIA H200, 2026-11-24; docs/performance.md).
 
 Legend: chunks as in `tiles.chunks`
-    quarter 2 * c + h of a step: columns from 64 * c of the panel, rows from 32 * h of the step
-    sides: the two blocks of 64 columns of pre that a quarter's 64 columns of act come from: gate
-        and up; where these are interleaved, the pairs of the first 32 columns and of the last 32
+    quarter 2 * c + h of a step: 64 columns from column 64 * c of the panel on, and 32 rows from row
+        32 * h of the step on
+    sides: the two blocks of 64 columns of pre from which a quarter's 64 columns of act are
+        computed. They are the gate and the up columns. If these are interleaved, they are the
+        (gate, up) pairs of the first 32 columns and of the last 32 columns.
     partial_yb_ptr [panels, M, r], partial_dw_ptr [2 * panels, M] fp32
-    partial_A_ptr [max_chunks, I, r], partial_B_ptr [max_chunks, N, r] fp32: sums of the chunks of
-        experts that have several
+    partial_A_ptr [max_chunks, I, r], partial_B_ptr [max_chunks, N, r] fp32: the sums of each chunk;
+        used only for experts with several chunks
 """
 
 import torch
@@ -50,30 +53,31 @@ REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 ROWS = gl.constexpr(64)
 HALF = gl.constexpr(32)
 COLS = gl.constexpr(HALF_PANEL)
-# a quarter's elements by eight warps: each thread has eight in a row
+# layout of a quarter over eight warps: each thread has eight adjacent elements of a row
 BY_ELEMENTS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-# columns of act whose gate and up are a side of pairs: eight elements of pre are four of act
+# columns of act in a side of (gate, up) pairs: eight elements of pre give four of act
 PAIRS = gl.constexpr(32)
 BY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
-# rank-r rows: eight ranks a thread, and the same as four int32 of two ranks each
+# layouts of rank-r rows: eight ranks a thread, also as four int32 that hold two ranks each
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [8, 1], [1, 0]))
 BY_EIGHT_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [16, 2], [8, 1], [1, 0]))
-# B: four ranks a thread
+# layout of B: four ranks a thread
 BY_FOUR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
 BY_ROW = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
-# quarters whose copies are in flight or that are computed
+# pipeline stages: two quarters whose copies are in flight, and one that is computed
 STAGES = gl.constexpr(3)
 STAGED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-# sums of wgmma: both groups of four warps have all rows, and 8 of the 16 ranks each
+# layout of wgmma's sums: each of the two groups of four warps has all rows and 8 of the 16 ranks
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 8, 16]))
 
 
 @gluon.jit
 def _opaque_zero(n):
-    """0, hidden from the compiler.
+    """0, but the compiler does not know that.
 
-    Addresses that it could compute before the loop it would hold in registers, for all products.
+    If it knew, it would compute the addresses for all products before the loop, and hold them in
+    registers.
     """
     return gl.inline_asm_elementwise(
         "mov.b32 $0, 0;", "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1
@@ -82,7 +86,7 @@ def _opaque_zero(n):
 
 @gluon.jit
 def _split_pairs(pairs, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    """The 16-bit elements of int32 that hold two each."""
+    """Split int32 elements that hold two 16-bit elements each."""
     low = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
     return gl.convert_layout(gl.join(low, high).reshape(shape), layout, assert_trivial=True)
@@ -95,7 +99,7 @@ def _load_quarter(
 ):  # fmt: skip
     """Start the copies of both sides and draw of a quarter into stage s.
 
-    left: rows of the chunk from the first row of the step on.
+    left: number of rows of the chunk from the first row of the step on.
     """
     exists = col + c * COLS < I
     mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS)) < left)[:, None] & exists
@@ -117,10 +121,10 @@ def _activate_side(
     staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Activation and its gradient, of a side of interleaved gate and up.
+    """Compute act and dpre of a side of interleaved gate and up.
 
     Stores dpre, and puts dpre and act into shared memory for wgmma.
-    Returns: act * draw [HALF, PAIRS], whose sums over columns are dw.
+    Returns: act * draw [HALF, PAIRS], whose sums over the columns are a part of dw.
     """
     dtype: gl.constexpr = staged_pre.dtype
     gate, up = staged_pre.load(BY_ELEMENTS).reshape([HALF, PAIRS, 2]).split()
@@ -145,7 +149,7 @@ def _activate_quarter(
     side0_smem, side1_smem, act_smem, INTERLEAVED: gl.constexpr,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Activation and its gradient, of a quarter in stage s.
+    """Compute act and dpre of the quarter in stage s.
 
     Stores dpre and the quarter's part of dw, and puts dpre and act into shared memory for wgmma.
     """
@@ -189,7 +193,7 @@ def _activate_quarter(
 
 @gluon.jit
 def _load_ranks(ptrs, left, r):
-    """The rank-r rows of a step, as int32 of two elements each."""
+    """Load the rank-r rows of a step, as int32 that hold two elements each."""
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, BY_EIGHT_PAIRS))
     pairs = gl.arange(0, RANKS // 2, gl.SliceLayout(0, BY_EIGHT_PAIRS))
     return gl.load(ptrs, mask=(rows < left)[:, None] & (pairs < r // 2)[None, :], other=0)
@@ -197,7 +201,7 @@ def _load_ranks(ptrs, left, r):
 
 @gluon.jit
 def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk):
-    """Rows `first` up to first + 64 of an expert's B [N, r]; zeros unless `inside`."""
+    """Load rows `first` up to first + 64 of an expert's B [N, r]; zeros unless `inside`."""
     offs_n = first + gl.arange(0, COLS, gl.SliceLayout(1, BY_FOUR))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_FOUR))
     ptrs = (
@@ -210,7 +214,7 @@ def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk):
 
 @gluon.jit
 def _store_sums(out_ptrs, acc, first, inside, r, stride_k, stride_r):
-    """Store the sums [64, RANKS] of columns `first` up to first + 64, where they are `inside`."""
+    """Store the sums [64, RANKS] of columns `first` up to first + 64, if `inside`."""
     offs_k = first + gl.arange(0, COLS, gl.SliceLayout(1, SUMS))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
     ptrs = (
@@ -253,7 +257,7 @@ def _reinterpreted(smem, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.co
 def _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at):
     """yb [ROWS, RANKS] of a step, and the sums of dB and dA with the step's products added.
 
-    at: 0, as `_opaque_zero` gives it.
+    at: the 0 of `_opaque_zero`.
     """
     dB00, dB01, dB10, dB11, dA0, dA1 = sums
     side00 = halves0.index(at)
@@ -293,7 +297,7 @@ def _act_backward_outer_kernel(
 ):  # fmt: skip
     """Grid [max_chunks * PANELS].
 
-    The sums of an expert of one chunk, or without rows, are written to dA and dB directly.
+    The sums of an expert with one chunk or without rows are written to dA and dB directly.
     """
     dtype: gl.constexpr = pre_ptr.dtype.element_ty
     chunk = gl.program_id(0) // PANELS
@@ -334,7 +338,7 @@ def _act_backward_outer_kernel(
     sides0 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     sides1 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     acts = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
-    # the same memory, as [64, 64] of each half of the panel
+    # the same memory, viewed as [64, 64] for each half of the panel
     shape: gl.constexpr = [2, ROWS, COLS]
     halves0 = _reinterpreted(sides0, dtype, shape, WIDE)
     halves1 = _reinterpreted(sides1, dtype, shape, WIDE)
@@ -379,7 +383,7 @@ def _act_backward_outer_kernel(
     )
 
     zeros = gl.zeros([COLS, RANKS], gl.float32, SUMS)
-    # of dB at columns n00, n01, n10 and n11, of dA at col and col + 64
+    # sums of dB at columns n00, n01, n10 and n11, and of dA at columns col and col + 64
     sums = zeros, zeros, zeros, zeros, zeros, zeros
     s = zero
     for step in range(gl.cdiv(end - start, ROWS)):
@@ -390,8 +394,8 @@ def _act_backward_outer_kernel(
         )
         step_xa = _load_ranks(xa_pairs + ranks, left, r)
         step_right = _load_ranks(right_pairs + ranks, left, r)
-        # a last step of at most 32 rows computes two quarters; the others still hold rows of the
-        # step before, which the zeros of xa and right leave out of the sums
+        # a last step of at most 32 rows computes two quarters. The other two still hold rows of the
+        # previous step; they add nothing to the sums, because their rows of xa and right are zeros
         quarters = gl.where((step > 0) & (left <= HALF), 2, 4)
         for j in range(quarters):
             h = j // 2
@@ -401,7 +405,7 @@ def _act_backward_outer_kernel(
             _load_quarter(
                 staged, ahead, draw_ptrs, pre_ptrs, left, h + 1, c, col, I, stride_prem, INTERLEAVED
             )
-            # a thread computes on what it copied itself, so it waits for no other
+            # a thread computes only on elements that it copied itself, so no barrier is needed
             async_copy.wait_group(2)
             q = 2 * c + h
             _activate_quarter(
@@ -413,12 +417,12 @@ def _act_backward_outer_kernel(
         weighted *= ws_flat.load(gl.SliceLayout(1, BY_EIGHT))[:, None]
         xa.index(0).store(_split_pairs(step_xa, dtype, [ROWS, RANKS], BY_EIGHT))
         right.index(0).store(weighted.to(dtype))
-        # wgmma sees what all threads wrote before
+        # make the values that all threads wrote visible to wgmma
         fence_async_shared()
         barrier()
         ws_flat.store(next_w.to(gl.float32))
         yb, sums = _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at)
-        # the products have read what the next step replaces
+        # all products have read their operands, so the next step may overwrite them
         barrier()
         gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < r)[None, :])
         left -= ROWS
@@ -471,8 +475,8 @@ def act_backward_outer(
     Args:
         blocks: constexprs of the table's row.
         rows: no field is None.
-    Returns: dpre [M, N], yb [M, r], d_top_k_weights [T, top_k] fp32; None where the activation, the
-        rank, strides or alignment forbid it, and then nothing is written.
+    Returns: dpre [M, N], yb [M, r], d_top_k_weights [T, top_k] fp32; None if the activation, the
+        rank, strides or alignment do not allow it, and then nothing is written.
     """
     right = rows.down_yb.contiguous()
     xa = rows.xa.contiguous()

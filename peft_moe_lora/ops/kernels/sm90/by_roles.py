@@ -1,4 +1,4 @@
-"""`linear_roles`, where the table has a row for it and this Triton the Gluon it is written in."""
+"""Run `linear_roles` if the table has a row for it and Triton has the Gluon functions it needs."""
 
 import torch
 
@@ -20,7 +20,10 @@ def by_roles(
     activation: Activation | None = None,
     act: torch.Tensor | None = None,
 ) -> bool:
-    """Whether `linear_roles` did the product; its arguments are those of that launcher."""
+    """Compute the product by `linear_roles` if possible; return whether it was computed.
+
+    The arguments are those of the launcher `linear_roles`.
+    """
     op = "linear_roles"
     if gather:
         op = "linear_roles_gathered"

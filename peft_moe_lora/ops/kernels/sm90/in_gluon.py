@@ -1,7 +1,7 @@
-"""The launchers of the kernels in Gluon, where the installed Triton has what they need.
+"""Import the launchers of the Gluon kernels, if the installed Triton has what they need.
 
 Gluon is Triton's lower-level language: a kernel names its layouts, its shared memory and its
-barriers. It is experimental, and names of it change between versions of Triton.
+barriers. It is experimental: its names change between versions of Triton.
 """
 
 import logging
@@ -11,7 +11,7 @@ from importlib import import_module
 
 logger = logging.getLogger(__name__)
 
-# {module: names of it that the kernels use}; of "a|b" one is enough, `pieces` takes either
+# {module: its names that the kernels use}. "a|b": one of the two is enough; `pieces` uses either
 NEEDED = {
     "triton.experimental.gluon": "jit",
     "triton.experimental.gluon.language": """
@@ -34,7 +34,7 @@ NEEDED = {
 
 
 def missing() -> str | None:
-    """What the installed Triton lacks of what the kernels need, in words; None if nothing."""
+    """What the kernels need and Triton does not have, in words: the first find, or None."""
     for module, names in NEEDED.items():
         try:
             found = import_module(module)
@@ -48,15 +48,15 @@ def missing() -> str | None:
 
 @cache
 def in_gluon(name: str) -> Callable | None:
-    """The launcher `name` of the module of that name, or None where Triton lacks what it needs.
+    """The launcher `name` of the module `name`, or None if Triton does not have what it needs.
 
-    Any error in importing that module is a mistake in it, and is raised.
+    An error while that module is imported is a bug of the module, and is raised.
     """
     lacking = missing()
     if lacking is not None:
         logger.warning(
-            "a layer takes up to 15 %% longer on compute capability 9.0 without %s, which needs "
-            "Gluon as Triton 3.6 to 3.9 have it: %s.",
+            "a layer takes up to 15 %% longer on compute capability 9.0 without %s. This kernel "
+            "needs Gluon as in Triton 3.6 to 3.9, but here: %s.",
             name,
             lacking,
         )

@@ -1,28 +1,29 @@
 """y[m] = W[e] x[row] + bias[e] + B[e] xa[m], and act[m] = activation(y[m]): warp-specialized.
 
-A persistent kernel whose warps have different roles: one or four load (`linear_roles_load`), eight
-multiply and store (`linear_roles_store`). So the next tile is loaded while this one is stored. The
-low-rank term is more steps of the K loop, as in `linear_ordered`, but such a step multiplies only
-the ranks that there are: at r = 16 it takes 16 of the 64 columns. The kernel takes 0.87 to 1.03 of
-the time of those that run elsewhere (NVIDIA H200, 2026-11-21; docs/performance.md).
+A persistent kernel. One or four of its warps load (`linear_roles_load`), and eight warps multiply
+and store (`linear_roles_store`). So the next tile is loaded while this tile is stored. The low-rank
+term is computed in additional steps of the K loop, as in `linear_ordered`. But such a step
+multiplies only the columns that r needs: 16 of 64 at r = 16. The kernel takes 0.87 to 1.03 of the
+time of the kernels for other GPUs (NVIDIA H200, 2026-11-21; docs/performance.md).
 
 Legend, of one program (its sizes are in `linear_roles_tile`):
-    half: 64 rows of a tile of 128 rows, 256 columns. Each half belongs to one consumer: four warps,
-        which have its sums in registers, acc [64, 256].
-    tail: up to 32 rows of the same expert behind a full tile, if that is all that the next line of
-        the tile table has. They are multiplied with the tile: in a tile of their own they would
-        read the weight once more, for at most a quarter of a tile's rows. wgmma takes 64 rows at a
-        time, but columns by eights, so here the weight's columns are the rows of the product. Of
-        these each consumer has 64 from the left half of the tile's columns and 64 from the right:
-        left and right, [64, 32] each.
-    HALVES: 2 where a tile holds the same 128 columns of a gate half and of an up half, else 1
+    half: 64 of the 128 rows of a tile, with its 256 columns. Each half belongs to one consumer:
+        four warps, which hold its sums acc [64, 256] in registers.
+    tail: up to 32 rows of the same expert after a full tile, if the next line of the tile table has
+        no more rows than these. They are multiplied together with the full tile, because a tile of
+        their own would load the weight again for at most a quarter of a tile's rows. wgmma always
+        computes 64 rows, but any multiple of 8 columns. So the product of a tail is transposed: its
+        rows are the weight's columns. Each consumer computes 64 from the left half of the tile's
+        columns and 64 from the right half: left and right, [64, 32] each.
+    HALVES: 2 if a tile holds the same 128 columns of a gate half and of an up half, else 1
     step: 64 columns of x or of xa; the operands of each step are one stage of a pipeline
-    stages: (rows, columns, full, empty), all of the pipeline
+    stages: (rows, columns, full, empty), the buffers and mbarriers of the pipeline
         rows: halves [2 * STAGES, 64, 64] and tails [STAGES, 32, 64] of x or xa
-        columns: of the weight or of B, [STAGES, 256, 64] where K_UNIT, else [STAGES, 64, 256]
+        columns: of the weight or of B, [STAGES, 256, 64] if K_UNIT, else [STAGES, 64, 256]
         full, empty: mbarriers, as in `pipeline`
-    messages: the pipeline by which the warps that load announce each output tile: (expert, first
-        row, end of the rows and the tail, column tile); expert -1: no more tiles
+    messages: the pipeline through which the warps that load send each output tile to the consumers:
+        (expert, first row, end of the rows and the tail, column tile). Expert -1 means that there
+        are no more tiles.
 """
 
 import torch
@@ -62,12 +63,12 @@ def _multiply_step(
     acc, left, right, stages, step, continued, HALF: gl.constexpr, TAIL: gl.constexpr,
     WIDTH: gl.constexpr, COPIED: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Add the products of a step's first WIDTH columns of x, and release the step before.
+    """Add the products of a step's first WIDTH columns of x, and release the previous step's stage.
 
     Args:
         acc: sums of a half. left, right: sums of a tail, used with TAIL.
-        continued: whether the step before is one of this tile.
-        COPIED: whether threads wrote the rows, not TMA: then a fence makes them visible to wgmma.
+        continued: whether the previous step belongs to the same tile.
+        COPIED: whether threads copied the rows, not TMA. Then a fence makes them visible to wgmma.
     Returns: acc, left, right, the number of the next step.
     """
     rows, columns, full, empty = stages
@@ -85,7 +86,7 @@ def _multiply_step(
     if K_UNIT:
         weight = weight.permute([1, 0])
     acc = warpgroup_mma(x, weight, acc, is_async=True)  # [M, K] @ [K, N] -> [M, N]
-    # waiting for all but this step's products: these stay in flight
+    # below, wait for the previous step's products; this step's products stay in flight
     if TAIL:
         tail = tail.permute([1, 0])
         # [N, K] @ [K, M] -> [N, M]
@@ -107,7 +108,7 @@ def _consume(
     K_UNIT: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
     LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that multiply and store one half of every tile, until there are no more tiles."""
+    """In four warps: multiply and store one half of every tile, until there are no more tiles."""
     y, act, bias = output
     bias_ptr, stride_biase, stride_biasn = bias
     full = stages[2]
@@ -116,7 +117,7 @@ def _consume(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BOX_M.value, 16])
     k_steps = gl.cdiv(K, BLOCK_K)
-    # how many steps and messages there were
+    # numbers of steps and of messages so far
     step = 0
     message = 0
     e, first_row, end, n = receive(messages, message)
@@ -126,7 +127,7 @@ def _consume(
         first_row += HALF * HALF_M
         if first_row < end:
             if bias_ptr is not None:
-                # loaded before the K loop, which hides the latency; two columns a thread
+                # loaded before the K loop, so that it hides the latency; two columns a thread
                 j = gl.arange(0, BLOCK_N, gl.BlockedLayout([2], [32], [4], [0]))
                 in_half = n * WIDTH + j % WIDTH
                 cols = j // WIDTH * (N // HALVES) + in_half
@@ -136,8 +137,8 @@ def _consume(
             acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, layout)
             left = gl.zeros([64, BOX_M], gl.float32, tail_layout)
             right = gl.zeros([64, BOX_M], gl.float32, tail_layout)
-            # a K loop without a tail and one with it, one of which has no iterations: with a branch
-            # within a loop, products would not stay in flight
+            # one K loop without a tail and one with it; one of the two has no iterations. In a
+            # single loop with a branch, products would not stay in flight
             for TAIL in gl.static_range(2 if TAILS else 1):
                 runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
                 for i in range(k_steps * runs):
@@ -166,7 +167,7 @@ def _consume(
                 acc, y, act, box, first_row, end, n, N, HALVES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT
             )
         else:
-            # this half has no rows and nothing was loaded for it: pass its steps over
+            # this half has no rows, and nothing was loaded for it: release its stages at once
             for _ in range(k_steps + R_STEPS):
                 wait_full(full, step, STAGES)
                 mbarrier.arrive(empty.index(stage_of(step, STAGES)))
@@ -185,10 +186,12 @@ def _linear_roles_kernel(
     CONSUMER: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr,
     LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Persistent grid. PRODUCER and CONSUMER: registers of a thread that loads, that multiplies."""
+    """Persistent grid. PRODUCER, CONSUMER: registers of a thread that loads, and of one that
+    multiplies.
+    """
     gl.static_assert(BLOCK_M == 2 * HALF_M)
     HALVES: gl.constexpr = 2 if GATED and not INTERLEAVED else 1
-    # no tails if the activation needs their registers: ungated, or erf of interleaved pairs
+    # no tails if the activation needs the registers: if it is ungated, or gelu of interleaved pairs
     TAILS: gl.constexpr = KIND is None or (GATED and not (INTERLEAVED and KIND == "gelu"))
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], WIDE)
@@ -196,10 +199,10 @@ def _linear_roles_kernel(
     columns = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], WIDE
     )
-    # a box for each consumer to store by
+    # each consumer stores through a box of its own
     box0 = gl.allocate_shared_memory(dtype, [HALF_M, 64], WIDE)
     box1 = gl.allocate_shared_memory(dtype, [HALF_M, 64], WIDE)
-    # arrivals that make a stage full: one for TMA and, where rows are gathered, one of each thread
+    # arrivals that make a stage full: one for TMA and, if rows are gathered, one of each thread
     full, empty = make_barriers(STAGES, 129 if GATHER else 1, 2)
     stages = (row_halves, row_tails), columns, full, empty
     messages = make_messages(2)
@@ -238,16 +241,16 @@ def _linear_roles_kernel(
 def _descriptor(
     t: torch.Tensor, shape: list[int], strides: list[int], box: list[int]
 ) -> TensorDescriptor:
-    """A descriptor whose boxes have the shared-memory layout that wgmma takes."""
+    """A descriptor whose boxes have the shared-memory layout that wgmma needs."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(box))
     return TensorDescriptor(t, shape, strides, box, layout)
 
 
 def _output_descriptor(y: torch.Tensor, parts: int) -> TensorDescriptor | None:
-    """A descriptor that stores chunks [64, 64] of y [M, N]; None where its address forbids.
+    """A descriptor to store chunks [64, 64] of y [M, N], or None if address or strides forbid it.
 
     Args:
-        parts: N is cut in so many parts, past whose ends a box stores nothing.
+        parts: number of parts into which N is cut. Past the end of a part, a box stores nothing.
     """
     M, N = y.shape
     box = [1, HALF_M.value, 64]
@@ -264,9 +267,9 @@ def _descriptors(
     activation: Activation | None,
     act: torch.Tensor | None,
 ) -> tuple | None:
-    """Descriptors of x, weight, xa, B, y and act, or None if one of them cannot be made.
+    """Descriptors (x, weight, xa, B, y, act), or None if one of them cannot be made.
 
-    None stands for gathered x and for what is absent.
+    In the tuple, None stands for x if it is gathered, and for a tensor that is None.
     """
     parts = 1
     if activation is not None:
@@ -289,7 +292,7 @@ def _descriptors(
 
 
 def _low_rank_steps(xa: torch.Tensor | None) -> tuple[int, int]:
-    """Number of steps of the low-rank term, and the columns that each of them multiplies."""
+    """(steps of the low-rank term, columns that each of these steps multiplies)."""
     r = 0
     if xa is not None:
         r = xa.shape[1]
@@ -317,17 +320,16 @@ def linear_roles(
     activation: Activation | None = None,
     act: torch.Tensor | None = None,
 ) -> bool:
-    """`expert_linear` without dropout into y, or `expert_linear_act` into y and act.
+    """Write `expert_linear` without dropout into y, or `expert_linear_act` into y and act.
 
     Args:
-        programs, blocks: as `tile.linear_blocks` gives them.
+        programs, blocks: as `tile.linear_blocks` returns them.
         x: [M, K] rows in expert order, or [T, K] tokens with gather.
         weight: [E, N, K]. bias: [E, N]. xa: [M, r], with lora_B [E, N, r].
         routing: with tiles.
         y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles.
-        act: [M, I], as y.
-    Returns: whether it was done; not where strides or alignment forbid TMA, and then nothing is
-        written.
+        act: [M, I], like y; None without an activation.
+    Returns: whether y was written. If strides or alignment do not allow TMA, nothing is written.
     """
     if gather and not _gathers(x):
         return False
@@ -341,7 +343,7 @@ def linear_roles(
         constants |= NO_ACTIVATION
     else:
         constants |= activation_constants(activation)
-    # ordered rows are read by their descriptor
+    # rows in expert order are loaded by descriptor
     x_and_tokens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     stride_xm = 0
     if gather:

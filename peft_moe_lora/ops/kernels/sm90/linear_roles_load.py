@@ -1,6 +1,6 @@
 """The warps of `linear_roles` that load: they take output tiles and fill the pipeline.
 
-Rows in expert order and the weight's columns are copied in TMA boxes, which one thread starts.
+Rows in expert order and the weight's columns are copied in TMA boxes; one thread starts each copy.
 Gathered rows are copied one by one with cp.async, by the 128 threads of four warps.
 """
 
@@ -28,7 +28,7 @@ from .pipeline import send, stage_of, wait_empty
 def _tile_rows(tiles_ptr, tile, TAILS: gl.constexpr):
     """(expert, first row, end) of a tile.
 
-    With TAILS a tile's rows include its tail, and the line of the tail itself has no rows left.
+    With TAILS a tile's rows include its tail. The tail's own line of the table then has no rows.
     """
     e, first_row, end = table_line(tiles_ptr, tile)
     if TAILS:
@@ -59,7 +59,7 @@ def _load_boxes(
 ):  # fmt: skip
     """Start the copies of `steps` steps whose rows lie in expert order.
 
-    Boxes without rows are left out.
+    Boxes without rows are not copied.
     Returns: the number of the next step.
     """
     rows, columns, full, empty = stages
@@ -79,7 +79,7 @@ def _load_boxes(
         )  # fmt: skip
         _load_columns(columns_desc, columns, filled, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
         if GATHER:
-            # the mbarrier counts an arrival of each of 128 threads, which copy nothing in this step
+            # the mbarrier expects 128 threads to arrive, also in this step where they copy nothing
             async_copy.mbarrier_arrive(filled, increment_count=False)
         step += 1
     return step
@@ -89,7 +89,7 @@ def _load_boxes(
 def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, ROWS: gl.constexpr):
     """Pointers [ROWS, BLOCK_K] to the first columns of gathered rows.
 
-    Rows past the expert's last are the last row again.
+    Past the expert's last row, that row is repeated.
     """
     offs_m = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS)), end - 1)
     tokens = gl.load(row_token_ptr + offs_m).to(gl.int64)
@@ -137,11 +137,11 @@ def produce(
     TAILS: gl.constexpr, GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr,
     K_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Take output tiles from the queue until it is empty; announce each and load its steps.
+    """Take output tiles from the queue until it is empty; announce each tile and load its steps.
 
-    The queue is a counter in memory. It keeps programs at tiles that are near each other, which
-    share the weight's columns in L2; which program computes a tile differs from run to run, the
-    result does not.
+    The queue is a counter in global memory. Programs that take their tiles from it compute tiles
+    near each other at the same time, and share the weight's columns in L2. Which program computes a
+    tile differs from run to run, but the result is the same.
     """
     x_desc, weight_desc, xa_desc, lora_B_desc = operands
     WARPS: gl.constexpr = 4 if GATHER else 1
@@ -149,7 +149,7 @@ def produce(
     num_tiles = table_size(tiles_ptr, lines)
     num_n = gl.cdiv(N, BLOCK_N)
     total = num_tiles * num_n
-    # how many steps and messages there were
+    # numbers of steps and of messages so far
     step = 0
     message = 0
     t = gl.program_id(0)
@@ -176,7 +176,7 @@ def produce(
                     HALVES, K_UNIT, STAGES,
                 )  # fmt: skip
         taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        # every tile adds 1; the last addition sets the counter back to 0 for the next kernel
+        # every tile adds 1; after the last addition the counter is reset to 0 for the next kernel
         if taken == total - 1:
             gl.store(counter_ptr, 0)
         t = gl.num_programs(0) + taken

@@ -1,13 +1,13 @@
-"""The epilogue of `linear_roles`: a consumer's sums go to y, and their activation to act.
+"""The epilogue of `linear_roles`: store a consumer's sums to y, and their activation to act.
 
-The activation is computed from y as it is stored, rounded to its dtype. Chunks of 64 columns go
-through a box in shared memory: from there TMA stores 64 rows at once or, where fewer rows exist,
-each thread stores 16 bytes.
+The activation is computed from the values of y after rounding to its dtype. Chunks of 64 columns
+are first written to a box in shared memory. From there TMA stores 64 rows at once; if fewer rows
+exist, each thread stores 16 bytes.
 
 Legend: e, n, end, half, HALF, HALVES as in `linear_roles`.
     y, act: (tensor descriptor, pointer)      bias: (pointer, its two strides)
-    box [64, 64]: the consumer's own
-    width: columns of a half of y, or of all of it
+    box [64, 64]: shared memory; each consumer has its own
+    width: number of columns of a half of y, or of y if it has no halves
 """
 
 from triton.experimental import gluon
@@ -22,7 +22,7 @@ from .pieces import store_box
 
 @gluon.jit
 def _store_rows(t, ptr, first_row, end, half, col, width, stride_m):
-    """Store those rows of t [rows, columns] that exist: rows from `end` on are another expert's."""
+    """Store the rows of t [rows, columns] before `end`; later rows belong to another expert."""
     offs_m = first_row + gl.arange(0, t.shape[0], gl.SliceLayout(1, t.type.layout))
     offs_n = col + gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
     ptrs = ptr + offs_m.to(gl.int64)[:, None] * stride_m + (half * width + offs_n)[None, :]
@@ -32,9 +32,9 @@ def _store_rows(t, ptr, first_row, end, half, col, width, stride_m):
 
 @gluon.jit
 def _store_chunk(chunk, output, box, first_row, end, half, col, width, stride_m):
-    """Store those rows of a chunk [64, 64] of a tile that exist, by way of the box."""
+    """Store the rows before `end` of a chunk [64, 64] of a tile, through the box."""
     desc, ptr = output
-    # TMA may still read the box for the chunk before
+    # TMA may still be reading the previous chunk from the box
     tma.store_wait(0)
     if col < width:
         box.store(chunk.to(ptr.dtype.element_ty))
@@ -47,9 +47,9 @@ def _store_chunk(chunk, output, box, first_row, end, half, col, width, stride_m)
 
 @gluon.jit
 def _store_tail_chunk(chunk, y, bias, box, e, first_row, end, half, col, N, HALVES: gl.constexpr):
-    """Add the bias to a chunk [64 columns, BOX_M rows] of a tail and store the rows that exist.
+    """Add the bias to a chunk [64 columns, BOX_M rows] of a tail, and store the rows before `end`.
 
-    Returns: [BOX_M, 64] fp32, as it was stored.
+    Returns: the values as they were stored, [BOX_M, 64] in fp32.
     """
     bias_ptr, stride_biase, stride_biasn = bias
     width = N // HALVES
@@ -59,7 +59,7 @@ def _store_tail_chunk(chunk, y, bias, box, e, first_row, end, half, col, N, HALV
         ptrs = bias_ptr + e.to(gl.int64) * stride_biase + (half * width + offs_n) * stride_biasn
         chunk += gl.load(ptrs, mask=offs_n < width, other=0.0).to(gl.float32)[:, None]
     box = box.slice(0, BOX_M, 0)
-    # TMA may still read the box for the tile before
+    # TMA may still be reading a chunk of the previous tile from the box
     tma.store_wait(0)
     box.store(chunk.to(y[1].dtype.element_ty).permute([1, 0]))
     rows = box.load(BY_ROWS)
@@ -73,7 +73,7 @@ def store_tail(
     HALVES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, LIMIT: gl.constexpr,
     ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Store a tail's rows and their activation, in the two chunks of columns of this consumer."""
+    """Store the two column chunks of a tail that this consumer has, and their activation."""
     if HALVES == 2:
         # the left half of the tile is gate, the right half is up
         col = n * 128 + 64 * HALF
@@ -97,7 +97,7 @@ def store_half(
     acc, y, act, box, first_row, end, n, N, HALVES: gl.constexpr, KIND: gl.constexpr,
     GATED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Store the rows of a half that exist and their activation, in chunks of 64 columns."""
+    """Store the rows before `end` of a half, and their activation, in chunks of 64 columns."""
     dtype: gl.constexpr = y[1].dtype.element_ty
     left, right = halves(acc, HALF_M, 128)
     if HALVES == 2:

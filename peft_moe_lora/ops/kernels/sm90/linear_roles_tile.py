@@ -1,19 +1,19 @@
 """The tile that a program of `linear_roles` computes, and how its K loop is cut in steps.
 
-These numbers are the form of the kernel, not settings: layouts and instructions follow from them.
+These numbers are no settings: the layouts and the instructions of the kernel depend on them.
 """
 
 from triton.experimental.gluon import language as gl
 
-# a tile has two halves of HALF_M rows and BLOCK_N columns; a step of its K loop has BLOCK_K of K
+# a tile has two halves of HALF_M rows and BLOCK_N columns; a step of its K loop takes BLOCK_K of K
 HALF_M = gl.constexpr(64)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 # rows of x come in TMA boxes of BOX_M rows; BOXES of them hold two halves and a tail
 BOX_M = gl.constexpr(32)
 BOXES = gl.constexpr(5)
-# bytes that a step loads: of the weight's columns, and of each box of rows
+# bytes that a step loads: for the weight's columns, and for each box of rows
 COLUMN_BYTES = gl.constexpr(256 * 64 * 2)
 BOX_BYTES = gl.constexpr(32 * 64 * 2)
-# four warps that copy or store rows of 64 elements, 16 bytes a thread
+# layout of four warps that copy or store rows of 64 elements, 16 bytes a thread
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))

@@ -8,8 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-# load_rows: cp.async by the threads that call it; load_box, store_box: TMA, by tensor descriptor;
-# barrier: for all threads of the block, or of the partition where the kernel is warp-specialized
+# load_rows: cp.async by the calling threads. load_box, store_box: TMA copies by tensor descriptor.
+# barrier: for all threads of the block or, in a warp-specialized kernel, of the partition
 # triton 3.6: other names; drop when the floor is 3.9
 if hasattr(async_copy, "async_load"):
     load_rows = async_copy.async_load
@@ -26,9 +26,9 @@ if hasattr(gl, "barrier"):
 else:
     barrier = gl.thread_barrier
 
-# the largest rank of kernels that keep [.., rank] sums in registers; smaller ranks are padded to it
+# the largest rank of kernels that keep sums [.., rank] in registers; smaller ranks are padded to it
 RANKS = gl.constexpr(16)
-# shared-memory layouts of wgmma's operands: of rows of at least 64 elements, of RANKS elements
+# shared-memory layouts of wgmma's operands: WIDE for rows of 64 elements or more, NARROW for RANKS
 WIDE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
 
@@ -43,9 +43,9 @@ def chunk_of(
     chunk, expert_offsets_ptr, E, CHUNK: gl.constexpr, E_PADDED: gl.constexpr,
     BY_EXPERTS: gl.constexpr,
 ):  # fmt: skip
-    """`tiles.chunks.chunk_of` in Gluon: (expert e of a chunk, which of the expert's chunks it is).
+    """`tiles.chunks.chunk_of` in Gluon: (expert e of a chunk, index among the chunks of e).
 
-    e is E where there is no such chunk.
+    e is E if there is no such chunk.
     """
     e = chunk
     index = 0

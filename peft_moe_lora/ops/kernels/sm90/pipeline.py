@@ -10,26 +10,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-# stages of a pipeline of messages: how many the producer may be ahead of the consumers
+# stages of a pipeline of messages: the producer may be this many messages ahead of the consumers
 MESSAGES = gl.constexpr(2)
 
 
 @gluon.jit
 def stage_of(count, STAGES: gl.constexpr):
-    """The stage that use number `count` is of."""
+    """The stage of use number `count`."""
     gl.static_assert(STAGES & (STAGES - 1) == 0, "the number of stages is a power of two")
     return count & (STAGES - 1)
 
 
 @gluon.jit
 def wait_full(full, count, STAGES: gl.constexpr):
-    """Wait until the stage of use `count` has been filled for it."""
+    """Wait until the stage of use number `count` has been filled for this use."""
     mbarrier.wait(full.index(stage_of(count, STAGES)), ((count & STAGES) != 0).to(gl.int32))
 
 
 @gluon.jit
 def wait_empty(empty, count, STAGES: gl.constexpr):
-    """Wait until the stage of use `count` has been emptied, which at first it is."""
+    """Wait until the stage of use number `count` is empty, as it is before its first use."""
     mbarrier.wait(empty.index(stage_of(count, STAGES)), ((count & STAGES) == 0).to(gl.int32))
 
 
@@ -37,7 +37,7 @@ def wait_empty(empty, count, STAGES: gl.constexpr):
 def make_barriers(STAGES: gl.constexpr, FILLING: gl.constexpr, EMPTYING: gl.constexpr):
     """mbarriers (full, empty), [STAGES, 1] each.
 
-    FILLING and EMPTYING say how many arrivals complete a phase of full and of empty.
+    A phase of full is complete after FILLING arrivals, a phase of empty after EMPTYING arrivals.
     """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -59,7 +59,7 @@ def make_messages(CONSUMERS: gl.constexpr):
 
 @gluon.jit
 def send(messages, count, a, b, c, d, WARPS: gl.constexpr):
-    """Write message number `count`, once every consumer has read the one before it in its stage."""
+    """Write message number `count`, after all consumers have read the previous one in its stage."""
     numbers, full, empty = messages
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     stage = stage_of(count, MESSAGES)
@@ -78,7 +78,7 @@ def receive(messages, count):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     stage = stage_of(count, MESSAGES)
     wait_full(full, count, MESSAGES)
-    # one element, which the reduction makes a scalar
+    # one element; the reduction turns it into a scalar
     a = gl.max(numbers.index(4 * stage).load(layout), 0)
     b = gl.max(numbers.index(4 * stage + 1).load(layout), 0)
     c = gl.max(numbers.index(4 * stage + 2).load(layout), 0)

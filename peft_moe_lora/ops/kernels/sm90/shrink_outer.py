@@ -1,25 +1,26 @@
-"""The shrink and the outer product of the same rows x, in one reading of them:
+"""The shrink and the outer product of the same rows x, by one kernel that reads them once:
 
     xa[m] = scaling * A[e] x[row]
     out[e, k, j] = sum over the rows m of e of w[m] * x[row, k] * right[m, j]
 
-Backward asks for both of dout and of dpre. A program has all rows of a chunk and walks over their
-columns, 64 a step. So a step completes its columns of out, which are stored at once, while xa, a
-sum over all columns, stays in registers to the end. Loads of the next step run while one step is
-multiplied, and two programs share a multiprocessor, so that one multiplies while the other waits.
-0.60 to 0.89 of the time of the two operations at r = 16, if there are enough chunks (NVIDIA H200,
-2026-11-24; docs/performance.md).
+Backward needs both for dout and for dpre. A program has all rows of a chunk and loops over their
+columns, 64 columns a step. Each step completes its columns of out and stores them. xa is a sum over
+all columns, so it stays in registers until the end. The operands of the next step are loaded while
+this step is multiplied. Two programs run on each multiprocessor, so that one multiplies while the
+other waits. The kernel takes 0.60 to 0.89 of the time of the two operations at r = 16, if there are
+enough chunks (NVIDIA H200, 2026-11-24; docs/performance.md).
 
-Written in Gluon for wgmma, which only compute capability 9.0 has; imported by `in_gluon`.
+It is written in Gluon for wgmma, which only compute capability 9.0 has. `in_gluon` imports it.
 
 Legend:
     chunks: as in `tiles.chunks`, of up to ROWS + TAIL rows; the chunks of one expert differ by at
         most one row
-    rows [STAGES, ROWS, 64], tails [STAGES, TAIL, 64]: each step's columns of the chunk's rows, of
-        the first ROWS and of the others; zeros where the chunk has fewer
+    rows [STAGES, ROWS, 64], tails [STAGES, TAIL, 64]: each step's columns of the chunk's first ROWS
+        rows and of its other rows; zeros if the chunk has fewer rows
     lora_A [STAGES, 64, RANKS]: each step's columns of A[e]
     right [ROWS, RANKS], right_tail [TAIL, RANKS]: w[m] * right[m] of the same rows
-    partial_ptr [max_chunks, K, r] fp32: out of one chunk, where its expert has more than one
+    partial_ptr [max_chunks, K, r] fp32: the sums of each chunk; used only for experts with several
+        chunks
 """
 
 import torch
@@ -40,9 +41,9 @@ from .pieces import NARROW, RANKS, WIDE, barrier, chunk_of, load_rows
 
 # columns of a step
 BLOCK_K = gl.constexpr(64)
-# of the sums of wgmma
+# layout of wgmma's sums
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-# 128 threads that copy x, and that load A and right, 16 bytes each
+# layouts of 128 threads: to copy x, and to load A, right (16 bytes a thread each) and offsets
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 BY_FOUR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
@@ -53,7 +54,7 @@ BY_EXPERT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 def _row_pointers(
     x_ptr, row_token_ptr, first_row, end, stride_xm, GATHER: gl.constexpr, ROWS: gl.constexpr
 ):
-    """(pointers [ROWS, 64] to the first columns of rows, mask [ROWS, 1] of the rows before end)."""
+    """(pointers [ROWS, 64] to the first 64 columns, mask [ROWS, 1] of the rows before end)."""
     offs_m = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS))
     rows = offs_m
     if GATHER:
@@ -64,7 +65,7 @@ def _row_pointers(
 
 @gluon.jit
 def _store_right(smem, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, r):
-    """Put w[m] * right[m] into smem [rows, RANKS], zeros where there are fewer rows or ranks."""
+    """Store w[m] * right[m] into smem [rows, RANKS]; zeros past `end` and past rank r."""
     offs_m = first_row + gl.arange(0, smem.shape[0], gl.SliceLayout(1, BY_EIGHT))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_EIGHT))
     mask = (offs_m < end)[:, None] & (offs_r < r)[None, :]
@@ -99,7 +100,7 @@ def _shrink_outer_kernel(
     E_PADDED: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr, TAIL: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Grid [max_chunks]. An expert of one chunk, or without rows, is written to out directly."""
+    """Grid [max_chunks]. Sums of an expert with one chunk or without rows go to out directly."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     chunk = gl.program_id(0)
     e, index = chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)
@@ -151,8 +152,8 @@ def _shrink_outer_kernel(
         ahead = i + STAGES - 1
         lora_A.index(s).store(a.to(dtype))
         async_copy.wait_group(STAGES - 2)
-        # wgmma sees what threads wrote before the fence; after the barrier all products of the step
-        # before are done, and the next loads may replace their operands
+        # the fence makes what threads wrote visible to wgmma. After the barrier all products of the
+        # previous step are done, so the next loads may overwrite their operands
         fence_async_shared()
         barrier()
         load_rows(rows.index(ahead % STAGES), x_ptrs, mask_x & (ahead < steps))
@@ -193,15 +194,15 @@ def shrink_outer(
     row_weights: torch.Tensor | None,
     gather: bool,
 ) -> torch.Tensor | None:
-    """`expert_shrink_outer`, or None where ranks, strides or alignment forbid it.
+    """`expert_shrink_outer`, or None if rank, K, strides or alignment do not allow it.
 
     Args:
         blocks: constexprs of the table's row.
         x: [M, K] rows, or [T, K] tokens with gather.
         lora_A: [E, r, K], any strides and float dtype. right: [M, r], dtype of x.
         out: [E, K, r] fp32, any strides; every element is written.
-        row_weights: [T, top_k] float, of the outer product; None for ones.
-    Returns: xa [M, r], dtype of x; None before anything is written.
+        row_weights: [T, top_k] float, for the outer product; None for ones.
+    Returns: xa [M, r], dtype of x; or None, and then nothing is written.
     """
     M = routing.num_rows
     E, r, K = lora_A.shape

@@ -1,4 +1,4 @@
-"""The second kernel of `act_backward_outer`, whose programs have the sums of one panel each:
+"""The second kernel of `act_backward_outer`; it adds the partial sums of all panels:
 
 yb[m] = scaling * sum over the panels of partial_yb[:, m]
 dw[m] = sum over the panels' halves of partial_dw[:, m], + <bias[e], dout[t]>
@@ -28,7 +28,7 @@ def _sum_panels_kernel(
     stride_biase, stride_biasn, stride_dm, stride_dh,
     E_PADDED: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Grid [M / BLOCK_M]. The row of a sentinel leaves dw 0."""
+    """Grid [M / BLOCK_M]. dw of a sentinel's row is 0."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, R)
     c = tl.arange(0, 2)
@@ -65,13 +65,14 @@ def sum_panels(
     yb: torch.Tensor,
     dw: torch.Tensor,
 ) -> None:
-    """Write yb and dw.
+    """Add the partial sums of all panels and write yb and dw.
 
     Args:
         partial_yb: [panels, M, r] fp32, contiguous; sums over the columns of one panel.
-        partial_dw: [2 * panels, M] fp32, contiguous; sums over the columns of half a panel. Where
-            I ends with the first half of a panel, the last row is not read.
-        dout: [T, H], read with bias: [E, H], the down bias, or None.
+        partial_dw: [2 * panels, M] fp32, contiguous; sums over the columns of half a panel. If the
+            last panel has only its first half, the last row is not read.
+        dout: [T, H], or None; read only if there is a bias.
+        bias: [E, H], the bias of the down projection, or None.
         I: columns of act.
         yb: [M, r], contiguous, receives scaling times the sums.
         dw: [T, top_k] fp32, contiguous, receives the gradient of the routing weights.
