@@ -227,6 +227,13 @@ RECORDED = [(ON_BLACKWELL, BLACKWELL)]
 RECORDED += [(v, gpu) for v in CASES if v != ON_BLACKWELL for gpu in (HOPPER, AMPERE)]
 
 
+class RoutingWithoutTiles(Routing):
+    """A routing as an operator returns it, without the table of tiles."""
+
+    def __new__(cls, *fields):
+        return super().__new__(cls, *fields[:5])
+
+
 @pytest.mark.parametrize(("variant", "gpu"), RECORDED, ids=str)
 def test_a_layer_launches_what_the_tables_say(variant, gpu, monkeypatch):
     case = CASES[variant]
@@ -234,8 +241,7 @@ def test_a_layer_launches_what_the_tables_say(variant, gpu, monkeypatch):
     if not case.fused:
         forward, backward = STEPS_FORWARD, STEPS_BACKWARD
     if case.compiled:
-        # an operator does not return the table of tiles
-        monkeypatch.setattr(whole, "Routing", lambda *fields: Routing(*fields[:5]))
+        monkeypatch.setattr(whole, "Routing", RoutingWithoutTiles)
     launches = record_launches(monkeypatch, gpu)
     launched_forward, launched_backward = recorded(case, launches)
     assert launched_forward == documented(forward, COLUMNS[gpu], variant, case)
