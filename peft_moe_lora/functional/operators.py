@@ -66,7 +66,7 @@ def unflatten(kinds: Iterable[type[Any]], values: Sequence[Any]) -> list[Any]:
         end = start + len(kind.__match_args__)
         groups.append(kind(*values[start:end]))
         start = end
-    assert start == len(values), "as many values as fields"
+    assert start == len(values), "the number of values differs from the number of fields"
     return groups
 
 
@@ -159,7 +159,8 @@ def differentiable(
 
     Args:
         forward_operator: its first group holds every tensor that may get a gradient.
-        backward_operator: its first group is `Gradient`. Groups that hold tensors come first.
+        backward_operator: its first group is `Gradient`. Its groups with tensors come before all
+            other groups.
         keep: takes forward's groups and results; returns the groups that backward needs.
         gradients: called as gradients(call, gradient, needs, *kept groups). It returns the
             gradients of forward's first arguments. `call` runs `backward_operator`. `needs` is a
@@ -170,7 +171,7 @@ def differentiable(
     differentiated = kinds[0]
     num_inputs = len(differentiated.__match_args__)
     num_others = sum(len(kind.__match_args__) for kind in kinds[1:])
-    # the groups of tensors come first, `Gradient` before them
+    # the number of kept groups with tensors, which come first; `Gradient` is not kept
     num_held = sum(_holds_tensors(kind) for kind in backward_operator.groups) - 1
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -194,7 +195,7 @@ def differentiable(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> torch.Tensor:
-            # the other groups are one argument, which autograd passes on as it is
+            # the other groups are one argument, which autograd passes on unchanged
             *inputs, others = values
             groups = (differentiated(*inputs), *others)
             results = forward_operator.run(*groups)
@@ -221,8 +222,10 @@ def _save(ctx: Any, groups: tuple, num_held: int) -> None:
     """Keep groups for backward.
 
     Args:
-        num_held: how many of the groups, from the first on, hold tensors. Autograd keeps the
-            tensors; the context keeps other values.
+        ctx: the context of autograd.
+        groups: the groups; those with tensors come first.
+        num_held: number of groups with tensors. Autograd saves their tensors, and the context keeps
+            all other values.
     """
     values = flatten(groups[:num_held])
     ctx.plain = groups[num_held:]

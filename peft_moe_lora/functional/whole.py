@@ -192,9 +192,9 @@ def _forward(*values: Any) -> Results:
     """Compute the layer, with pairs for all experts.
 
     Args:
-        values: the fields of `Inputs`, top_k_index, the activation and the plan, flattened. The
-            kinds of the tensors and the other values decide whether a recorded call can be
-            replayed.
+        values: the fields of `Inputs`, then top_k_index, the activation and the plan. A recorded
+            call is replayed if the dtypes, shapes and strides of the tensors and all other values
+            are the same.
     """
     *tensors, top_k_index, activation, plan = values
     inputs = Inputs(*tensors)
@@ -309,7 +309,7 @@ def _backward(*values: Any) -> Gradients:
 
     Args:
         values: the fields of `Gradient`, `Inputs`, `Kept` and `Routing`, then the needs, the
-            activation and the plan, flattened as in `_forward`.
+            activation and the plan. A recorded call is replayed as in `_forward`.
     """
     *tensors, needs, activation, plan = values
     (dout,), inputs, kept, routing = unflatten((Gradient, Inputs, Kept, Routing), tensors)
