@@ -4,9 +4,9 @@ w is the routing weight, and dw its gradient. draw is the gradient of act before
 by w; so dw needs act, but not the output of the down projection. One program computes whole rows, a
 block of columns at a time.
 
-draw comes from a product in a kernel of its own. The two kernels take 510 us; with this pass in the
-epilogue of the product it was 700 us (H200, 2026-11-21; docs/performance.md). The kernel
-`sm90.act_backward_outer` computes the same and also the rank-r products of dpre and act.
+A separate kernel computes draw. The two kernels take 510 us; one kernel, with this pass in the
+epilogue of the product, took 700 us (H200, 2026-11-21; docs/performance.md). The kernel of
+`sm90.act_backward_outer` computes dpre and dw, too, and the rank-r products of dpre and act.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _act_backward_kernel(
         if GATED:
             pre_ptrs = pre_ptr + rows * stride_prem
             if INTERLEAVED:
-                # gate and up are loaded as pairs: a load of gate would use every second element
+                # gate and up are loaded as pairs: a load of gate alone would not be coalesced
                 pair_cols = (2 * i + tl.arange(0, 2 * BLOCK_I))[None, :]
                 mask_pairs = routed[:, None] & (pair_cols < 2 * I)
                 pairs = tl.load(pre_ptrs + pair_cols * stride_pren, mask=mask_pairs, other=0.0)

@@ -42,7 +42,7 @@ def _outer_kernel(
 ):  # fmt: skip
     """Grid [tiles of wide * tiles of small, max_chunks].
 
-    The sums of an expert with one chunk or without rows go to out, other sums to partial.
+    The sums of an expert with one chunk or without rows are stored to out, other sums to partial.
     """
     chunk = tl.program_id(1)
     e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
@@ -192,7 +192,7 @@ def _outer(
     row_weights: torch.Tensor | None,
     dropout: Dropout | None,
 ) -> None:
-    """Launch the kernel and, where an expert may have several chunks, the sum over them."""
+    """Launch the kernel and, if an expert may have several chunks, the sum over the chunks."""
     small, wide, gather_small, gather_wide, strides = sides
     M = routing.num_rows
     E = out.shape[0]

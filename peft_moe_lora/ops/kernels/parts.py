@@ -1,6 +1,6 @@
 """A product with a quantized weight in parts: decode some experts, multiply their rows, repeat.
 
-Where the product decodes the weight itself (`product_4bit`), all experts are one part.
+If the product decodes the weight itself (`product_4bit`), all experts are one part.
 
 The scratch buffer for decoded experts is an ordinary tensor that is freed after the call. PyTorch's
 allocator reuses memory in stream order, also inside a CUDA graph, so all layers share one buffer.
@@ -17,7 +17,7 @@ from .dequantize import dequantize
 from .launching.table import ceil_div
 from .routing import part_tables
 
-# most bytes of the scratch buffer, unless one expert alone is larger; peak memory grows by these
+# largest scratch buffer in bytes, unless one expert alone is larger; it adds to peak memory
 SCRATCH_BYTES = 128 * 2**20
 
 

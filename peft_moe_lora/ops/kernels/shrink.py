@@ -42,7 +42,7 @@ def _shrink_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, R)
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    # int64: a column of a transposed B times r * E passes 2**31
+    # int64: if lora_A is a transposed B, a column times r * E passes 2**31
     lora_A_ptrs = lora_A_ptr + e * stride_ae + offs_r.to(tl.int64)[None, :] * stride_ar
     lora_A_ptrs += offs_k.to(tl.int64)[:, None] * stride_ak
     if P > 0:
@@ -102,7 +102,7 @@ def expert_shrink(
     blocks = dict(find(op, arch, x.element_size(), routing.block_m))
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], routing.block_m)
     parts = routing.block_m // blocks["BLOCK_M"]
-    # the tile of A grows with the rank: so fewer pipeline stages, and more warps for the sums
+    # the tile of A grows with the rank. So there are fewer stages, and more warps hold the sums
     if r > 64:
         blocks |= {"BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
     elif r > 16:

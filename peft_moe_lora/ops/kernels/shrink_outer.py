@@ -25,7 +25,7 @@ def expert_shrink_outer(
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
         lora_A: [E, r, K], any strides and float dtype; the kernel casts its tiles to the dtype of
-            x, without a cast copy.
+            x, and no cast copy is made.
         right: [M, r], dtype of x.
         scaling: applies to xa, not to out.
         out: [E, K, r] fp32, any strides; every element is written. An expert without rows gets

@@ -1,9 +1,9 @@
 """acc[m, n] += sum over k of x[row, k] * W[e, n, k], W decoded from 4-bit codes inside the K loop.
 
-If experts have few rows, a product spends its time on loading the weight. Here only the codes are
-loaded, a quarter of the bytes of a 16-bit weight, and the decoded tile never leaves the registers.
-If experts have many rows, several row tiles would decode the same codes. Then `parts` decodes each
-expert once into a scratch buffer, and a dense product reads this buffer.
+If experts have few rows, a product spends most of its time on loading the weight. Here only the
+codes are loaded, a quarter of the bytes of a 16-bit weight, and the decoded tile never leaves the
+registers. If experts have many rows, several row tiles would decode the same codes. Then `parts`
+decodes each expert once into a scratch buffer, and a dense product reads this buffer.
 
 Legend: codes, FORMAT and SPAN as in `decode_4bit`.
 """
@@ -56,8 +56,8 @@ def add_product_4bit(
     """acc [BLOCK_M, BLOCK_N] + x W[e]^T.
 
     x_ptrs [BLOCK_M, BLOCK_K]: the first tile of x. cols [BLOCK_N]: the columns of the tile.
-    Strides of the weight count values, not bytes. K_UNIT: whether values
-    that are adjacent in memory lie along K.
+    Strides of the weight count values, not bytes. K_UNIT: whether adjacent values lie along K.
+    codes, FORMAT: as in `decode_4bit`.
     """
     SPAN: tl.constexpr = FORMAT[1]
     offs_k = tl.arange(0, BLOCK_K)

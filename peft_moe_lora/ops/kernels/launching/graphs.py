@@ -14,7 +14,7 @@ from triton.runtime import driver
 
 logger = logging.getLogger(__name__)
 
-# most entries of `_recent`; when it is full, the least recently used entry is dropped. A graph
+# largest number of entries of `_recent`; then the least recently used entry is dropped. A graph
 # takes 0.13 MiB of device memory (NVIDIA H200, 2026-11-24); a step of 48 layers has 96 graphs
 KEPT = 1024
 # calls at the same addresses before a graph is captured; the next such call captures it
@@ -77,7 +77,7 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             side_stream = torch.cuda.Stream(self.device)
             with torch.cuda.stream(side_stream):
-                # other threads may allocate meanwhile
+                # other threads may allocate memory during the capture
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     launch(side_stream.cuda_stream)

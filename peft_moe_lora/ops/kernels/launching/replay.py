@@ -38,7 +38,7 @@ from .table import ceil_div, dot_precision
 
 logger = logging.getLogger(__name__)
 
-# most kinds that are kept; without a limit, batches of ever new sizes would add kinds forever
+# largest number of kinds; without a limit, batches of ever new sizes would add kinds forever
 KINDS = 512
 # a buffer begins at a multiple of this many bytes in the workspace
 _ALIGNMENT = 512
@@ -256,7 +256,7 @@ class _Recording(TorchDispatchMode):
         return _Origin("argument", 0, 0)
 
     def replay(self, results: Any) -> "_Replay | None":
-        """The recorded call, or None where it cannot be replayed."""
+        """The recorded call as a `_Replay`, or None if it cannot be replayed."""
         made: list[_Made | _Value] = []
         # {buffer: number of the result}
         result_of: dict[int, int] = {}

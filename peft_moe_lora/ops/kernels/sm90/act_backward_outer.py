@@ -7,9 +7,9 @@
     dB[e] = sum over the rows m of e of dpre[m] xa[m]^T
     dA[e] = sum over the rows m of e of w[m] * right[m] act[m]^T
 
-A program has a panel of 128 columns of act. It loops over the rows of a chunk, 64 rows a step, and
-holds its part of dB and dA in registers. It stores partial sums of yb and dw over its columns;
-`sum_panels` adds those of all panels. A step has four quarters of 32 rows and 64 columns. Each
+A program computes a panel of 128 columns of act. It loops over the rows of a chunk, 64 rows a step,
+and holds its part of dB and dA in registers. It stores partial sums of yb and dw over its columns;
+`sum_panels` adds the partial sums of all panels. A step has four quarters of 32 rows and 64 columns. Each
 thread copies, with cp.async, exactly the elements that it will compute on. So the copies of the
 next two quarters run while one quarter is computed, and no barrier is needed. The computed values
 are written to shared memory, and wgmma reads them after the fourth quarter. Two programs share a
@@ -255,7 +255,7 @@ def _reinterpreted(smem, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.co
 
 @gluon.jit
 def _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at):
-    """yb [ROWS, RANKS] of a step, and the sums of dB and dA with the step's products added.
+    """Compute yb [ROWS, RANKS] of a step, and add the step's products to the sums of dB and dA.
 
     at: the 0 of `_opaque_zero`.
     """

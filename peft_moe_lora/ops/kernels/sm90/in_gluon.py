@@ -34,7 +34,7 @@ NEEDED = {
 
 
 def missing() -> str | None:
-    """What the kernels need and Triton does not have, in words: the first find, or None."""
+    """The first thing that the kernels need and Triton does not have, in words; None if none."""
     for module, names in NEEDED.items():
         try:
             found = import_module(module)

@@ -1,6 +1,6 @@
-"""The tile that a program of `linear_roles` computes, and how its K loop is cut in steps.
+"""The tile that a program of `linear_roles` computes, and how its K loop is cut into steps.
 
-These numbers are no settings: the layouts and the instructions of the kernel depend on them.
+These numbers cannot be changed: the layouts and the instructions of the kernel depend on them.
 """
 
 from triton.experimental.gluon import language as gl

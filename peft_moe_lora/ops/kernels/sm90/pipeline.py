@@ -2,8 +2,8 @@
 
 A pipeline has a fixed number of stages in shared memory. Producers fill them in turn, consumers
 empty them in turn. Each stage has two mbarriers: consumers wait until it is full, producers until
-it is empty again. Both sides count their own uses from 0. The number of stages is a power of two,
-so the low bits of a count are the stage and the next bit is the phase of its mbarrier.
+it is empty again. Both sides count their own uses of stages from 0. The number of stages is a power
+of two, so the low bits of a count are the stage, and the next bit is the phase of its mbarrier.
 """
 
 from triton.experimental import gluon

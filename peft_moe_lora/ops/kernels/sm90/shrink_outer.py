@@ -100,7 +100,7 @@ def _shrink_outer_kernel(
     E_PADDED: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr, TAIL: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Grid [max_chunks]. Sums of an expert with one chunk or without rows go to out directly."""
+    """Grid [max_chunks]. Sums of an expert with one chunk or without rows are stored to out."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     chunk = gl.program_id(0)
     e, index = chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)

@@ -123,8 +123,8 @@ def chunk_rows(M: int, E: int, tiles: int, block_m: int, arch: int) -> int:
         arch: compute capability times ten. On a GPU the result is at least 256. In the interpreter
             (0) it may be smaller, so that small experts have several chunks, too.
     """
-    # even: twice the rows of an expert when routing is even. filling: twice the rows of a program
-    # when PROGRAMS of them run
+    # even: twice the rows of an expert when routing is even. filling: twice the rows that each of
+    # PROGRAMS programs has
     even = 2 * ceil_div(M, E)
     filling = 2 * ceil_div(M * tiles, PROGRAMS)
     least = 1
