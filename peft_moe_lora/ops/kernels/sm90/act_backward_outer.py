@@ -9,12 +9,13 @@
 
 A program computes a panel of 128 columns of act. It loops over the rows of a chunk, 64 rows a step,
 and holds its part of dB and dA in registers. It stores partial sums of yb and dw over its columns;
-`sum_panels` adds the partial sums of all panels. A step has four quarters of 32 rows and 64 columns. Each
-thread copies, with cp.async, exactly the elements that it will compute on. So the copies of the
-next two quarters run while one quarter is computed, and no barrier is needed. The computed values
-are written to shared memory, and wgmma reads them after the fourth quarter. Two programs share a
-multiprocessor, so that one computes while the other multiplies. The kernel takes 0.59 to 0.77 of
-the time of the operations that it replaces (NVIDIA H200, 2026-11-24; docs/performance.md).
+`sum_panels` adds the partial sums of all panels. A step has four quarters of 32 rows and 64
+columns. Each thread copies, with cp.async, exactly the elements that it will compute on. So the
+copies of the next two quarters run while one quarter is computed, and no barrier is needed. The
+computed values are written to shared memory, and wgmma reads them after the fourth quarter. Two
+programs share a multiprocessor, so that one computes while the other multiplies. The kernel takes
+0.59 to 0.77 of the time of the operations that it replaces (NVIDIA H200, 2026-11-24;
+docs/performance.md).
 
 Legend: chunks as in `tiles.chunks`
     quarter 2 * c + h of a step: 64 columns from column 64 * c of the panel on, and 32 rows from row
