@@ -46,10 +46,8 @@ def flatten(groups: Iterable[Any]) -> list[Any]:
     """The values of all groups, field by field."""
     values: list[Any] = []
     for group in groups:
-        if isinstance(group, tuple):
-            values += group
-        else:
-            values += [getattr(group, name) for name in group.__match_args__]
+        # not `values += group`: torch 2.11's Dynamo cannot add a named tuple to a list
+        values += [getattr(group, name) for name in type(group).__match_args__]
     return values
 
 
@@ -99,7 +97,8 @@ class Operator:
         self.qualified_name = f"peft_moe_lora::{name}"
         self.groups = groups
         self.results = results
-        self.run = run
+        # where Dynamo gives up on a caller, it must not go on within: it cannot trace launches
+        self.run = torch.compiler.disable(run)
         defaults = results._field_defaults
         self._num_returned = len(results.__match_args__) - len(defaults)
         arguments = [

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from peft_moe_lora.functional import Projection, experts, select_backend
-from peft_moe_lora.ops import Activation
+from peft_moe_lora.functional import Projection, experts, select_backend, steps, whole
+from peft_moe_lora.functional.operators import Operator
+from peft_moe_lora.ops import Activation, reference
 
 T, E, TOP_K, H, INNER, R = 5, 3, 2, 4, 3, 2
 
@@ -117,6 +119,30 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(activation, options
     torch.testing.assert_close(compiled, eager)
     for a, b in zip(torch.autograd.grad(compiled.square().sum(), leaves), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("activation", [Activation(), own_activation], ids=["fused", "unfused"])
+def test_dynamo_does_not_trace_launches_of_a_call_it_gave_up_on(activation, monkeypatch):
+    """It would run kernels while it traces them; on a GPU that is an illegal memory access."""
+    callbacks = []
+
+    class Recording:
+        def __getattr__(self, name):
+            callbacks.append(get_eval_frame_callback())
+            return getattr(reference, name)
+
+    def give_up(*groups):
+        # as Dynamo raises for what it does not know; the call then runs without being traced
+        raise TypeError("unknown to Dynamo")
+
+    leaves, run = _call(activation, dtype=torch.float32)
+    expected = run.bare(*leaves)
+    for module in (whole, steps):
+        monkeypatch.setattr(module, "ops_for", lambda backend, device: Recording())
+    monkeypatch.setattr(Operator, "compiled", give_up)
+    torch.testing.assert_close(torch.compile(run.bare, backend="eager")(*leaves), expected)
+    assert callbacks
+    assert not any(callable(callback) for callback in callbacks), "Dynamo traces within"
 
 
 def test_base_weights_that_ask_for_a_gradient_are_refused():
