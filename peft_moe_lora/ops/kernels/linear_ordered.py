@@ -3,7 +3,7 @@
 The low-rank term is computed in additional steps of the K loop, which load xa and B instead of x
 and W. So no product comes before or after this loop, and Triton can flatten it with the loop over
 output tiles: the operands of the next tile are loaded while this tile is stored. A separate
-low-rank term takes longer: this kernel takes 4 to 9 % less time, casts of B included (NVIDIA H200,
+low-rank term takes longer: this kernel takes 3 to 12 % less time, casts of B included (NVIDIA H200,
 2026-11-21). The general kernel is in `linear`.
 """
 

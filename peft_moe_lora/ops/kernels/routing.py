@@ -107,7 +107,7 @@ def _place_kernel(
         ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
         mask = slots < S
         # every slot needs the block's first row of its own expert. These rows are written to memory
-        # and read back, because Triton does not index one tensor by another
+        # and read back
         experts = tl.arange(0, E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
         starts_ptr = counts_ptr + pid * (E + 1)

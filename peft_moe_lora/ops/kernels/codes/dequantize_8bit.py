@@ -83,7 +83,7 @@ def dequantize_8bit(
     )  # fmt: skip
     codes = weight.codes
     if floats:
-        # passed as uint8: the launcher's keys and older devices do not know float8 types
+        # passed as uint8: older devices do not know float8 types
         codes = codes.view(torch.uint8)
     grid = ceil_div(R, blocks["BLOCK_R"]) * ceil_div(C, block_c), out.shape[0], 1
     tensors = codes, out, scales, expert_offsets

@@ -40,14 +40,14 @@ def launch(
 ) -> None:
     """kernel[grid](*descriptors, *tensors, *sizes, *fixed, **constants) on the current device.
 
-    Triton's launch hooks, which profilers set, are not called.
+    A stored kernel is launched without Triton's launch hooks, which profilers set.
 
     Args:
         key: all that determines which kernel is compiled and what `rest` returns, except the
             alignment of the tensors.
         tensors: the first must be a tensor, the others may be None.
         rest: returns (fixed, constants): the arguments after `sizes`, and the constexprs. It is
-            called only if no compiled kernel is stored under the key.
+            called only if no stored kernel can be launched.
         sizes: ints that change with the batch; the kernel must not specialize on them.
         descriptors: tensor descriptors or None.
     """

@@ -64,7 +64,8 @@ _H200_24 = "NVIDIA H200, 2026-11-24"
 _BY_2_16 = (2, 2, 16)
 _BY_2_8 = (2, 2, 8)
 # DESCRIPTOR: load the weight by tensor descriptor; PER_SM: programs on each multiprocessor;
-# TAIL: compute an expert's last tile with half the rows, if its rows fit into half a tile
+# TAIL: compute an expert's last tile with half the rows, if its rows fit into half a tile; for
+# shrink_outer, how many more rows than ROWS a chunk may have
 _POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": _BY_2_16}
 _SMALL_PROGRAMS = _POINTERS | {"PER_SM": 4}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
