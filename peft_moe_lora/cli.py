@@ -31,6 +31,7 @@ from .convert.inspect import inspect_adapter
 from .convert.merge import merge_adapter
 from .convert.verify import verify_adapter
 from .files.tensor_file import ExistsError, RefusedError
+from .files.text import shown
 from .functional import select_backend
 
 try:
@@ -46,6 +47,10 @@ DIFFERENT = 1
 BAD = 3
 REFUSED = 4
 EXISTS = 5
+
+# what is printed as text: characters of a line, and lines of a value
+LONGEST_LINE = 2000
+MOST_LINES = 100
 
 # packages whose versions `env` prints
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
@@ -197,10 +202,9 @@ def verify(
         )
     _print({**asdict(found), "ok": found.ok}, as_json)
     if not found.ok:
-        print(
-            f"error: {found.where} differs by {found.max_error:.2e}, relative to the update; the "
-            f"tolerance is {found.tolerance:g}",
-            file=sys.stderr,
+        _print_error(
+            f"{shown(found.where)} differs by {found.max_error:.2e}, relative to the update; the "
+            f"tolerance is {found.tolerance:g}"
         )
         raise typer.Exit(DIFFERENT)
 
@@ -219,8 +223,15 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         raise typer.Exit(_exit_code(error)) from None
+
+
+def _print_error(error: Exception | str) -> None:
+    """One line on stderr; text of files in it can neither control the terminal nor fill it."""
+    # messages of libraries have several lines
+    message = " ".join(line.strip() for line in str(error).splitlines())
+    print(f"error: {shown(message, LONGEST_LINE)}", file=sys.stderr)
 
 
 def _exit_code(error: Exception) -> int:
@@ -269,7 +280,7 @@ def _print(found: Mapping[str, Any], as_json: bool) -> None:
         # only the first line begins with the name
         label = name
         for line in _lines(value):
-            print(f"{label:<{width}}  {line}")
+            print(f"{label:<{width}}  {shown(line, LONGEST_LINE)}")
             label = ""
 
 
@@ -282,6 +293,9 @@ def _lines(value: object) -> list[str]:
         lines = [str(entry) for entry in value]
     elif value is None:
         lines = []
+    if len(lines) > MOST_LINES:
+        further = len(lines) - MOST_LINES
+        lines = [*lines[:MOST_LINES], f"and {further} more (--json prints all)"]
     return lines or ["-"]
 
 

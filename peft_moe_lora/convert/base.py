@@ -21,6 +21,7 @@ from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router, linear_features
 from ..experts.stored import UnsupportedExperts
 from ..files.tensor_file import AdapterError, FilePath, RefusedError
+from ..files.text import quoted, shown
 
 # errors that a model class may raise if the config belongs to another class
 _BUILDING_ERRORS = (
@@ -148,7 +149,9 @@ def read_base(base_config: BaseConfig) -> BaseModel:
         with torch.device("meta"):
             model = _model_builder(config)(config)
     except _BUILDING_ERRORS as error:
-        raise AdapterError(f"{name}: no model can be built from its config ({error}).") from error
+        raise AdapterError(
+            f"{name}: no model can be built from its config ({shown(error)})."
+        ) from error
     return describe_base(model, name, config.model_type)
 
 
@@ -214,8 +217,8 @@ def _read_config(
         return name, AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
-            f"no model config can be read from {base_config!r} ({error}). Name a folder with a "
-            "config.json, or a model on the hub."
+            f"no model config can be read from {quoted(base_config)} ({shown(error)}). Name a "
+            "folder with a config.json, or a model on the hub."
         ) from error
 
 

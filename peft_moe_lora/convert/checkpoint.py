@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..experts.layout import ExpertsLayout
 from ..files.tensor_file import AdapterError, RefusedError, TensorFile, TensorInfo, read_json
+from ..files.text import quoted
 from .base import BaseModel
 from .model import Adapter, LinearPair, Pair
 
@@ -75,7 +76,7 @@ def shard_paths(base: Path) -> list[Path]:
         # a bare file name, so that no file outside the folder is read
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise AdapterError(
-                f"{index} names {file!r}, which is not the name of a safetensors file in its "
+                f"{index} names {quoted(file)}, which is not the name of a safetensors file in its "
                 "folder; download the checkpoint again."
             )
         if not (base / file).is_file():

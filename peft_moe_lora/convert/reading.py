@@ -5,14 +5,15 @@ the base model if it is known, and with the metadata if the file is in our own f
 files that do not belong together.
 """
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME
+from ..files.config_fields import HIGHEST_RANK, check_fields, is_finite, is_rank
 from ..files.tensor_file import AdapterError, FilePath, RefusedError, TensorFile, read_json
+from ..files.text import quoted, shown
 from ..tuner.config import checked_indices
 from .base import BaseConfig, BaseModel, read_base
 from .formats import PREFIX, READERS, Format
@@ -80,9 +81,17 @@ def _base(base_config: BaseConfig | None, config: dict[str, Any]) -> BaseModel |
     if base_config is not None:
         return read_base(base_config)
     own = config.get("base_model_name_or_path")
-    if isinstance(own, str) and Path(own, "config.json").is_file():
+    if isinstance(own, str) and _holds_config(own):
         return read_base(own)
     return None
+
+
+def _holds_config(folder: str) -> bool:
+    try:
+        return Path(folder, "config.json").is_file()
+    except OSError:
+        # the name is too long for a file
+        return False
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -93,8 +102,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if config.get("peft_type") not in ("LORA", "MOE_LORA"):
         raise AdapterError(
-            f"{path}: peft_type must be LORA or MOE_LORA, got {config.get('peft_type')!r}."
+            f"{path}: peft_type must be LORA or MOE_LORA, got {quoted(config.get('peft_type'))}."
         )
+    try:
+        check_fields(config)
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error}") from error
     for name in _REFUSED_OPTIONS:
         if config.get(name):
             raise RefusedError(
@@ -102,19 +115,18 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
     for name in ("rank_pattern", "alpha_pattern"):
         config[name] = config.get(name) or {}
-        if not isinstance(config[name], dict):
+    for name, r in _values(config, "r", "rank_pattern"):
+        if not is_rank(r):
             raise AdapterError(
-                f"{path}: {name} must be an object that maps names to numbers, got "
-                f"{config[name]!r}."
+                f"{path}: ranks must be integers of at least 1 and at most {HIGHEST_RANK}, got "
+                f"{quoted(r)} as {name}; the configuration is damaged or another adapter's."
             )
-    ranks = [config.get("r"), *config["rank_pattern"].values()]
-    if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
-        raise AdapterError(f"{path}: ranks must be integers of at least 1, got {ranks}.")
-    alphas = [config.get("lora_alpha"), *config["alpha_pattern"].values()]
-    if not all(isinstance(x, int | float) and math.isfinite(x) and x != 0 for x in alphas):
-        raise AdapterError(
-            f"{path}: lora_alpha must be a finite number other than 0, got {alphas}."
-        )
+    for name, alpha in _values(config, "lora_alpha", "alpha_pattern"):
+        if not is_finite(alpha) or alpha == 0:
+            raise AdapterError(
+                f"{path}: lora_alpha must be a finite number other than 0, got {quoted(alpha)} as "
+                f"{name}; the configuration is damaged or another adapter's."
+            )
     config["use_rslora"] = bool(config.get("use_rslora"))
     if config.get("expert_indices") is not None:
         try:
@@ -122,6 +134,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise AdapterError(f"{path}: {error}") from error
     return config
+
+
+def _values(config: Mapping[str, Any], field: str, pattern_field: str) -> list[tuple[str, object]]:
+    """(name, value) of a field and of each entry of its pattern."""
+    values: list[tuple[str, object]] = [(field, config.get(field))]
+    for pattern, value in config[pattern_field].items():
+        values.append((f"{pattern_field}[{quoted(pattern)}]", value))
+    return values
 
 
 def _names(file: TensorFile, base: BaseModel | None) -> dict[str, str]:
@@ -212,9 +232,9 @@ def _check_description(source: Source, experts: Experts) -> None:
             or chosen != {_as_tuple(described.get("experts"))}
         ):
             raise AdapterError(
-                f"{source.file.path}: its metadata describe {path} as {described}, but its tensors "
-                f"and adapter_config.json give {numbers or 'no'} experts of {held}, with the "
-                f"expert ids {chosen}; the two files do not belong together."
+                f"{source.file.path}: its metadata describe {path} as {shown(described)}, but its "
+                f"tensors and adapter_config.json give {numbers or 'no'} experts of {held}, with "
+                f"the expert ids {shown(chosen)}; the two files do not belong together."
             )
 
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from .tensor_file import FilePath, encoded_header, not_finite, not_whole, read_header
+from .config_fields import is_count, is_finite, is_rank
+from .tensor_file import (
+    FilePath,
+    check_names,
+    encoded_header,
+    not_finite,
+    not_whole,
+    read_header,
+)
+from .text import quoted, shown
 
 # the newest version that can be read. A file of version 2 may hold only some experts of a module. A
 # file with all experts is written as version 1
@@ -90,6 +100,7 @@ def read_adapter_file(path: str) -> AdapterFile:
     try:
         with safe_open(path, framework="pt") as file:
             description = read_description(path, file.metadata() or {})
+            check_names(path, file.keys())
             for name in file.keys():
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -152,13 +163,20 @@ def read_description(path: str, metadata: Mapping[str, str]) -> Description:
         path: path of the file, for error messages.
         metadata: the metadata in the file's header.
     Raises:
-        ValueError: if it is not a JSON object, or its layout or version is unknown.
+        ValueError: if it is not a JSON object, if its layout or version is unknown, or if it does
+            not describe modules as `described` does.
     """
     try:
         description = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
         raise ValueError(
-            f"{path}: its metadata {METADATA_KEY!r} are not JSON ({error}); save the adapter again."
+            f"{path}: its metadata {METADATA_KEY!r} are nested too deeply; save the adapter again."
+        ) from error
+    except ValueError as error:
+        # not JSON, or an integer of thousands of digits
+        raise ValueError(
+            f"{path}: its metadata {METADATA_KEY!r} are not JSON ({shown(error)}); save the "
+            "adapter again."
         ) from error
     if not isinstance(description, dict):
         raise ValueError(
@@ -167,16 +185,57 @@ def read_description(path: str, metadata: Mapping[str, str]) -> Description:
     layout = description.get("layout", LAYOUT)
     if layout != LAYOUT:
         raise ValueError(
-            f"{path}: layout {layout!r} is not known; this version reads {LAYOUT!r}. Convert the "
-            "adapter."
+            f"{path}: layout {quoted(layout)} is not known; this version reads {LAYOUT!r}. Convert "
+            "the adapter."
         )
     version = description.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if not is_rank(version) or version > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version {version!r} is not known; this version reads 1 to "
+            f"{path}: format_version {quoted(version)} is not known; this version reads 1 to "
             f"{FORMAT_VERSION}. Upgrade peft_moe_lora."
         )
+    _check_described(path, description)
     return description
+
+
+def _check_described(path: str, description: Description) -> None:
+    """Check the types of a description's modules and routers."""
+    modules = description.get("experts", {})
+    routers = description.get("routers", [])
+    _check(path, "experts", modules, isinstance(modules, dict), "an object of modules")
+    are_paths = isinstance(routers, list) and all(isinstance(router, str) for router in routers)
+    _check(path, "routers", routers, are_paths, "a list of paths")
+    check_names(path, (*modules, *routers))
+    for module, described in modules.items():
+        _check_module(path, module, described)
+
+
+def _check_module(path: str, module: str, described: object) -> None:
+    _check(path, module, described, isinstance(described, dict), "an object")
+    assert isinstance(described, dict)
+    for name, value in described.items():
+        where = f"{name} of {module}"
+        if name == "num_experts":
+            _check(path, where, value, is_rank(value), "an integer of at least 1")
+        elif name == "experts":
+            _check(path, where, value, _are_ids(value), "a list of ascending ids, or left out")
+        else:
+            is_right = isinstance(value, dict) and all(is_finite(size) for size in value.values())
+            _check(path, where, value, is_right, "an object of finite numbers")
+
+
+def _check(path: str, name: str, value: object, is_right: bool, needed: str) -> None:
+    if not is_right:
+        raise ValueError(
+            f"{path}: in its metadata {METADATA_KEY!r}, {shown(name)} must be {needed}, got "
+            f"{quoted(value)}; save the adapter again."
+        )
+
+
+def _are_ids(value: object) -> bool:
+    if not isinstance(value, list) or not all(is_count(expert) for expert in value):
+        return False
+    return all(one < next_one for one, next_one in pairwise(value))
 
 
 def _is_newer(one: Path, other: Path) -> bool:

@@ -4,6 +4,7 @@ A `CardText` is the part of the card that describes the adapter's format. Each f
 The text of this package's own format is in this file, because saving a model writes it too.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,14 @@ from huggingface_hub import ModelCardData
 
 from .servers import SGLANG, VLLM, Server
 from .tensor_file import FilePath
+from .text import is_plain, shown
 
 _BEGIN = "<!-- peft_moe_lora: begin -->"
 _END = "<!-- peft_moe_lora: end -->"
+
+# stands for the base model where its name is not known, or cannot stand in a command
+_BASE = "BASE"
+_LONGEST_LINE = 10_000
 
 # for formats that no server reads: the adapter is converted first
 _CONVERT = "peft-moe-lora convert ADAPTER ADAPTER-serving --to per_expert --base-config {base}"
@@ -28,7 +34,8 @@ class CardText:
 
     Attributes:
         layout: how the tensors are named and ordered, in Markdown.
-        loading: the lines on how to load it, in Markdown, with the field {base}.
+        loading: the lines on how to load it, in Markdown, with the field {base},
+            a string of Python.
         served_by: the servers that read the format; empty if it has to be converted first.
     """
 
@@ -45,7 +52,7 @@ def loading_with_peft(*imports: str) -> tuple[str, ...]:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
+        'model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")',
         'model = PeftModel.from_pretrained(model, "ADAPTER")',
         "```",
     )
@@ -88,14 +95,16 @@ def card_section(card: CardText, config: Mapping[str, Any], notes: Iterable[str]
 
     Args: as for `write_card`.
     """
-    base = config.get("base_model_name_or_path") or "BASE"
+    base = config.get("base_model_name_or_path") or _BASE
+    argument = _as_argument(base)
     ranks = config.get("rank_pattern") or {}
     highest_rank = max((config.get("r") or 1, *ranks.values()))
     lines = ["## LoRA on the experts of a Mixture-of-Experts model", ""]
     lines += [f"- {name}: {fact}" for name, fact in _facts(card, config, base).items() if fact]
-    lines += [f"- {note}" for note in notes]
-    lines += ["", "### Load", "", *(line.format(base=base) for line in card.loading)]
-    lines += ["", "### Serve", "", *_serving(card, base, highest_rank)]
+    lines += [f"- {shown(note, _LONGEST_LINE)}" for note in notes]
+    literal = _python_string(argument)
+    lines += ["", "### Load", "", *(line.format(base=literal) for line in card.loading)]
+    lines += ["", "### Serve", "", *_serving(card, shlex.quote(argument), highest_rank)]
     return "\n".join(lines)
 
 
@@ -103,7 +112,7 @@ def _facts(card: CardText, config: Mapping[str, Any], base: str) -> dict[str, st
     """Name of a fact -> its text; empty for a fact that the card leaves out."""
     rank = str(config.get("r"))
     if config.get("rank_pattern"):
-        rank += f", by name {config['rank_pattern']}"
+        rank += f", by name {shown(config['rank_pattern'], _LONGEST_LINE)}"
     root = "r"
     if config.get("use_rslora"):
         root = "sqrt(r)"
@@ -115,10 +124,10 @@ def _facts(card: CardText, config: Mapping[str, Any], base: str) -> dict[str, st
             "the others are the base model's"
         )
     return {
-        "base model": f"`{base}`",
+        "base model": _code(base),
         "rank": rank,
         "scaling": f"lora_alpha / {root}, lora_alpha {config['lora_alpha']}",
-        "targets": ", ".join(f"`{target}`" for target in targets) or "every experts module",
+        "targets": ", ".join(_code(target) for target in targets) or "every experts module",
         "experts": experts,
         "projections": ", ".join(config.get("target_projections") or ()),
         "layout": card.layout,
@@ -126,7 +135,10 @@ def _facts(card: CardText, config: Mapping[str, Any], base: str) -> dict[str, st
 
 
 def _serving(card: CardText, base: str, rank: int) -> list[str]:
-    """The commands that serve an adapter of this rank; if no server reads it, convert it first."""
+    """The commands that serve an adapter of this rank; if no server reads it, convert it first.
+
+    `base` is quoted for a shell.
+    """
     commands = []
     servers = card.served_by
     adapter = "ADAPTER"
@@ -145,6 +157,31 @@ def _serving(card: CardText, base: str, rank: int) -> list[str]:
     if not card.served_by:
         lines += ["", _CONVERT_NOTE]
     return lines
+
+
+def _as_argument(base: str) -> str:
+    """The base's name as it stands in commands; a placeholder if it cannot stand there.
+
+    A line break would end the command, and a leading dash would make the name an option.
+    """
+    if not is_plain(base) or base.startswith("-"):
+        return _BASE
+    return base
+
+
+def _python_string(text: str) -> str:
+    """A printable text as a string of Python."""
+    if '"' in text or "\\" in text:
+        return repr(text)
+    return f'"{text}"'
+
+
+def _code(text: str) -> str:
+    """Text as code in Markdown, on one line."""
+    text = shown(text)
+    if "`" in text:
+        return f"``` {text.replace('```', '` ` `')} ```"
+    return f"`{text}`"
 
 
 def _listed(value: str | Iterable[str] | None) -> list[str]:

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .text import LONGEST_NAME, is_plain, shown
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -82,7 +84,8 @@ class TensorFile:
         tensors: name -> TensorInfo, in the order of their bytes.
         metadata: the strings under "__metadata__" of the header.
     Raises:
-        AdapterError: if it is cut short, in another format, or has a tensor of an unknown dtype.
+        AdapterError: if it is cut short, in another format, or has a tensor of an unknown dtype or
+            with a name that cannot be printed.
     """
 
     def __init__(self, path: FilePath) -> None:
@@ -94,9 +97,10 @@ class TensorFile:
             with self.path.open("rb") as file:
                 header = read_header(file)
                 start = file.tell()
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise AdapterError(not_whole(path, error)) from error
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        check_names(path, header)
         self.tensors: dict[str, TensorInfo] = {}
         for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             dtype = DTYPES.get(described["dtype"])
@@ -257,18 +261,37 @@ def read_json(path: FilePath) -> dict[str, Any]:
         raise AdapterError(
             f"{path} does not exist; name the folder of an adapter or of a model."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path} is not JSON ({error}); copy or save it again.") from error
+    except RecursionError as error:
+        raise AdapterError(f"{path} is nested too deeply; copy or save it again.") from error
+    except (OSError, ValueError) as error:
+        # ValueError: not UTF-8, not JSON, or an integer of thousands of digits
+        raise AdapterError(
+            f"{path} is not JSON ({shown(error)}); copy or save it again."
+        ) from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path} is not a JSON object; copy or save it again.")
     return content
 
 
+def check_names(path: FilePath, names: Iterable[str]) -> None:
+    """Check that the names of tensors or modules in a file can be names of a model's.
+
+    Raises:
+        AdapterError: if one cannot be printed, or is longer than names of modules are.
+    """
+    for name in names:
+        if not is_plain(name):
+            raise AdapterError(
+                f"{path}: names must be printable and of at most {LONGEST_NAME} characters, got "
+                f"{shown(name)}; save the adapter again."
+            )
+
+
 def not_whole(path: FilePath, error: Exception) -> str:
     """The message for a file that cannot be read."""
     return (
-        f"{path} is not a whole safetensors file ({error}); it was cut short or is in another "
-        "format. Copy or save it again."
+        f"{path} is not a whole safetensors file ({shown(error)}); it was cut short or is in "
+        "another format. Copy or save it again."
     )
 
 

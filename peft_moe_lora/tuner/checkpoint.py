@@ -10,6 +10,7 @@ from torch import nn
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import linear_features
 from ..files.adapter_file import AdapterFile, described, described_module
+from ..files.text import shown
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .router import MoELoraRouter
@@ -213,7 +214,7 @@ def check_state_dict(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{where}: tensor {key} holds NaN or infinity; load an earlier checkpoint."
+                f"{where}: tensor {shown(key)} holds NaN or infinity; load an earlier checkpoint."
             )
 
 
@@ -244,7 +245,7 @@ def _raise_unless_whole(
 
 def _listed(items: Sequence[str]) -> str:
     """The first three items, and the number of further ones."""
-    listed = ", ".join(items[:3])
+    listed = ", ".join(shown(item) for item in items[:3])
     if len(items) > 3:
         listed += f" and {len(items) - 3} more"
     return listed
@@ -253,4 +254,4 @@ def _listed(items: Sequence[str]) -> str:
 def _listed_experts(experts: Iterable[int] | None) -> str:
     if experts is None:
         return "every expert"
-    return f"experts {list(experts)}"
+    return f"experts {shown(list(experts))}"

@@ -1,7 +1,5 @@
 """MoELoraConfig: the user's settings, checked before any model is changed."""
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from operator import index
@@ -22,6 +20,15 @@ from ..files.adapter_file import (
     read_adapter_file,
 )
 from ..files.card import OUR_CARD, write_card
+from ..files.config_fields import (
+    HIGHEST_RANK,
+    check_fields,
+    check_pattern,
+    is_finite,
+    is_rank,
+)
+from ..files.tensor_file import read_json
+from ..files.text import quoted
 from ..functional import BACKENDS
 from .implementations import MATERIALIZE
 
@@ -110,7 +117,9 @@ class MoELoraConfig(LoraConfig):
     format_version: int = field(default=1, metadata={"help": "Version of the adapter file format."})
 
     def __post_init__(self) -> None:
-        # before PEFT's own checks, which warn about fields that are refused here
+        # before PEFT's own checks, which take the types for granted and warn about fields that are
+        # refused here
+        check_fields(vars(self))
         self._refuse_unsupported()
         super().__post_init__()
         self.peft_type = PeftType["MOE_LORA"]
@@ -141,27 +150,30 @@ class MoELoraConfig(LoraConfig):
             value = getattr(self, name)
             if value not in (unused, None, False, [], {}):
                 raise ValueError(
-                    f"{name}={value!r}: experts do not support {what}; leave {name} unset."
+                    f"{name}={quoted(value)}: experts do not support {what}; leave {name} unset."
                 )
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r}: experts support True (A as "
+                f"init_lora_weights={quoted(self.init_lora_weights)}: experts support True (A as "
                 'nn.Linear, B zero), "gaussian" (A normal, B zero) and False (both random).'
             )
 
     def _check_numbers(self) -> None:
         ranks = {"r": self.r}
         for key, value in (self.rank_pattern or {}).items():
-            ranks[f"rank_pattern[{key!r}]"] = value
+            ranks[f"rank_pattern[{quoted(key)}]"] = value
         for name, r in ranks.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {r!r}.")
+            if not is_rank(r):
+                raise ValueError(
+                    f"{name} must be an integer of at least 1 and at most {HIGHEST_RANK}, got "
+                    f"{quoted(r)}."
+                )
         alphas: dict[str, float] = {"lora_alpha": self.lora_alpha}
         for key, value in (self.alpha_pattern or {}).items():
-            alphas[f"alpha_pattern[{key!r}]"] = value
+            alphas[f"alpha_pattern[{quoted(key)}]"] = value
         for name, alpha in alphas.items():
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise ValueError(f"{name} must be a finite number, got {alpha!r}.")
+            if not is_finite(alpha):
+                raise ValueError(f"{name} must be a finite number, got {quoted(alpha)}.")
         dropout = self.lora_dropout
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {dropout!r}.")
@@ -173,13 +185,13 @@ class MoELoraConfig(LoraConfig):
         if not (names and known and once):
             raise ValueError(
                 f"target_projections must name one or more of {PROJECTIONS}, each at most once; "
-                f"got {names!r}."
+                f"got {quoted(names)}."
             )
 
     def _check_backend(self) -> None:
         backends = (*BACKENDS, MATERIALIZE)
         if self.backend not in backends:
-            raise ValueError(f"backend must be one of {backends}, got {self.backend!r}.")
+            raise ValueError(f"backend must be one of {backends}, got {quoted(self.backend)}.")
         if self.backend != MATERIALIZE:
             return
         if self.lora_dropout:
@@ -197,13 +209,14 @@ class MoELoraConfig(LoraConfig):
     def _check_file_format(self) -> None:
         if self.layout != LAYOUT:
             raise ValueError(
-                f"layout={self.layout!r} is not known; this version reads {LAYOUT!r}. If a newer "
-                "peft_moe_lora wrote the adapter, upgrade; if another program wrote it, convert it."
+                f"layout={quoted(self.layout)} is not known; this version reads {LAYOUT!r}. If a "
+                "newer peft_moe_lora wrote the adapter, upgrade; if another program wrote it, "
+                "convert it."
             )
         version = self.format_version
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        if not is_rank(version) or version > FORMAT_VERSION:
             raise ValueError(
-                f"format_version={version!r} is not known; this version reads 1 to "
+                f"format_version={quoted(version)} is not known; this version reads 1 to "
                 f"{FORMAT_VERSION}. Upgrade peft_moe_lora to read the adapter."
             )
 
@@ -233,7 +246,7 @@ class MoELoraConfig(LoraConfig):
         chosen = tuple(self.expert_indices.get(pattern, ()))
         if chosen and chosen[-1] >= num_experts:
             raise ValueError(
-                f"expert_indices[{pattern!r}] names expert {chosen[-1]}, but {key} has "
+                f"expert_indices[{quoted(pattern)}] names expert {chosen[-1]}, but {key} has "
                 f"{num_experts} experts, 0 to {num_experts - 1}."
             )
         return chosen
@@ -261,10 +274,20 @@ class MoELoraConfig(LoraConfig):
         if len(keys) > 4:
             listed += f" and {len(keys) - 4} more"
         raise ValueError(
-            f"expert_indices: {unused[0]!r} matches no targeted experts module, or an earlier "
-            f"entry matches all of its modules. The targeted experts modules are {listed}. "
+            f"expert_indices: {quoted(unused[0])} matches no targeted experts module, or an "
+            f"earlier entry matches all of its modules. The targeted experts modules are {listed}. "
             "Correct the entry, or remove it."
         )
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read adapter_config.json; called by PEFT's `from_pretrained`.
+
+        Raises:
+            ValueError: if it is not a JSON object.
+        """
+        read_json(path_json_file)
+        return super().from_json_file(path_json_file, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -319,26 +342,17 @@ def checked_indices(indices: Mapping[str, Iterable[int]]) -> dict[str, list[int]
     if not isinstance(indices, Mapping):
         raise ValueError(
             "expert_indices must be a dict from layer patterns to lists of expert ids, got "
-            f"{indices!r}."
+            f"{quoted(indices)}."
         )
     checked = {}
     for pattern, experts in indices.items():
-        _check_pattern(pattern)
+        check_pattern("expert_indices", pattern)
         checked[pattern] = _checked_ids(pattern, experts)
     if not any(checked.values()):
         raise ValueError(
-            f"expert_indices={indices!r} chooses no expert; leave it unset for every expert."
+            f"expert_indices={quoted(indices)} chooses no expert; leave it unset for every expert."
         )
     return checked
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"expert_indices: {pattern!r} is neither a path nor a regular expression ({error})."
-        ) from error
 
 
 def _checked_ids(pattern: str, experts: Iterable[int]) -> list[int]:
@@ -348,13 +362,15 @@ def _checked_ids(pattern: str, experts: Iterable[int]) -> list[int]:
         given = list(experts)
     if not is_list or not all(_is_integer(expert) for expert in given):
         raise ValueError(
-            f"expert_indices[{pattern!r}] must be a list of expert ids, got {experts!r}."
+            f"expert_indices[{quoted(pattern)}] must be a list of expert ids, got "
+            f"{quoted(experts)}."
         )
     ids = sorted(index(expert) for expert in given)
     repeated = len(set(ids)) < len(ids)
     if repeated or any(expert < 0 for expert in ids):
         raise ValueError(
-            f"expert_indices[{pattern!r}] must name experts from 0 up, each once, got {experts!r}."
+            f"expert_indices[{quoted(pattern)}] must name experts from 0 up, each once, got "
+            f"{quoted(experts)}."
         )
     return ids
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router
+from ..files.text import quoted
 from . import checkpoint
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
@@ -149,7 +150,7 @@ class MoELoraModel(LoraModel):
                 if names:
                     available = f"its experts modules are called {sorted(names)}"
                 raise ValueError(
-                    f"target_modules: {entry!r} matches no module of the model; {available}. "
+                    f"target_modules: {quoted(entry)} matches no module of the model; {available}. "
                     "Correct the entry, or remove it."
                 )
         return targets

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from ...experts.layout import PROJECTIONS
 from ...files.card import CardText, loading_with_peft
 from ...files.tensor_file import AdapterError, Block, RefusedError
+from ...files.text import quoted
 from ..base import BaseModel, need_base
 from ..model import Adapter, Experts, LinearPair, Pair
 from ..source import Slot, Source
@@ -114,8 +115,8 @@ def _order_of_B(source: Source) -> tuple[str, list[str]]:
         return marker, [f"B was read as {marker}, as given by adapter_config.json"]
     if marker is not None:
         raise RefusedError(
-            f"{source.file.path}: adapter_config.json has lora_B_layout={marker!r}, which is not "
-            "known; give the order of B as b_layout (--b-layout rank_major or expert_major)."
+            f"{source.file.path}: adapter_config.json has lora_B_layout={quoted(marker)}, which is "
+            "not known; give the order of B as b_layout (--b-layout rank_major or expert_major)."
         )
     mapping = source.config.get("auto_mapping") or {}
     base_name = source.config.get("base_model_name_or_path") or ""
@@ -146,8 +147,8 @@ def _projections(source: Source, path: str, slots: Mapping[SlotName, Slot]) -> d
     if len(possible) != 1:
         raise RefusedError(
             f"{source.file.path}: {path} has one adapted projection, and neither "
-            f"target_parameters={targets!r} nor the shapes show whether it is gate_up or down; "
-            "write the parameter's name into target_parameters of its adapter_config.json."
+            f"target_parameters={quoted(targets)} nor the shapes show whether it is gate_up or "
+            "down; write the parameter's name into target_parameters of its adapter_config.json."
         )
     return {possible.pop(): slot}
 
@@ -178,6 +179,7 @@ def _parameter(
     gate.
 
     Raises:
+        AdapterError: if the sizes in `pairs` fit neither experts with a gate nor without one.
         RefusedError: if `pairs` is given but holds only gate_up, so that its sizes show nothing.
     """
     return f"{path}.{_parameter_name(base, config, path, projection, pairs)}"
@@ -203,8 +205,17 @@ def _parameter_name(
     if "down" not in pairs:
         need_base(base, "only the base model says whether the parameter is gate_up_proj or up_proj")
         return "gate_up_proj"
-    halves = pairs["gate_up"].out_features // pairs["down"].in_features
-    return {1: "up_proj", 2: "gate_up_proj"}[halves]
+    out_features = pairs["gate_up"].out_features
+    width = pairs["down"].in_features
+    if out_features == 2 * width:
+        return "gate_up_proj"
+    if out_features == width:
+        return "up_proj"
+    raise AdapterError(
+        f"{path}: gate_up has {out_features} out-features and down {width} in-features; gate_up "
+        "must have as many (without a gate) or twice as many. The adapter is damaged; save it "
+        "again."
+    )
 
 
 def _read_pair(source: Source, parameter: str, slot: Slot, layout: str, swapped: bool) -> Pair:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 from ...files.tensor_file import AdapterError, RefusedError
+from ...files.text import quoted
 from ..source import Slot, Source
 
 # the name of this format, which can be read but not written
@@ -54,8 +55,8 @@ def swapped_projections(source: Source, path: str, slots: Mapping[str, Slot]) ->
         return dict.fromkeys(fits, release < _FIRST_RIGHT)
     raise RefusedError(
         f"{source.file.path}: neither the shapes of {path}, {sizes} (in, out), nor "
-        f"peft_version={version or None!r} show whether PEFT swapped in and out, as it did before "
-        "0.19.1; write the PEFT version that saved the "
+        f"peft_version={quoted(version or None)} show whether PEFT swapped in and out, as it "
+        "did before 0.19.1; write the PEFT version that saved the "
         "adapter into peft_version of its adapter_config.json, or name the base model "
         "(--base-config)."
     )

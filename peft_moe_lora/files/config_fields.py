@@ -1,0 +1,163 @@
+"""Checks the types in an adapter_config.json, which anybody may have edited by hand.
+
+A wrong type is found here, before a field is used. The ranges of numbers that depend on the
+adapter's kind are checked where they are used.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeGuard
+
+from .text import quoted
+
+# the largest rank; it also keeps lora_alpha / r within the range of a float
+HIGHEST_RANK = 2**31 - 1
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Check the types of a configuration's fields; a field that is missing or None is left out.
+
+    Raises:
+        ValueError: if a value has a wrong type, or if a pattern is not a regular expression. The
+            message names the field.
+    """
+    for name, (is_right, needed) in _FIELDS.items():
+        value = config.get(name)
+        if value is not None and not is_right(value):
+            raise ValueError(f"{name} must be {needed}, got {quoted(value)}; correct {name}.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(name) or ():
+            check_pattern(name, pattern)
+    for name in ("target_modules", "exclude_modules"):
+        expression = config.get(name)
+        if isinstance(expression, str):
+            _check_expression(name, expression, expression)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Check that a key of rank_pattern, alpha_pattern or expert_indices can be matched.
+
+    Args:
+        name: name of the field, for the message.
+        pattern: the end of a module's path, or a regular expression.
+    Raises:
+        ValueError: if it is not a regular expression.
+    """
+    if not isinstance(pattern, str):
+        raise ValueError(
+            f"{name}: its keys must be paths or regular expressions, got {quoted(pattern)}."
+        )
+    _check_expression(name, pattern, pattern)
+    # PEFT matches a key behind any prefix, where flags such as (?i) are not allowed
+    _check_expression(name, pattern, rf"(.*\.)?({pattern})$")
+
+
+def is_rank(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer that can be a rank."""
+    return _is_integer(value) and 1 <= value <= HIGHEST_RANK
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a number, and finite as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer of at least 0 that can be a number of things, or an index."""
+    return _is_integer(value) and 0 <= value <= HIGHEST_RANK
+
+
+def _check_expression(name: str, given: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{name}: {quoted(given)} is neither a path nor a regular expression "
+            f"({quoted(str(error))}); correct it."
+        ) from error
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _are_strings(value: object) -> bool:
+    if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+        return False
+    return all(isinstance(item, str) for item in value)
+
+
+def _is_string_or_strings(value: object) -> bool:
+    return _is_string(value) or _are_strings(value)
+
+
+def _are_integers(value: object) -> bool:
+    if isinstance(value, list | tuple | set | range):
+        return all(is_count(item) for item in value)
+    return is_count(value)
+
+
+def _are_tokens(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) for key in value) and all(
+            isinstance(item, list | tuple) and _are_integers(item) for item in value.values()
+        )
+    return isinstance(value, list | tuple) and _are_integers(value)
+
+
+def _is_bias(value: object) -> bool:
+    return isinstance(value, str) and value in ("none", "all", "lora_only")
+
+
+_BOOL = (_is_bool, "true or false")
+_STRING = (_is_string, "a string")
+_STRINGS = (_are_strings, "a list of strings")
+_OBJECT = (_is_object, "an object")
+_NUMBERS = (_is_object, "an object that maps names to numbers")
+_NAMES = (_is_string_or_strings, "a string or a list of strings")
+
+# field -> (whether a value has the right type, the right type in words)
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "base_model_name_or_path": _STRING,
+    "revision": _STRING,
+    "task_type": _STRING,
+    "auto_mapping": _OBJECT,
+    "rank_pattern": _NUMBERS,
+    "alpha_pattern": _NUMBERS,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "target_parameters": _STRINGS,
+    "target_projections": _NAMES,
+    "modules_to_save": _STRINGS,
+    "layers_to_transform": (_are_integers, "an integer or a list of integers, each at least 0"),
+    "layers_pattern": _NAMES,
+    "trainable_token_indices": (_are_tokens, "a list of ids, or an object of such lists"),
+    "bias": (_is_bias, '"none", "all" or "lora_only"'),
+    "use_rslora": _BOOL,
+    "use_dora": _BOOL,
+    "lora_bias": _BOOL,
+    "use_qalora": _BOOL,
+    "fan_in_fan_out": _BOOL,
+    "inference_mode": _BOOL,
+    "ensure_weight_tying": _BOOL,
+    "recompute": _BOOL,
+    "lora_dropout": (is_finite, "a finite number"),
+}
