@@ -170,8 +170,10 @@ def differentiable(
     differentiated = kinds[0]
     num_inputs = len(differentiated.__match_args__)
     num_others = sum(len(kind.__match_args__) for kind in kinds[1:])
-    # the number of kept groups with tensors, which come first; `Gradient` is not kept
-    num_held = sum(_holds_tensors(kind) for kind in backward_operator.groups) - 1
+    holding = [_holds_tensors(kind) for kind in backward_operator.groups]
+    assert holding == sorted(holding, reverse=True), "groups with tensors come first"
+    # the number of kept groups with tensors; `Gradient` is not kept
+    num_held = sum(holding) - 1
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         returned = output if isinstance(output, tuple) else (output,)
