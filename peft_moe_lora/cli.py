@@ -70,7 +70,9 @@ BLayout = Annotated[
     str, typer.Option(help=f"Order of lora_B under PEFT's keys: {', '.join(B_LAYOUTS)}.")
 ]
 Destination = Annotated[Path, typer.Argument(help="Folder to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the destination if it is an earlier output.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 

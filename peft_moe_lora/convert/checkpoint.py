@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..experts.layout import ExpertsLayout
+from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, RefusedError, TensorFile, TensorInfo, read_json
 from ..files.text import quoted
 from .base import BaseModel
@@ -56,10 +57,12 @@ def shard_paths(base: Path) -> list[Path]:
     """The checkpoint's safetensors files.
 
     Raises:
-        AdapterError: if the index names a file that is missing or outside the folder, or if its
-            tensors differ from the tensors in the files.
+        AdapterError: if the index names a file that is missing or outside the folder, if a file is
+            a link that leads out of it, or if the tensors in the files differ from the index.
     """
     index = base / INDEX_NAME
+    check_own_file(index)
+    check_own_file(base / SINGLE_NAME)
     if not index.is_file():
         if not (base / SINGLE_NAME).is_file():
             raise AdapterError(
@@ -79,6 +82,7 @@ def shard_paths(base: Path) -> list[Path]:
                 f"{index} names {quoted(file)}, which is not the name of a safetensors file in its "
                 "folder; download the checkpoint again."
             )
+        check_own_file(base / file)
         if not (base / file).is_file():
             raise AdapterError(
                 f"{index} names {file}, which is missing; download the checkpoint again."

@@ -6,7 +6,7 @@ time.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +16,13 @@ from ..experts.families import ONE_EACH
 from ..experts.layout import PROJECTIONS
 from ..files.adapter_file import WEIGHTS_NAME
 from ..files.card import write_card
-from ..files.tensor_file import Block, FilePath, Progress, RefusedError, new_folder, write_tensors
+from ..files.folders import SIDE_FILES, new_folder, own_files
+from ..files.tensor_file import Block, FilePath, Progress, RefusedError, write_tensors
 from .base import BaseConfig
 from .fit import fill_in, make_uniform
 from .formats import FORMATS, LEGACY_NAME, Format
 from .model import Adapter, LinearPair, pad, rescale
-from .reading import open_adapter
-
-# beginnings of the names of files that are copied with an adapter
-_COPIED_FILES = (
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "chat_template",
-    "vocab.",
-    "merges.txt",
-    "README.md",
-)
+from .reading import open_adapter, read_paths
 
 
 @dataclass(frozen=True)
@@ -77,14 +67,14 @@ def convert_adapter(
             with it, and it is needed to split gate from up.
         b_layout: order of lora_B under PEFT's keys: "auto", "rank_major" (PEFT) or "expert_major"
             (old Unsloth).
-        force: replace what is at `dst`.
+        force: replace `dst` if it is an earlier output, and holds nothing that is read.
         progress: called with (blocks written, total blocks).
     Returns: what was done, with notes.
     Raises:
         AdapterError: if the adapter is damaged, unknown, or for another model.
         RefusedError: if the format's readers would refuse or misread the result, or if the adapter
             can be read in two ways.
-        ExistsError: if `dst` exists.
+        ExistsError: if `dst` exists and may not be replaced.
     """
     if to not in FORMATS:
         raise RefusedError(
@@ -93,8 +83,9 @@ def convert_adapter(
         )
     form = FORMATS[to]
     adapter = prepare(open_adapter(src, base_config, b_layout), form)
-    with new_folder(dst, force) as folder:
-        write_adapter(adapter, form, folder, progress)
+    copied = own_files(src, lambda name: name.startswith(SIDE_FILES))
+    with new_folder(dst, force, read_paths(src, adapter), copied) as folder:
+        write_adapter(adapter, form, folder, copied, progress)
     return Conversion(
         source=adapter.format,
         to=to,
@@ -156,20 +147,23 @@ def _losses(adapter: Adapter, form: Format) -> Iterator[str]:
 
 
 def write_adapter(
-    adapter: Adapter, form: Format, folder: Path, progress: Progress | None = None
+    adapter: Adapter,
+    form: Format,
+    folder: Path,
+    copied: Iterable[Path] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Write a prepared adapter into an empty folder.
 
-    The folder gets the weights, the configuration, the model card, and copies of the tokenizer's
-    files in the source adapter's folder.
+    The folder gets the weights, the configuration, the model card, and copies of the files
+    `copied`: the tokenizer's files and the README in the source adapter's folder.
     """
     config = form.config(adapter)
     blocks = _blocks(adapter, form)
     write_tensors(folder / WEIGHTS_NAME, blocks, form.metadata(adapter), progress)
     config.save_pretrained(str(folder))
-    for file in adapter.file.path.parent.iterdir():
-        if file.is_file() and file.name.startswith(_COPIED_FILES):
-            shutil.copy(file, folder)
+    for file in copied:
+        shutil.copyfile(file, folder / file.name)
     write_card(folder, form.card, config.to_dict(), adapter.notes)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..files.folders import new_folder, own_files
 from ..files.tensor_file import (
     AdapterError,
     Block,
@@ -21,13 +22,12 @@ from ..files.tensor_file import (
     Progress,
     RefusedError,
     TensorFile,
-    new_folder,
     write_tensors,
 )
 from .base import read_base
 from .checkpoint import Target, check_shape, find_targets, resolved_name, shard_paths
 from .model import Adapter, LinearPair, Pair
-from .reading import open_adapter
+from .reading import open_adapter, read_paths
 
 # endings of files that hold weights; the base's other files are copied
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -118,13 +118,13 @@ def merge_adapter(
         dst: folder to write. It also gets the base's other files, and appears only after everything
             is written.
         b_layout: as in `convert_adapter`.
-        force: replace what is at `dst`.
+        force: replace `dst` if it is an earlier output, and holds nothing that is read.
         progress: called with (tensors written, total tensors).
     Returns: what was merged, and the error of rounding to the checkpoint's dtype.
     Raises:
         AdapterError: if a file is damaged, or if adapter and base do not belong together.
         RefusedError: if the checkpoint has no tensor to merge a part of the adapter into.
-        ExistsError: if `dst` exists.
+        ExistsError: if `dst` exists and may not be replaced.
     """
     facts = read_base(base)
     read = open_adapter(adapter, facts, b_layout)
@@ -140,15 +140,15 @@ def merge_adapter(
         )
     replaced = {saved[key]: key for key in read.carried}
     merger = _Merger(read, targets, replaced)
-    with new_folder(dst, force) as folder:
+    copied = own_files(base, lambda name: Path(name).suffix not in _WEIGHTS)
+    with new_folder(dst, force, [base, *read_paths(adapter, read)], copied) as folder:
         written = 0
         for shard in shards:
             counted = _counted(progress, written, len(tensors))
             write_tensors(folder / shard.path.name, merger.blocks(shard), shard.metadata, counted)
             written += len(shard.tensors)
-        for file in Path(base).iterdir():
-            if file.is_file() and file.suffix not in _WEIGHTS:
-                shutil.copy(file, folder)
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
     return Merge(Path(dst), len(targets) + len(replaced), len(tensors), merger.rounding)
 
 

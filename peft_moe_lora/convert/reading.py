@@ -5,6 +5,7 @@ the base model if it is known, and with the metadata if the file is in our own f
 files that do not belong together.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME
 from ..files.config_fields import HIGHEST_RANK, check_fields, is_finite, is_rank
+from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, FilePath, RefusedError, TensorFile, read_json
 from ..files.text import quoted, shown
 from ..tuner.config import checked_indices
@@ -44,7 +46,7 @@ def open_adapter(
     file = TensorFile(folder / WEIGHTS_NAME)
     base = _base(base_config, config)
     names = _names(file, base)
-    _check_floating(file)
+    _check_lora_tensors(file)
     source = Source(file, config, names, base, b_layout)
     form, slots = _format_of(source)
     taken = _expert_keys(source, slots)
@@ -64,7 +66,22 @@ def open_adapter(
     )
 
 
+def read_paths(path: FilePath, adapter: Adapter) -> list[FilePath]:
+    """The folders that a conversion reads; its destination must not hold them.
+
+    Args:
+        path: folder of the adapter.
+        adapter: the adapter that was read from there.
+    """
+    bases = [adapter.config.get("base_model_name_or_path")]
+    if adapter.base is not None:
+        bases.append(adapter.base.name)
+    return [path, *(base for base in bases if isinstance(base, str) and os.path.exists(base))]
+
+
 def _check_weights(folder: Path) -> None:
+    check_own_file(folder / WEIGHTS_NAME)
+    check_own_file(folder / CONFIG_NAME)
     if (folder / WEIGHTS_NAME).is_file():
         return
     pickled = ""
@@ -172,11 +189,17 @@ def _module_path(key: str) -> str | None:
     return match[0]
 
 
-def _check_floating(file: TensorFile) -> None:
+def _check_lora_tensors(file: TensorFile) -> None:
     for name, info in file.tensors.items():
         if ".lora_" in name and not info.dtype.is_floating_point:
             raise AdapterError(
                 f"{file.path}: {name} is {info.dtype}, but LoRA tensors must be floating point."
+            )
+        # without elements, a tensor of any size fits into a small file
+        if ".lora_" in name and 0 in info.shape:
+            raise AdapterError(
+                f"{file.path}: {name} has shape {list(info.shape)}, but LoRA tensors must not be "
+                "empty; copy or save the adapter again."
             )
 
 

@@ -10,6 +10,7 @@ from peft.utils.other import get_pattern_key
 
 from ..files.adapter_file import read_description
 from ..files.tensor_file import AdapterError, TensorFile, TensorInfo
+from ..files.text import shown
 from .base import BaseModel, need_base
 from .model import Pair
 
@@ -19,6 +20,11 @@ class Slot(NamedTuple):
 
     A: str
     B: str
+
+
+# more experts in a module than any known model has; without the base model, a file is not believed
+# to be a part of more, because a format without chosen experts holds zeros for all the others
+MOST_EXPERTS = 2048
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,23 @@ class Source:
         return tuple(indices.get(pattern, ()))
 
     def num_experts(self, path: str, chosen: tuple[int, ...]) -> int:
-        """E of a module whose tensors hold only the chosen experts."""
+        """E of a module whose tensors hold only the chosen experts.
+
+        Raises:
+            AdapterError: if the base model is not known and the metadata give an E that no model
+                has.
+            RefusedError: if neither the base model nor the metadata give E.
+        """
         described = self.description.get("experts", {}).get(path, {})
         if self.base is None and "num_experts" in described:
-            return described["num_experts"]
+            E = described["num_experts"]
+            if E > MOST_EXPERTS:
+                raise AdapterError(
+                    f"{self.file.path}: its metadata give {shown(path)} {E} experts, of which the "
+                    f"file holds {len(chosen)}; without the base model this must be at most "
+                    f"{MOST_EXPERTS}. Name the base model (base_config, --base-config)."
+                )
+            return E
         base = need_base(
             self.base,
             f"{self.file.path} holds only some experts of {path}, and the number of all experts "

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from .config_fields import is_count, is_finite, is_rank
 from .tensor_file import (
     FilePath,
+    check_file,
     check_names,
     encoded_header,
     not_finite,
@@ -68,12 +69,13 @@ def find_adapter_file(
         subfolder: the adapter's folder within `model_id`.
         hub_kwargs: further arguments of `hf_hub_download`.
     Raises:
-        ValueError: if the weights are a pickle.
+        ValueError: if the weights are a pickle, or not a file.
     """
     folder = Path(model_id, subfolder or "")
     if folder.is_dir():
         weights = folder / WEIGHTS_NAME
         pickle = folder / PICKLE_NAME
+        check_file(weights)
         if weights.is_file():
             return str(weights)
         if pickle.is_file():

@@ -8,10 +8,8 @@ freed does not stay in memory.
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +31,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# the metadata of every file that a conversion or a merge wrote; training does not write it
+_OUTPUT = {"peft_moe_lora_output": "1"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 Progress = Callable[[int, int], None]
 FilePath = str | os.PathLike[str]
@@ -90,6 +92,7 @@ class TensorFile:
 
     def __init__(self, path: FilePath) -> None:
         self.path = Path(path)
+        check_file(self.path)
         try:
             # safetensors checks that the header is complete and that the offsets leave no gaps
             with safe_open(self.path, framework="pt"):
@@ -173,13 +176,13 @@ def write_tensors(
     Args:
         path: the file. It is written in place, so it should be in a `new_folder`.
         blocks: the tensors to write.
-        metadata: strings for the header.
+        metadata: strings for the header, which also gets the mark that `is_output` finds.
         progress: called with (blocks written, total blocks).
     """
     # the widest dtype first, so that every tensor is aligned to the size of its elements
     ordered = sorted(blocks, key=lambda block: -block.dtype.itemsize)
     with open(path, "wb") as file:
-        file.write(encoded_header(_header(ordered, metadata)))
+        file.write(encoded_header(_header(ordered, {**metadata, **_OUTPUT})))
         for done, block in enumerate(ordered, 1):
             end = file.tell() + block.nbytes
             for tensor in block.make():
@@ -213,48 +216,39 @@ def encoded_header(header: dict[str, Any]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-@contextmanager
-def new_folder(dst: FilePath, force: bool = False) -> Iterator[Path]:
-    """A temporary folder that replaces `dst` if the block succeeds, and is removed if it raises.
+def is_output(file: TensorFile) -> bool:
+    """Whether `write_tensors` wrote a file."""
+    return _OUTPUT.items() <= file.metadata.items()
 
-    Args:
-        dst: the folder to write.
-        force: whether to replace `dst` if it exists.
-    Yields: the temporary folder, in the parent of `dst`.
+
+def check_file(path: FilePath) -> None:
+    """Check that a path is a file or does not exist; opening anything else could wait for ever.
+
     Raises:
-        ExistsError: if `dst` exists and is not an empty folder, unless `force` is set.
+        AdapterError: if it is a folder, a link that leads nowhere, a named pipe or a device.
     """
-    dst = Path(dst)
-    is_free = not dst.exists() or (dst.is_dir() and not any(dst.iterdir()))
-    if not is_free and not force:
-        raise ExistsError(
-            f"{dst} exists; choose another destination, or overwrite it with force (--force)."
-        )
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}-"))
-    new = work / "new"
-    old = work / "old"
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
     try:
-        new.mkdir()
-        yield new
-        if dst.exists():
-            os.replace(dst, old)
-        try:
-            os.replace(new, dst)
-        except OSError:
-            if old.exists():
-                os.replace(old, dst)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise AdapterError(
+            f"{path} is a link that leads to no file ({error.strerror}); put the file itself in "
+            "its place."
+        ) from error
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+        raise AdapterError(f"{path} is {kind}, not a file; put the file itself in its place.")
 
 
 def read_json(path: FilePath) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        AdapterError: if the file does not exist or does not hold a JSON object.
+        AdapterError: if it does not exist, is not a file, or does not hold a JSON object.
     """
+    check_file(path)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -4,6 +4,7 @@ An interrupted conversion leaves the destination as it was.
 """
 
 import copy
+import json
 import os
 import shutil
 import tracemalloc
@@ -11,17 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from convert.adapters import PREFIX, config_of, rewrite, save_base, save_ours, tensors
-from peft_moe_lora import convert_adapter, inspect_adapter, verify_adapter
+from peft_moe_lora import convert_adapter, verify_adapter
 from peft_moe_lora.convert.reading import open_adapter
+from peft_moe_lora.files.folders import new_folder
 from peft_moe_lora.files.tensor_file import (
     AdapterError,
     Block,
     ExistsError,
     RefusedError,
     TensorFile,
-    new_folder,
     write_tensors,
 )
 
@@ -230,10 +232,11 @@ def test_nothing_is_overwritten_unless_told(qwen, tmp_path):
     with pytest.raises(ExistsError, match="--force"):
         convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", base_config=qwen.config)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
-    convert_adapter(
-        tmp_path / "in", tmp_path / "out", to="peft", base_config=qwen.config, force=True
-    )
-    assert inspect_adapter(tmp_path / "out").format == "peft"
+    with pytest.raises(ExistsError, match=r"thesis\.txt"):
+        convert_adapter(
+            tmp_path / "in", tmp_path / "out", to="peft", base_config=qwen.config, force=True
+        )
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -263,7 +266,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(qwen, tmp_path, force):
 
 def test_what_was_there_comes_back_if_the_new_cannot_take_its_place(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
+    write_tensors(tmp_path / "out" / "old.safetensors", [], {})
     replace = os.replace
 
     def fail_on_new(source, target):
@@ -278,7 +281,33 @@ def test_what_was_there_comes_back_if_the_new_cannot_take_its_place(tmp_path, mo
     ):
         (folder / "new.txt").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "old.txt").read_text() == "old"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old.safetensors"]
+
+
+@pytest.mark.parametrize("claimed", [100_000, 2049])
+@pytest.mark.parametrize("to", ["moe_lora", "peft"])
+def test_a_number_of_experts_that_only_a_lie_explains_is_refused(qwen, tmp_path, claimed, to):
+    """Without a base model, the metadata alone give the number of all experts."""
+    save_ours(qwen.base, tmp_path / "in", expert_indices={"experts": [1, 3]})
+    file = tmp_path / "in" / "adapter_model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        description = json.loads(opened.metadata()["peft_moe_lora"])
+    for module in description["experts"].values():
+        module["num_experts"] = claimed
+    metadata = {"format": "pt", "peft_moe_lora": json.dumps(description)}
+    rewrite(tmp_path / "in", lambda state: state, metadata, base_model_name_or_path="org/absent")
+    with pytest.raises(AdapterError, match="--base-config"):
+        convert_adapter(tmp_path / "in", tmp_path / "out", to=to)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_empty_lora_tensor_is_refused(written, qwen, tmp_path):
+    """Its other dimension may be any number, whatever the size of the file."""
+    rewrite(
+        tmp_path / "in",
+        lambda s: {**s, f"{PREFIX}lm_head.lora_A.weight": torch.empty(10**6, 0)},
+    )
+    refused(qwen, tmp_path, "must not be empty")
 
 
 def test_verify_names_what_only_one_of_two_adapts(qwen, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -395,3 +396,20 @@ def test_training_further_from_a_file_starts_where_it_ended(saved, tmp_path):
     again = PeftModel.from_pretrained(tiny_model(), tmp_path / "later")
     assert_close(outputs(again), outputs(loaded.eval()), SAME)
     assert not torch.equal(outputs(again), outputs(model))
+
+
+@pytest.mark.parametrize("kind", ["folder", "named pipe", "link that leads to no file"])
+def test_weights_that_are_not_a_file_are_refused_by_name(saved, kind):
+    """Opening a named pipe would wait for ever."""
+    base, _, directory = saved
+    (directory / FILE).unlink()
+    if kind == "folder":
+        (directory / FILE).mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(directory / FILE)
+    else:
+        (directory / FILE).symlink_to(directory / "absent")
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=f"{FILE} is a {kind}"):
+        PeftModel.from_pretrained(base, directory)
+    assert [name for name, _ in base.named_modules()] == names
