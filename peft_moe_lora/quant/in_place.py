@@ -10,6 +10,7 @@ from ..experts.stored import Weight, stored_weight
 from ..ops import QuantizedWeight
 from ..ops.quantize import quantize
 from ..tuner.layer import MoELoraLayer
+from .checkpoint import experts_not_finite, first_of
 
 
 def quantize_experts(
@@ -35,8 +36,8 @@ def quantize_experts(
     Returns: the model.
     Raises:
         ValueError: if the model has no experts, or if some experts are in an unsupported form, are
-            quantized already, are on the meta device, or have an adapter merged in. The model is
-            left unchanged.
+            quantized already, are on the meta device, are not finite, or have an adapter merged in.
+            The model is left unchanged.
     """
     modules = _experts(model)
     for path, module in modules.items():
@@ -48,6 +49,15 @@ def quantize_experts(
             if weight.is_meta:
                 raise ValueError(
                     f"{path} is on the meta device; load its weights first, or use load_quantized."
+                )
+    for path, module in modules.items():
+        for name, weight in _weights(module).items():
+            assert isinstance(weight, torch.Tensor), "quantized weights are refused above"
+            bad = experts_not_finite(weight)
+            if bad:
+                raise ValueError(
+                    f"{path}.{name} {list(weight.shape)} must be finite, but the experts "
+                    f"{first_of(bad)} hold NaN or infinity; load the weights again."
                 )
     for module in modules.values():
         for name in _names(module):

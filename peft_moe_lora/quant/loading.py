@@ -9,7 +9,8 @@ from ..experts.families import STACKS
 from ..experts.stored import is_stacked, stored_weight
 from ..ops.quantize import BLOCKSIZES, FORMATS
 from ..ops.quantized import QuantizedWeight
-from .quantizer import MXFP4, ExpertsQuantizationConfig, is_quantizable
+from .checkpoint import REMEDY, is_quantizable
+from .quantizer import MXFP4, ExpertsQuantizationConfig
 
 
 def load_quantized(
@@ -40,7 +41,9 @@ def load_quantized(
     Returns: the model, ready for an adapter.
     Raises:
         ValueError: if the format is unknown or cannot be made from the checkpoint, if the model has
-            no experts, or if the checkpoint does not hold all of them.
+            no experts, or if the checkpoint does not hold each of them exactly once, in the
+            configuration's shapes, in a floating dtype and finite. Names, dtypes and shapes of the
+            files are checked before a tensor is read.
     """
     _check_settings(experts, blocksize, quantization_config)
     config = kwargs.pop("config", None)
@@ -110,18 +113,20 @@ def _check_format(name_or_path: str, stored: str | None, experts: str) -> None:
 def _check_loaded(name_or_path: str, model: nn.Module) -> None:
     """Raise if a model has no experts, or if some of its stacks are still dense."""
     stacks = 0
-    dense = 0
-    for module in model.modules():
+    dense = []
+    for path, module in model.named_modules():
         if not is_quantizable(module):
             continue
         for name in STACKS:
             if is_stacked(module, name):
                 stacks += 1
-                dense += not isinstance(stored_weight(module, name), QuantizedWeight)
+                weight = stored_weight(module, name)
+                if not isinstance(weight, QuantizedWeight):
+                    dense.append(f"{path}.{name} {list(weight.shape)}")
     if not stacks:
         raise ValueError(f"{name_or_path} has no routed experts that could be quantized.")
     if dense:
         raise ValueError(
-            f"{name_or_path}: the checkpoint does not hold {dense} of {stacks} stacks of experts; "
-            "download or save it again."
+            f"{name_or_path}: the checkpoint does not hold {len(dense)} of {stacks} stacks of "
+            f"experts: {', '.join(dense[:4])}. {REMEDY}"
         )

@@ -5,23 +5,22 @@ them in the model. `ExpertsQuantizer` quantizes each stack as soon as it is comp
 registers it with transformers.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from ..experts.decoding import parametrizations, store
-from ..experts.families import FAMILIES, STACKS
-from ..experts.layout import is_experts
+from ..experts.families import STACKS
 from ..experts.stored import MXFP4_BLOCKSIZE
 from ..ops.quantize import KNOWN_FORMATS, code_of, quantize
 from ..ops.quantized import Codes4bit, QuantizedWeight
+from .checkpoint import REMEDY, check_checkpoint, check_stack, first_of, is_stack
 
 METHOD = "peft_moe_lora"
 MXFP4 = "mxfp4"
@@ -71,6 +70,10 @@ class ExpertsQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: ExpertsQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        # what is wrong with the tensors read so far; the loader swallows an operation's errors
+        self.problems: list[str] = []
+        # the model and its files, until the files' headers are checked
+        self._to_check: tuple[PreTrainedModel, Sequence[str]] | None = None
         self.linear: HfQuantizer | None = None
         if quantization_config.linear is not None:
             # imported here, because it imports bitsandbytes, which may not be installed
@@ -106,7 +109,7 @@ class ExpertsQuantizer(HfQuantizer):
         # MXFP4 blocks are quantized already
         if self.quantization_config.experts == MXFP4:
             return False
-        if _is_stack(model, param_name):
+        if is_stack(model, param_name):
             return True
         return self.linear is not None and self.linear.param_needs_quantization(model, param_name)
 
@@ -118,20 +121,45 @@ class ExpertsQuantizer(HfQuantizer):
         if self.quantization_config.experts != MXFP4:
             return []
         return [
-            WeightConverter([f"{name}_blocks", f"{name}_scales"], name, operations=[_KeepPacked()])
+            WeightConverter(
+                [f"{name}_blocks", f"{name}_scales"], name, operations=[_KeepPacked(self)]
+            )
             for name in STACKS
         ]
 
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], *args: Any
+    ) -> list[WeightTransform]:
+        """The loader's conversions, after the checkpoint's headers were checked with them.
+
+        The loader asks for them before it reads a tensor. transformers 5.17 passes no model in
+        `args`.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *args)
+        if self._to_check is not None:
+            check_checkpoint(*self._to_check, conversions)
+            self._to_check = None
+        return conversions
+
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> PreTrainedModel:
+        if checkpoint_files is not None:
+            self._to_check = (model, checkpoint_files)
         if self.linear is not None:
-            self.linear._process_model_before_weight_loading(model, **kwargs)
+            self.linear._process_model_before_weight_loading(
+                model, checkpoint_files=checkpoint_files, **kwargs
+            )
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        if self.problems:
+            raise ValueError("\n".join(self.problems))
         if self.linear is None:
             return model
         return self.linear._process_model_after_weight_loading(model, **kwargs)
@@ -165,16 +193,23 @@ class _Quantize(ConversionOps):
         for name in list(input_dict):
             # no reference to the dense stack stays, so it is freed before the next one is quantized
             tensor = input_dict.pop(name)
-            if not _is_stack(model, name):
+            if not is_stack(model, name):
                 others[name] = tensor
                 continue
-            weight = quantize(
-                _only(tensor),
-                settings.experts,
-                blocksize=settings.blocksize,
-                double_quant=settings.double_quant,
-            )
-            del tensor
+            try:
+                check_stack(name, _parameter(model, name), _only(tensor))
+                weight = quantize(
+                    _only(tensor),
+                    settings.experts,
+                    blocksize=settings.blocksize,
+                    double_quant=settings.double_quant,
+                )
+            except ValueError as error:
+                self.hf_quantizer.problems.append(str(error))
+                _skip(model, name, missing_keys)
+                continue
+            finally:
+                del tensor
             _place(model, name, weight, missing_keys)
         if not others:
             return {}
@@ -186,6 +221,13 @@ class _Quantize(ConversionOps):
 
 class _KeepPacked(ConversionOps):
     """Stores published MXFP4 blocks [E, N, K / 32, 16] and scales [E, N, K / 32] unchanged."""
+
+    def __init__(self, hf_quantizer: ExpertsQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_KeepPacked":
+        """Itself: the loader copies each operation, but there is one list of problems."""
+        return self
 
     def convert(  # type: ignore[override]  # the loader passes the other arguments by keyword
         self,
@@ -205,14 +247,20 @@ class _KeepPacked(ConversionOps):
             missing_keys: the parameters that are not loaded yet.
             kwargs: further arguments of the loader, not used.
         Returns: {}, because no tensor is left for the loader to place.
-        Raises:
-            ValueError: if the blocks do not have the parameter's shape.
         """
         found = {name.rpartition("_")[2]: _only(tensor) for name, tensor in input_dict.items()}
+        module, _ = get_module_from_name(model, full_layer_name)
+        parameter = _parameter(model, full_layer_name)
+        rows = parameter
+        if module.is_transposed:
+            rows = parameter.transpose(1, 2)
+        try:
+            _check_packed(full_layer_name, rows, found["blocks"], found["scales"])
+        except ValueError as error:
+            self.hf_quantizer.problems.append(str(error))
+            _skip(model, full_layer_name, missing_keys)
+            return {}
         blocks = found["blocks"]
-        scales = found["scales"]
-        module, name = get_module_from_name(model, full_layer_name)
-        parameter = getattr(module, name)
         E, N, groups, _ = blocks.shape
         weight = Codes4bit(
             format=MXFP4,
@@ -221,28 +269,46 @@ class _KeepPacked(ConversionOps):
             transposed=module.is_transposed,
             packed=blocks.contiguous().view(-1),
             code=code_of(MXFP4, blocks.device),
-            scales=scales.contiguous().view(-1),
+            scales=found["scales"].contiguous().view(-1),
             blocksize=MXFP4_BLOCKSIZE,
             low_first=True,
         )
-        if weight.shape != tuple(parameter.shape):
-            raise ValueError(
-                f"{full_layer_name} is {tuple(parameter.shape)}, but its blocks are "
-                f"{weight.shape}; the checkpoint and its config do not belong together. Download "
-                "both again."
-            )
         _place(model, full_layer_name, weight, missing_keys)
         return {}
 
 
-def is_quantizable(module: nn.Module) -> bool:
-    """Whether a module holds experts as stacks that can be quantized."""
-    return is_experts(module) and type(module).__name__ not in FAMILIES
+def _check_packed(
+    name: str, rows: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Raise if MXFP4 blocks and scales are not those of the parameter `name`.
 
-
-def _is_stack(model: nn.Module, name: str) -> bool:
-    module, last = get_module_from_name(model, name)
-    return last in STACKS and is_quantizable(module)
+    Args:
+        name: the parameter's full name.
+        rows: the parameter as [E, N, K], maybe on the meta device.
+        blocks, scales: as the checkpoint holds them.
+    """
+    E, N, K = rows.shape
+    if K % MXFP4_BLOCKSIZE:
+        raise ValueError(
+            f"{name} has rows of {K} values by the configuration, but MXFP4 needs a multiple of "
+            f"{MXFP4_BLOCKSIZE}. {REMEDY}"
+        )
+    groups = K // MXFP4_BLOCKSIZE
+    needed = {"blocks": (E, N, groups, MXFP4_BLOCKSIZE // 2), "scales": (E, N, groups)}
+    for part, tensor in (("blocks", blocks), ("scales", scales)):
+        if tuple(tensor.shape) != needed[part] or tensor.dtype != torch.uint8:
+            raise ValueError(
+                f"{name} [E, N, K] = {list(rows.shape)} needs {part} {list(needed[part])} of "
+                "torch.uint8 by the configuration, but the checkpoint holds "
+                f"{list(tensor.shape)} of {tensor.dtype}. {REMEDY}"
+            )
+    # the largest exponent stands for NaN
+    bad = torch.nonzero((scales == 255).flatten(1).any(1)).flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{name} [E, N, K] = {list(rows.shape)} must be finite, but scales of the experts "
+            f"{first_of(bad)} are NaN. {REMEDY}"
+        )
 
 
 def _only(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
@@ -250,6 +316,19 @@ def _only(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     if isinstance(value, list):
         return value[0]
     return value
+
+
+def _parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A parameter by its full name; the loader's models are on the meta device."""
+    module, last = get_module_from_name(model, name)
+    return getattr(module, last)
+
+
+def _skip(model: PreTrainedModel, name: str, missing_keys: set[str] | None) -> None:
+    """Mark a parameter as loaded; the model will be refused, so nothing takes its place."""
+    _parameter(model, name)._is_hf_initialized = True  # type: ignore[attr-defined]  # see _place
+    if missing_keys is not None:
+        missing_keys.discard(name)
 
 
 def _place(

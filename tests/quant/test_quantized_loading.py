@@ -208,7 +208,44 @@ def test_refusals_name_what_came_and_the_remedy(saved, gpt_oss):
     ][:1]
     tensors = {n: t for n, t in load_file(shard).items() if "down_proj" not in n}
     save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(ValueError, match="does not hold 1 of 4 stacks"):
+    with pytest.raises(ValueError, match="does not hold 1 of 4 parameters of the experts"):
         load_quantized(shard.parent)
     with pytest.raises(ValueError, match="load_in_4bit=True"):
         load_quantized(saved("mixtral"), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def damage_blocks(path, damage):
+    (file,) = path.glob("*.safetensors")
+    tensors = load_file(file)
+    damage(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+def test_packed_blocks_that_are_not_the_configurations_are_refused(gpt_oss, part):
+    name = f"model.layers.1.mlp.experts.down_proj_{part}"
+    (file,) = gpt_oss.glob("*.safetensors")
+    whole = load_file(file)[name]
+    shape = str(list(whole.shape)).replace("[", r"\[")
+    wrong = {
+        rf"needs {part} {shape}.*holds \[{E - 1}, ": whole[1:].clone(),
+        rf"needs {part} {shape}": whole.transpose(1, 2).contiguous(),
+        r"of torch\.uint8.*of torch\.int16": whole.to(torch.int16),
+    }
+    for said, tensor in wrong.items():
+        damage_blocks(gpt_oss, lambda t, tensor=tensor: t.update({name: tensor}))
+        with pytest.raises(ValueError, match=said) as caught:
+            load_quantized(gpt_oss, "mxfp4")
+        assert "model.layers.1.mlp.experts.down_proj" in str(caught.value)
+    damage_blocks(gpt_oss, lambda t: t.pop(name))
+    with pytest.raises(ValueError, match="is made of the tensors"):
+        load_quantized(gpt_oss, "mxfp4")
+
+
+def test_packed_blocks_that_are_not_finite_are_refused(gpt_oss):
+    def damage(tensors):
+        tensors["model.layers.0.mlp.experts.gate_up_proj_scales"][3, 2, 0] = 255
+
+    damage_blocks(gpt_oss, damage)
+    with pytest.raises(ValueError, match=r"gate_up_proj .*scales of the experts \[3\] are NaN"):
+        load_quantized(gpt_oss, "mxfp4")
