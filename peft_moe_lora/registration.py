@@ -1,10 +1,12 @@
-"""Registers the tuner with peft and transformers; no other file changes their registries."""
+"""Registers the tuner with peft, transformers and torch; no other file changes registries."""
 
 from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -14,12 +16,16 @@ from .tuner.config import MoELoraConfig
 from .tuner.dispatch import moe_lora_experts_forward
 from .tuner.implementations import IMPLEMENTATION
 from .tuner.model import MoELoraModel
+from .tuner.refusals import NoHotswap, refuse_optimizer_of_one_matrix
 
 NAME = "MOE_LORA"
 
 
 def register() -> None:
     """Register the tuner with peft, and the experts implementation with transformers.
+
+    PEFT's hotswapping and two of its optimizers cannot work on experts. A row in a table of PEFT
+    and a hook of torch let this package refuse them.
 
     Calling it again changes nothing.
     """
@@ -28,6 +34,8 @@ def register() -> None:
         register_peft_method(
             name=NAME.lower(), config_cls=MoELoraConfig, model_cls=MoELoraModel, prefix="lora_"
         )
+        register_optimizer_step_pre_hook(refuse_optimizer_of_one_matrix)
+    CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = NoHotswap()
     # FP8 experts look their implementation up in a separate registry
     for interface in (ExpertsInterface, FP8ExpertsInterface):
         interface.register(IMPLEMENTATION, moe_lora_experts_forward)

@@ -80,7 +80,7 @@ def attach(layer: "MoELoraLayer", base_layer: nn.Module) -> None:
     if layer.layout.decorated:
         # nn.Module annotates every attribute as a tensor or a module
         module: Any = base_layer
-        module.config = AdaptedExpertsConfig(module.config, layer)
+        module.config = AdaptedExpertsConfig(shared_config(base_layer, layer.layout), layer)
 
 
 def detach(base_layer: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..experts.activation import own_activation
@@ -28,12 +29,15 @@ from .implementations import (
 )
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
+from .refusals import watch
 
 
-class MoELoraLayer(nn.Module, BaseTunerLayer):
+class MoELoraLayer(nn.Module, LoraLayer):
     """Wraps an experts module and owns A and B of every adapter.
 
-    The base module keeps its weights and its forward.
+    The base module keeps its weights and its forward. The layer is one of PEFT's LoRA layers, so
+    that `set_scale`, `scale_layer`, `unscale_layer` and PEFT's helpers, which look for LoRA layers,
+    act on experts too.
 
     Args:
         base_layer: the experts module. It is called as experts(hidden_states, top_k_index,
@@ -50,7 +54,7 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "experts")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "experts")
 
     # adapter -> nn.ParameterDict of projection -> parameter
     lora_A: nn.ModuleDict
@@ -67,15 +71,24 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         lora_alpha: float,
         experts: tuple[int, ...] | None = None,
     ) -> None:
+        # `LoraLayer.__init__` is not called: it accepts only base layers with one 2-D weight
         super().__init__()
         self.base_layer = base_layer
         self.layout: ExpertsLayout = read_layout(base_layer)
+        # K of the first projection: H, the width of hidden_states
+        self.in_features = self.layout.first.in_features
+        # N of the last projection: H, unless the module is a single projection
+        self.out_features = self.layout.last.out_features
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_variant = {}
+        # has no effect: A and B are cast to the dtype of the input, not the other way round
+        self.cast_input_dtype_enabled = True
         self.experts: dict[str, tuple[int, ...] | None] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -95,20 +108,16 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha, experts)
         attach(self, base_layer)
+        watch(self)
 
-    @property
-    def in_features(self) -> int:
-        """K of the first projection: H, the width of hidden_states."""
-        return self.layout.first.in_features
-
-    @property
-    def out_features(self) -> int:
-        """N of the last projection: H, unless the module is a single projection."""
-        return self.layout.last.out_features
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # copies and unpickled layers are made without `__init__`
+        super().__setstate__(state)
+        watch(self)
 
     # ---- adapters ------------------------------------------------------------------------------
 
-    def update_layer(
+    def update_layer(  # type: ignore[override]  # `_create_and_replace` alone calls it
         self,
         adapter_name: str,
         config: MoELoraConfig,
@@ -127,9 +136,10 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.experts[adapter_name] = experts
-        self.scaling[adapter_name] = lora_alpha / r
-        if config.use_rslora:
-            self.scaling[adapter_name] = lora_alpha / math.sqrt(r)
+        self.use_rslora[adapter_name] = config.use_rslora
+        # the initial scaling, lora_alpha / r or lora_alpha / sqrt(r)
+        self.scaling[adapter_name] = 1.0
+        self.set_scale(adapter_name, 1.0)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         ranks = r * len(self.experts_of(adapter_name))
         A = nn.ParameterDict()
@@ -236,8 +246,12 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         Returns: the same as the base module's forward.
         """
         if self.disable_adapters and self.merged:
+            merging.check_may_unmerge(self)
             self.unmerge()
         if self.layout.decorated or not self.is_at_work():
+            if getattr(self, "_is_replica", False):
+                # nn.DataParallel copies the base module with the config that names the original
+                attach(self, self.base_layer)
             with sent_back_after_exception(self.base_layer):
                 return self.base_layer(*args, **kwargs)
         return call_between_hooks(self.base_layer, self._forward_off_interface, *args, **kwargs)

@@ -10,6 +10,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..experts.decoding import requantized, store
 from ..ops import QuantizedWeight
@@ -81,6 +82,21 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         delta = delta_weight(layer, adapter_name, part.projection, part.expert)
         part.weight.copy_(part.weight + delta[part.rows])
     layer.merged_adapters.append(adapter_name)
+
+
+def check_may_unmerge(layer: BaseTunerLayer) -> None:
+    """Check that a forward may unmerge a layer whose adapters are disabled.
+
+    Raises:
+        ValueError: if the layer is a replica of nn.DataParallel. Its weights are a copy, but the
+            list of merged adapters is the original's: the other replicas would stay merged.
+    """
+    if getattr(layer, "_is_replica", False):
+        raise ValueError(
+            f"adapters {layer.merged_adapters} are merged and disabled, but a replica of "
+            "nn.DataParallel cannot unmerge the weights of the model; call unmerge_adapter() on "
+            "the model before its forward."
+        )
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import LoraModel, PeftConfig
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
@@ -42,8 +41,6 @@ class MoELoraModel(LoraModel):
             form, or if the adapter file that was read with the configuration does not fit the
             model. The model is left unchanged.
     """
-
-    tuner_layer_cls = (LoraLayer, MoELoraLayer)  # type: ignore[assignment]  # isinstance takes both
 
     # ---- targets -------------------------------------------------------------------------------
 

@@ -39,7 +39,8 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
         base,
         lora_A=A,
         lora_B=B,
-        scaling=layer.scaling[only],
+        # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
+        scaling=float(layer.scaling[only]),
         dropout_p=dropout_p,
         experts=layer.experts[only],
     )

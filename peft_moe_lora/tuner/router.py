@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
+from .merging import check_may_unmerge
 
 _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -84,6 +85,7 @@ class MoELoraRouter(lora.Linear):
             UnsupportedRouter: if the forward does not multiply by its weight exactly once.
         """
         if self.disable_adapters and self.merged:
+            check_may_unmerge(self)
             self.unmerge()
         active = any(name in self.lora_A for name in self.active_adapters)
         if self.disable_adapters or self.merged or not active:
