@@ -92,6 +92,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.experts: dict[str, tuple[int, ...] | None] = {}
         self._disable_adapters = False
         self.merged_adapters = []
+        # merged adapter -> its scaling when it was merged
+        self.merged_scaling: dict[str, float] = {}
         # projection -> its quantized weight before anything was merged into it
         self.unmerged_weights: dict[str, QuantizedWeight] = {}
         # projection -> error of quantizing the merged weight again, divided by the update's norm
@@ -371,7 +373,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             adapter_name: an adapter of this layer.
             projection: "gate_up" or "down", targeted by the adapter.
             expert: index of the expert, 0..E-1. The update is zero if the adapter does not adapt
-                this expert.
+                this expert. A merged adapter keeps the scaling with which it was merged.
         """
         return merging.delta_weight(self, adapter_name, projection, expert)
 

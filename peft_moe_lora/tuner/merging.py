@@ -42,8 +42,10 @@ def delta_weight(
 ) -> torch.Tensor:
     """[N, K] update of one expert, in at least fp32: scaling * B[e] A[e].
 
-    The update is zero if the adapter does not adapt the expert.
+    The update is zero if the adapter does not adapt the expert. The scaling of a merged adapter is
+    the one with which it was merged, whatever happened to it since.
     """
+    scaling = layer.merged_scaling.get(adapter_name, layer.scaling[adapter_name])
     A, B = layer.pair_per_expert(adapter_name, projection)
     dtype = torch.promote_types(A.dtype, torch.float32)
     held = layer.experts_of(adapter_name)
@@ -51,7 +53,7 @@ def delta_weight(
         return A.new_zeros(B.shape[1], A.shape[2], dtype=dtype)
     s = held.index(expert)
     # [N, r] @ [r, K]
-    return layer.scaling[adapter_name] * (B[s].to(dtype) @ A[s].to(dtype))
+    return scaling * (B[s].to(dtype) @ A[s].to(dtype))
 
 
 @torch.no_grad()
@@ -82,6 +84,7 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         delta = delta_weight(layer, adapter_name, part.projection, part.expert)
         part.weight.copy_(part.weight + delta[part.rows])
     layer.merged_adapters.append(adapter_name)
+    layer.merged_scaling[adapter_name] = float(layer.scaling[adapter_name])
 
 
 def check_may_unmerge(layer: BaseTunerLayer) -> None:
@@ -114,6 +117,7 @@ def unmerge(layer: "MoELoraLayer") -> None:
         for part in _expert_weights(layer, adapter_name, dense):
             delta = delta_weight(layer, adapter_name, part.projection, part.expert)
             part.weight.copy_(part.weight - delta[part.rows])
+        del layer.merged_scaling[adapter_name]
 
 
 def _check_finite(layer: "MoELoraLayer", adapter_name: str) -> None:

@@ -137,6 +137,23 @@ def test_a_merged_adapter_carries_its_scale():
     assert_close(outputs(model.merge_and_unload()), outputs(with_alpha(0.5)), FP32)
 
 
+def test_unmerging_takes_out_what_was_merged_whatever_the_scale_is_now():
+    model = moe_lora(tiny_model())
+    model.merge_adapter()
+    for layer in tuner_layers(model):
+        layer.set_scale("default", 0.5)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert_close(outputs(model), outputs(tiny_model()), FP32)
+    expected = moe_lora(tiny_model(), lora_alpha=R)
+    assert_close(outputs(model), outputs(expected), FP32)
+    model.merge_adapter()
+    assert_close(outputs(model), outputs(expected), FP32)
+    with rescale_adapter_scale(model, 0.0):
+        model.unmerge_adapter()
+    assert_close(outputs(model), outputs(expected), FP32)
+
+
 def test_scalings_that_became_tensors_give_the_same_numbers():
     """Before it compiles a model, PEFT can make tensors of all scalings."""
     model = adapted()
