@@ -117,10 +117,17 @@ def _are_integers(value: object) -> bool:
 
 def _are_tokens(value: object) -> bool:
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) for key in value) and all(
-            isinstance(item, list | tuple) and _are_integers(item) for item in value.values()
-        )
-    return isinstance(value, list | tuple) and _are_integers(value)
+        return all(isinstance(key, str) for key in value) and all(map(_are_ids, value.values()))
+    return _are_ids(value)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and _are_integers(value)
+
+
+def _is_settings(value: object) -> bool:
+    """Whether a value is the settings of one method: a dict, or PEFT's class of them."""
+    return not isinstance(value, list | tuple | str | int | float)
 
 
 def _is_bias(value: object) -> bool:
@@ -131,6 +138,7 @@ _BOOL = (_is_bool, "true or false")
 _STRING = (_is_string, "a string")
 _STRINGS = (_are_strings, "a list of strings")
 _OBJECT = (_is_object, "an object")
+_SETTINGS = (_is_settings, "an object of settings, or left out")
 _NUMBERS = (_is_object, "an object that maps names to numbers")
 _NAMES = (_is_string_or_strings, "a string or a list of strings")
 
@@ -149,7 +157,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "modules_to_save": _STRINGS,
     "layers_to_transform": (_are_integers, "an integer or a list of integers, each at least 0"),
     "layers_pattern": _NAMES,
-    "trainable_token_indices": (_are_tokens, "a list of ids, or an object of such lists"),
+    "trainable_token_indices": (_are_tokens, "a list of at least one id, or an object of lists"),
     "bias": (_is_bias, '"none", "all" or "lora_only"'),
     "use_rslora": _BOOL,
     "use_dora": _BOOL,
@@ -160,4 +168,13 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "ensure_weight_tying": _BOOL,
     "recompute": _BOOL,
     "lora_dropout": (is_finite, "a finite number"),
+    "loftq_config": _SETTINGS,
+    "eva_config": _SETTINGS,
+    "corda_config": _SETTINGS,
+    "lora_ga_config": _SETTINGS,
+    "arrow_config": _SETTINGS,
+    "kasa_config": _SETTINGS,
+    "velora_config": _SETTINGS,
+    "monteclora_config": _SETTINGS,
+    "use_bdlora": _SETTINGS,
 }

@@ -120,6 +120,8 @@ class MoELoraConfig(LoraConfig):
         # before PEFT's own checks, which take the types for granted and warn about fields that are
         # refused here
         check_fields(vars(self))
+        if self.bias is None:
+            self.bias = "none"
         self._refuse_unsupported()
         super().__post_init__()
         self.peft_type = PeftType["MOE_LORA"]

@@ -59,6 +59,10 @@ BAD_FIELDS = [
     ("layers_to_transform", "all"),
     ("layers_pattern", 5),
     ("trainable_token_indices", {"embed_tokens": 5}),
+    ("trainable_token_indices", []),
+    ("eva_config", []),
+    ("use_bdlora", []),
+    ("loftq_config", 5),
     ("use_rslora", "false"),
     ("use_rslora", 0),
     ("use_dora", "false"),
@@ -205,8 +209,8 @@ def test_a_configuration_that_is_no_object_is_refused(saved, adapter, text):
     assert_printable(str(caught.value))
 
 
-def test_null_patterns_are_empty_ones(saved, adapter):
-    change_config(adapter, rank_pattern=None, alpha_pattern=None, expert_indices=None)
+def test_null_is_the_same_as_left_out(saved, adapter):
+    change_config(adapter, rank_pattern=None, alpha_pattern=None, expert_indices=None, bias=None)
     assert inspect_adapter(adapter).modules == 2
     PeftModel.from_pretrained(tiny_model(), adapter)
 
