@@ -20,7 +20,7 @@ from ..experts.families import HUB_NAMES, TEXT_PREFIX, HubNames
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router, linear_features
 from ..experts.stored import UnsupportedExperts
-from ..files.tensor_file import AdapterError, FilePath, RefusedError
+from ..files.tensor_file import AdapterError, FilePath, RefusedError, check_file
 from ..files.text import quoted, shown
 
 # errors that a model class may raise if the config belongs to another class
@@ -214,6 +214,7 @@ def _read_config(
         path = Path(base_config)
         if path.name == "config.json":
             name = str(path.parent)
+        check_file(Path(name, "config.json"))
         return name, AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(

@@ -293,6 +293,8 @@ def put(kind, path):
         (convert, "adapter", CONFIG),
         (convert, "adapter", "README.md"),
         (convert, "adapter", "tokenizer_config.json"),
+        (convert, "base", "config.json"),
+        (merge, "base", "config.json"),
         (merge, "base", "model.safetensors"),
         (merge, "base", "model.safetensors.index.json"),
         (merge, "base", "generation_config.json"),
