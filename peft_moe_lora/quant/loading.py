@@ -34,8 +34,8 @@ def load_quantized(
         experts: "nf4", "fp4" or "int8" for an unquantized checkpoint; "mxfp4" for a checkpoint in
             MXFP4 (gpt-oss), whose packed blocks are kept unchanged.
         blocksize, double_quant: as in `quantize_experts`.
-        quantization_config: bitsandbytes' config for the linear layers, in 4 bits; None does not
-            quantize them.
+        quantization_config: bitsandbytes' config for the linear layers, in 4 or 8 bits; None
+            does not quantize them.
         model_class: the class whose `from_pretrained` loads the model.
         kwargs: further arguments of `from_pretrained`: dtype, device_map and others.
     Returns: the model, ready for an adapter.
@@ -72,12 +72,15 @@ def _check_settings(
         raise ValueError(f"experts must be one of {(*FORMATS, MXFP4)}, got {experts!r}.")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize!r}.")
-    if quantization_config is None or getattr(quantization_config, "load_in_4bit", False):
+    if quantization_config is None:
         return
+    for setting in ("load_in_4bit", "load_in_8bit"):
+        if getattr(quantization_config, setting, False):
+            return
     raise ValueError(
-        "quantization_config must be for linear layers in 4 bits, "
-        f"BitsAndBytesConfig(load_in_4bit=True); got {type(quantization_config).__name__} without "
-        "load_in_4bit."
+        "quantization_config must be for linear layers in 4 or 8 bits, "
+        "BitsAndBytesConfig(load_in_4bit=True) or BitsAndBytesConfig(load_in_8bit=True); got "
+        f"{type(quantization_config).__name__} with neither of the two."
     )
 
 

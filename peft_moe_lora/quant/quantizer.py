@@ -76,10 +76,14 @@ class ExpertsQuantizer(HfQuantizer):
         self._to_check: tuple[PreTrainedModel, Sequence[str]] | None = None
         self.linear: HfQuantizer | None = None
         if quantization_config.linear is not None:
-            # imported here, because it imports bitsandbytes, which may not be installed
+            # imported here, because they import bitsandbytes, which may not be installed
             from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+            from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-            self.linear = Bnb4BitHfQuantizer(quantization_config.linear, pre_quantized=False)
+            linear: type[HfQuantizer] = Bnb4BitHfQuantizer
+            if quantization_config.linear.load_in_8bit:
+                linear = Bnb8BitHfQuantizer
+            self.linear = linear(quantization_config.linear, pre_quantized=False)
 
     @property
     def is_trainable(self) -> bool:

@@ -106,6 +106,35 @@ def test_it_trains_with_linear_layers_in_four_bits(saved):
         )
 
 
+def test_it_trains_with_linear_layers_in_eight_bits(saved):
+    pytest.importorskip("bitsandbytes", reason="the extra [bitsandbytes] is not installed")
+    path = saved()
+    linear = BitsAndBytesConfig(load_in_8bit=True)
+    model = load_quantized(path, "int8", quantization_config=linear, dtype=torch.float32)
+    alone = load_quantized(path, "int8", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    layer = model.model.layers[0]
+    assert type(layer.self_attn.q_proj).__name__ == "Linear8bitLt"
+    assert type(model.lm_head) is torch.nn.Linear
+    for name in ("gate_up_proj", "down_proj"):
+        found = stored_weight(layer.mlp.experts, name)
+        expected = stored_weight(alone.model.layers[0].mlp.experts, name)
+        assert torch.equal(found.dense(), expected.dense())
+    # codes and the largest magnitude of each row
+    weight = layer.self_attn.q_proj.weight
+    decoded = weight.data * weight.SCB[:, None] / 127
+    assert_close(decoded, dense.model.layers[0].self_attn.q_proj.weight, 1e-2)
+    model = moe_lora(model, target_modules=["experts", "q_proj", "v_proj"]).train()
+    ids = token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for part in ("experts.lora_A", "q_proj.lora_B"):
+        assert any(
+            part in n and p.grad.abs().max() > 0
+            for n, p in model.named_parameters()
+            if p.grad is not None
+        )
+
+
 def test_the_trainer_takes_it_and_the_adapter_is_saved(saved, tmp_path):
     from peft import PeftModel
     from transformers import Trainer, TrainingArguments
@@ -211,7 +240,7 @@ def test_refusals_name_what_came_and_the_remedy(saved, gpt_oss):
     with pytest.raises(ValueError, match="does not hold 1 of 4 parameters of the experts"):
         load_quantized(shard.parent)
     with pytest.raises(ValueError, match="load_in_4bit=True"):
-        load_quantized(saved("mixtral"), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+        load_quantized(saved("mixtral"), quantization_config=BitsAndBytesConfig())
 
 
 def damage_blocks(path, damage):
