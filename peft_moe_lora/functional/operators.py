@@ -243,7 +243,9 @@ def _saved(ctx: Any) -> list[Any]:
     return [*unflatten(ctx.kinds, values), *ctx.plain]
 
 
-def as_stored(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
+def as_stored(
+    gradient: torch.Tensor | None, like: torch.Tensor | QuantizedWeight | None
+) -> torch.Tensor | None:
     """A gradient in the dtype of the tensor that it belongs to; None if one of the two is None."""
     if gradient is None or like is None:
         return None
