@@ -1,8 +1,9 @@
-# make demo       fine-tune a tiny model on this machine, in under two minutes
-# make test       the tests that need no GPU, the notebooks among them; without slow duplicates
-# make test-long  every test that needs no GPU
-# make gpu-test   the tests that need a CUDA device, and the kernels' tests on it
-# make lint       ruff (check and format), import-linter (the order of the rooms), mypy (types)
+# make demo           fine-tune a tiny model on this machine, in under two minutes
+# make test           the tests that need no GPU, the notebooks among them; without slow duplicates
+# make test-long      every test that needs no GPU
+# make gpu-test       the tests that need a CUDA device, and the kernels' tests on it; without slow duplicates
+# make gpu-test-long  every test that needs a CUDA device
+# make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
 #
 # Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
 #   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 PYTHON=python3.12
@@ -32,7 +33,7 @@ DEMO_READY = $(VENV)/ready-demo_$(PINNED)
 TEST_READY = $(VENV)/ready-test_$(PINNED)
 LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
 
-.PHONY: demo test test-long gpu-test lint clean
+.PHONY: demo test test-long gpu-test gpu-test-long lint clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -47,8 +48,10 @@ test test-long: $(TEST_READY)
 	$(PYTEST) --dist loadfile --ignore tests/ops
 	$(PYTEST) tests/ops
 
-gpu-test: $(TEST_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist load --maxschedchunk 1
+gpu-test: MARKED = gpu and not long
+gpu-test-long: MARKED = gpu
+gpu-test gpu-test-long: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKED)" -n $(GPU_WORKERS) --dist load --maxschedchunk 1
 
 # mypy reads the types of torch, transformers and peft, so it needs them installed
 lint: $(TEST_READY) $(LINT_READY)

@@ -67,6 +67,21 @@ SIZES = {
 }
 
 
+def sizes_and_dtypes(sizes):
+    """Parametrizes with every size in bfloat16 and the first one in float16.
+
+    The other sizes in float16 are slow duplicates: each compiles a kernel for 5 to 10 seconds.
+    """
+    names = list(sizes)
+    half = [
+        pytest.param(name, torch.float16, marks=[pytest.mark.long] if name != names[0] else [])
+        for name in names
+    ]
+    return pytest.mark.parametrize(
+        ("size", "dtype"), [*((name, torch.bfloat16) for name in names), *half], ids=str
+    )
+
+
 class Product:
     """The operands of one product over experts with these rows, then sentinels' rows, all NaN."""
 
@@ -120,9 +135,8 @@ def product(kernels):
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@sizes_and_dtypes(SIZES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_bits_of_linear_ordered(product, rows, size, transposed, dtype):
     from peft_moe_lora.ops.kernels.linear_ordered import linear_ordered
@@ -136,9 +150,8 @@ def test_the_bits_of_linear_ordered(product, rows, size, transposed, dtype):
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@sizes_and_dtypes(SIZES)
 def test_what_the_twin_says(kernels, product, size, transposed, dtype):
     from peft_moe_lora.ops.kernels.launching import launch
 
@@ -241,9 +254,8 @@ def gathered(product):
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("size", GATHERED)
+@sizes_and_dtypes(GATHERED)
 @pytest.mark.parametrize("rows", ROWS)
 def test_products_of_gathered_rows_are_the_twins(
     kernels, gathered, ran, rows, size, transposed, dtype
@@ -256,8 +268,7 @@ def test_products_of_gathered_rows_are_the_twins(
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", GATHERED)
+@sizes_and_dtypes(GATHERED)
 @pytest.mark.parametrize(
     "activation", [*ACTIVATIONS, Activation("relu2", interleaved=True)], ids=str
 )
