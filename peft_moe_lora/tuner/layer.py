@@ -81,6 +81,9 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.out_features = self.layout.last.out_features
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        # empty; PEFT reads them of every LoRA layer
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}

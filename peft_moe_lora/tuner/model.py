@@ -18,11 +18,13 @@ from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router
 from ..files.text import quoted
-from . import checkpoint
+from . import checkpoint, weighted
+from .combining import Combination
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .router import MoELoraRouter
 from .summary import PrintWithSummary, summarize
+from .weighted import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -276,18 +278,52 @@ class MoELoraModel(LoraModel):
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Combine adapters as PEFT does, in a model without adapted experts.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others; the arguments are those of PEFT's method.
+
+        Experts are combined one by one. The new adapter is frozen and not active, as in PEFT.
 
         Raises:
-            ValueError: if experts are adapted; several adapters can be active at once instead.
+            ValueError: if the name is taken, if an argument is out of range, if the kind needs
+                equal ranks and they differ, or if an adapter trains more than A and B. The model is
+                left unchanged.
         """
-        if self._has(MoELoraLayer):
+        if adapter_name in self.peft_config:
             raise ValueError(
-                "add_weighted_adapter does not combine experts' adapters; activate several with "
-                "set_adapter([...]), or merge them one after the other."
+                f"there is an adapter {adapter_name!r} already; choose another adapter_name, or "
+                "call delete_adapter first."
             )
-        super().add_weighted_adapter(*args, **kwargs)
+        kind, rank, targets = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        options = (density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
+        mixture = Mixture.of(adapters, weights, Combination(kind, rank, *options))
+        configs = {name: _own(self.peft_config[name]) for name in adapters}
+        weighted.check_configs(configs)
+        config = weighted.combined_config(self.model, mixture, list(configs.values()), targets)
+        combined = weighted.combine(self.model, mixture, config)
+        before = dict(self.model.named_modules())
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            # to fp32, as PEFT does for every adapter that it adds
+            self._cast_adapter_dtype(adapter_name)
+            weighted.write(self.model, adapter_name, combined)
+        except BaseException:
+            self._take_back(self.model, adapter_name, before)
+            del self.peft_config[adapter_name]
+            raise
+        self.set_requires_grad(adapter_name, requires_grad=False)
 
     def _has(self, *layers: type[nn.Module]) -> bool:
         return any(isinstance(module, layers) for module in self.model.modules())

@@ -560,30 +560,6 @@ def test_set_requires_grad_freezes_an_adapter():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_add_weighted_adapter_raises_or_is_the_weighted_sum():
-    """PEFT's way to mix adapters reads linear layers; on experts it must not be silently wrong."""
-    plain, rows = qwen_experts(), random_rows()
-    model = wrap(copy.deepcopy(plain))
-    model.add_adapter("second", MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts"]))
-    fill_adapter(model, "second", seed=11)
-    first, second = (
-        dense_deltas(experts_adapter(model, adapter_name=n), E, 2.0) for n in ("default", "second")
-    )
-    expected = oracle_output(plain, rows, {p: 0.5 * first[p] + 0.25 * second[p] for p in first})
-    try:
-        model.add_weighted_adapter(
-            ["default", "second"], [0.5, 0.25], "mixed", combination_type="cat"
-        )
-    except ValueError as refusal:
-        error = str(refusal)
-    else:
-        model.set_adapter("mixed")
-        assert_close(model(*rows), expected)
-        return
-    assert "experts" in error
-    assert "mixed" not in model.peft_config
-
-
 def test_a_changed_scaling_reaches_the_output():
     """`set_scale` writes `layer.scaling[adapter]`; others weigh adapters with it at inference."""
     plain, rows = qwen_experts(), random_rows()
