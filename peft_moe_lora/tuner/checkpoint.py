@@ -11,13 +11,12 @@ from ..experts.layout import ExpertsLayout
 from ..experts.routers import linear_features
 from ..files.adapter_file import AdapterFile, described, described_module
 from ..files.text import shown
+from .beside import Shape, Tensors
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .router import MoELoraRouter
 
 PEFT_PREFIX = "base_model.model."
-
-Shape = tuple[int, ...]
 
 
 def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -82,27 +81,21 @@ class Targets:
     Attributes:
         experts: path of a targeted experts module -> its layout, rank and chosen experts.
         others: path of another targeted module -> the base module and the rank.
-        saved: path of a module that is saved whole (modules_to_save) -> the base module.
-        carried: paths of modules whose weights PEFT may save too, such as embeddings, or layers
-            with a bias.
+        beside: the tensors that the file holds beside A and B.
     """
 
     experts: Mapping[str, ExpertsTarget]
     others: Mapping[str, tuple[nn.Module, int]]
-    saved: Mapping[str, nn.Module]
-    carried: tuple[str, ...]
+    beside: Tensors
 
     def expected_shapes(self, config: MoELoraConfig) -> dict[str, Shape]:
-        """Key in the file -> shape, for every tensor whose shape is known."""
-        shapes: dict[str, Shape] = {}
+        """Key in the file -> shape, of every tensor that the file must hold and that is known."""
+        shapes = dict(self.beside.needed)
         for key, target in self.experts.items():
             shapes |= _shapes_of_experts(key, target, config)
         for key, (module, r) in self.others.items():
             shapes |= _shapes_of_other(key, module, r)
-        for key, module in self.saved.items():
-            for name, tensor in module.state_dict().items():
-                shapes[f"{key}.{name}"] = tuple(tensor.shape)
-        return {PEFT_PREFIX + key: shape for key, shape in shapes.items()}
+        return _prefixed(shapes)
 
 
 def _shapes_of_experts(key: str, target: ExpertsTarget, config: MoELoraConfig) -> dict[str, Shape]:
@@ -146,18 +139,44 @@ def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> No
         if key in targets.experts:
             _check_description(file.path, key, description, targets.experts[key])
     expected = targets.expected_shapes(config)
+    allowed = _prefixed(targets.beside.allowed)
     # transformers may have saved the keys without PEFT's prefix
     shapes = {
         PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): shape for key, shape in file.shapes.items()
     }
+    _check_vocabulary(file.path, shapes, targets.beside)
     # tensors of modules whose shapes are not known here are checked by PEFT
     known = {key.rpartition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in expected}
-    unchecked = (*targets.carried, *(set(targets.others) - known))
-    free = tuple(f"{PEFT_PREFIX}{key}." for key in unchecked)
+    unknown = tuple(f"{key}." for key in set(targets.others) - known)
+    free = tuple(PEFT_PREFIX + start for start in (*targets.beside.free, *unknown))
     found = {
-        key: shape for key, shape in shapes.items() if key in expected or not key.startswith(free)
+        key: shape
+        for key, shape in shapes.items()
+        if key in expected or (key not in allowed and not key.startswith(free))
     }
     _raise_unless_whole(file.path, found, expected)
+
+
+def _prefixed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {PEFT_PREFIX + key: shape for key, shape in shapes.items()}
+
+
+def _check_vocabulary(path: str, shapes: Mapping[str, Shape], beside: Tensors) -> None:
+    """Check that the embeddings in the file have as many rows as those of the model."""
+    for key, shape in _prefixed(beside.allowed).items():
+        found = shapes.get(key, shape)
+        if found == shape:
+            continue
+        remedy = "load the base model that the adapter was trained on"
+        if key.endswith(".weight") and found[1:] == shape[1:]:
+            remedy = (
+                f"the vocabulary was resized when the adapter was trained, so call "
+                f"model.resize_token_embeddings({found[0]}) before the adapter is loaded"
+            )
+        raise ValueError(
+            f"{path} holds {shown(key)} of shape {found}, but the model has {shape} there; "
+            f"{remedy}."
+        )
 
 
 def _check_description(

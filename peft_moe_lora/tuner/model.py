@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraModel, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ..experts.families import READ_NOT_CALLED
@@ -19,6 +18,7 @@ from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router
 from ..files.text import quoted
 from . import checkpoint, weighted
+from .beside import Beside
 from .combining import Combination
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
@@ -66,32 +66,14 @@ class MoELoraModel(LoraModel):
             else:
                 others[key] = (_base(module), r)
         config.check_every_entry_matches(experts)
+        beside = Beside(self.model, config)
+        beside.check({key: target.layout for key, target in experts.items()}, others)
         if config._file is not None:
             # a module without chosen experts gets no adapter
             adapted = {key: target for key, target in experts.items() if target.chosen != ()}
-            saved, carried = self._saved_and_carried(config)
-            targets = checkpoint.Targets(adapted, others, saved, carried)
+            targets = checkpoint.Targets(adapted, others, beside.tensors(others))
             checkpoint.check_file(config._file, targets, config)
         return config
-
-    def _saved_and_carried(
-        self, config: MoELoraConfig
-    ) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
-        """Modules that an adapter file holds whole, and modules that PEFT may add by its own rules.
-
-        Returns: path -> module, for modules that are saved whole; paths that PEFT may add.
-        """
-        saved = {}
-        carried = []
-        # as in PEFT, an entry matches every path that ends with it, even inside a name
-        entries = tuple(config.modules_to_save or ())
-        for key, module in self._base_modules():
-            name = key.rpartition(".")[2]
-            if key.endswith(entries):
-                saved[key] = getattr(module, "original_module", module)
-            elif name in EMBEDDING_LAYER_NAMES or config.bias != "none":
-                carried.append(key)
-        return saved, tuple(carried)
 
     def _every_experts_module(self) -> set[str]:
         """Names that match all experts modules of the model and nothing else."""
@@ -139,7 +121,11 @@ class MoELoraModel(LoraModel):
             return {}
         modules = {key: module for key, module in self._base_modules() if key}
         current = dict(self.model.named_modules())
-        targets = {key: current[key] for key in modules if _is_target(config, key)}
+        targets = {
+            key: current[key]
+            for key in modules
+            if _is_target(config, key) or self._check_tied_module_exists(config, key)
+        }
         if isinstance(config.target_modules, str):
             return targets
         for entry in sorted(config.target_modules or ()):
