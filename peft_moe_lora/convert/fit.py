@@ -8,9 +8,9 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ..experts.layout import EVERY_PROJECTION
+from ..files.scaling import tidy
 from .base import need_base
 from .model import Adapter, Experts, Pair
-from .targets import tidy
 
 
 def fill_in(adapter: Adapter, projections: Collection[str], reader: str) -> Adapter:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME
+from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME, Trained, check_trained
 from ..files.config_fields import HIGHEST_RANK, check_fields, is_finite, is_rank
 from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, FilePath, RefusedError, TensorFile, read_json
@@ -21,7 +21,7 @@ from .base import BaseConfig, BaseModel, read_base
 from .formats import PREFIX, READERS, Format
 from .formats.format import Slots
 from .linears import natural, read_linears
-from .model import Adapter, Experts, Pair
+from .model import Adapter, Experts, LinearPair, Pair
 from .source import Source
 
 CONFIG_NAME = "adapter_config.json"
@@ -53,6 +53,7 @@ def open_adapter(
     read = form.read(source, slots)
     _check_description(source, read.experts)
     linears, carried = read_linears(source, [key for key in names if key not in taken])
+    _check_trained(source, read.experts, linears)
     return Adapter(
         format=read.format,
         config=config,
@@ -241,10 +242,7 @@ def _expert_keys(source: Source, slots: Slots) -> set[str]:
 def _check_description(source: Source, experts: Experts) -> None:
     """Compare E, r, K and N in the metadata of our own format with the tensors."""
     for path, described in source.description.get("experts", {}).items():
-        own_path = path
-        if source.base is not None:
-            own_path = source.base.resolve(path)
-        pairs = experts.get(own_path, {})
+        pairs = experts.get(_own_path(source, path), {})
         held = {name: _described(pair) for name, pair in pairs.items()}
         said = {n: value for n, value in described.items() if n not in ("num_experts", "experts")}
         numbers = {pair.num_experts for pair in pairs.values()}
@@ -259,6 +257,39 @@ def _check_description(source: Source, experts: Experts) -> None:
                 f"tensors and adapter_config.json give {numbers or 'no'} experts of {held}, with "
                 f"the expert ids {shown(chosen)}; the two files do not belong together."
             )
+
+
+def _check_trained(source: Source, experts: Experts, linears: Mapping[str, LinearPair]) -> None:
+    """Compare rank and scaling in the metadata of our own format with the configuration."""
+    layers: dict[str, Pair | LinearPair] = dict(linears)
+    for path, pairs in experts.items():
+        layers.update({f"{path}.{name}": pair for name, pair in pairs.items()})
+    for said_path, said in source.description.get("trained", {}).items():
+        layer = layers.get(_own_layer(source, said_path))
+        if layer is None:
+            raise AdapterError(
+                f"{source.file.path}: its metadata name {shown(said_path)}, of which the file has "
+                "no tensors; copy or save the adapter again."
+            )
+        try:
+            check_trained(str(source.file.path), said_path, said, Trained(layer.r, layer.scaling))
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
+
+
+def _own_path(source: Source, path: str) -> str:
+    """The base model's own path for a path in the file."""
+    if source.base is None:
+        return path
+    return source.base.resolve(path)
+
+
+def _own_layer(source: Source, layer: str) -> str:
+    """The same for a layer of "trained", which may be a projection of an experts module."""
+    path, _, projection = layer.rpartition(".")
+    if path in source.description.get("experts", {}):
+        return f"{_own_path(source, path)}.{projection}"
+    return _own_path(source, layer)
 
 
 def _described(pair: Pair) -> dict[str, int]:

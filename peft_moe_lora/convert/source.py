@@ -1,14 +1,14 @@
 """An adapter's two files before its format is known: the tensors and the configuration."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from ..files.adapter_file import read_description
+from ..files.patterns import value_of
+from ..files.scaling import scaling_of
 from ..files.tensor_file import AdapterError, TensorFile, TensorInfo
 from ..files.text import shown
 from .base import BaseModel, need_base
@@ -57,27 +57,19 @@ class Source:
         return read_description(str(self.file.path), self.file.metadata)
 
     def rank(self, path: str) -> int:
-        return self._by_pattern("rank_pattern", path, self.config["r"])
+        return value_of(self.config["rank_pattern"], path, self.config["r"])
 
     def scaling(self, path: str) -> float:
         """lora_alpha / r of a layer, or lora_alpha / sqrt(r) with rsLoRA."""
-        r = self.rank(path)
-        alpha = self._by_pattern("alpha_pattern", path, self.config["lora_alpha"])
-        if self.config["use_rslora"]:
-            return alpha / math.sqrt(r)
-        return alpha / r
-
-    def _by_pattern(self, name: str, path: str, default: Any) -> Any:
-        patterns = self.config[name]
-        return patterns.get(get_pattern_key(patterns.keys(), path), default)
+        alpha = value_of(self.config["alpha_pattern"], path, self.config["lora_alpha"])
+        return scaling_of(alpha, self.rank(path), self.config["use_rslora"])
 
     def chosen(self, path: str) -> tuple[int, ...] | None:
         """Ascending ids of the experts of a module that have an update; None for all."""
         indices = self.config.get("expert_indices")
         if indices is None:
             return None
-        pattern = get_pattern_key(indices.keys(), path)
-        return tuple(indices.get(pattern, ()))
+        return tuple(value_of(indices, path, ()))
 
     def num_experts(self, path: str, chosen: tuple[int, ...]) -> int:
         """E of a module whose tensors hold only the chosen experts.

@@ -1,12 +1,13 @@
 """The fields of adapter_config.json: which layers are adapted, and their ranks and scalings."""
 
-import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..experts.families import STACKS
+from ..files.patterns import by_layer
+from ..files.scaling import alpha_of, tidy
 from .base import BaseModel
 from .model import Adapter, LinearPair, Pair
 
@@ -23,7 +24,7 @@ def common_fields(adapter: Adapter, layers: Mapping[str, Pair | LinearPair]) -> 
     config = adapter.config
     use_rslora = bool(config["use_rslora"])
     ranks = {path: layer.r for path, layer in layers.items()}
-    alphas = {path: _alpha(layer, use_rslora) for path, layer in layers.items()}
+    alphas = {path: alpha_of(layer.scaling, layer.r, use_rslora) for path, layer in layers.items()}
     r = _default(config["r"], list(ranks.values()))
     alpha = _default(tidy(config["lora_alpha"]), list(alphas.values()))
     saved = sorted({_module_name(key) for key in adapter.carried})
@@ -31,8 +32,8 @@ def common_fields(adapter: Adapter, layers: Mapping[str, Pair | LinearPair]) -> 
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
-        "rank_pattern": patterns(ranks, r),
-        "alpha_pattern": patterns(alphas, alpha),
+        "rank_pattern": by_layer(ranks, r, _last),
+        "alpha_pattern": by_layer(alphas, alpha, _last),
         "base_model_name_or_path": config.get("base_model_name_or_path"),
         "revision": config.get("revision"),
         "task_type": config.get("task_type"),
@@ -40,14 +41,6 @@ def common_fields(adapter: Adapter, layers: Mapping[str, Pair | LinearPair]) -> 
         "modules_to_save": config.get("modules_to_save") or saved or None,
         "inference_mode": True,
     }
-
-
-def _alpha(layer: Pair | LinearPair, use_rslora: bool) -> float:
-    """The lora_alpha that gives a layer its scaling."""
-    divisor = float(layer.r)
-    if use_rslora:
-        divisor = math.sqrt(layer.r)
-    return tidy(layer.scaling * divisor)
 
 
 def _default(configured: _Number, values: list[_Number]) -> _Number:
@@ -60,34 +53,6 @@ def _default(configured: _Number, values: list[_Number]) -> _Number:
 def _module_name(key: str) -> str:
     """The last name of the module that a tensor belongs to."""
     return key.rpartition(".")[0].rpartition(".")[2]
-
-
-def tidy(alpha: float) -> float:
-    """A number as a person would write it: 32, not 32.000000000000004."""
-    rounded = float(f"{alpha:.12g}")
-    if rounded.is_integer():
-        return int(rounded)
-    return rounded
-
-
-def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """rank_pattern or alpha_pattern, for the layers whose value is not the default.
-
-    If all layers with the same last name have the same value, the key is this last name. Otherwise
-    the keys are their whole paths.
-    """
-    values_of_name: dict[str, set[float]] = defaultdict(set)
-    for path, value in values.items():
-        values_of_name[_last(path)].add(value)
-    found: dict[str, float] = {}
-    for path, value in values.items():
-        if value == default:
-            continue
-        name = _last(path)
-        if len(values_of_name[name]) > 1:
-            name = path
-        found[name] = value
-    return found
 
 
 def short_names(adapter: Adapter, paths: Iterable[str]) -> list[str]:

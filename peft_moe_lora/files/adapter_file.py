@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from .config_fields import is_count, is_finite, is_rank
+from .scaling import is_same
 from .tensor_file import (
     FilePath,
     check_file,
@@ -42,6 +43,13 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 
 Description = dict[str, Any]
+
+
+class Trained(NamedTuple):
+    """Rank and scaling of one projection of experts, or of one other layer."""
+
+    r: int
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -145,17 +153,51 @@ def described_module(num_experts: int, experts: Sequence[int] | None) -> Descrip
     return described
 
 
-def described(modules: dict[str, Description], routers: list[str]) -> Description:
+def described(
+    modules: dict[str, Description], routers: list[str], trained: Mapping[str, Trained]
+) -> Description:
     """The description of a whole file, in the oldest format version that can express it.
 
     Args:
         modules: path -> description of an experts module.
         routers: paths of the routers.
+        trained: `<path>.<projection>` of an experts module, or the path of another layer -> the
+            rank and scaling that the layer was trained with.
     """
     version = 1
     if any("experts" in module for module in modules.values()):
         version = CHOSEN_EXPERTS_VERSION
-    return {"format_version": version, "layout": LAYOUT, "experts": modules, "routers": routers}
+    return {
+        "format_version": version,
+        "layout": LAYOUT,
+        "experts": modules,
+        "routers": routers,
+        "trained": {path: numbers._asdict() for path, numbers in trained.items()},
+    }
+
+
+def check_trained(path: str, layer: str, said: object, given: Trained) -> None:
+    """Compare rank and scaling in a file's metadata with those of its adapter_config.json.
+
+    Args:
+        path: path of the file.
+        layer: key of the layer under "trained".
+        said: the entry of the layer; None in files of earlier releases, which have none.
+        given: what the configuration gives the layer.
+    Raises:
+        ValueError: if they differ.
+    """
+    if not isinstance(said, Mapping):
+        return
+    was = Trained(**said)
+    if was.r == given.r and is_same(was.scaling, given.scaling):
+        return
+    raise ValueError(
+        f"{path}: {layer} was saved with rank {was.r} and scaling {was.scaling:g}, but the "
+        f"configuration gives it rank {given.r} and scaling {given.scaling:g}. Load the adapter "
+        "with the adapter_config.json that was saved with it; then set_scale(adapter_name, factor) "
+        "of each LoRA layer changes the scaling."
+    )
 
 
 def read_description(path: str, metadata: Mapping[str, str]) -> Description:
@@ -210,6 +252,12 @@ def _check_described(path: str, description: Description) -> None:
     check_names(path, (*modules, *routers))
     for module, described in modules.items():
         _check_module(path, module, described)
+    trained = description.get("trained", {})
+    _check(path, "trained", trained, isinstance(trained, dict), "an object of layers")
+    check_names(path, trained)
+    for layer, numbers in trained.items():
+        needed = "an object of a rank r and a finite scaling"
+        _check(path, f"trained[{layer!r}]", numbers, _are_numbers(numbers), needed)
 
 
 def _check_module(path: str, module: str, described: object) -> None:
@@ -238,6 +286,13 @@ def _are_ids(value: object) -> bool:
     if not isinstance(value, list) or not all(is_count(expert) for expert in value):
         return False
     return all(one < next_one for one, next_one in pairwise(value))
+
+
+def _are_numbers(value: object) -> bool:
+    """Whether a value is an entry of "trained"."""
+    if not isinstance(value, dict) or value.keys() != {"r", "scaling"}:
+        return False
+    return is_rank(value["r"]) and is_finite(value["scaling"])
 
 
 def _is_newer(one: Path, other: Path) -> bool:

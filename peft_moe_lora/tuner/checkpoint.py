@@ -1,6 +1,6 @@
-"""Describes an adapter in the metadata of its file, and checks an adapter file against a model."""
+"""Checks an adapter file against a model, before the model is changed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,55 +9,12 @@ from torch import nn
 
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import linear_features
-from ..files.adapter_file import AdapterFile, described, described_module
+from ..files.adapter_file import AdapterFile, Trained, check_trained
 from ..files.text import shown
 from .beside import Shape, Tensors
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
-from .router import MoELoraRouter
-
-PEFT_PREFIX = "base_model.model."
-
-
-def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """The metadata of an adapter file.
-
-    They hold the format version and the layout, E of every adapted experts module, r, K and N of
-    each of its adapted projections, and the paths of adapted routers.
-    """
-    modules = {}
-    routers = []
-    for key, layer in adapted(model):
-        if adapter_name not in layer.lora_A:
-            continue
-        if isinstance(layer, MoELoraRouter):
-            routers.append(key)
-        else:
-            modules[key] = _describe_experts(layer, adapter_name)
-    return described(modules, routers)
-
-
-def _describe_experts(layer: MoELoraLayer, adapter_name: str) -> dict[str, Any]:
-    description = described_module(layer.layout.num_experts, layer.experts[adapter_name])
-    for name in layer.adapted_projections(adapter_name):
-        A, B = layer.pair(adapter_name, name)
-        description[name] = {
-            "r": layer.r[adapter_name],
-            "in_features": A.shape[1],
-            "out_features": B.shape[0],
-        }
-    return description
-
-
-def adapted(model: nn.Module) -> Iterator[tuple[str, MoELoraLayer | MoELoraRouter]]:
-    """Yield (path, layer) of every adapted experts module and every adapted router.
-
-    The path does not contain the prefixes that PEFT, FSDP and torch.compile add.
-    """
-    for key, module in model.named_modules():
-        if isinstance(module, MoELoraLayer | MoELoraRouter):
-            path = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
-            yield path.removeprefix(PEFT_PREFIX), module
+from .saving import PEFT_PREFIX
 
 
 class ExpertsTarget(NamedTuple):
@@ -138,6 +95,7 @@ def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> No
     for key, description in file.description.get("experts", {}).items():
         if key in targets.experts:
             _check_description(file.path, key, description, targets.experts[key])
+    _check_trained(file, targets, config)
     expected = targets.expected_shapes(config)
     allowed = _prefixed(targets.beside.allowed)
     # transformers may have saved the keys without PEFT's prefix
@@ -199,6 +157,18 @@ def _check_description(
             f"{_listed_experts(chosen)}; load the adapter with the adapter_config.json that was "
             "saved with it."
         )
+
+
+def _check_trained(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> None:
+    """Compare rank and scaling of every target with those in the file's metadata."""
+    trained = file.description.get("trained", {})
+    layers = {key: key for key in targets.others}
+    for key, target in targets.experts.items():
+        for name in config.projections_of(target.layout):
+            layers[f"{key}.{name}"] = key
+    for layer, key in layers.items():
+        given = Trained(config.rank_of(key), config.scaling_of(key))
+        check_trained(file.path, layer, trained.get(layer), given)
 
 
 def check_state_dict(

@@ -1,12 +1,16 @@
 """MoELoraConfig: the user's settings, checked before any model is changed."""
 
+import json
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields
 from operator import index
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftType
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
 from ..experts.layout import PROJECTIONS, ExpertsLayout
@@ -27,6 +31,8 @@ from ..files.config_fields import (
     is_finite,
     is_rank,
 )
+from ..files.patterns import value_of
+from ..files.scaling import scaling_of
 from ..files.tensor_file import read_json
 from ..files.text import quoted
 from ..functional import BACKENDS
@@ -56,6 +62,18 @@ _NOT_ON_EXPERTS: dict[str, tuple[Any, str]] = {
     "megatron_config": (None, "Megatron layers"),
 }
 # fmt: on
+
+
+class Saving(NamedTuple):
+    """What a saved adapter says, read from the layers of its model.
+
+    Attributes:
+        description: the metadata of its file.
+        patterns: fields of its configuration, in a form that does not depend on the order of keys.
+    """
+
+    description: dict[str, Any]
+    patterns: dict[str, Any]
 
 
 @dataclass
@@ -140,8 +158,8 @@ class MoELoraConfig(LoraConfig):
         # two attributes that are not dataclass fields, so they are never written to
         # adapter_config.json: the adapter file that was read with this configuration
         self._file: AdapterFile | None = None
-        # the metadata for the adapter file that PEFT saves just before this configuration
-        self._description: dict[str, Any] | None = None
+        # what belongs to the adapter file that PEFT saves just before this configuration
+        self._saving: Saving | None = None
 
     def _refuse_unsupported(self) -> None:
         # older releases of PEFT lack some of the fields
@@ -224,13 +242,15 @@ class MoELoraConfig(LoraConfig):
 
     def rank_of(self, key: str) -> int:
         """The rank of the adapter on the module at this path."""
-        pattern = self.rank_pattern or {}
-        return pattern.get(get_pattern_key(list(pattern), key), self.r)
+        return value_of(self.rank_pattern, key, self.r)
 
     def lora_alpha_of(self, key: str) -> float:
         """The lora_alpha of the adapter on the module at this path."""
-        pattern = self.alpha_pattern or {}
-        return pattern.get(get_pattern_key(list(pattern), key), self.lora_alpha)
+        return value_of(self.alpha_pattern, key, self.lora_alpha)
+
+    def scaling_of(self, key: str) -> float:
+        """The scaling of the adapter on the module at this path."""
+        return scaling_of(self.lora_alpha_of(key), self.rank_of(key), self.use_rslora)
 
     def experts_of(self, key: str, num_experts: int) -> tuple[int, ...] | None:
         """Ascending ids of the experts of a module that get an adapter; None for all, () for none.
@@ -325,13 +345,25 @@ class MoELoraConfig(LoraConfig):
         """
         # PEFT annotates str, but accepts a Path too
         folder: Any = save_directory
-        description = self._description
-        self._description = None
-        if description is not None:
-            complete_adapter_file(folder, description)
-        super().save_pretrained(folder, **kwargs)
-        if description is not None:
-            write_card(folder, OUR_CARD, self.to_dict())
+        saving = self._saving
+        self._saving = None
+        if saving is None:
+            super().save_pretrained(folder, **kwargs)
+            self._restore_order(Path(folder, CONFIG_NAME))
+            return
+        complete_adapter_file(folder, saving.description)
+        saved = copy(self)
+        for name, pattern in saving.patterns.items():
+            setattr(saved, name, pattern)
+        super(MoELoraConfig, saved).save_pretrained(folder, **kwargs)
+        write_card(folder, OUR_CARD, saved.to_dict())
+
+    def _restore_order(self, path: Path) -> None:
+        """Give the patterns in a saved configuration their order; PEFT has sorted their keys."""
+        content = read_json(path)
+        for name in ("rank_pattern", "alpha_pattern", "expert_indices"):
+            content[name] = getattr(self, name)
+        path.write_text(json.dumps(content, indent=2))
 
 
 def checked_indices(indices: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:

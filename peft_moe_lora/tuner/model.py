@@ -17,10 +17,10 @@ from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router
 from ..files.text import quoted
-from . import checkpoint, weighted
+from . import checkpoint, saving, weighted
 from .beside import Beside
 from .combining import Combination
-from .config import MoELoraConfig
+from .config import MoELoraConfig, Saving
 from .layer import MoELoraLayer
 from .router import MoELoraRouter
 from .summary import PrintWithSummary, summarize
@@ -327,7 +327,10 @@ class MoELoraModel(LoraModel):
     ) -> dict[str, torch.Tensor]:
         # PEFT saves the configuration after the weights; `MoELoraConfig.save_pretrained` then
         # writes this description into the metadata of the weights' file
-        _own(config)._description = checkpoint.describe(model, adapter_name)
+        own = _own(config)
+        own._saving = Saving(
+            saving.describe(model, adapter_name), saving.patterns(own, model, adapter_name)
+        )
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...experts.layout import EVERY_PROJECTION, PROJECTIONS
-from ...files.adapter_file import METADATA_KEY, described, described_module
+from ...files.adapter_file import METADATA_KEY, Trained, described, described_module
 from ...files.card import OUR_CARD
 from ...files.tensor_file import AdapterError, Block
 from ...tuner.config import MoELoraConfig
@@ -100,7 +100,14 @@ class Ours(Format):
     def metadata(self, adapter: Adapter) -> dict[str, str]:
         modules = {path: _described(pairs) for path, pairs in adapter.experts.items()}
         routers = [path for path, layer in adapter.linears.items() if layer.is_router]
-        description = json.dumps(described(modules, routers), sort_keys=True)
+        trained = {
+            f"{path}.{name}": Trained(pair.r, pair.scaling)
+            for path, pairs in adapter.experts.items()
+            for name, pair in pairs.items()
+        }
+        for path, layer in adapter.linears.items():
+            trained[path] = Trained(layer.r, layer.scaling)
+        description = json.dumps(described(modules, routers, trained), sort_keys=True)
         return {"format": "pt", METADATA_KEY: description}
 
 

@@ -1,0 +1,82 @@
+"""Patterns of modules, as the keys of rank_pattern, alpha_pattern and expert_indices.
+
+A key is the end of a module's path or a regular expression for it. The first key that matches a
+path decides, so the order of the keys is part of their meaning. PEFT sorts the keys when it saves a
+configuration. Patterns are therefore saved in a form whose order does not count.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from peft.utils.other import get_pattern_key
+
+Value = TypeVar("Value")
+
+
+def value_of(pattern: Mapping[str, Value] | None, path: str, default: Value) -> Value:
+    """The value of the first key that matches a path; the default if none matches."""
+    if not pattern:
+        return default
+    return pattern.get(get_pattern_key(list(pattern), path), default)
+
+
+def without_order(
+    pattern: Mapping[str, Value] | None, values: Mapping[str, Value], default: Value
+) -> dict[str, Value]:
+    """A pattern that gives each path its value, in whatever order its keys are read.
+
+    Args:
+        pattern: the pattern of a configuration; it is kept if it gives these values in any order.
+        values: path -> value, of every module that a pattern is asked for.
+        default: the value of a path that no key matches.
+    """
+    given = dict(pattern or {})
+    for candidate in (given, by_layer(values, default)):
+        if _decides(candidate, values, default):
+            return candidate
+    return {f"^{re.escape(path)}": value for path, value in values.items() if value != default}
+
+
+def last_name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def by_layer(
+    values: Mapping[str, Value], default: Value, name_of: Callable[[str], str] = last_name
+) -> dict[str, Value]:
+    """A pattern for the layers whose value is not the default.
+
+    If all layers of one name have the same value, the key is this name. Otherwise the keys are
+    their whole paths.
+
+    Args:
+        values: path of a layer -> its value.
+        default: the value of a path that no key matches.
+        name_of: the end of a path by which layers are gathered.
+    """
+    values_of_name: dict[str, list[Value]] = defaultdict(list)
+    for path, value in values.items():
+        if value not in values_of_name[name_of(path)]:
+            values_of_name[name_of(path)].append(value)
+    found: dict[str, Value] = {}
+    for path, value in values.items():
+        if value == default:
+            continue
+        name = name_of(path)
+        if len(values_of_name[name]) > 1:
+            name = path
+        found[name] = value
+    return found
+
+
+def _decides(pattern: dict[str, Value], values: Mapping[str, Any], default: Any) -> bool:
+    """Whether a pattern gives every path its value, also when its keys are sorted."""
+    keys = list(pattern)
+    ordered = sorted(pattern)
+    for path, value in values.items():
+        key = get_pattern_key(keys, path)
+        if key != get_pattern_key(ordered, path) or pattern.get(key, default) != value:
+            return False
+    return True

@@ -1,0 +1,133 @@
+"""What is saved with an adapter: a description for its file, and patterns that mean what it does.
+
+The layers of the model decide, not the configuration: a file describes the adapter that was
+trained, whatever was written into the configuration since.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..experts.layout import is_experts
+from ..files.adapter_file import Trained, described, described_module
+from ..files.patterns import value_of, without_order
+from ..files.scaling import alpha_of, is_same, scaling_of
+from .config import MoELoraConfig
+from .layer import MoELoraLayer
+from .router import MoELoraRouter
+
+PEFT_PREFIX = "base_model.model."
+
+logger = logging.getLogger(__name__)
+
+
+def adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield (path, layer) of every layer that an adapter adapts: experts, routers and others.
+
+    The path does not contain the prefixes that PEFT, FSDP and torch.compile add.
+    """
+    for key, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+            yield base_path(key), module
+
+
+def base_path(key: str) -> str:
+    """A module's path in the base model."""
+    path = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+    return path.removeprefix(PEFT_PREFIX)
+
+
+def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The metadata of an adapter file.
+
+    They hold the format version and the layout; E of every adapted experts module, r, K and N of
+    each of its adapted projections; the paths of adapted routers; rank and scaling of every adapted
+    projection and of every other adapted layer.
+    """
+    modules = {}
+    routers = []
+    trained = {}
+    for path, layer in adapted(model, adapter_name):
+        # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
+        numbers = Trained(layer.r[adapter_name], float(layer.scaling[adapter_name]))
+        if not isinstance(layer, MoELoraLayer):
+            trained[path] = numbers
+            if isinstance(layer, MoELoraRouter):
+                routers.append(path)
+            continue
+        modules[path] = _describe_experts(layer, adapter_name)
+        for name in layer.adapted_projections(adapter_name):
+            trained[f"{path}.{name}"] = numbers
+    return described(modules, routers, trained)
+
+
+def _describe_experts(layer: MoELoraLayer, adapter_name: str) -> dict[str, Any]:
+    description = described_module(layer.layout.num_experts, layer.experts[adapter_name])
+    for name in layer.adapted_projections(adapter_name):
+        projection = layer.layout.projection(name)
+        description[name] = {
+            "r": layer.r[adapter_name],
+            "in_features": projection.in_features,
+            "out_features": projection.out_features,
+        }
+    return description
+
+
+def patterns(config: MoELoraConfig, model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Fields of an adapter's configuration that give the same adapter when it is loaded.
+
+    If the order of the keys of rank_pattern, alpha_pattern or expert_indices counts, or if a layer
+    has another rank, lora_alpha or scaling than the configuration gives it, the field has one entry
+    for each layer. A scaling that `set_scale` or `scale_layer` changed becomes lora_alpha.
+    """
+    ranks = {}
+    alphas = {}
+    chosen = {}
+    rescaled = []
+    for path, layer in adapted(model, adapter_name):
+        r = layer.r[adapter_name]
+        alpha = layer.lora_alpha[adapter_name]
+        scaling = float(layer.scaling[adapter_name])
+        if not is_same(scaling, scaling_of(alpha, r, config.use_rslora)):
+            rescaled.append(path)
+            alpha = alpha_of(scaling, r, config.use_rslora)
+        ranks[path] = r
+        alphas[path] = alpha
+        if isinstance(layer, MoELoraLayer):
+            chosen[path] = list(layer.experts_of(adapter_name))
+    if rescaled:
+        logger.warning(
+            "adapter %r is saved with its current scaling, which is not lora_alpha / r of its "
+            "configuration in %d layers; the first is %s. lora_alpha of the saved configuration "
+            "gives this scaling.",
+            adapter_name,
+            len(rescaled),
+            rescaled[0],
+        )
+    fields: dict[str, Any] = {
+        "rank_pattern": without_order(config.rank_pattern, ranks, config.r),
+        "alpha_pattern": without_order(config.alpha_pattern, alphas, config.lora_alpha),
+    }
+    if config.expert_indices is not None:
+        for path in _experts_without(config, model):
+            chosen[path] = []
+        fields["expert_indices"] = without_order(config.expert_indices, chosen, [])
+    return fields
+
+
+def _experts_without(config: MoELoraConfig, model: nn.Module) -> list[str]:
+    """Paths of the experts modules of which expert_indices chooses no expert."""
+    paths = []
+    for key, module in model.named_modules():
+        if not isinstance(module, MoELoraLayer):
+            parent, _, _ = key.rpartition(".")
+            is_wrapped = isinstance(model.get_submodule(parent), MoELoraLayer)
+            if is_wrapped or not is_experts(module):
+                continue
+        path = base_path(key)
+        if not value_of(config.expert_indices, path, []):
+            paths.append(path)
+    return paths
