@@ -20,7 +20,7 @@ from ..files.folders import SIDE_FILES, new_folder, own_files
 from ..files.tensor_file import Block, FilePath, Progress, RefusedError, write_tensors
 from .base import BaseConfig
 from .fit import fill_in, make_uniform
-from .formats import FORMATS, LEGACY_NAME, Format
+from .formats import FORMATS, LEGACY_NAME, PREFIX, Format
 from .model import Adapter, LinearPair, pad, rescale
 from .reading import open_adapter, read_paths
 
@@ -176,7 +176,7 @@ def _blocks(adapter: Adapter, form: Format) -> Iterator[Block]:
         yield _linear_block(adapter, form, linear, linear.A)
         yield _linear_block(adapter, form, linear, linear.B)
     for key in adapter.carried:
-        yield _carried_block(adapter, form, key)
+        yield _carried_block(adapter, key)
 
 
 def _linear_block(adapter: Adapter, form: Format, linear: LinearPair, key: str) -> Block:
@@ -197,9 +197,12 @@ def _linear_block(adapter: Adapter, form: Format, linear: LinearPair, key: str) 
     return Block({form.rename(adapter, key): tuple(shape)}, info.dtype, make)
 
 
-def _carried_block(adapter: Adapter, form: Format, key: str) -> Block:
-    """A tensor that is written unchanged."""
+def _carried_block(adapter: Adapter, key: str) -> Block:
+    """A tensor that is written unchanged.
+
+    Of other programs PEFT alone reads such tensors, and it looks for the base model's own path,
+    also where the experts have published names.
+    """
     name = adapter.names[key]
     info = adapter.file.tensors[name]
-    shapes = {form.rename(adapter, key): info.shape}
-    return Block(shapes, info.dtype, lambda: [adapter.file.load(name)])
+    return Block({PREFIX + key: info.shape}, info.dtype, lambda: [adapter.file.load(name)])

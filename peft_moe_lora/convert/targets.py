@@ -96,6 +96,6 @@ def _everything(base: BaseModel) -> list[str]:
 def _last(path: str) -> str:
     """The last name of a path; the last two names if it is the path of a parameter."""
     head, _, last = path.rpartition(".")
-    if last == "weight" or (last in STACKS and head.endswith("experts")):
+    if last == "weight" or (last in STACKS and f".{head}".endswith(".experts")):
         return f"{head.rpartition('.')[2]}.{last}"
     return last

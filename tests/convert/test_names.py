@@ -1,0 +1,41 @@
+"""The names that a conversion writes mean to their readers what they meant before."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+
+from convert.adapters import save_base, save_ours
+from helpers import assert_close, outputs, tiny_model
+from peft_moe_lora import convert_adapter
+
+# fp32: what the promise of equal logits says
+TOLERANCE = 1e-5
+
+
+def test_a_short_target_names_no_layer_that_had_no_adapter(tmp_path):
+    """The dense layer's up_proj is adapted, the shared experts' is not: the name is no target."""
+    base = tiny_model("deepseek_v3")
+    base.config.save_pretrained(tmp_path / "base")
+    model = save_ours(
+        base, tmp_path / "ours", target_modules=["experts", "model.layers.0.mlp.up_proj"]
+    )
+    again = tmp_path / "again"
+    convert_adapter(tmp_path / "ours", again, to="moe_lora", base_config=tmp_path / "base")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), again).eval()
+    assert_close(outputs(loaded), outputs(model), TOLERANCE, "logits")
+
+
+@pytest.mark.parametrize("to", ["moe_lora", "peft", "per_expert"])
+def test_a_router_saved_whole_comes_along_under_published_names(to, tmp_path):
+    base = save_base("mixtral", tmp_path / "base")
+    model = save_ours(base, tmp_path / "ours", modules_to_save=["gate"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "ours")
+    convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=tmp_path / "base")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / to).eval()
+    assert_close(outputs(again), outputs(model), TOLERANCE, "logits")
