@@ -22,6 +22,7 @@ from .beside import Beside
 from .combining import Combination
 from .config import MoELoraConfig, Saving
 from .layer import MoELoraLayer
+from .moved import given_key_mapping, moved_file
 from .router import MoELoraRouter
 from .summary import PrintWithSummary, summarize
 from .weighted import Mixture
@@ -72,7 +73,8 @@ class MoELoraModel(LoraModel):
             # a module without chosen experts gets no adapter
             adapted = {key: target for key, target in experts.items() if target.chosen != ()}
             targets = checkpoint.Targets(adapted, others, beside.tensors(others))
-            checkpoint.check_file(config._file, targets, config)
+            file = moved_file(config._file, config, given_key_mapping())
+            checkpoint.check_file(file, targets, config)
         return config
 
     def _every_experts_module(self) -> set[str]:
