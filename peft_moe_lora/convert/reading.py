@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME, Trained, check_trained
-from ..files.config_fields import HIGHEST_RANK, check_fields, is_finite, is_rank
+from ..files.config_fields import (
+    HIGHEST_ALPHA,
+    HIGHEST_RANK,
+    LOWEST_ALPHA,
+    check_fields,
+    is_alpha,
+    is_rank,
+)
 from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, FilePath, RefusedError, TensorFile, read_json
 from ..files.text import quoted, shown
@@ -140,10 +147,11 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{quoted(r)} as {name}; the configuration is damaged or another adapter's."
             )
     for name, alpha in _values(config, "lora_alpha", "alpha_pattern"):
-        if not is_finite(alpha) or alpha == 0:
+        if not is_alpha(alpha) or alpha == 0:
             raise AdapterError(
-                f"{path}: lora_alpha must be a finite number other than 0, got {quoted(alpha)} as "
-                f"{name}; the configuration is damaged or another adapter's."
+                f"{path}: lora_alpha must be a finite number of a size from {LOWEST_ALPHA:g} to "
+                f"{HIGHEST_ALPHA:g}, got {quoted(alpha)} as {name}; the configuration is damaged "
+                "or another adapter's."
             )
     config["use_rslora"] = bool(config.get("use_rslora"))
     if config.get("expert_indices") is not None:

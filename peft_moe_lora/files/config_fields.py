@@ -5,14 +5,17 @@ adapter's kind are checked where they are used.
 """
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeGuard
 
+from .expressions import check_expression
 from .text import quoted
 
 # the largest rank; it also keeps lora_alpha / r within the range of a float
 HIGHEST_RANK = 2**31 - 1
+# lora_alpha may be zero, or of a size at which scaling * B A is neither infinite nor zero in fp32
+LOWEST_ALPHA = 2.0**-31
+HIGHEST_ALPHA = 2.0**31
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
@@ -32,7 +35,11 @@ def check_fields(config: Mapping[str, Any]) -> None:
     for name in ("target_modules", "exclude_modules"):
         expression = config.get(name)
         if isinstance(expression, str):
-            _check_expression(name, expression, expression)
+            check_expression(name, expression)
+    for name in ("modules_to_save", "layers_pattern"):
+        for expression in _as_list(config.get(name)):
+            # PEFT matches these with more around them
+            check_expression(name, expression, r"(^|.*\.){}($|\..*)")
 
 
 def check_pattern(name: str, pattern: str) -> None:
@@ -48,9 +55,9 @@ def check_pattern(name: str, pattern: str) -> None:
         raise ValueError(
             f"{name}: its keys must be paths or regular expressions, got {quoted(pattern)}."
         )
-    _check_expression(name, pattern, pattern)
+    check_expression(name, pattern)
     # PEFT matches a key behind any prefix, where flags such as (?i) are not allowed
-    _check_expression(name, pattern, rf"(.*\.)?({pattern})$")
+    check_expression(name, pattern, r"(.*\.)?({})$")
 
 
 def is_rank(value: object) -> TypeGuard[int]:
@@ -68,19 +75,23 @@ def is_finite(value: object) -> bool:
         return False
 
 
+def is_alpha(value: object) -> bool:
+    """Whether a value is a number that can be a lora_alpha: its scaling is exact enough in fp32."""
+    if not is_finite(value):
+        return False
+    assert isinstance(value, int | float)
+    return value == 0 or LOWEST_ALPHA <= abs(value) <= HIGHEST_ALPHA
+
+
 def is_count(value: object) -> TypeGuard[int]:
     """Whether a value is an integer of at least 0 that can be a number of things, or an index."""
     return _is_integer(value) and 0 <= value <= HIGHEST_RANK
 
 
-def _check_expression(name: str, given: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{name}: {quoted(given)} is neither a path nor a regular expression "
-            f"({quoted(str(error))}); correct it."
-        ) from error
+def _as_list(value: str | Collection[str] | None) -> Collection[str]:
+    if isinstance(value, str):
+        return [value]
+    return value or ()
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -25,10 +25,12 @@ from ..files.adapter_file import (
 )
 from ..files.card import OUR_CARD, write_card
 from ..files.config_fields import (
+    HIGHEST_ALPHA,
     HIGHEST_RANK,
+    LOWEST_ALPHA,
     check_fields,
     check_pattern,
-    is_finite,
+    is_alpha,
     is_rank,
 )
 from ..files.patterns import value_of
@@ -192,8 +194,11 @@ class MoELoraConfig(LoraConfig):
         for key, value in (self.alpha_pattern or {}).items():
             alphas[f"alpha_pattern[{quoted(key)}]"] = value
         for name, alpha in alphas.items():
-            if not is_finite(alpha):
-                raise ValueError(f"{name} must be a finite number, got {quoted(alpha)}.")
+            if not is_alpha(alpha):
+                raise ValueError(
+                    f"{name} must be a finite number of a size from {LOWEST_ALPHA:g} to "
+                    f"{HIGHEST_ALPHA:g}, or 0; got {quoted(alpha)}."
+                )
         dropout = self.lora_dropout
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {dropout!r}.")
