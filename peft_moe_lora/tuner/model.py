@@ -24,7 +24,7 @@ from .config import MoELoraConfig, Saving
 from .layer import MoELoraLayer
 from .moved import given_key_mapping, moved_file
 from .router import MoELoraRouter
-from .summary import PrintWithSummary, summarize
+from .summary import install_around, summarize
 from .weighted import Mixture
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,9 @@ class MoELoraModel(LoraModel):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         logger.info("adapter %r: %s", adapter_name, self.summary(adapter_name))
-        PrintWithSummary.install_around(self)
+        if len(self.peft_config) == 1:
+            # with more adapters, the PeftModel is there already
+            install_around(self)
 
     def summary(self, adapter_name: str | None = None) -> str:
         """Count what an adapter adapts: experts, routers, other layers, modules saved whole.

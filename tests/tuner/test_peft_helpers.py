@@ -35,6 +35,7 @@ from helpers import (
     token_ids,
     wrap,
 )
+from peft_moe_lora import MoELoraConfig
 
 EVERYWHERE = ["experts", "gate", "q_proj"]
 # gated; transposed, with biases; with routers that group the experts
@@ -360,10 +361,42 @@ def test_a_replica_off_the_interface_runs_on_its_own_a_and_b(family, replicas):
 # ---- several adapters in one batch ---------------------------------------------------------------
 
 
+REFUSAL = r"adapter_names: experts and routers .* set_adapter"
+
+
+def never_called(*args, **kwargs):
+    raise AssertionError("a layer was called")
+
+
+@pytest.mark.parametrize("names", [["default", "__base__"], ["__base__"] * 2, ["missing"] * 2])
 @pytest.mark.parametrize("call", ["forward", "generate"])
 @pytest.mark.parametrize("targets", [["experts"], ["gate"], EVERYWHERE], ids=str)
-def test_several_adapters_in_one_batch_are_refused_at_once(call, targets):
+def test_several_adapters_in_one_batch_are_refused_at_once(call, targets, names):
     model = moe_lora(tiny_model(), target_modules=targets)
+    for module in model.model.modules():
+        module.forward = never_called
     run = {"forward": model, "generate": model.generate}[call]
-    with pytest.raises(ValueError, match=r"adapter_names: experts and routers .* set_adapter"):
-        run(input_ids=token_ids(), adapter_names=["default", "__base__"])
+    with pytest.raises(ValueError, match=REFUSAL):
+        run(input_ids=token_ids(), adapter_names=names)
+    model.train()
+    with pytest.raises(ValueError, match=REFUSAL):
+        run(input_ids=token_ids(), adapter_names=names)
+
+
+def test_several_adapters_of_which_one_has_experts_are_refused_too():
+    """The batch names the other one alone, but the experts would compute with their own."""
+    model = moe_lora(tiny_model())
+    model.add_adapter("linear", MoELoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=REFUSAL):
+        model(input_ids=token_ids(), adapter_names=["linear", "__base__"])
+
+
+def test_several_adapters_without_experts_are_as_in_peft():
+    settings = {"r": R, "target_modules": ["q_proj", "v_proj"]}
+    ours = get_peft_model(tiny_model(), MoELoraConfig(**settings)).eval()
+    theirs = get_peft_model(tiny_model(), LoraConfig(**settings)).eval()
+    for model in (ours, theirs):
+        fill_adapter(model)
+    names = {"adapter_names": ["default", "__base__"]}
+    expected = theirs(input_ids=token_ids(), **names).logits
+    assert_close(ours(input_ids=token_ids(), **names).logits, expected, FP32)
