@@ -13,6 +13,7 @@ import torch
 
 from ..ops import Activation, QuantizedWeight
 from .backends import BACKENDS, select_backend
+from .operators import without_autocast
 from .projection import Projection, gathered, per_expert, spread, whole_gradients
 from .steps import expert_linear, route, unfused_experts
 from .whole import fused_experts
@@ -27,6 +28,7 @@ __all__ = [
     "select_backend",
     "spread",
     "whole_gradients",
+    "without_autocast",
 ]
 
 
@@ -92,7 +94,7 @@ def _run(
 ) -> torch.Tensor:
     x = hidden_states.to(up.weight.dtype)
     seed = _draw_seeds(x.device, up, down)
-    with _on_device_of(x), _without_autocast(x.device.type):
+    with _on_device_of(x), without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             out = fused_experts(
                 x, top_k_index, top_k_weights, up, down, activation, seed, backend, recompute
@@ -136,7 +138,7 @@ def rows_linear(
         )
     _check_frozen(projection)
     seed = _draw_seeds(x.device, projection)
-    with _on_device_of(x), _without_autocast(x.device.type):
+    with _on_device_of(x):
         expert = torch.repeat_interleave(
             torch.arange(E, device=x.device), sizes, output_size=x.shape[0]
         )
@@ -187,13 +189,6 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
     if x.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device_of(x)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Disable autocast: operations choose their own dtypes; autocast would round inside them."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """Runs one implementation of a computation both in eager mode and under torch.compile.
 
 In eager mode the computation is plain Python inside one `torch.autograd.Function`. Under
-torch.compile it is one custom operator, and so one node of the graph.
+torch.compile it is one custom operator, and so one node of the graph. Both run without autocast, in
+backward too.
 
 Legend:
     group: a named tuple or a frozen dataclass of arguments that are passed together. Its
@@ -12,6 +13,8 @@ Legend:
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -73,12 +76,34 @@ def _holds_tensors(kind: type[Any]) -> bool:
     return any("Tensor" in _SCHEMA[hint] for hint in get_type_hints(kind).values())
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Disable autocast: operations choose their own dtypes; autocast would round inside them."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _exactly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The computation of an operator, with autocast disabled while it runs.
+
+    PyTorch runs a backward with the autocast of the place where `backward()` is called.
+    """
+
+    @wraps(run)
+    def exactly(*groups: Any) -> Any:
+        first = groups[0][0]
+        with without_autocast(first.device.type):
+            return run(*groups)
+
+    return exactly
+
+
 class Operator:
     """One computation, as an operator under torch.compile and as a plain call elsewhere.
 
     Args:
         name: name of the operator in the namespace `peft_moe_lora`.
-        groups: the class of each argument.
+        groups: the class of each argument; the first field of the first one is a tensor.
         results: the class of the result, a named tuple. Only eager calls return a field with a
             default; the operator does not return it.
         run: takes the groups and returns `results`.
@@ -97,8 +122,9 @@ class Operator:
         self.qualified_name = f"peft_moe_lora::{name}"
         self.groups = groups
         self.results = results
+        exactly = _exactly(run)
         # where Dynamo gives up on a caller, it must not go on within: it cannot trace launches
-        self.run = torch.compiler.disable(run)
+        self.run = torch.compiler.disable(exactly)
         defaults = results._field_defaults
         self._num_returned = len(results.__match_args__) - len(defaults)
         arguments = [
@@ -108,7 +134,7 @@ class Operator:
         ]
         returned = ", ".join(["Tensor"] * self._num_returned)
         torch.library.define(self.qualified_name, f"({', '.join(arguments)}) -> ({returned})")
-        torch.library.impl(self.qualified_name, "default", self._as_operator(run))
+        torch.library.impl(self.qualified_name, "default", self._as_operator(exactly))
         torch.library.register_fake(self.qualified_name, self._as_operator(fake))
         self.operator = getattr(torch.ops.peft_moe_lora, name)
 

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..functional import Projection, gathered, per_expert, spread, whole_gradients
+from ..functional import (
+    Projection,
+    gathered,
+    per_expert,
+    spread,
+    whole_gradients,
+    without_autocast,
+)
 
 # experts are computed in chunks of this size: each chunk of W is copied first, then the product is
 # added, and in between the chunk stays in the L2 cache of a large GPU
@@ -91,7 +98,7 @@ class _Materialize(torch.autograd.Function):
         A, B = spread(scaled_A, scaled_B, num_experts, ctx.experts, wide)
         dlora_A, dlora_B = whole_gradients(lora_A, lora_B, num_experts, ctx.experts)
         dA, dB = per_expert(dlora_A, dlora_B, num_experts)
-        with torch.autocast(dweight.device.type, enabled=False):
+        with without_autocast(dweight.device.type):
             for chunk in _chunks(dweight):
                 dW = dweight[chunk].to(wide)
                 # [c, r, N] @ [c, N, K]

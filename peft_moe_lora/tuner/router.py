@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
+from ..functional import without_autocast
 from .merging import check_may_unmerge
 
 _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
@@ -131,7 +132,29 @@ class _Factor(nn.Linear):
         return factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return _Linear.apply(x, self.weight.to(x.dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T without autocast, in backward too, wherever `backward()` is called."""
+
+    @staticmethod
+    def forward(
+        # autograd's context accepts any attribute, but its class declares none
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        with without_autocast(x.device.type):
+            return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        with without_autocast(x.device.type):
+            rows = dy.reshape(-1, dy.shape[-1])
+            return dy @ weight, rows.mT @ x.reshape(-1, x.shape[-1])
 
 
 class _ProductOf(TorchFunctionMode):

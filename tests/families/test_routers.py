@@ -453,6 +453,31 @@ def test_autocast_casts_both_products():
     assert_close(logits, exact, BF16)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_in_autocast_gives_the_same_gradients(compiled):
+    """A router that leaves autocast by itself, as many do, keeps its low-rank term in fp32."""
+
+    def exact_linear(x, weight):
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), weight.float())
+
+    model = adapted(Handwritten(exact_linear))
+    call = model.base_model.model
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    x = torch.randn(T, WIDTH)
+    found = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = call(x)
+            assert outputs[0].dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                found.append(grads(outputs, factors(model)))
+    for outside, inside in zip(*found, strict=True):
+        assert torch.equal(inside, outside)
+
+
 @pytest.mark.parametrize("product", [linear, fp32_linear, matrix_product])
 def test_it_compiles_without_a_graph_break(product):
     torch.compiler.reset()
