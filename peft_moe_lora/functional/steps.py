@@ -2,6 +2,7 @@
 
 gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). Routing, gate_up, down and
 combine are one operator each. act and post_norm are the model's own code and run between them.
+It sees zeros in the rows of sentinels, which nobody computes, and so do its gradients.
 
 Legend: xa [M, r] = scaling * A[e] drop(x); yb [M, r] = scaling * B[e]^T dy.
 """
@@ -238,7 +239,7 @@ def _run_linear(inputs: Inputs, routing: Routing, plan: Plan) -> Results:
     y = ops.expert_linear(
         inputs.x, inputs.weight, routing, bias=inputs.bias, xa=xa, lora_B=B, gather=plan.gather
     )
-    return Results(y, xa)
+    return Results(ops.zero_unrouted(y, routing), xa)
 
 
 def _fake_linear(inputs: Inputs, routing: Routing, plan: Plan) -> Results:
@@ -286,8 +287,7 @@ def _run_linear_backward(
             lora_B=transposed(A),
             dropout=dropout,
         )
-        if plan.gather:
-            dx = ops.combine(dx, routing)
+        dx = ops.combine(dx, routing) if plan.gather else ops.zero_unrouted(dx, routing)
     return Gradients(dx, dA, dB)
 
 
@@ -381,7 +381,8 @@ def _run_combine_backward(
     gradient: Gradient, rows: Rows, routing: Routing, backend: Backend
 ) -> Rows:
     ops = ops_for(backend.backend, rows.y.device)
-    return Rows(*ops.combine_backward(gradient.gradient, rows.y, routing, rows.top_k_weights))
+    dy, dweights = ops.combine_backward(gradient.gradient, rows.y, routing, rows.top_k_weights)
+    return Rows(ops.zero_unrouted(dy, routing), dweights)
 
 
 def _fake_combine_backward(

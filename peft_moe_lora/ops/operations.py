@@ -171,6 +171,17 @@ class Operations(Protocol):
         Returns: dy [M, N], d_top_k_weights [T, top_k] fp32, 0 for sentinels.
         """
 
+    def zero_unrouted(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """rows[m] = 0, in place, for the rows of sentinels.
+
+        Other operations leave these rows undefined. Code that is not ours may read them: a norm's
+        own gradient is a sum over all rows.
+
+        Args:
+            rows: [M, N] float rows in expert order, contiguous.
+        Returns: rows.
+        """
+
     def expert_outer(
         self,
         left: torch.Tensor,

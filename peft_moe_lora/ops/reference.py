@@ -29,6 +29,7 @@ __all__ = [
     "replayed",
     "route",
     "with_tiles",
+    "zero_unrouted",
 ]
 
 
@@ -174,6 +175,12 @@ def combine_backward(
     rows = wide(_rows(dout, routing, gather=True))
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(rows.dtype)
     return (w[:, None] * rows).to(y.dtype), _slots((wide(y) * rows).sum(-1), routing)
+
+
+def zero_unrouted(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """rows[m] = 0, in place, for the rows of sentinels."""
+    m = torch.arange(routing.num_rows, device=rows.device)
+    return rows.masked_fill_((m >= routing.expert_offsets[-1])[:, None], 0.0)
 
 
 def expert_outer(

@@ -17,6 +17,7 @@ from helpers import (
     FP32,
     MODELS,
     TOP_K,
+    UNFUSED_KINDS,
     E,
     H,
     HandWrittenExperts,
@@ -218,6 +219,25 @@ def test_sentinel_ids_are_skipped(case):
     assert (out[7] == 0).all()
     assert (dx[7] == 0).all()
     assert (dw[top_k_index >= E] == 0).all()
+
+
+@pytest.mark.parametrize("case", UNFUSED_KINDS, ids=lambda c: c[0])
+def test_sentinels_add_nothing_to_the_gradient_of_the_models_own_norm(case):
+    """The norm reads every row, and the gradient of its weight is a sum over them."""
+    plain = build(case)
+    model = wrap(copy.deepcopy(plain))
+    hidden_states, top_k_index, top_k_weights = random_rows()
+    top_k_index[0, 0] = top_k_index[5, 1] = E
+    top_k_index[7, :] = E + 7
+    norm = model.base_model.model.experts.base_layer.post_expert_norm.weight.requires_grad_()
+    _, found = grads_of(lambda: model(hidden_states, top_k_index, top_k_weights), [norm])
+
+    twin = in_double(plain)
+    adapters = {p: tuple(t.double() for t in pair) for p, pair in experts_adapter(model).items()}
+    deltas = dense_deltas(adapters, E, SCALING)
+    rows = (hidden_states.double(), top_k_index, top_k_weights.double())
+    _, expected = grads_of(lambda: oracle(twin, *rows, deltas), [twin.post_expert_norm.weight])
+    assert_close(found[0], expected[0])
 
 
 @every_class

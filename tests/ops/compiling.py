@@ -152,6 +152,7 @@ def launch_layer(
     )
     y = kernels.expert_linear(act, down, routing, xa=xa, lora_B=down_B)
     kernels.combine(y, routing, weights)
+    kernels.zero_unrouted(y, routing)
     draw = kernels.expert_linear(
         x, down.transpose(1, 2), routing, xa=xa, lora_B=down_A.transpose(1, 2), gather=True
     )

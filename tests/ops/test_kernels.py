@@ -199,6 +199,33 @@ def test_a_sentinel_of_weight_nan_adds_nothing(kernels):
     assert torch.equal(out, kernels.combine(y, problem.routing, problem.weights))
 
 
+@shapes
+@dtypes
+@pytest.mark.parametrize("sentinels", [False, True])
+def test_rows_of_sentinels_are_set_to_zero_and_no_others(kernels, shape, dtype, sentinels):
+    problem = Problem(shape, dtype, sentinels)
+    routing = kernels.route(problem.index, shape.E)
+    rows = problem.rows(shape.H)
+    expected = rows.clone()
+    expected[problem.valid :] = 0
+    for ops in (kernels, reference):
+        actual = rows.clone()
+        assert ops.zero_unrouted(actual, routing) is actual
+        assert torch.equal(actual, expected)
+
+
+def test_more_rows_of_sentinels_than_programs(kernels, monkeypatch):
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.unrouted.PER_SM", 1)
+    monkeypatch.setattr("peft_moe_lora.ops.kernels.unrouted.device_facts", lambda device: (0, 3))
+    index = torch.full((7, 2), 4, device=DEVICE)
+    index[0, 1] = 2
+    rows = torch.full((14, 40), float("nan"), device=DEVICE)
+    rows[0] = 1.0
+    kernels.zero_unrouted(rows, kernels.route(index, 4))
+    assert rows[0].eq(1).all()
+    assert rows[1:].eq(0).all()
+
+
 @pytest.fixture(
     params=[(1024, 1024), (1, 1024), (1024, 1)],
     ids=["short chunks", "long chunks", "one program of sums"],

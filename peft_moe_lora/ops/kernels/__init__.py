@@ -11,6 +11,7 @@ from .outer import expert_outer
 from .routing import route, with_tiles
 from .shrink import expert_shrink
 from .shrink_outer import expert_shrink_outer
+from .unrouted import zero_unrouted
 
 __all__ = [
     "combine",
@@ -26,4 +27,5 @@ __all__ = [
     "replayed",
     "route",
     "with_tiles",
+    "zero_unrouted",
 ]
