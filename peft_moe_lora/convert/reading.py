@@ -23,6 +23,7 @@ from ..files.config_fields import (
 from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, FilePath, RefusedError, TensorFile, read_json
 from ..files.text import quoted, shown
+from ..files.writing import CONFIG_NAME, check_saved
 from ..tuner.config import checked_indices
 from .base import BaseConfig, BaseModel, read_base
 from .formats import PREFIX, READERS, Format
@@ -31,7 +32,6 @@ from .linears import natural, read_linears
 from .model import Adapter, Experts, LinearPair, Pair
 from .source import Source
 
-CONFIG_NAME = "adapter_config.json"
 # options of LoRA that change the computation and that no format can express
 _REFUSED_OPTIONS = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
 
@@ -88,6 +88,7 @@ def read_paths(path: FilePath, adapter: Adapter) -> list[FilePath]:
 
 
 def _check_weights(folder: Path) -> None:
+    check_saved(folder)
     check_own_file(folder / WEIGHTS_NAME)
     check_own_file(folder / CONFIG_NAME)
     if (folder / WEIGHTS_NAME).is_file():

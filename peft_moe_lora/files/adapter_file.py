@@ -1,14 +1,12 @@
 """The adapter file: safetensors with metadata that describe their layout.
 
 The metadata hold the layout, the format version and the shapes of each module. No model is loaded
-here. A file is checked completely before it is used. Changed metadata are written to a temporary
+here. A file is checked completely before it is used. Changed metadata are written to a second
 file, which then replaces the adapter file in one step.
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +30,7 @@ from .tensor_file import (
     read_header,
 )
 from .text import quoted, shown
+from .writing import check_saved, written_files
 
 # the newest version that can be read. A file of version 2 may hold only some experts of a module. A
 # file with all experts is written as version 1
@@ -77,10 +76,12 @@ def find_adapter_file(
         subfolder: the adapter's folder within `model_id`.
         hub_kwargs: further arguments of `hf_hub_download`.
     Raises:
-        ValueError: if the weights are a pickle, or not a file.
+        ValueError: if the weights are a pickle, or not a file, or if saving was interrupted while
+            they took their place.
     """
     folder = Path(model_id, subfolder or "")
     if folder.is_dir():
+        check_saved(folder)
         weights = folder / WEIGHTS_NAME
         pickle = folder / PICKLE_NAME
         check_file(weights)
@@ -301,16 +302,9 @@ def _is_newer(one: Path, other: Path) -> bool:
 
 def _replace_metadata(path: Path, metadata: dict[str, str]) -> None:
     """Replace the `__metadata__` of a safetensors file; the tensors' bytes are copied unchanged."""
-    with path.open("rb") as source:
+    with path.open("rb") as source, written_files(path.parent) as folder:
         header = read_header(source)
         header["__metadata__"] = metadata
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as target:
-                target.write(encoded_header(header))
-                shutil.copyfileobj(source, target)
-            shutil.copymode(path, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with (folder / path.name).open("wb") as target:
+            target.write(encoded_header(header))
+            shutil.copyfileobj(source, target)

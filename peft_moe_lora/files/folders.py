@@ -1,20 +1,20 @@
 """Folders that conversions read and write.
 
-A folder is written under a temporary name and takes its place when it is complete. An existing
+A folder takes its place when it is complete; `writing.py` sees to that. An existing
 folder is replaced only if this package wrote it and nothing that is read lies in it. The files that
 are read or copied must lie in their folder; links lead out of it only within a hub cache.
 """
 
 import filecmp
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from .tensor_file import AdapterError, ExistsError, FilePath, TensorFile, check_file, is_output
 from .text import shown
+from .writing import written_folder
 
 # beginnings of the names of files that an adapter's or a model's folder may hold beside weights
 SIDE_FILES = (
@@ -52,31 +52,12 @@ def new_folder(
     Raises:
         ExistsError: if `dst` exists and is not an empty folder, unless `force` is set; in any case
             if it holds a source, the working directory or a file that this package did not write.
+        WriteError: if the system does not let it be written, for example because the disk is full.
     """
     dst = Path(os.path.realpath(dst))
-    copied = list(copied)
-    _check_destination(dst, force, sources, copied)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}-"))
-    new = work / "new"
-    old = work / "old"
-    try:
-        new.mkdir()
+    check = partial(_check_destination, dst, force, list(sources), list(copied))
+    with written_folder(dst, check) as new:
         yield new
-        # files may have been added in the meantime
-        _check_destination(dst, force, sources, copied)
-        if dst.exists():
-            os.replace(dst, old)
-        try:
-            os.replace(new, dst)
-        except BaseException:
-            if old.exists():
-                os.replace(old, dst)
-            raise
-    finally:
-        # if the old folder could not be put back, it stays where it is
-        if dst.exists() or not old.exists():
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def own_files(folder: FilePath, wanted: Callable[[str], bool]) -> list[Path]:
@@ -127,9 +108,7 @@ def _blobs(folder: Path) -> list[Path]:
     return []
 
 
-def _check_destination(
-    dst: Path, force: bool, sources: Iterable[FilePath], copied: list[Path]
-) -> None:
+def _check_destination(dst: Path, force: bool, sources: list[FilePath], copied: list[Path]) -> None:
     """Check that `dst` is free, or may be replaced.
 
     Raises:

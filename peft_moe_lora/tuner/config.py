@@ -37,6 +37,7 @@ from ..files.patterns import value_of
 from ..files.scaling import scaling_of
 from ..files.tensor_file import read_json
 from ..files.text import quoted
+from ..files.writing import written_files
 from ..functional import BACKENDS
 from .implementations import MATERIALIZE
 
@@ -347,20 +348,23 @@ class MoELoraConfig(LoraConfig):
 
         Raises:
             ValueError: if PEFT has saved the weights as a pickle. The pickle is removed.
+            OSError: if a file could not be written, for example because the disk is full.
         """
         # PEFT annotates str, but accepts a Path too
         folder: Any = save_directory
         saving = self._saving
         self._saving = None
         if saving is None:
-            super().save_pretrained(folder, **kwargs)
-            self._restore_order(Path(folder, CONFIG_NAME))
+            with written_files(folder) as new:
+                super().save_pretrained(str(new), **kwargs)
+                self._restore_order(new / CONFIG_NAME)
             return
         complete_adapter_file(folder, saving.description)
         saved = copy(self)
         for name, pattern in saving.patterns.items():
             setattr(saved, name, pattern)
-        super(MoELoraConfig, saved).save_pretrained(folder, **kwargs)
+        with written_files(folder) as new:
+            super(MoELoraConfig, saved).save_pretrained(str(new), **kwargs)
         write_card(folder, OUR_CARD, saved.to_dict())
 
     def _restore_order(self, path: Path) -> None:

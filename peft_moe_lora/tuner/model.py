@@ -23,8 +23,9 @@ from .combining import Combination
 from .config import MoELoraConfig, Saving
 from .layer import MoELoraLayer
 from .moved import given_key_mapping, moved_file
+from .peft_model import install_around
 from .router import MoELoraRouter
-from .summary import install_around, summarize
+from .summary import summarize
 from .weighted import Mixture
 
 logger = logging.getLogger(__name__)

@@ -4,22 +4,13 @@
 `print_trainable_parameters` prints it below PEFT's counts.
 """
 
-import math
-import weakref
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from typing import Any
 
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..experts.decoding import parametrizations
-from ..experts.layout import is_experts
-from ..experts.stored import UnsupportedExperts, stored_weight
 from .layer import MoELoraLayer
 from .router import MoELoraRouter
 
@@ -93,68 +84,3 @@ def _summarize_experts(layers: Sequence[MoELoraLayer], adapter_names: Collection
         f"{len(layers)} experts modules, {number} experts, "
         f"{adapted_projections:,} projections adapted"
     )
-
-
-def _beyond_parameters(model: nn.Module) -> int:
-    """The weights of quantized experts that are more than the elements of their parameters.
-
-    An element of a parameter holds two 4-bit codes.
-    """
-    more = 0
-    for module in model.modules():
-        if not is_experts(module):
-            continue
-        for name in getattr(module, "parametrizations", ()):
-            # weights in other forms are counted as they are
-            with suppress(UnsupportedExperts):
-                weight = stored_weight(module, name)
-                more += math.prod(weight.shape) - parametrizations(module, name).original.numel()
-    return more
-
-
-class CountWithQuantized:
-    """`get_nb_trainable_parameters` of one PeftModel, which counts weights, not stored elements.
-
-    PEFT does so for linear layers in 4 bits. `get_model_status` calls it too.
-    """
-
-    def __init__(self, peft_model: PeftModel) -> None:
-        self.peft_model = peft_model
-
-    def __call__(self) -> tuple[int, int]:
-        trainable, total = type(self.peft_model).get_nb_trainable_parameters(self.peft_model)
-        return trainable, total + _beyond_parameters(self.peft_model)
-
-
-class PrintWithSummary:
-    """`print_trainable_parameters` of one PeftModel, with the summary on a second line."""
-
-    def __init__(self, peft_model: PeftModel) -> None:
-        self.peft_model = peft_model
-
-    def __call__(self) -> None:
-        type(self.peft_model).print_trainable_parameters(self.peft_model)
-        # PEFT does not annotate which tuner this is
-        tuner: Any = self.peft_model.base_model
-        print(tuner.summary())
-
-
-def install_around(tuner: nn.Module) -> None:
-    """Replace two methods of the PeftModel that will contain a tuner, by the classes above.
-
-    A tuner has no reference to its PeftModel. So a global hook of torch waits until the tuner is
-    registered as a submodule of a PeftModel.
-    """
-    waiting = weakref.ref(tuner)
-
-    def on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if isinstance(parent, PeftModel) and child is waiting():
-            # only this instance is changed; other PeftModels keep PEFT's methods
-            peft_model: Any = parent
-            peft_model.get_nb_trainable_parameters = CountWithQuantized(parent)
-            peft_model.print_trainable_parameters = PrintWithSummary(parent)
-            handle.remove()
-
-    handle = register_module_module_registration_hook(on_registration)
-    # inject_adapter_in_model creates no PeftModel and drops the tuner; the hook then ends too
-    weakref.finalize(tuner, handle.remove)

@@ -5,10 +5,8 @@ An interrupted conversion leaves the destination as it was.
 
 import copy
 import json
-import os
 import shutil
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from safetensors import safe_open
 from convert.adapters import PREFIX, config_of, rewrite, save_base, save_ours, tensors
 from peft_moe_lora import convert_adapter, verify_adapter
 from peft_moe_lora.convert.reading import open_adapter
-from peft_moe_lora.files.folders import new_folder
 from peft_moe_lora.files.tensor_file import (
     AdapterError,
     Block,
@@ -262,26 +259,6 @@ def test_an_interrupted_conversion_leaves_what_was_there(qwen, tmp_path, force):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"][: 1 + force]
     if force:
         assert all(torch.equal(t, before[n]) for n, t in tensors(tmp_path / "out").items())
-
-
-def test_what_was_there_comes_back_if_the_new_cannot_take_its_place(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    write_tensors(tmp_path / "out" / "old.safetensors", [], {})
-    replace = os.replace
-
-    def fail_on_new(source, target):
-        if Path(source).name == "new":
-            raise OSError("no space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail_on_new)
-    with (
-        pytest.raises(OSError, match="no space"),
-        new_folder(tmp_path / "out", force=True) as folder,
-    ):
-        (folder / "new.txt").write_text("new")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old.safetensors"]
 
 
 @pytest.mark.parametrize("claimed", [100_000, 2049])

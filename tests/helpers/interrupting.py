@@ -1,0 +1,146 @@
+"""Runs that are interrupted at a chosen step of what they do to the disk, or at a random moment.
+
+A step is a call by which Python changes names or opens a file to write; the interpreter's audit
+events tell of it before it happens. A run without a kill counts as done.
+"""
+
+import itertools
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "ctypes.dlsym"}
+# open for writing, creating or truncating
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+_LONGEST = 60  # seconds
+
+_watched = {"installed": False, "step": None}
+
+
+def _on_event(event, arguments):
+    step = _watched["step"]
+    if step is not None and is_step(event, arguments):
+        step(event)
+
+
+def is_step(event, arguments):
+    if event == "open":
+        path, _, flags = arguments
+        return (
+            isinstance(path, str | bytes)
+            and b"/dev/" not in os.fsencode(path)
+            and (bool(flags & _WRITES))
+        )
+    return event in _CHANGES
+
+
+@contextmanager
+def at_step(number, act, kinds=None):
+    """Call `act` before the step of this number, counted from 0; only of these kinds of events.
+
+    Yields: a list of the kinds of all steps that came.
+    """
+    if not _watched["installed"]:
+        # an audit hook cannot be removed
+        sys.addaudithook(_on_event)
+        _watched["installed"] = True
+    seen = []
+
+    def step(event):
+        if kinds is None or event in kinds:
+            seen.append(event)
+            if len(seen) == number + 1:
+                act()
+
+    _watched["step"] = step
+    try:
+        yield seen
+    finally:
+        _watched["step"] = None
+
+
+def raiser(error):
+    def act():
+        raise error
+
+    return act
+
+
+def in_child(run):
+    """Run a function in a forked child; return the child's process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        # a child that waits for threads of its parent would wait for ever
+        torch.set_num_threads(1)
+        signal.alarm(_LONGEST)
+        run()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def is_killed(pid):
+    """Wait for a child; whether it was killed. It must not have failed otherwise."""
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the child failed; its traceback is on stderr"
+    return False
+
+
+def killed_at_every_step(run):
+    """Kill a run before each of its steps in turn; yields the number of the step after each."""
+    for number in itertools.count():
+
+        def killed_run(number=number):
+            with at_step(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                run()
+
+        if not is_killed(in_child(killed_run)):
+            assert number > 5, "a run has more steps"
+            return
+        yield number
+
+
+def killed_at_random(run, times, prepare):
+    """Kill a run at random moments; yields after each run whether it was killed.
+
+    Args:
+        run: what to kill.
+        times: how often.
+        prepare: called before each run.
+    """
+    prepare()
+    start = time.perf_counter()
+    assert not is_killed(in_child(run))
+    longest = 1.1 * (time.perf_counter() - start)
+    chance = random.Random(0)
+    for _ in range(times):
+        prepare()
+        pid = in_child(run)
+        time.sleep(chance.uniform(0, longest))
+        os.kill(pid, signal.SIGKILL)
+        yield is_killed(pid)
+
+
+def tree(folder):
+    """Path below a folder -> the bytes of a file, or None for a folder; None if there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found
