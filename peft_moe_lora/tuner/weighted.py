@@ -257,6 +257,11 @@ def _matrices(path: str, layer: LoraLayer, adapter_name: str) -> Matrices:
         ValueError: if a parameter is sharded, offloaded, or not of a product B A.
     """
     if not isinstance(layer, MoELoraLayer):
+        if getattr(layer.get_base_layer(), "groups", 1) > 1:
+            raise ValueError(
+                f"{path} is a convolution with groups, whose update is no product B A, so it "
+                "cannot be combined; merge the adapters into the model one after the other."
+            )
         A, B = _pair(layer, adapter_name)
         _check_whole(path, A, B, layer.r[adapter_name])
         # of a convolution too: [r, in, kernel] and [out, r, 1]

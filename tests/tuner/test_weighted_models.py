@@ -6,15 +6,19 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from helpers import (
     FP32,
+    QWEN3_MOE,
     E,
+    Holder,
     R,
     adapter_parameters,
     assert_close,
     assert_share_of_order_one,
     assert_unchanged,
+    build_experts,
     dense_delta,
     experts_adapter,
     experts_paths,
@@ -106,6 +110,46 @@ def test_linear_layers_and_embeddings_are_combined_as_in_peft(kind):
         right = product(theirs.get_submodule(path), NEW)
         assert right.abs().max() > 0.001
         assert_close(product(ours.get_submodule(path), NEW), right, FP32, path)
+
+
+class WithConvolutions(Holder):
+    def __init__(self):
+        super().__init__(build_experts(*QWEN3_MOE))
+        self.wide = nn.Conv2d(8, 12, 3)
+        self.narrow = nn.Conv2d(8, 12, 1)
+        self.grouped = nn.Conv1d(8, 8, 3, groups=4)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "dare_ties_svd"])
+def test_convolutions_are_combined_as_in_peft(kind, monkeypatch):
+    settings = {"r": R, "lora_alpha": 3, "target_modules": ["wide", "narrow"]}
+    ours = two_adapters(WithConvolutions(), settings, settings)
+    theirs = get_peft_model(WithConvolutions(), LoraConfig(**settings), "first")
+    theirs.add_adapter("second", LoraConfig(**settings))
+    named = dict(ours.named_parameters())
+    for name in BOTH:
+        for key, parameter in adapter_parameters(theirs, name).items():
+            parameter.data.copy_(named[key])
+    # the layers are initialised between two draws of PEFT's, before the draws of ours
+    monkeypatch.setattr(torch, "bernoulli", lambda density: (density.cumsum(0) % 1 > 0.5).float())
+    for model in (ours, theirs):
+        mix(model, kind, density=0.3)
+    for path in ("wide", "narrow"):
+        deltas = [
+            model.base_model.model.get_submodule(path).get_delta_weight(NEW)
+            for model in (ours, theirs)
+        ]
+        assert deltas[1].abs().max() > 0.001
+        assert_close(*deltas, FP32, path)
+
+
+def test_convolutions_with_groups_are_refused():
+    settings = {"target_modules": ["experts", "grouped"]}
+    model = two_adapters(WithConvolutions(), settings, settings)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="grouped is a convolution with groups"):
+        mix(model)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd"])
@@ -260,7 +304,8 @@ def test_quantized_and_offloaded_experts():
     quantized = two_adapters(quantize_experts(tiny_model()))
     mix(quantized)
     assert_weighted_sum(quantized, SECOND)
-    model = two_adapters(tiny_model())
+    targets = {"target_modules": ["experts", "q_proj"]}
+    model = two_adapters(tiny_model(), targets, targets)
     right = copy.deepcopy(model)
     mix(right)
     cpu_offload(model, execution_device=torch.device("cpu"))
