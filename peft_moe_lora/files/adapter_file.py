@@ -126,7 +126,8 @@ def complete_adapter_file(folder: FilePath, description: Description) -> None:
     """Write the description into the metadata of the adapter file that was just saved in a folder.
 
     Raises:
-        ValueError: if a pickle was saved instead; it is removed.
+        ValueError: if a pickle was saved instead, which is removed; if the file has a description
+            already, and another one: then it was not saved just now, and holds another adapter.
     """
     weights = Path(folder, WEIGHTS_NAME)
     pickle = Path(folder, PICKLE_NAME)
@@ -138,7 +139,23 @@ def complete_adapter_file(folder: FilePath, description: Description) -> None:
         )
     if weights.is_file():
         described = json.dumps(description, sort_keys=True)
+        _check_same(weights, json.loads(described))
         _replace_metadata(weights, {"format": "pt", METADATA_KEY: described})
+
+
+def _check_same(weights: Path, description: Description) -> None:
+    """Check that a file has no description yet, or one that says nothing else than this one."""
+    with weights.open("rb") as file:
+        metadata = read_header(file).get("__metadata__") or {}
+    present = read_description(str(weights), metadata)
+    # files of earlier releases say less
+    said = {name: value for name, value in present.items() if name != "format_version"}
+    if any(description.get(name) != value for name, value in said.items()):
+        raise ValueError(
+            f"{weights} holds another adapter: it has other modules, ranks or scalings than the "
+            "one whose configuration is being saved there. Nothing was written; give a folder "
+            "that holds the same adapter, or a new one."
+        )
 
 
 def described_module(num_experts: int, experts: Sequence[int] | None) -> Description:

@@ -21,6 +21,7 @@ from . import checkpoint, saving, weighted
 from .beside import Beside
 from .combining import Combination
 from .config import MoELoraConfig, Saving
+from .initial import minus_initial
 from .layer import MoELoraLayer
 from .moved import given_key_mapping, moved_file
 from .peft_model import install_around
@@ -338,6 +339,20 @@ class MoELoraModel(LoraModel):
         )
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls,
+        peft_model: nn.Module,
+        peft_config: PeftConfig,
+        path_initial_model_for_weight_conversion: str,
+        output_state_dict: dict[str, torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT would load the initial adapter into the model, and stack the ranks of all experts
+        return minus_initial(
+            _own(peft_config), path_initial_model_for_weight_conversion, output_state_dict
         )
 
     @classmethod
