@@ -6,6 +6,7 @@ file, which then replaces the adapter file in one step.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,19 +52,36 @@ class Trained(NamedTuple):
     scaling: float
 
 
+class Held(NamedTuple):
+    """One tensor of a file, without its values.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        largest: the largest |value|; 0 for a tensor without elements.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    largest: float
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """What a checked adapter file holds.
 
     Attributes:
         path: the file.
-        shapes: tensor name -> shape.
+        tensors: tensor name -> what is known of it.
         description: the metadata under METADATA_KEY; {} if the file has none.
     """
 
     path: str
-    shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, Held]
     description: Description
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: held.shape for name, held in self.tensors.items()}
 
 
 def find_adapter_file(
@@ -107,19 +125,27 @@ def read_adapter_file(path: str) -> AdapterFile:
         ValueError: if it is cut short or not a safetensors file, if its layout or version is
             unknown, or if a value is NaN or infinite.
     """
-    shapes = {}
+    tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
             description = read_description(path, file.metadata() or {})
             check_names(path, file.keys())
             for name in file.keys():
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                tensors[name] = _held(file.get_tensor(name))
+                if not math.isfinite(tensors[name].largest):
                     raise ValueError(not_finite(path, name))
-                shapes[name] = tuple(tensor.shape)
     except (SafetensorError, OSError) as error:
         raise ValueError(not_whole(path, error)) from error
-    return AdapterFile(path, shapes, description)
+    return AdapterFile(path, tensors, description)
+
+
+def _held(tensor: torch.Tensor) -> Held:
+    largest = 0.0
+    if tensor.is_floating_point() and tensor.numel():
+        # torch has no maximum of 8-bit floats
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        largest = wide.abs().max().item()
+    return Held(tuple(tensor.shape), tensor.dtype, largest)
 
 
 def complete_adapter_file(folder: FilePath, description: Description) -> None:

@@ -1,19 +1,19 @@
 """Checks an adapter file against a model, before the model is changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import linear_features
-from ..files.adapter_file import AdapterFile, Trained, check_trained
+from ..files.adapter_file import AdapterFile, Held, Trained, check_trained
 from ..files.text import shown
 from .beside import Shape, Tensors
 from .config import MoELoraConfig
-from .layer import MoELoraLayer
 from .saving import PEFT_PREFIX
 
 
@@ -39,11 +39,13 @@ class Targets:
         experts: path of a targeted experts module -> its layout, rank and chosen experts.
         others: path of another targeted module -> the base module and the rank.
         beside: the tensors that the file holds beside A and B.
+        dtype: the narrowest dtype of the model's weights.
     """
 
     experts: Mapping[str, ExpertsTarget]
     others: Mapping[str, tuple[nn.Module, int]]
     beside: Tensors
+    dtype: torch.dtype
 
     def expected_shapes(self, config: MoELoraConfig) -> dict[str, Shape]:
         """Key in the file -> shape, of every tensor that the file must hold and that is known."""
@@ -89,19 +91,18 @@ def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> No
     """Check that an adapter file fits a model, before the model is changed.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or of the wrong shape, or if the adapter was
-            made for another number of experts or for other experts.
+        ValueError: if a tensor is missing, unknown, or of a wrong shape, dtype or size of values,
+            or if the adapter was made for another number of experts, for other experts, or with
+            another rank or scaling.
     """
+    _check_prefixes(file)
     for key, description in file.description.get("experts", {}).items():
         if key in targets.experts:
             _check_description(file.path, key, description, targets.experts[key])
     _check_trained(file, targets, config)
     expected = targets.expected_shapes(config)
     allowed = _prefixed(targets.beside.allowed)
-    # transformers may have saved the keys without PEFT's prefix
-    shapes = {
-        PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): shape for key, shape in file.shapes.items()
-    }
+    shapes = file.shapes
     _check_vocabulary(file.path, shapes, targets.beside)
     # tensors of modules whose shapes are not known here are checked by PEFT
     known = {key.rpartition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in expected}
@@ -113,6 +114,48 @@ def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> No
         if key in expected or (key not in allowed and not key.startswith(free))
     }
     _raise_unless_whole(file.path, found, expected)
+    for key, held in file.tensors.items():
+        if not key.startswith(free):
+            _check_values(file.path, key, held, targets.dtype)
+
+
+def _check_prefixes(file: AdapterFile) -> None:
+    """Check that every key has PEFT's prefix: PEFT reads no other key."""
+    for key in file.tensors:
+        if key.startswith(PEFT_PREFIX):
+            continue
+        if PEFT_PREFIX + key in file.tensors:
+            raise ValueError(
+                f"{file.path} holds {shown(key)} twice, with the prefix {PEFT_PREFIX} and without "
+                "it; keep the tensors of one kind."
+            )
+        raise ValueError(
+            f"{file.path} holds {shown(key)}, but PEFT reads keys that begin with {PEFT_PREFIX}; "
+            'convert_adapter(path, new_path, to="moe_lora") adds the prefix.'
+        )
+
+
+def _check_values(path: str, key: str, held: Held, dtype: torch.dtype) -> None:
+    """Check that the values of a tensor are numbers that the model can hold.
+
+    Args:
+        path, key: of the tensor, for the message.
+        held: the tensor.
+        dtype: the narrowest dtype of the model's weights.
+    """
+    ends = (".weight", ".bias", ".trainable_tokens_delta")
+    is_weight = ".lora_" in key or key.endswith(ends)
+    if is_weight and not held.dtype.is_floating_point:
+        raise ValueError(
+            f"{path}: {shown(key)} is {held.dtype}, but weights must be floating point; copy or "
+            "save the adapter again."
+        )
+    if held.largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{path}: {shown(key)} holds a value of size {held.largest:g}, but the model computes "
+            f"in {dtype}, which ends at {torch.finfo(dtype).max:g}; load the base model in "
+            "bfloat16 or float32, or use an earlier checkpoint."
+        )
 
 
 def _prefixed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -171,40 +214,66 @@ def _check_trained(file: AdapterFile, targets: Targets, config: MoELoraConfig) -
         check_trained(file.path, layer, trained.get(layer), given)
 
 
+def narrowest_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights that ends first; 8-bit codes do not count."""
+    found = {parameter.dtype for parameter in model.parameters()}
+    wide = [dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1]
+    return min([torch.float32, *wide], key=lambda dtype: torch.finfo(dtype).max)
+
+
 def check_state_dict(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> None:
-    """Check that a state dict fits the adapted experts of a model, before it is loaded.
+    """Check that a state dict fits the adapted layers of a model, before it is loaded.
 
     Args:
         model: a model with the adapter.
         adapter_name: the adapter.
         state_dict: keys as in the model, with the adapter's name.
     Raises:
-        ValueError: if a tensor is missing, unknown, of the wrong shape or not finite.
+        ValueError: if a tensor is missing, unknown, of a wrong shape or dtype, or not finite in the
+            dtype of its parameter.
     """
-    expected: dict[str, Shape] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for key, module in model.named_modules():
-        if not isinstance(module, MoELoraLayer):
-            continue
-        for projection in module.adapted_projections(adapter_name):
-            A, B = module.pair(adapter_name, projection)
-            expected[f"{key}.lora_A.{projection}"] = tuple(A.shape)
-            expected[f"{key}.lora_B.{projection}"] = tuple(B.shape)
-        for side in ("lora_A", "lora_B"):
-            prefix = f"{key}.{side}.{adapter_name}."
-            for name, tensor in state_dict.items():
-                if name.startswith(prefix):
-                    tensors[f"{key}.{side}.{name.removeprefix(prefix)}"] = tensor
+    parameters = {}
+    # key in the model, with the adapter's name -> key in a file
+    names = {}
+    for start, end, parameter in _parameters_of(model, adapter_name):
+        name = start + end
+        parameters[name] = parameter
+        names[f"{start}.{adapter_name}{end}"] = name
+    tensors = {names.get(k, k): tensor for k, tensor in state_dict.items() if ".lora_" in k}
     where = "the adapter's state dict"
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     _raise_unless_whole(where, found, expected)
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
             raise ValueError(
-                f"{where}: tensor {shown(key)} holds NaN or infinity; load an earlier checkpoint."
+                f"{where}: {shown(name)} is {tensor.dtype}, but weights must be floating point; "
+                "load an earlier checkpoint."
             )
+        if not torch.isfinite(tensor.to(parameters[name].dtype)).all():
+            raise ValueError(
+                f"{where}: tensor {shown(name)} holds NaN or infinity in "
+                f"{parameters[name].dtype}; load an earlier checkpoint."
+            )
+
+
+def _parameters_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Every A and B of an adapter: the key before the adapter's name, after it, the parameter."""
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for part in layer.adapter_layer_names:
+            adapters = getattr(layer, part, {})
+            if adapter_name not in adapters:
+                continue
+            start = f"{path}.{part}".removeprefix(".")
+            if isinstance(adapters[adapter_name], nn.Parameter):
+                yield start, "", adapters[adapter_name]
+                continue
+            for name, parameter in adapters[adapter_name].named_parameters():
+                yield start, f".{name}", parameter
 
 
 def _raise_unless_whole(

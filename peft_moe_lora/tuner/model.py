@@ -74,7 +74,8 @@ class MoELoraModel(LoraModel):
         if config._file is not None:
             # a module without chosen experts gets no adapter
             adapted = {key: target for key, target in experts.items() if target.chosen != ()}
-            targets = checkpoint.Targets(adapted, others, beside.tensors(others))
+            dtype = checkpoint.narrowest_dtype(self.model)
+            targets = checkpoint.Targets(adapted, others, beside.tensors(others), dtype)
             file = moved_file(config._file, config, given_key_mapping())
             checkpoint.check_file(file, targets, config)
         return config

@@ -58,7 +58,7 @@ def moved_file(
             f"holds {shown(bare[0])}; save the adapter from a PeftModel, or load it into the base "
             "that it was trained on."
         )
-    shapes = {_moved(key, key_mapping): shape for key, shape in file.shapes.items()}
+    tensors = {_moved(key, key_mapping): held for key, held in file.tensors.items()}
     modules = {}
     for path, module in file.description.get("experts", {}).items():
         new_path = _moved_path(path, key_mapping)
@@ -71,7 +71,10 @@ def moved_file(
     description = file.description
     if modules:
         description = {**description, "experts": modules}
-    return replace(file, shapes=shapes, description=description)
+    if "trained" in description:
+        moved = {_moved_layer(file, k, key_mapping): v for k, v in description["trained"].items()}
+        description = {**description, "trained": moved}
+    return replace(file, tensors=tensors, description=description)
 
 
 def _moved(key: str, key_mapping: Mapping[str, str]) -> str:
@@ -87,6 +90,14 @@ def _moved_path(path: str, key_mapping: Mapping[str, str]) -> str:
     """The new path of a module, which is where its first tensor goes."""
     moved = _moved(f"{path}.lora_A.weight", key_mapping)
     return moved.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
+
+
+def _moved_layer(file: AdapterFile, layer: str, key_mapping: Mapping[str, str]) -> str:
+    """The new key of a layer under "trained", which may be a projection of an experts module."""
+    path, _, projection = layer.rpartition(".")
+    if path in file.description.get("experts", {}):
+        return f"{_moved_path(path, key_mapping)}.{projection}"
+    return _moved_path(layer, key_mapping)
 
 
 def _check_patterns(config: MoELoraConfig, path: str, new_path: str) -> None:
