@@ -163,6 +163,39 @@ def test_what_cannot_be_replayed_is_always_composed(add, compose):
 OUTSIDE = torch.ones(16)
 
 
+def test_a_result_returned_twice_is_one_tensor_in_every_call(add):
+    def compose(x):
+        out = add(x, None, 1.0)
+        return out, out
+
+    for _ in range(4):
+        x = torch.randn(16)
+        first, second = replayed(compose, x)
+        assert torch.equal(first, x + 1.0)
+        assert second.data_ptr() == first.data_ptr()
+
+
+def test_after_a_recording_that_failed_launches_are_recorded_nowhere(add):
+    fails = []
+
+    def compose(x):
+        out = add(x, None, 1.0)
+        if fails:
+            raise RuntimeError("out of memory")
+        return (out,)
+
+    x = torch.randn(16)
+    replayed(compose, x)
+    fails.append(True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        replayed(compose, x)
+    assert launch.recorder.current is None
+    fails.clear()
+    for _ in range(3):
+        assert torch.equal(replayed(compose, x)[0], x + 1.0)
+    assert isinstance(next(iter(replay._kinds.values())), replay._Replay)
+
+
 def test_arguments_that_share_memory_are_not_recorded(add):
     def compose(x, y):
         return (add(x, y),)

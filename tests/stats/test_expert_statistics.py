@@ -36,6 +36,7 @@ from peft_moe_lora import (
     plot_expert_load,
     select_experts,
 )
+from peft_moe_lora.stats.select import _fewest
 from peft_moe_lora.stats.watch import RoutingWatch
 
 BATCH, LENGTH = 3, 7
@@ -337,6 +338,25 @@ def test_a_sample_counts_as_one_whatever_its_length():
         torch.testing.assert_close(weighted[path], right)
         rows = torch.tensor(counted(index, batch["attention_mask"]), dtype=torch.float64)
         assert (weighted[path] / weighted[path].sum() - rows / rows.sum()).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("measure", ["tokens", "gates"])
+def test_a_sample_of_padding_alone_adds_nothing(measure):
+    base, batch = tiny_model(), padded()
+    batch["attention_mask"][1] = 0
+    with RoutingWatch(base, measure) as watch, torch.no_grad():
+        base(**batch)
+        sums = watch.take()
+    mask = batch["attention_mask"][[0, 2]]
+    for path, (index, weights) in routed(base, batch).items():
+        right = scores_by_hand(index[[0, 2]], weights[[0, 2]], mask, measure) * len(mask)
+        torch.testing.assert_close(sums[path], right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", range(1, 11))
+def test_equal_shares_reach_a_threshold_that_is_their_sum(count):
+    shares = torch.full((10,), 0.1, dtype=torch.float64)
+    assert _fewest(shares, count / 10) == count
 
 
 @pytest.mark.parametrize("top", [1, 2, E])

@@ -1,0 +1,144 @@
+"""Merging adds in fp32 and rounds once, and unmerging takes out everything that was merged."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import (
+    FP32,
+    QWEN3_MOE,
+    HandWrittenExperts,
+    Holder,
+    R,
+    assert_close,
+    assert_share_of_order_one,
+    build_experts,
+    experts_adapter,
+    fill_adapter,
+    random_rows,
+    wrap,
+)
+from peft_moe_lora import MoELoraConfig, quantize_experts
+from peft_moe_lora.experts.stored import stored_weight
+
+# rank 16: a sum of so many products in bf16 differs from one in fp32
+RANK = 16
+WEIGHTS = {"gate_up": "gate_up_proj", "down": "down_proj"}
+
+
+def test_adapters_in_bf16_are_merged_by_a_sum_in_fp32():
+    experts = build_experts(*QWEN3_MOE, dtype=torch.bfloat16)
+    model = wrap(experts, r=RANK, lora_alpha=3 * RANK, randomize=False)
+    model.to(torch.bfloat16)
+    fill_adapter(model, gain=3.0)
+    layer = model.base_model.model.experts
+    before = {name: getattr(experts, name).detach().clone() for name in WEIGHTS.values()}
+    pairs = experts_adapter(model)
+    layer.merge()
+    for projection, (A, B) in pairs.items():
+        assert A.dtype == B.dtype == torch.bfloat16
+        name = WEIGHTS[projection]
+        for e, weight in enumerate(getattr(experts, name)):
+            ranks = slice(e * RANK, (e + 1) * RANK)
+            update = 3.0 * (B[:, ranks].float() @ A[ranks].float())
+            assert torch.equal(weight, (before[name][e].float() + update).bfloat16())
+            delta = layer.get_delta_weight("default", projection, e)
+            assert delta.dtype == torch.float32
+            assert torch.equal(delta, update)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_merging_one_after_the_other_into_codes_and_unmerging_gives_the_first_codes(form):
+    model = wrap(quantize_experts(Holder(build_experts(*QWEN3_MOE)), format=form).experts)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    fill_adapter(model, "second", seed=5)
+    layer, rows = model.base_model.model.experts, random_rows()
+
+    def codes():
+        weights = [stored_weight(layer.base_layer, name) for name in WEIGHTS.values()]
+        return [tensor.clone() for weight in weights for tensor in weight.tensors()]
+
+    before = codes()
+    layer.merge(adapter_names=["default"])
+    once = codes()
+    layer.merge(adapter_names=["second"])
+    assert not all(torch.equal(a, b) for a, b in zip(once, codes(), strict=True))
+    layer.unmerge()
+    for actual, expected in zip(codes(), before, strict=True):
+        assert torch.equal(actual, expected)
+    # nothing is left of the first round: another round and back gives the same
+    layer.merge(adapter_names=["second"])
+    layer.unmerge()
+    for actual, expected in zip(codes(), before, strict=True):
+        assert torch.equal(actual, expected)
+    assert not layer.unmerged_weights
+    assert not layer.merged_scaling
+    assert model(*rows).isfinite().all()
+
+
+# ---- routers -------------------------------------------------------------------------------------
+
+SCALING = 2.0
+
+
+class Router(nn.Module):
+    """A router that a user wrote, as wide as it has experts: its weight fits either way round."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) * width**-0.5)
+
+    def forward(self, hidden_states):
+        logits = nn.functional.linear(hidden_states, self.weight)
+        weights, index = logits.softmax(dim=-1).topk(2)
+        return logits, weights, index
+
+
+class Block(nn.Module):
+    """A router beside experts, as in models."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = Router()
+        self.experts = HandWrittenExperts(16, 8, 16)
+
+    def forward(self, hidden_states):
+        return self.gate(hidden_states)
+
+
+def adapted_router(**config):
+    """A model with an adapter on its router, and the router's weight with the update written in."""
+    from peft import get_peft_model
+
+    block = Block()
+    before = block.gate.weight.detach().clone()
+    config = {"r": R, "lora_alpha": SCALING * R, "target_modules": ["gate"], **config}
+    model = get_peft_model(block, MoELoraConfig(**config)).eval()
+    fill_adapter(model)
+    layer = model.base_model.model.gate
+    A, B = layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach()
+    return model, before, before + SCALING * B @ A
+
+
+def test_disabling_a_merged_router_takes_its_update_out():
+    model, before, merged = adapted_router()
+    layer, x = model.base_model.model.gate, torch.randn(9, 16)
+    model.merge_adapter()
+    assert_close(layer.base_layer.weight, merged)
+    assert_share_of_order_one(x @ merged.T, x @ before.T)
+    with model.disable_adapter():
+        assert_close(model(x)[0], x @ before.T)
+    assert_close(layer.base_layer.weight, before)
+    assert not layer.merged
+    assert_close(model(x)[0], x @ merged.T, FP32, "enabled again")
+
+
+def test_a_routers_weight_is_never_taken_for_a_transposed_one():
+    model, _, merged = adapted_router(fan_in_fan_out=True)
+    x = torch.randn(9, 16)
+    assert_close(model(x)[0], x @ merged.T)
+    model.merge_adapter()
+    assert_close(model.base_model.model.gate.base_layer.weight, merged)
+    assert_close(model(x)[0], x @ merged.T)
