@@ -4,6 +4,7 @@
 # make gpu-test       the tests that need a CUDA device, and the kernels' tests on it; without slow duplicates
 # make gpu-test-long  every test that needs a CUDA device
 # make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
+# make mutants        breaks the package on purpose and lists what no test notices: SAMPLE breaks, of PATHS
 #
 # Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
 #   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 PYTHON=python3.12
@@ -18,6 +19,7 @@ PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.
        rich==15.0.0 typer==0.29.2 \
        datasets==5.2.0 trl==1.16.0
 LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
+MUTANTS = mutmut==3.8.1
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 WORKERS ?= 2
@@ -32,8 +34,9 @@ PINNED = $(subst ==,-,$(TORCH)_$(TRANSFORMERS)_$(PEFT))
 DEMO_READY = $(VENV)/ready-demo_$(PINNED)
 TEST_READY = $(VENV)/ready-test_$(PINNED)
 LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
+MUTANTS_READY = $(VENV)/ready-mutants_$(subst ==,-,$(MUTANTS))
 
-.PHONY: demo test test-long gpu-test gpu-test-long lint clean
+.PHONY: demo test test-long gpu-test gpu-test-long lint mutants clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -60,6 +63,12 @@ lint: $(TEST_READY) $(LINT_READY)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# all breaks would take a day: a sample of them, each a few seconds
+SAMPLE ?= 100
+SEED ?= 0
+mutants: $(TEST_READY) $(MUTANTS_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --sample $(SAMPLE) --seed $(SEED) $(PATHS)
+
 clean:
 	rm -rf $(VENV) moe-lora-demo moe-lora-trl
 
@@ -82,4 +91,8 @@ $(TEST_READY): $(DEMO_READY)
 
 $(LINT_READY): Makefile | $(BIN)/python
 	$(PIP) $(LINTERS)
+	touch '$@'
+
+$(MUTANTS_READY): Makefile | $(BIN)/python
+	$(PIP) $(MUTANTS)
 	touch '$@'
