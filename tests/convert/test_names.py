@@ -9,6 +9,7 @@ from peft import PeftModel
 from convert.adapters import save_base, save_ours
 from helpers import assert_close, outputs, tiny_model
 from peft_moe_lora import convert_adapter
+from peft_moe_lora.files.tensor_file import RefusedError
 
 # fp32: what the promise of equal logits says
 TOLERANCE = 1e-5
@@ -38,4 +39,25 @@ def test_a_router_saved_whole_comes_along_under_published_names(to, tmp_path):
     model.save_pretrained(tmp_path / "ours")
     convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=tmp_path / "base")
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / to).eval()
+    assert_close(outputs(again), outputs(model), TOLERANCE, "logits")
+
+
+@pytest.mark.parametrize("name", ["down_proj", "model.layers.1.mlp.shared_experts.down_proj"])
+def test_a_layer_that_peft_takes_for_experts_is_refused(name, tmp_path):
+    """PEFT would replace the target by the experts' down_proj, and drop the layer's own LoRA."""
+    base = save_base("deepseek_v3", tmp_path / "base")
+    save_ours(base, tmp_path / "ours", target_modules=["experts", name])
+    for base_config in (tmp_path / "base", None):
+        with pytest.raises(RefusedError, match=r"PEFT takes .*down_proj"):
+            convert_adapter(
+                tmp_path / "ours", tmp_path / "peft", to="peft", base_config=base_config
+            )
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_layer_of_that_name_beside_other_experts_is_converted(tmp_path):
+    base = save_base("nemotron_h", tmp_path / "base")
+    model = save_ours(base, tmp_path / "ours", target_modules=["experts", "down_proj"])
+    convert_adapter(tmp_path / "ours", tmp_path / "peft", to="peft", base_config=tmp_path / "base")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft").eval()
     assert_close(outputs(again), outputs(model), TOLERANCE, "logits")

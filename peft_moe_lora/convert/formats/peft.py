@@ -22,6 +22,7 @@ from ..source import Slot, Source
 from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
 from .peft_legacy import LEGACY_NAME, swapped_projections
+from .peft_targets import dropped_by_peft
 
 LAYOUT = (
     "PEFT's `target_parameters`: `<experts>.base_layer.lora_A/B.weight` is gate_up, "
@@ -63,6 +64,17 @@ class Peft(Format):
                 "in and out are swapped, as PEFT before 0.19.1 stored them; they are swapped back"
             )
         return Read(name, experts, tuple(notes))
+
+    def prepare(self, adapter: Adapter) -> Adapter:
+        layers = [path for path, layer in adapter.linears.items() if not layer.is_router]
+        dropped = dropped_by_peft(adapter.base, layers)
+        if dropped is not None:
+            raise RefusedError(
+                f"PEFT takes the name of {dropped} for a projection of the experts and drops its "
+                "LoRA without a word; load the adapter with this package, or merge it into the "
+                "base model (peft-moe-lora merge)."
+            )
+        return adapter
 
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
         def make() -> Iterator[torch.Tensor]:
