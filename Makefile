@@ -15,7 +15,7 @@ PEFT ?= peft==0.21.0
 TRITON ?= triton==3.9.0
 PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 bitsandbytes==0.50.2 torchao==0.18.0 \
        ipykernel==7.4.0 ipywidgets==8.1.9 matplotlib==3.11.2 \
-       nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 \
+       nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 setuptools==84.2.1 \
        rich==15.0.0 typer==0.29.2 \
        datasets==5.2.0 trl==1.16.0
 LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
@@ -29,12 +29,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# a stamp's name holds the pins it was made with, so other pins install again and the same ones do not
-PINNED = $(subst ==,-,$(TORCH)_$(TRANSFORMERS)_$(PEFT))
+# a stamp's name holds a checksum of the pins it was made with, so other pins install what differs and the same ones do not
+PINNED := $(firstword $(shell printf '%s' '$(TORCH) $(TRITON) $(PINS)' | cksum))
 DEMO_READY = $(VENV)/ready-demo_$(PINNED)
 TEST_READY = $(VENV)/ready-test_$(PINNED)
 LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
 MUTANTS_READY = $(VENV)/ready-mutants_$(subst ==,-,$(MUTANTS))
+
+# whether torch is a build that requires triton, as an exit code
+REQUIRES_TRITON = import importlib.metadata as m; raise SystemExit('triton' not in str(m.requires('torch')))
 
 .PHONY: demo test test-long gpu-test gpu-test-long lint mutants clean
 
@@ -75,12 +78,12 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes first, alone: what follows then finds it and leaves it. Its CUDA builds bring the triton they were made
-# with; its CPU builds bring none, and we import triton wherever there is one.
+# torch goes first, alone: what follows then finds it and leaves it. Its CUDA builds require the triton they were made
+# with; its CPU builds require none, and we import triton wherever there is one.
 $(DEMO_READY): Makefile pyproject.toml | $(BIN)/python
 	rm -f $(VENV)/ready-demo* $(VENV)/ready-test*
 	$(PIP) $(TORCH)
-	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) '$(TRITON); platform_system == "Linux"'
+	$(BIN)/python -c "$(REQUIRES_TRITON)" || $(PIP) '$(TRITON); platform_system == "Linux"'
 	printf '%s\n' $(PINS) > $(VENV)/constraints.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[examples]'
 	touch '$@'

@@ -52,6 +52,9 @@ def _triton_obstacle(device_type: str, index: int | None) -> str:
     """The reason why the kernels cannot run on this device; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    # PyTorch calls AMD's GPUs "cuda" too
+    if device_type == "cuda" and torch.version.hip is not None:
+        return f"it needs CUDA, got ROCm {torch.version.hip}, for which no kernel was written"
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability(index)
         if capability < (8, 0):

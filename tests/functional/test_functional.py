@@ -170,5 +170,19 @@ def test_triton_where_it_cannot_run_is_an_error(monkeypatch):
     backends._triton_obstacle.cache_clear()
 
 
+def test_rocm_runs_in_plain_pytorch_and_refuses_the_kernels_by_name(monkeypatch):
+    """There, a GPU's capability is a number that would pass."""
+    from peft_moe_lora.functional import backends
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
+    backends._triton_obstacle.cache_clear()
+    assert select_backend("auto", device) == "torch"
+    with pytest.raises(RuntimeError, match=r'"triton" cannot run here: .*ROCm 6\.4.*"torch"'):
+        select_backend("triton", device)
+    backends._triton_obstacle.cache_clear()
+
+
 def test_auto_on_cpu_is_torch():
     assert select_backend("auto", torch.device("cpu")) == "torch"

@@ -1,0 +1,66 @@
+"""`make` installs again when a pin differs, whichever it is, and only then."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The project's Makefile beside an environment in which nothing is installed yet."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    return tmp_path
+
+
+def commands(folder, *settings):
+    """What `make test` would run."""
+    command = ["make", "--dry-run", "test", *settings]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def install(folder):
+    """Leave the stamps that `make test` leaves."""
+    for stamp in re.findall(r"touch '(.*)'", commands(folder)):
+        (folder / stamp).touch()
+
+
+def test_the_same_pins_are_not_installed_again(folder):
+    assert "pip install" in commands(folder)
+    install(folder)
+    assert "pip install" not in commands(folder)
+    assert "pytest" in commands(folder)
+
+
+@pytest.mark.parametrize(
+    "pin",
+    [
+        "TORCH=torch==2.11.0",
+        "TRITON=triton==3.6.0",
+        "TRANSFORMERS=transformers==5.17.0",
+        "PEFT=peft==0.20.0",
+        "PINS=accelerate==1.13.0",
+    ],
+)
+def test_another_pin_is_installed(folder, pin):
+    install(folder)
+    planned = commands(folder, pin)
+    assert "pip install" in planned
+    assert pin.partition("=")[2] in planned
+
+
+def test_triton_is_left_to_a_torch_that_requires_one(folder):
+    """Any other torch gets the pinned one, also where another version is installed."""
+    (line,) = re.findall(r"^.*triton==.*platform_system.*$", commands(folder), re.MULTILINE)
+    check, _, installs = line.partition("||")
+    assert "requires('torch')" in check
+    assert "pip install" in installs
