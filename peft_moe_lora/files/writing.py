@@ -250,6 +250,8 @@ def _move(work: Path) -> None:
             os.replace(file, target)
             _sync(target.parent)
     except OSError as error:
+        if _is_hidden(work.parent):
+            raise
         raise WriteError(
             f"{work.parent}: saving was interrupted ({_reason(error)}). The rest of the new files "
             f"is in {moving}: move them to {work.parent}, or save again."
@@ -312,13 +314,18 @@ def _reported(dst: Path) -> Iterator[None]:
     """Name the destination in errors of the system."""
     try:
         yield
-    except WriteError:
-        raise
     except (OSError, SafetensorError) as error:
+        if isinstance(error, WriteError) or _is_hidden(dst):
+            raise
         raise WriteError(
             f"{dst} was not written ({_reason(error)}), and what was there is unchanged. Free "
             "space on its disk, or choose a folder that you may write."
         ) from error
+
+
+def _is_hidden(folder: Path) -> bool:
+    """Whether a folder is in a hidden one; errors then name the destination of that one."""
+    return _WORK in str(folder)
 
 
 def _reason(error: Exception) -> str:
