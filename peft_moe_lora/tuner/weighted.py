@@ -200,16 +200,17 @@ def write(model: nn.Module, adapter_name: str, combined: Mapping[str, Matrices])
         for path, layer in _layers(model, [adapter_name])
         for entry in _write_layer(path, layer, adapter_name, combined.get(path, {}))
     }
-    missing = [
-        (path, *entry)
+    missing = {
+        path
         for path, matrices in combined.items()
         for entry in matrices
         if (path, entry) not in written
-    ]
+    }
     if missing:
         raise ValueError(
-            f"the configuration of adapter {adapter_name!r} does not choose {missing[0]} and "
-            f"{len(missing) - 1} more; give the adapters the same kind of target_modules."
+            f"the adapters adapt {sorted(missing)[0]} and {len(missing) - 1} other layers in a way "
+            "that their configurations do not say; give peft_config the values back with which the "
+            "adapters were added."
         )
 
 

@@ -51,7 +51,7 @@ OF_ONE_MATRIX = {
     ),
     "replace_lora_weights_loftq": (
         lambda model, folder: replace_lora_weights_loftq(model, str(folder)),
-        "safetensors|bnb",
+        "safetensors|bnb|bitsandbytes",
     ),
     "get_delta_weight": (
         lambda model, folder: (

@@ -389,3 +389,14 @@ def test_an_adapter_without_its_whole_parameters_is_refused():
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj whole in this process"):
         mix(model)
     assert_unchanged(model, before)
+
+
+def test_a_configuration_that_was_changed_since_is_noticed():
+    model = two_adapters(tiny_model())
+    for name in BOTH:
+        model.peft_config[name].target_modules = {"layers.1.mlp.experts"}
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts .* configurations do not say"):
+        mix(model)
+    assert_unchanged(model, before)
+    assert list(model.peft_config) == BOTH
