@@ -105,6 +105,8 @@ class Combination:
         Args:
             terms: one or more updates of one matrix; for a kind in `OF_FACTORS` of equal ranks.
         Returns: A [rank, K] and B [N, rank]; rows and columns beyond what the terms need are zero.
+        Raises:
+            ValueError: if the terms need a higher rank.
         """
         terms = [_widened(term) for term in terms]
         if self.kind == "cat":
@@ -114,6 +116,12 @@ class Combination:
         else:
             A, B = self._of_factors(terms)
         missing = self.rank - A.shape[0]
+        if missing < 0:
+            raise ValueError(
+                f"combination_type {self.kind} of the adapters needs rank {A.shape[0]}, but their "
+                f"configurations say {self.rank}; give peft_config the ranks back with which the "
+                "adapters were added."
+            )
         return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
     def _of_factors(self, terms: Sequence[Term]) -> Factors:

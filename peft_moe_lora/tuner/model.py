@@ -25,6 +25,7 @@ from .initial import minus_initial
 from .layer import MoELoraLayer
 from .moved import given_key_mapping, moved_file
 from .peft_model import install_around
+from .refusals import refuse_subtraction
 from .router import MoELoraRouter
 from .summary import summarize
 from .weighted import Mixture
@@ -355,6 +356,16 @@ class MoELoraModel(LoraModel):
         return minus_initial(
             _own(peft_config), path_initial_model_for_weight_conversion, output_state_dict
         )
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Subtract an initial adapter as PEFT does, in a model without adapted experts.
+
+        Raises:
+            ValueError: if experts are adapted.
+        """
+        if self._has(MoELoraLayer):
+            refuse_subtraction()
+        return super().subtract_mutated_init(*args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

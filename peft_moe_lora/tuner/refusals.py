@@ -3,6 +3,7 @@
 LoRA-FA and Riemannian preconditioning multiply gradients by inverses of A A^T and B^T B. These
 products mix the experts, whose A and B are stacked in one parameter. Hotswapping copies a smaller
 adapter into the first rows of A and the first columns of B, which belong to the first experts.
+Subtracting an initial adapter appends its ranks to those of all experts.
 """
 
 from collections.abc import Iterator
@@ -70,3 +71,12 @@ class NoHotswap(list[str]):
             "Call model.delete_adapter(name), model.load_adapter(path, adapter_name=name) and "
             "model.set_adapter(name) instead: the new adapter may have any rank and scaling."
         )
+
+
+def refuse_subtraction() -> NoReturn:
+    """Refuse PEFT's `subtract_mutated_init`, which stacks two adapters along their ranks."""
+    raise ValueError(
+        "subtract_mutated_init needs one matrix A and one matrix B a layer, but experts stack "
+        "theirs; call save_pretrained(folder, path_initial_model_for_weight_conversion=initial) "
+        "instead, which subtracts expert by expert."
+    )

@@ -13,6 +13,7 @@ from peft import (
     convert_to_lora,
     create_arrow_model,
     get_peft_model,
+    get_peft_model_state_dict,
     initialize_lora_eva_weights,
     replace_lora_weights_loftq,
     save_as_lora,
@@ -52,6 +53,12 @@ OF_ONE_MATRIX = {
     "replace_lora_weights_loftq": (
         lambda model, folder: replace_lora_weights_loftq(model, str(folder)),
         "safetensors|bnb|bitsandbytes",
+    ),
+    "subtract_mutated_init": (
+        lambda model, folder: model.base_model.subtract_mutated_init(
+            get_peft_model_state_dict(model), "default", {}
+        ),
+        "path_initial_model_for_weight_conversion",
     ),
     "get_delta_weight": (
         lambda model, folder: (

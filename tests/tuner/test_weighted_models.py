@@ -391,12 +391,19 @@ def test_an_adapter_without_its_whole_parameters_is_refused():
     assert_unchanged(model, before)
 
 
-def test_a_configuration_that_was_changed_since_is_noticed():
+CHANGES = [
+    ({"target_modules": {"layers.1.mlp.experts"}}, r"layers.0.mlp.experts .* do not say"),
+    ({"r": 2}, r"needs rank 8, but their configurations say 4"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), CHANGES, ids=["targets", "rank"])
+def test_a_configuration_that_was_changed_since_is_noticed(changes, said):
     model = two_adapters(tiny_model())
     for name in BOTH:
-        model.peft_config[name].target_modules = {"layers.1.mlp.experts"}
+        vars(model.peft_config[name]).update(changes)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layers.0.mlp.experts .* configurations do not say"):
+    with pytest.raises(ValueError, match=said):
         mix(model)
     assert_unchanged(model, before)
     assert list(model.peft_config) == BOTH
