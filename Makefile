@@ -70,7 +70,7 @@ lint: $(TEST_READY) $(LINT_READY)
 SAMPLE ?= 100
 SEED ?= 0
 mutants: $(TEST_READY) $(MUTANTS_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --sample $(SAMPLE) --seed $(SEED) $(PATHS)
+	OMP_NUM_THREADS=1 nice $(BIN)/python tests/mutants/run.py --sample $(SAMPLE) --seed $(SEED) $(PATHS)
 
 clean:
 	rm -rf $(VENV) moe-lora-demo moe-lora-trl

@@ -28,6 +28,7 @@ import transformers  # noqa: F401
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from helpers import modeling_module, tiny_families
 from mutants.breaks import Break, pieces_of
 from mutants.nearest import NEAREST, nearest_to
 
@@ -39,7 +40,8 @@ PATIENCE = 5
 
 def main() -> None:
     arguments = _parse()
-    os.nice(10)
+    # an end by signal ends the tests that run, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     torch.set_num_threads(1)
     pieces = [piece for path in _sources(arguments.paths) for piece in pieces_of(path)]
     total = len(pieces)
@@ -48,6 +50,9 @@ def main() -> None:
     pieces.sort(key=lambda piece: (piece.path, piece.line))
     print(f"{len(pieces)} of {total} breaks", flush=True)
     alive = []
+    for family in tiny_families():
+        # imported once, like the libraries above
+        modeling_module(family)
     with tempfile.TemporaryDirectory() as folder:
         tests = _Tests(Path(folder))
         for piece in pieces:
@@ -163,7 +168,11 @@ class _Tests:
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
             options = ["-q", "-x", "-m", "not long and not gpu", "-p", "no:cacheprovider"]
-            code = int(pytest.main([*options, *tests]))
+            # one after the other: a failure in the first saves collecting the rest
+            for name in tests:
+                code = int(pytest.main([*options, name]))
+                if code:
+                    break
         finally:
             os._exit(code)
 

@@ -158,9 +158,12 @@ def test_the_trainer_takes_it_and_the_adapter_is_saved(saved, tmp_path):
 
 @pytest.fixture
 def gpt_oss(tmp_path):
+    return published(tmp_path / "published")
+
+
+def published(path, intermediate_size=64):
     """A checkpoint as gpt-oss is published: blocks and scales in the experts' place."""
-    path = tmp_path / "published"
-    model = tiny_model("gpt_oss", intermediate_size=64)
+    model = tiny_model("gpt_oss", intermediate_size=intermediate_size)
     model.save_pretrained(path)
     (file,) = path.glob("*.safetensors")
     tensors, generator = load_file(file), torch.Generator().manual_seed(0)
@@ -269,6 +272,13 @@ def test_packed_blocks_that_are_not_the_configurations_are_refused(gpt_oss, part
     damage_blocks(gpt_oss, lambda t: t.pop(name))
     with pytest.raises(ValueError, match="is made of the tensors"):
         load_quantized(gpt_oss, "mxfp4")
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
+    path = published(tmp_path / "published", intermediate_size=70)
+    said = r"down_proj has rows of 70 values .* MXFP4 needs a multiple of 32"
+    with pytest.raises(ValueError, match=said):
+        load_quantized(path, "mxfp4")
 
 
 def test_packed_blocks_that_are_not_finite_are_refused(gpt_oss):
