@@ -34,18 +34,22 @@ NEAREST = {
         "files/test_checkpoint.py",
         "files/test_saving_again.py",
     ),
+    "tuner/beside.py": ("tuner/test_beside_adapters.py", "tuner/test_bad_input.py"),
     "tuner/checkpoint.py": (
-        "files/test_checkpoint.py",
-        "files/test_saving_again.py",
         "tuner/test_bad_input.py",
+        "files/test_checkpoint.py",
+        "files/test_saved_means_trained.py",
+        "files/test_checked_before_loading.py",
         "tuner/test_choosing.py",
-        "files/test_damaged_json.py",
     ),
+    "tuner/combining.py": ("tuner/test_weighted_adapters.py", "tuner/test_weighted_models.py"),
     "tuner/dispatch.py": (
         "tuner/test_contract.py",
+        "tuner/test_config_view.py",
         "tuner/test_peft_api.py",
         "test_integrations.py",
     ),
+    "tuner/initial.py": ("tuner/test_initial_state.py",),
     "tuner/implementations.py": ("tuner/test_materialize.py",),
     "tuner/layer.py": (
         "tuner/test_peft_api.py",
@@ -63,20 +67,28 @@ NEAREST = {
         "tuner/test_peft_helpers.py",
         "quant/test_quantized.py",
     ),
+    "tuner/moved.py": ("tuner/test_moved_base.py",),
     "tuner/offload.py": ("tuner/test_offload.py", "tuner/test_training_modes.py"),
+    "tuner/peft_model.py": (
+        "tuner/test_status.py",
+        "tuner/test_peft_api.py",
+        "files/test_interrupted_saves.py",
+    ),
     "tuner/projections.py": (
         "tuner/test_second_adapter.py",
         "tuner/test_peft_api.py",
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
     ),
-    "tuner/refusals.py": ("tuner/test_peft_helpers.py",),
+    "tuner/refusals.py": ("tuner/test_one_matrix.py", "tuner/test_peft_helpers.py"),
     "tuner/router.py": (
         "tuner/test_merging.py",
         "families/test_routers.py",
         "tuner/test_beside_experts.py",
     ),
+    "tuner/saving.py": ("files/test_saved_means_trained.py", "files/test_saving_again.py"),
     "tuner/summary.py": ("tuner/test_peft_api.py", "tuner/test_beside_experts.py"),
+    "tuner/weighted.py": ("tuner/test_weighted_adapters.py", "tuner/test_weighted_models.py"),
 }
 
 
