@@ -240,6 +240,32 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_the_old(runs):
     assert tree(runs.out) == runs.old
 
 
+def test_all_is_on_the_disk_before_it_takes_its_place(folders, system, monkeypatch):
+    """After a power cut too, a name never leads to a file that is not whole."""
+    events = []
+    fsync = os.fsync
+
+    def recorded_fsync(descriptor):
+        events.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record_exchange(one, other):
+        events.append("in place")
+        return exchange(one, other)
+
+    exchange = writing._exchanged
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(writing, "_exchanged", record_exchange)
+    folders.start()
+    with at_step(10**6, None) as steps:
+        folders()
+    assert "os.rename" in steps
+    after = events.index("in place")
+    new = [folders.out, *folders.out.iterdir()]
+    assert {path.stat().st_ino for path in new} <= set(events[:after])
+    assert folders.out.parent.stat().st_ino in events[after:]
+
+
 def test_folders_made_for_a_destination_do_not_stay_after_an_error(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "a" / "b" / "out"):
         raise RuntimeError

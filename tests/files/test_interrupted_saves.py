@@ -224,6 +224,31 @@ def test_a_disk_that_is_full_in_the_middle_of_the_weights_leaves_the_old(saves):
     assert saves.listed() == {FILE, CONFIG, CARD}
 
 
+def test_all_is_on_the_disk_before_it_takes_its_place(saves, monkeypatch):
+    saves.start()
+    events = []
+    fsync = os.fsync
+    replace = os.replace
+
+    def recorded_fsync(descriptor):
+        events.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def recorded_replace(file, target):
+        if target.parent == saves.folder:
+            events.append(target.name)
+        replace(file, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    saves()
+    # without its configuration, nobody takes the weights for an adapter
+    assert [event for event in events if isinstance(event, str)] == [CONFIG, CARD, FILE]
+    first = events.index(CONFIG)
+    assert {path.stat().st_ino for path in saves.folder.iterdir()} <= set(events[:first])
+    assert events[-1] == saves.folder.stat().st_ino
+
+
 def test_a_folder_in_the_place_of_a_file_is_named_before_anything_moves(saves):
     saves.start()
     (saves.folder / CARD).unlink()
