@@ -16,6 +16,7 @@ from torch import nn
 from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router
+from ..files.adapter_file import AdapterFile
 from ..files.text import quoted
 from . import checkpoint, saving, weighted
 from .beside import Beside
@@ -23,7 +24,8 @@ from .combining import Combination
 from .config import MoELoraConfig, Saving
 from .initial import minus_initial
 from .layer import MoELoraLayer
-from .moved import given_key_mapping, moved_file
+from .loading import Load, check_over_existing, current_load, read_with
+from .moved import moved_file, renamed_file
 from .peft_model import install_around
 from .refusals import refuse_subtraction
 from .router import MoELoraRouter
@@ -70,16 +72,25 @@ class MoELoraModel(LoraModel):
             else:
                 others[key] = (_base(module), r)
         config.check_every_entry_matches(experts)
+        load = current_load()
+        file = read_with(config, load)
         beside = Beside(self.model, config)
         beside.check({key: target.layout for key, target in experts.items()}, others)
-        if config._file is not None:
+        if file is not None:
             # a module without chosen experts gets no adapter
             adapted = {key: target for key, target in experts.items() if target.chosen != ()}
             dtype = checkpoint.narrowest_dtype(self.model)
             targets = checkpoint.Targets(adapted, others, beside.tensors(others), dtype)
-            file = moved_file(config._file, config, given_key_mapping())
-            checkpoint.check_file(file, targets, config)
+            checkpoint.check_file(self._renamed(file, config, load), targets, config)
         return config
+
+    def _renamed(self, file: AdapterFile, config: MoELoraConfig, load: Load | None) -> AdapterFile:
+        """The file with the keys that its tensors have when they are loaded into this model."""
+        if load is None:
+            return file
+        if load.by_transformers:
+            return renamed_file(file, self.model)
+        return moved_file(file, config, load.key_mapping)
 
     def _every_experts_module(self) -> set[str]:
         """Names that match all experts modules of the model and nothing else."""
@@ -160,6 +171,9 @@ class MoELoraModel(LoraModel):
             self._take_back(model, adapter_name, modules)
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad = requires_grad
+            if getattr(model, "peft_config", None) is self.peft_config:
+                # with transformers' methods, the model has the configurations, not a PeftModel
+                self.peft_config.pop(adapter_name, None)
             raise
 
     def _take_back(self, model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
@@ -375,6 +389,7 @@ class MoELoraModel(LoraModel):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
+        check_over_existing(model, _own(config), adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

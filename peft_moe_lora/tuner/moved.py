@@ -1,38 +1,21 @@
-"""An adapter file as PEFT's `key_mapping` renames it, for a base whose modules have other paths.
+"""An adapter file as PEFT or transformers renames it, for a base whose modules have other paths.
 
-PEFT applies the mapping when it reads the tensors, and by then the adapter is already added. The
-file is checked before that, so the check applies the same mapping.
+They rename when they read the tensors, and by then the adapter is already added. The file is
+checked before that, so the check renames in the same way.
 """
 
 import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from types import FrameType
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..files.adapter_file import AdapterFile
 from ..files.text import quoted, shown
 from .checkpoint import PEFT_PREFIX
 from .config import MoELoraConfig
-
-
-def given_key_mapping() -> Mapping[str, str]:
-    """The `key_mapping` with which PEFT is loading an adapter at this moment; {} without one.
-
-    It is an argument of `PeftModel.from_pretrained` and of `PeftModel.load_adapter`, which do not
-    hand it on to the tuner, so it is read from their frame.
-    """
-    for frame in _frames():
-        if frame.f_globals.get("__name__") == "peft.peft_model" and "key_mapping" in frame.f_locals:
-            return frame.f_locals["key_mapping"] or {}
-    return {}
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def moved_file(
@@ -112,3 +95,31 @@ def _check_patterns(config: MoELoraConfig, path: str, new_path: str) -> None:
                 f"to {quoted(new_path)}, which gets {decide(new_path)}; write the new paths into "
                 f"{field} of adapter_config.json."
             )
+
+
+def renamed_file(file: AdapterFile, model: PreTrainedModel) -> AdapterFile:
+    """The file as transformers' `load_adapter` reads it: with or without PEFT's prefix.
+
+    Tensors of modules that the model does not have are renamed as transformers renames those of
+    older checkpoints.
+
+    Raises:
+        ValueError: if the file holds a tensor with the prefix and without it.
+    """
+    renamings = [
+        entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)
+    ]
+    modules = dict(model.named_modules())
+    tensors = {}
+    for name, held in file.tensors.items():
+        key = name.removeprefix(PEFT_PREFIX)
+        if key != name and key in file.tensors:
+            raise ValueError(
+                f"{file.path} holds {shown(key)} twice, with the prefix {PEFT_PREFIX} and without "
+                "it; keep the tensors of one kind."
+            )
+        path = key.rpartition(".lora_")[0] or key.rpartition(".")[0]
+        if path not in modules:
+            key, _ = rename_source_key(key, renamings, [])
+        tensors[PEFT_PREFIX + key] = held
+    return replace(file, tensors=tensors)

@@ -1,0 +1,183 @@
+"""Which adapter PEFT or transformers is loading at this moment, and from where.
+
+They hand the tuner a configuration, then the tensors, but neither the folder nor the file. An
+adapter is checked against its file before the model is changed, so the folder is read from the
+frames of their functions.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..files.adapter_file import (
+    WEIGHTS_NAME,
+    AdapterFile,
+    Trained,
+    check_trained,
+    find_adapter_file,
+    read_adapter_file,
+)
+from ..files.scaling import is_same, scaling_of
+from ..files.text import shown
+from .config import MoELoraConfig
+from .layer import MoELoraLayer
+from .saving import adapted
+
+
+class Load(NamedTuple):
+    """An adapter that is being loaded.
+
+    Attributes:
+        source: a folder, or a name on the hub.
+        hub_kwargs: arguments of `hf_hub_download`, among them the subfolder.
+        key_mapping: the argument of PEFT.
+        by_transformers: whether transformers loads it, not PEFT.
+    """
+
+    source: Any
+    hub_kwargs: dict[str, Any]
+    key_mapping: Mapping[str, str]
+    by_transformers: bool
+
+    def path(self) -> str:
+        """Path of the adapter's weights.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        path = find_adapter_file(self.source, **self.hub_kwargs)
+        if path is None:
+            raise ValueError(
+                f"{self.source} holds no {WEIGHTS_NAME}, so there is nothing to load. Name the "
+                "folder of a saved adapter; for a new adapter call get_peft_model(model, config)."
+            )
+        return path
+
+    def config(self) -> MoELoraConfig:
+        """The configuration that was saved with the weights."""
+        return MoELoraConfig.from_pretrained(self.source, **self.hub_kwargs)
+
+
+def current_load() -> Load | None:
+    """The adapter that is being loaded; None if a new one is being made, or a state dict loaded."""
+    for frame in _frames():
+        module = frame.f_globals.get("__name__")
+        values = frame.f_locals
+        if module == "peft.peft_model" and "model_id" in values and "key_mapping" in values:
+            kwargs = values.get("hf_hub_download_kwargs", values["kwargs"])
+            mapping = values["key_mapping"] or {}
+            return Load(values["model_id"], _hub_kwargs(kwargs), mapping, False)
+        if module == "transformers.integrations.peft" and "peft_model_id" in values:
+            if values["peft_model_id"] is None or values.get("adapter_state_dict") is not None:
+                return None
+            kwargs = values["load_config"].download_kwargs
+            return Load(values["peft_model_id"], _hub_kwargs(kwargs), {}, True)
+    return None
+
+
+def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    hub_kwargs, *_ = MoELoraConfig._split_kwargs(dict(kwargs))
+    return hub_kwargs
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def read_with(config: MoELoraConfig, load: Load | None) -> AdapterFile | None:
+    """The file of an adapter that is about to be added; None if it is a new adapter.
+
+    Args:
+        config: its configuration, which remembers the file.
+        load: where it is loaded from.
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    if load is not None:
+        path = load.path()
+        if config._file is None or config._file.path != path:
+            config._file = read_adapter_file(path)
+    return config._file
+
+
+def check_over_existing(model: nn.Module, config: MoELoraConfig, adapter_name: str) -> None:
+    """Check that an adapter which is loaded over another one of its name has the same scalings.
+
+    PEFT loads the tensors alone, and keeps rank, scaling and chosen experts of the old adapter.
+
+    Args:
+        model: a model with the old adapter.
+        config: the old adapter's configuration.
+        adapter_name: name of both.
+    Raises:
+        ValueError: if a layer has another rank, scaling or choice of experts in the new adapter.
+    """
+    load = current_load()
+    if load is None:
+        return
+    if config._file is not None and config._file.path == load.path():
+        # the adapter was added just now, and checked against this file
+        config._file = None
+        return
+    new = load.config()
+    for path, layer in adapted(model, adapter_name):
+        chosen = None
+        if isinstance(layer, MoELoraLayer):
+            chosen = new.experts_of(path, layer.layout.num_experts)
+        gets = _Numbers(new.rank_of(path), new.scaling_of(path), chosen)
+        _check_trained(new, path, layer, adapter_name, gets)
+        has = _numbers_of(layer, adapter_name)
+        scalings = (has.scaling, float(layer.scaling[adapter_name]))
+        same_scaling = any(is_same(gets.scaling, scaling) for scaling in scalings)
+        if same_scaling and (gets.r, gets.experts) == (has.r, has.experts):
+            continue
+        raise ValueError(
+            f"{load.source} gives {path} {gets.shown()}, but the adapter {adapter_name!r} of this "
+            f"model has {has.shown()} there, and keeps it when tensors are loaded into it. Call "
+            f"model.delete_adapter({adapter_name!r}) first, or load the adapter under another name."
+        )
+
+
+class _Numbers(NamedTuple):
+    """What a layer does with A and B of an adapter; experts are None for all."""
+
+    r: int
+    scaling: float
+    experts: tuple[int, ...] | None
+
+    def shown(self) -> str:
+        text = f"rank {self.r} and scaling {self.scaling:g}"
+        if self.experts is not None:
+            text += f" on the experts {shown(list(self.experts))}"
+        return text
+
+
+def _numbers_of(layer: LoraLayer, adapter_name: str) -> _Numbers:
+    """The numbers with which an adapter was added; `set_scale` may have changed its scaling."""
+    r = layer.r[adapter_name]
+    use_rslora = layer.use_rslora.get(adapter_name, False)
+    experts = None
+    if isinstance(layer, MoELoraLayer):
+        experts = layer.experts[adapter_name]
+    return _Numbers(r, scaling_of(layer.lora_alpha[adapter_name], r, use_rslora), experts)
+
+
+def _check_trained(
+    config: MoELoraConfig, path: str, layer: LoraLayer, adapter_name: str, given: _Numbers
+) -> None:
+    """Compare a configuration with the metadata of the file beside it, for one layer."""
+    assert config._file is not None, "the caller has found the file"
+    trained = config._file.description.get("trained", {})
+    keys = [path]
+    if isinstance(layer, MoELoraLayer):
+        keys = [f"{path}.{name}" for name in layer.adapted_projections(adapter_name)]
+    for key in keys:
+        numbers = Trained(given.r, given.scaling)
+        check_trained(config._file.path, key, trained.get(key), numbers)
