@@ -9,6 +9,7 @@ from helpers.adapters import (
     expert_major,
     experts_adapter,
     fill_adapter,
+    fold_scaling,
     moe_lora,
     rank_major,
     wrap,

@@ -57,6 +57,19 @@ def experts_adapter(model, path="experts", adapter_name="default", prefix="base_
     return {p: (named[start_A + p], named[start_B + p]) for p in projections}
 
 
+def fold_scaling(model):
+    """Multiply the scaling of PEFT's own LoRA layers into B; it becomes 1."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        Bs = {name: linear.weight for name, linear in layer.lora_B.items()}
+        for name, B in {**Bs, **layer.lora_embedding_B}.items():
+            B.data *= layer.scaling[name]
+            layer.scaling[name] = 1.0
+
+
 def rank_major(lora_B, num_experts):
     """Our B [N, r*E], column e*r + j, in the order of PEFT's ParamWrapper: column j*E + e."""
     r = lora_B.shape[1] // num_experts

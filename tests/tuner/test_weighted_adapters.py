@@ -23,6 +23,7 @@ from helpers import (
     build_experts,
     experts_adapter,
     fill_adapter,
+    fold_scaling,
     in_double,
     oracle,
     random_rows,
@@ -143,6 +144,9 @@ def assert_as_peft(configs, kind, monkeypatch, **options):
     model = with_adapters(configs)
     weights = [SHARES[name] for name in configs]
     theirs = linears(model, configs)
+    if kind.endswith("svd"):
+        # PEFT 0.20 counts the scaling twice
+        fold_scaling(theirs)
     torch.manual_seed(SEED)
     model.add_weighted_adapter(list(configs), weights, NEW, kind, **options)
     monkeypatch.setattr(LoraModel, "inject_adapter", reseeded(LoraModel.inject_adapter))
