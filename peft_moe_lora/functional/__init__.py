@@ -174,7 +174,8 @@ def _check_frozen(*projections: Projection) -> None:
         raise ValueError(
             "the experts' base weights are frozen and get no gradient here, "
             "but one has requires_grad=True; "
-            "call requires_grad_(False) on it, or train it without an adapter on these experts."
+            "call requires_grad_(False) on it, or train it without an adapter on these experts. "
+            "FSDP1 asks for it on every parameter: use FSDP2 (torch.distributed.fsdp.fully_shard)."
         )
 
 

@@ -15,6 +15,7 @@ from ..files.text import shown
 from .beside import Shape, Tensors
 from .config import MoELoraConfig
 from .saving import PEFT_PREFIX
+from .sharding import CHECKPOINT_WRAPPER, is_sharded
 
 
 class ExpertsTarget(NamedTuple):
@@ -268,12 +269,31 @@ def _parameters_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, s
             adapters = getattr(layer, part, {})
             if adapter_name not in adapters:
                 continue
-            start = f"{path}.{part}".removeprefix(".")
+            key = path.replace(CHECKPOINT_WRAPPER, "")
+            start = f"{key}.{part}".removeprefix(".")
             if isinstance(adapters[adapter_name], nn.Parameter):
                 yield start, "", adapters[adapter_name]
                 continue
             for name, parameter in adapters[adapter_name].named_parameters():
                 yield start, f".{name}", parameter
+
+
+def placed_as(
+    state_dict: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The state dict with its whole tensors sharded as the parameters of these names are."""
+    placed = {}
+    for key, tensor in state_dict.items():
+        parameter: Any = parameters.get(key)
+        if is_sharded(parameter) and not is_sharded(tensor):
+            from torch.distributed.tensor import distribute_tensor
+
+            device = parameter.device
+            tensor = distribute_tensor(
+                tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        placed[key] = tensor
+    return placed
 
 
 def _raise_unless_whole(

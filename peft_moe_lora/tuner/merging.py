@@ -5,15 +5,18 @@ updates of all merged adapters are added to the original weight, and the sum is 
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ..experts.decoding import requantized, store
+from ..functional import per_expert
 from ..ops import QuantizedWeight
+from .sharding import anywhere, is_fully_sharded, reshard, shard_of, whole
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -22,19 +25,57 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertWeight(NamedTuple):
-    """The rows of one projection of one expert that one parameter stores.
+    """The block of one projection of one expert that this process stores in one parameter.
 
     Attributes:
         projection: name of the projection.
         expert: index of the expert.
-        rows: the indices of these rows among the projection's N rows; all N in most families.
-        weight: [n, K]; a view if the parameter is dense, a decoded copy if it is quantized.
+        rows: the indices of the block's rows among the projection's N rows; all N in most families.
+        columns: the indices of the block's columns among the K columns; all K unless the parameter
+            is sharded.
+        weight: [n, k], a view of the parameter.
+        delta: [n, k], the adapter's update of the block, in at least fp32.
     """
 
     projection: str
     expert: int
     rows: slice
+    columns: slice
     weight: torch.Tensor
+    delta: torch.Tensor
+
+
+class _Update(NamedTuple):
+    """The update of one projection by one adapter, with A and B as whole tensors.
+
+    Attributes:
+        A: [S, r, K].
+        B: [S, N, r].
+        held: ids of the S experts that have an update.
+        scaling: the factor of B A.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    held: Sequence[int]
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: "MoELoraLayer", adapter_name: str, projection: str) -> "_Update":
+        """Every process must call this if A and B are sharded."""
+        held = layer.experts_of(adapter_name)
+        A, B = (whole(side) for side in layer.pair(adapter_name, projection))
+        scaling = layer.merged_scaling.get(adapter_name, layer.scaling[adapter_name])
+        return cls(*per_expert(A, B, len(held)), held, scaling)
+
+    def of_expert(self, expert: int) -> torch.Tensor:
+        """[N, K], in at least fp32; zeros for an expert without an update."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        if expert not in self.held:
+            return self.A.new_zeros(self.B.shape[1], self.A.shape[2], dtype=dtype)
+        s = self.held.index(expert)
+        # [N, r] @ [r, K]
+        return self.scaling * (self.B[s].to(dtype) @ self.A[s].to(dtype))
 
 
 def delta_weight(
@@ -45,15 +86,7 @@ def delta_weight(
     The update is zero if the adapter does not adapt the expert. The scaling of a merged adapter is
     the one with which it was merged, whatever happened to it since.
     """
-    scaling = layer.merged_scaling.get(adapter_name, layer.scaling[adapter_name])
-    A, B = layer.pair_per_expert(adapter_name, projection)
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    held = layer.experts_of(adapter_name)
-    if expert not in held:
-        return A.new_zeros(B.shape[1], A.shape[2], dtype=dtype)
-    s = held.index(expert)
-    # [N, r] @ [r, K]
-    return scaling * (B[s].to(dtype) @ A[s].to(dtype))
+    return _Update.of(layer, adapter_name, projection).of_expert(expert)
 
 
 @torch.no_grad()
@@ -68,6 +101,7 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         ValueError: with `safe`, if a merged weight is not finite; if the base weights are in a
             quantized format that this package can only read.
     """
+    reshard(layer)
     if safe:
         _check_finite(layer, adapter_name)
     projections = layer.adapted_projections(adapter_name)
@@ -81,8 +115,7 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         _store(layer, name, weight)
     dense = [name for name in projections if name not in merged]
     for part in _expert_weights(layer, adapter_name, dense):
-        delta = delta_weight(layer, adapter_name, part.projection, part.expert)
-        part.weight.copy_(part.weight + delta[part.rows])
+        part.weight.copy_(part.weight + part.delta)
     layer.merged_adapters.append(adapter_name)
     layer.merged_scaling[adapter_name] = float(layer.scaling[adapter_name])
 
@@ -92,8 +125,11 @@ def check_may_unmerge(layer: BaseTunerLayer) -> None:
 
     Raises:
         ValueError: if the layer is a replica of nn.DataParallel. Its weights are a copy, but the
-            list of merged adapters is the original's: the other replicas would stay merged.
+            list of merged adapters is the original's: the other replicas would stay merged. Also
+            if FSDP2 has sharded the weights.
     """
+    # PEFT derives its layers from nn.Module and BaseTunerLayer
+    check_shards_are_unmerged(cast(nn.Module, layer))
     if getattr(layer, "_is_replica", False):
         raise ValueError(
             f"adapters {layer.merged_adapters} are merged and disabled, but a replica of "
@@ -102,9 +138,31 @@ def check_may_unmerge(layer: BaseTunerLayer) -> None:
         )
 
 
+def check_shards_are_unmerged(module: nn.Module) -> None:
+    """Check that nothing is merged into weights that a forward cannot unmerge.
+
+    Args:
+        module: an adapted layer, or a model.
+    Raises:
+        ValueError: if an adapter is merged and FSDP2 has sharded the weights. A forward works with
+            gathered weights, and what it writes into them is lost.
+    """
+    merged: set[str] = set()
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            merged.update(layer.merged_adapters)
+    if merged and is_fully_sharded(module):
+        raise ValueError(
+            f"adapters {sorted(merged)} are merged into weights that FSDP2 has sharded, so a "
+            "forward without adapters cannot unmerge them; call unmerge_adapter() on the model in "
+            "every process first."
+        )
+
+
 @torch.no_grad()
 def unmerge(layer: "MoELoraLayer") -> None:
     """Subtract all merged adapters again; quantized weights are restored exactly."""
+    reshard(layer)
     quantized = set(layer.unmerged_weights)
     for name, original in layer.unmerged_weights.items():
         _store(layer, name, original)
@@ -115,33 +173,52 @@ def unmerge(layer: "MoELoraLayer") -> None:
         projections = layer.adapted_projections(adapter_name)
         dense = [name for name in projections if name not in quantized]
         for part in _expert_weights(layer, adapter_name, dense):
-            delta = delta_weight(layer, adapter_name, part.projection, part.expert)
-            part.weight.copy_(part.weight - delta[part.rows])
+            part.weight.copy_(part.weight - part.delta)
         del layer.merged_scaling[adapter_name]
 
 
 def _check_finite(layer: "MoELoraLayer", adapter_name: str) -> None:
-    projections = layer.adapted_projections(adapter_name)
-    for part in _expert_weights(layer, adapter_name, projections):
-        delta = delta_weight(layer, adapter_name, part.projection, part.expert)
-        if not torch.isfinite(part.weight + delta[part.rows]).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights: adapter {adapter_name!r}, {part.projection} "
-                f"of expert {part.expert} is not finite; nothing was merged into this layer."
-            )
+    wrong = [
+        f"{part.projection} of expert {part.expert}"
+        for part in _expert_weights(layer, adapter_name, layer.adapted_projections(adapter_name))
+        if not torch.isfinite(part.weight + part.delta).all()
+    ]
+    if anywhere(bool(wrong), layer.weight):
+        where = "a weight in another process"
+        if wrong:
+            where = wrong[0]
+        raise ValueError(
+            f"NaNs detected in the merged weights: adapter {adapter_name!r}, {where} is not "
+            "finite; nothing was merged into this layer."
+        )
 
 
 def _expert_weights(
     layer: "MoELoraLayer", adapter_name: str, projections: Iterable[str]
 ) -> Iterator[ExpertWeight]:
-    """The base weights that an adapter changes in these projections."""
+    """The blocks of the base weights that this process stores and an adapter changes.
+
+    Every process must iterate to the end if the weights are sharded.
+    """
     for name in projections:
+        update = _Update.of(layer, adapter_name, name)
         first_row = 0
         for stacked in layer.layout.parts(layer.base_layer, name):
-            rows = slice(first_row, first_row + stacked.shape[1])
-            for expert in layer.experts_of(adapter_name):
-                yield ExpertWeight(name, expert, rows, stacked.detach()[expert])
-            first_row = rows.stop
+            # [experts, rows, columns]
+            local, starts = shard_of(stacked.detach())
+            rows = _range(first_row + starts[1], local.shape[1])
+            columns = _range(starts[2], local.shape[2])
+            for expert in update.held:
+                if starts[0] <= expert < starts[0] + local.shape[0]:
+                    delta = update.of_expert(expert)[rows, columns]
+                    yield ExpertWeight(
+                        name, expert, rows, columns, local[expert - starts[0]], delta
+                    )
+            first_row += stacked.shape[1]
+
+
+def _range(start: int, length: int) -> slice:
+    return slice(start, start + length)
 
 
 # ---- quantized weights ---------------------------------------------------------------------------

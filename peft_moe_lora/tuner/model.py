@@ -18,13 +18,14 @@ from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router
 from ..files.adapter_file import AdapterFile
 from ..files.text import quoted
-from . import checkpoint, saving, weighted
+from . import checkpoint, saving, sharding, weighted
 from .beside import Beside
 from .combining import Combination
 from .config import MoELoraConfig, Saving
 from .initial import minus_initial
 from .layer import MoELoraLayer
 from .loading import Load, check_over_existing, current_load, read_with
+from .merging import check_shards_are_unmerged
 from .moved import moved_file, renamed_file
 from .peft_model import install_around
 from .refusals import refuse_subtraction
@@ -57,6 +58,7 @@ class MoELoraModel(LoraModel):
     ) -> MoELoraConfig:
         """Check all targets and the adapter file before PEFT changes the model."""
         config = _own(peft_config)
+        sharding.check_may_be_adapted(self.model)
         if config.target_modules is None:
             # PEFT annotates a list, but stores a set
             names: Any = self._every_experts_module()
@@ -336,6 +338,35 @@ class MoELoraModel(LoraModel):
     def _has(self, *layers: type[nn.Module]) -> bool:
         return any(isinstance(module, layers) for module in self.model.modules())
 
+    # ---- merging -------------------------------------------------------------------------------
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merge adapters into the base weights, as PEFT does.
+
+        Every process must call this if the model is sharded.
+        """
+        sharding.reshard(self.model)
+        super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """Subtract all merged adapters, as PEFT does; every process must call this if sharded."""
+        sharding.reshard(self.model)
+        super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        sharding.reshard(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def disable_adapter_layers(self) -> None:
+        """Disable all adapters, as PEFT does.
+
+        Raises:
+            ValueError: if adapters are merged into weights that FSDP2 has sharded. The next forward
+                could not unmerge them.
+        """
+        check_shards_are_unmerged(self.model)
+        super().disable_adapter_layers()
+
     # ---- checkpoints ---------------------------------------------------------------------------
 
     @classmethod
@@ -353,9 +384,11 @@ class MoELoraModel(LoraModel):
         own._saving = Saving(
             saving.describe(model, adapter_name), saving.patterns(own, model, adapter_name)
         )
-        return super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
+        keyed = saving.keyed_by_path(model, state_dict)
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, keyed, unwanted_adapter_names
         )
+        return saving.gathered(found)
 
     @classmethod
     def _convert_state_dict_for_initial_model(
@@ -394,7 +427,7 @@ class MoELoraModel(LoraModel):
             model, config, adapter_name, state_dict
         )
         checkpoint.check_state_dict(model, adapter_name, state_dict)
-        return state_dict
+        return checkpoint.placed_as(state_dict, dict(model.named_parameters()))
 
 
 def _own(config: PeftConfig) -> MoELoraConfig:

@@ -35,6 +35,7 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
         return replace(_with_several(layer, base, active, name), dropout_p=dropout_p)
     (only,) = active
     A, B = layer.pair(only, name)
+    _check_whole(layer, only, base, A, B)
     return replace(
         base,
         lora_A=A,
@@ -43,6 +44,34 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
         scaling=float(layer.scaling[only]),
         dropout_p=dropout_p,
         experts=layer.experts[only],
+    )
+
+
+def _check_whole(
+    layer: "MoELoraLayer",
+    adapter_name: str,
+    base: Projection,
+    A: torch.Tensor,
+    B: torch.Tensor,
+) -> None:
+    """Check that this process holds all experts of the base weight, and all of A and B.
+
+    Other shapes may fit each other, with ranks that belong to other experts.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    E = layer.layout.num_experts
+    ranks = layer.r[adapter_name] * len(layer.experts_of(adapter_name))
+    held = base.weight.shape[0]
+    if held == E and A.ndim == 2 and A.shape[0] == ranks and B.ndim == 2 and B.shape[1] == ranks:
+        return
+    raise ValueError(
+        f"adapter {adapter_name!r} needs lora_A [{ranks}, K] and lora_B [N, {ranks}] beside the "
+        f"weights of {E} experts, but this process holds lora_A {list(A.shape)}, lora_B "
+        f"{list(B.shape)} and the weights of {held} experts. Something has divided them among "
+        "processes: use FSDP2 (torch.distributed.fsdp.fully_shard), DDP or ZeRO-2, not FSDP1, "
+        "ZeRO-3 or expert parallelism."
     )
 
 
@@ -77,7 +106,7 @@ def _with_several(
     As = []
     Bs = []
     for adapter_name in active:
-        A, B = _pair_of_experts(layer, adapter_name, name, experts)
+        A, B = _pair_of_experts(layer, base, adapter_name, name, experts)
         As.append(A)
         Bs.append(layer.scaling[adapter_name] * B)
     # [S, r1 + r2, K] -> [(r1 + r2) * S, K], expert-major
@@ -99,17 +128,23 @@ def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[in
 
 
 def _pair_of_experts(
-    layer: "MoELoraLayer", adapter_name: str, projection: str, experts: tuple[int, ...] | None
+    layer: "MoELoraLayer",
+    base: Projection,
+    adapter_name: str,
+    projection: str,
+    experts: tuple[int, ...] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of some experts, with zeros for experts that the adapter does not adapt.
 
     Args:
         layer: the layer.
+        base: the projection without adapters.
         adapter_name: an adapter of the layer.
-        projection: a projection that the adapter adapts.
+        projection: name of a projection that the adapter adapts.
         experts: ascending ids of S experts; None for all, S = E.
     Returns: [S, r, K] and [S, N, r].
     """
+    _check_whole(layer, adapter_name, base, *layer.pair(adapter_name, projection))
     A, B = layer.pair_per_expert(adapter_name, projection)
     if experts == layer.experts[adapter_name]:
         return A, B

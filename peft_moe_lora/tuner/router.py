@@ -83,7 +83,8 @@ class MoELoraRouter(lora.Linear):
         """Run the router's own forward, and add the active adapters' low-rank terms to its logits.
 
         Raises:
-            UnsupportedRouter: if the forward does not multiply by its weight exactly once.
+            UnsupportedRouter: if the forward does not multiply by its weight exactly once, or does
+                it where nothing can be differentiated.
         """
         if self.disable_adapters and self.merged:
             check_may_unmerge(self)
@@ -94,6 +95,13 @@ class MoELoraRouter(lora.Linear):
         product = _ProductOf(self.base_layer, self._add_low_rank)
         with product:
             out = self.base_layer(*args, **kwargs)
+        if product.undifferentiable:
+            raise UnsupportedRouter(
+                f"{type(self.base_layer).__name__}.forward multiplies by its weight inside an "
+                "autograd function, so its LoRA would get no gradient; DeepSpeed's ZeRO-3 does "
+                "this to every linear layer. Use ZeRO-2 or FSDP2, or take the router out of "
+                "target_modules."
+            )
         if product.count != 1:
             raise UnsupportedRouter(
                 f"{type(self.base_layer).__name__}.forward multiplies by its weight "
@@ -173,6 +181,9 @@ class _ProductOf(TorchFunctionMode):
         self.module = module
         self.change = change
         self.count = 0
+        self.grad_enabled = torch.is_grad_enabled()
+        # whether a product ran without gradients although they were enabled around it
+        self.undifferentiable = False
         # the results of casting and transposing the weight so far
         self._seen: list[torch.Tensor] = []
 
@@ -191,6 +202,8 @@ class _ProductOf(TorchFunctionMode):
             x, weight = (*args, *kwargs.values())[:2]
             if self._is_weight(weight):
                 self.count += 1
+                if self.grad_enabled and not torch.is_grad_enabled():
+                    self.undifferentiable = True
                 return self.change(x, out)
         return out
 

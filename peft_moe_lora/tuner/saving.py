@@ -5,9 +5,10 @@ trained, whatever was written into the configuration since.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -18,6 +19,7 @@ from ..files.scaling import alpha_of, is_same, scaling_of
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .router import MoELoraRouter
+from .sharding import CHECKPOINT_WRAPPER, is_sharded, path_without_wrappers, whole
 
 PEFT_PREFIX = "base_model.model."
 
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 def adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
     """Yield (path, layer) of every layer that an adapter adapts: experts, routers and others.
 
-    The path does not contain the prefixes that PEFT, FSDP and torch.compile add.
+    The path does not contain the prefixes that PEFT and wrappers add.
     """
     for key, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
@@ -36,8 +38,7 @@ def adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLaye
 
 def base_path(key: str) -> str:
     """A module's path in the base model."""
-    path = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
-    return path.removeprefix(PEFT_PREFIX)
+    return path_without_wrappers(key).removeprefix(PEFT_PREFIX)
 
 
 def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -131,3 +132,38 @@ def _experts_without(config: MoELoraConfig, model: nn.Module) -> list[str]:
         if not value_of(config.expert_indices, path, []):
             paths.append(path)
     return paths
+
+
+def keyed_by_path(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A model's state dict with the paths of its modules in the keys, checkpoint wrappers included.
+
+    PEFT looks for the tensors of a layer under the layer's path, but a checkpoint wrapper removes
+    its own name from the keys of a state dict.
+    """
+    wrapped = {
+        path.replace(CHECKPOINT_WRAPPER, ""): path
+        for path, _ in model.named_modules()
+        if CHECKPOINT_WRAPPER in path
+    }
+    keyed = {}
+    for key, tensor in state_dict.items():
+        path, _, name = key.rpartition(".")
+        if path in wrapped:
+            key = f"{wrapped[path]}.{name}"
+        keyed[key] = tensor
+    return keyed
+
+
+def gathered(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict with whole tensors in place of sharded ones, and keys without wrappers.
+
+    Whole tensors that were gathered are on the CPU.
+
+    Every process must call this if a tensor is sharded.
+    """
+    return {
+        key.replace(CHECKPOINT_WRAPPER, ""): whole(tensor).cpu() if is_sharded(tensor) else tensor
+        for key, tensor in state_dict.items()
+    }

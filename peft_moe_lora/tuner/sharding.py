@@ -1,0 +1,168 @@
+"""Parameters that are divided among processes, and what an adapter may do with them.
+
+FSDP2 (`fully_shard`) and the parallelism of transformers hold a parameter as a DTensor: each
+process stores a part of it, its shard. DeepSpeed's ZeRO-3 leaves an empty tensor in each process.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..experts.layout import is_experts
+from ..experts.stored import Weight
+
+# what checkpoint wrappers of PyTorch add to the path of a module, but not to keys of a state dict
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+# what other wrappers of PyTorch add to the path of a module
+_WRAPPERS = (CHECKPOINT_WRAPPER, "_fsdp_wrapped_module.", "_orig_mod.")
+
+_SHARD_AFTERWARDS = (
+    "load the model without distributed_config, add or load the adapter, and then shard the model "
+    "with torch.distributed.fsdp.fully_shard."
+)
+
+
+class Shard(NamedTuple):
+    """The part of a tensor that this process stores.
+
+    Attributes:
+        local: the part, a plain tensor; it shares memory with the tensor.
+        starts: for each dimension, the index in the whole tensor at which the part starts.
+    """
+
+    local: Weight
+    starts: tuple[int, ...]
+
+
+def path_without_wrappers(path: str) -> str:
+    """The path of a module, without what FSDP1, checkpoint wrappers and torch.compile add to it."""
+    for wrapper in _WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor. Every process must call this if the tensor is sharded."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    return sharded.full_tensor()
+
+
+def shard_of(tensor: Weight) -> Shard:
+    """The part of a tensor that this process stores; all of it if the tensor is not sharded.
+
+    Raises:
+        ValueError: if the part is not one contiguous block of each dimension.
+    """
+    if not is_sharded(tensor):
+        return Shard(tensor, (0,) * len(tensor.shape))
+    sharded: Any = tensor
+    starts = [0] * tensor.ndim
+    divided = set()
+    for axis, placement in enumerate(sharded.placements):
+        if placement.is_replicate():
+            continue
+        if not placement.is_shard() or placement.dim in divided:
+            raise ValueError(
+                f"the base weight {tuple(tensor.shape)} is divided among processes as "
+                f"{sharded.placements}, but an adapter can be merged only into contiguous blocks; "
+                "save the adapter, and merge it in one process."
+            )
+        divided.add(placement.dim)
+        size = tensor.shape[placement.dim]
+        # as torch.chunk: equal parts, of which the last ones may be smaller or empty
+        part = -(-size // sharded.device_mesh.size(axis))
+        starts[placement.dim] = min(part * sharded.device_mesh.get_local_rank(axis), size)
+    return Shard(sharded.to_local(), tuple(starts))
+
+
+def anywhere(found: bool, tensor: Weight) -> bool:
+    """Whether `found` is true in one of the processes that share a tensor; all of them must call.
+
+    So every process raises the same error, and none waits for one that has raised it alone.
+    """
+    if not is_sharded(tensor):
+        return found
+    sharded: Any = tensor
+    answer = torch.tensor(float(found), device=sharded.to_local().device)
+    for axis in range(sharded.device_mesh.ndim):
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=sharded.device_mesh.get_group(axis))
+    return bool(answer)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2 drop the gathered weights of a module, so that its parameters are shards again.
+
+    FSDP2 may keep gathered weights after a forward. What is written into them is lost.
+    """
+    for sharded in _fully_sharded_around_or_in(module):
+        sharded.reshard()
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 manages parameters of a module."""
+    return any(True for _ in _fully_sharded_around_or_in(module))
+
+
+def _fully_sharded_around_or_in(module: nn.Module) -> Iterator[Any]:
+    """The modules given to `fully_shard` that contain the module or are contained in it."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    # the only place where PyTorch remembers which modules were given to `fully_shard`: a module
+    # does not know the modules that contain it
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    inside = set(module.modules())
+    for sharded in list(_module_state_mapping):
+        if not isinstance(sharded, FSDPModule):
+            continue
+        if sharded in inside or any(child is module for child in sharded.modules()):
+            yield sharded
+
+
+# ---- before an adapter is added ------------------------------------------------------------------
+
+
+def check_may_be_adapted(model: nn.Module) -> None:
+    """Check that a model can get an adapter with its parameters as they are.
+
+    Raises:
+        ValueError: if DeepSpeed's ZeRO-3 holds the parameters, if experts are divided by tensor or
+            expert parallelism, or if FSDP2 has sharded the model already.
+    """
+    for path, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_shape") and parameter.numel() == 0:
+            raise ValueError(
+                f"{path} is empty in this process, because DeepSpeed's ZeRO-3 divides it among "
+                "processes. An adapter on experts needs whole weights; use FSDP2 or ZeRO-2."
+            )
+    sharded = {
+        path: module
+        for path, module in model.named_modules()
+        if any(is_sharded(parameter) for parameter in module.parameters(recurse=False))
+    }
+    for path, module in sharded.items():
+        # transformers sets the flag on modules whose forward it has replaced
+        if is_experts(module) and getattr(module, "_is_hooked", False):
+            raise ValueError(
+                f"the experts of {path} are divided among processes by expert or tensor "
+                "parallelism, but an adapter needs all experts of a layer in one process; "
+                + _SHARD_AFTERWARDS
+            )
+    for path, module in sharded.items():
+        if is_fully_sharded(module):
+            raise ValueError(
+                f"{path} is sharded by FSDP2 already: a new adapter would be initialised "
+                "differently in each process, and its gradients would not be averaged; "
+                + _SHARD_AFTERWARDS
+            )

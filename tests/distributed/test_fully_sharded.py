@@ -1,0 +1,91 @@
+"""Models that FSDP2 has sharded over two processes give the numbers of one process."""
+
+import pytest
+import torch
+
+from distributed.fully_sharded import FAMILIES
+from distributed.processes import run
+from helpers import assert_close, assert_share_of_order_one
+
+TOLERANCE = 1e-5
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run("distributed.fully_sharded", tmp_path_factory.mktemp("sharded"))
+
+
+def assert_found(outcomes):
+    for outcome in outcomes:
+        assert isinstance(outcome, dict), outcome
+        assert_close(outcome["found"], outcome["expected"], TOLERANCE)
+
+
+@families
+def test_every_process_calls_save_and_the_first_writes_the_whole_adapter(family, results):
+    assert_found(results[f"saves {family}"])
+    assert all(outcome["same bits"] for outcome in results[f"saves {family}"])
+
+
+@families
+def test_whole_tensors_load_into_shards(family, results):
+    assert_found(results[f"loads {family}"])
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gathered"])
+def test_merging_writes_into_shards(name, results):
+    for outcome in results[f"merges {name}"]:
+        assert isinstance(outcome, dict), outcome
+        assert_share_of_order_one(*reversed(outcome["share"]), low=0.05)
+        for what in ("merged", "unmerged", "unloaded"):
+            assert_close(*outcome[what], TOLERANCE, what)
+        assert "call unmerge_adapter() on the model in every process" in outcome["refused"]
+
+
+def test_merging_some_experts_writes_into_the_shards_that_hold_them(results):
+    assert_found(results["some experts"])
+
+
+def test_safe_merge_fails_in_every_process_if_one_finds_infinity(results):
+    for outcome in results["safe merge"]:
+        assert "NaNs detected in the merged weights" in outcome["error"]
+        assert outcome["unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("adapter after", "is sharded by FSDP2 already"),
+        ("second after", "is sharded by FSDP2 already"),
+        ("fsdp of transformers", "is sharded by FSDP2 already"),
+        ("tensor parallel", "divided among processes by expert or tensor parallelism"),
+        ("expert parallel", "divided among processes by expert or tensor parallelism"),
+        ("expert parallel over fsdp", "divided among processes by expert or tensor parallelism"),
+    ],
+)
+def test_an_adapter_for_a_model_that_is_divided_already_is_refused(name, what, results):
+    if name not in results:
+        pytest.skip("this release of transformers has no ep_size")
+    for outcome in results[name]:
+        assert outcome.startswith("ValueError")
+        assert what in outcome
+        assert "load the model without distributed_config, add or load the adapter" in outcome
+
+
+def test_the_first_fsdp_is_refused_by_name(results):
+    for outcome in results["FSDP1"]:
+        assert outcome.startswith("ValueError")
+        assert "use FSDP2" in outcome
+
+
+def test_checkpoint_wrappers_are_no_part_of_a_key(results):
+    assert_found(results["wrappers"])
+
+
+def test_two_adapters_are_active_and_merged_together(results):
+    for outcome in results["two adapters"]:
+        assert isinstance(outcome, dict), outcome
+        assert torch.isfinite(outcome["together"][0]).all()
+        for found, expected in outcome.values():
+            assert_close(found, expected, TOLERANCE)
