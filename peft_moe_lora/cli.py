@@ -187,11 +187,13 @@ def verify(
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative error that passes.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random choice of experts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(hidden=True, help="No effect: every expert is compared.")
+    ] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that an adapter fits its base model; compare it with a second one on random experts."""
+    """Check that an adapter fits its base model; compare every tensor with a second adapter's."""
     with _exit_codes(), _bar("verifying", quiet) as progress:
         found = verify_adapter(
             path,

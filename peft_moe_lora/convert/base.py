@@ -3,7 +3,7 @@
 The model is built on the meta device and its modules are read. No weight is loaded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,7 @@ class BaseModel:
     Attributes:
         name: name or folder of the model, for messages.
         model_type: model_type of the config.
+        architecture: name of the model's class, as its config says it.
         experts: path -> layout of every routed experts module.
         interleaved: path of an experts module -> whether the rows of gate_up alternate (gate, up,
             gate, ...); None if this is not known.
@@ -51,16 +52,24 @@ class BaseModel:
         routers: the paths in `linears` that are routers, which PEFT does not count as linear
             layers.
         modules: the paths of all modules.
+        tensors: name -> shape of every parameter and buffer.
+        embeddings: the path of the input embedding, and then that of the head, if there is one.
+        tied: the names in `tensors` that are one and the same parameter as the input embedding's
+            weight, that one included; empty if nothing is tied to it.
         renamings: transformers' renamings of published tensor names to module paths.
     """
 
     name: str
     model_type: str
+    architecture: str
     experts: Mapping[str, ExpertsLayout]
     interleaved: Mapping[str, bool | None]
     linears: Mapping[str, tuple[int, int]]
     routers: frozenset[str]
     modules: frozenset[str] = field(repr=False)
+    tensors: Mapping[str, tuple[int, ...]] = field(repr=False)
+    embeddings: tuple[str, ...] = ()
+    tied: frozenset[str] = frozenset()
     renamings: tuple[WeightRenaming, ...] = field(default=(), repr=False)
 
     @property
@@ -152,17 +161,23 @@ def read_base(base_config: BaseConfig) -> BaseModel:
         raise AdapterError(
             f"{name}: no model can be built from its config ({shown(error)})."
         ) from error
-    return describe_base(model, name, config.model_type)
+    return describe_base(model, name, config)
 
 
-def describe_base(model: nn.Module, name: str, model_type: str) -> BaseModel:
+def describe_base(model: nn.Module, name: str, config: PreTrainedConfig | None = None) -> BaseModel:
     """The facts of a model that is built already; its weights are not read.
 
+    Args:
+        model: the model.
+        name: its name, for messages.
+        config: its config, if it has one.
     Raises:
         RefusedError: if the model has no routed experts that an adapter can be added to.
     """
     modules = dict(model.named_modules())
     experts = {path: module for path, module in modules.items() if is_experts(module)}
+    model_type = getattr(config, "model_type", "")
+    architectures = getattr(config, "architectures", None) or [type(model).__name__]
     if not experts:
         raise RefusedError(
             f"{name} ({model_type}) has no routed experts; name the base model that the adapter "
@@ -185,13 +200,45 @@ def describe_base(model: nn.Module, name: str, model_type: str) -> BaseModel:
     return BaseModel(
         name=name,
         model_type=model_type,
+        architecture=architectures[0],
         experts=layouts,
         interleaved={path: _interleaved(experts[path], layout) for path, layout in layouts.items()},
         linears=linears,
         routers=routers,
         modules=frozenset(modules),
+        tensors={key: tuple(tensor.shape) for key, tensor in _tensors(model)},
+        embeddings=_embeddings(model),
+        tied=_tied(model),
         renamings=_renamings(model),
     )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of all parameters and buffers; a shared one under each of its names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _embeddings(model: nn.Module) -> tuple[str, ...]:
+    """The path of the input embedding, and then that of the head."""
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    found = []
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        found += [path for path, module in model.named_modules() if module is embedding]
+    return tuple(found)
+
+
+def _tied(model: nn.Module) -> frozenset[str]:
+    """The names of the parameter that the input embedding shares with other modules."""
+    if not isinstance(model, PreTrainedModel):
+        return frozenset()
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    named = model.named_parameters(remove_duplicate=False)
+    names = frozenset(name for name, parameter in named if parameter is weight)
+    if len(names) < 2:
+        return frozenset()
+    return names
 
 
 def _renamings(model: nn.Module) -> tuple[WeightRenaming, ...]:

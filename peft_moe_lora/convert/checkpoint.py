@@ -4,7 +4,7 @@ The experts of a module are stored as stacks, as in transformers 5, or as one te
 expert, under the names of published checkpoints.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -98,10 +98,19 @@ def shard_paths(base: Path) -> list[Path]:
     return files
 
 
-def resolved_name(base: BaseModel, name: str) -> str:
-    """The name of a checkpoint's tensor with the base model's own module path."""
-    path, _, last = name.rpartition(".")
-    return f"{base.resolve(path)}.{last}"
+def own_names(base: BaseModel, tensors: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in the base model -> its name in the checkpoint.
+
+    Names of tied tensors that the checkpoint leaves out lead to one that it holds.
+    """
+    names = {}
+    for name in tensors:
+        path, _, last = name.rpartition(".")
+        names[f"{base.resolve(path)}.{last}"] = name
+    for held in base.tied & names.keys():
+        for other in base.tied:
+            names.setdefault(other, names[held])
+    return names
 
 
 def find_targets(
@@ -154,7 +163,7 @@ def _expert_targets(
 def _linear_targets(
     adapter: Adapter, base: BaseModel, tensors: Mapping[str, TensorInfo]
 ) -> dict[str, Target]:
-    known = {resolved_name(base, name): name for name in tensors}
+    known = own_names(base, tensors)
     found = {}
     for path, linear in adapter.linears.items():
         name = known.get(f"{path}.weight")
@@ -163,15 +172,14 @@ def _linear_targets(
                 f"{base.name} has no tensor {path}.weight, but the adapter updates it; merge into "
                 "the base model that the adapter was trained on."
             )
-        embedding = ".lora_embedding_" in linear.A
         in_features = adapter.file.tensors[adapter.names[linear.A]].shape[1]
         out_features = adapter.file.tensors[adapter.names[linear.B]].shape[0]
         expected = (out_features, in_features)
-        if embedding:
+        if linear.is_embedding:
             # nn.Embedding stores its weight as [in_features, out_features]
             expected = (in_features, out_features)
         check_shape(name, tensors[name].shape, expected)
-        found[name] = Target(linear, transposed=embedding)
+        found[name] = Target(linear, transposed=linear.is_embedding)
     return found
 
 

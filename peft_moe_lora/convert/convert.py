@@ -17,10 +17,11 @@ from ..experts.layout import PROJECTIONS
 from ..files.adapter_file import WEIGHTS_NAME
 from ..files.card import write_card
 from ..files.folders import SIDE_FILES, new_folder, own_files
+from ..files.servers import Server
 from ..files.tensor_file import Block, FilePath, Progress, RefusedError, write_tensors
 from .base import BaseConfig
 from .fit import fill_in, make_uniform
-from .formats import FORMATS, LEGACY_NAME, PREFIX, Format
+from .formats import FORMATS, LEGACY_NAME, Format
 from .model import Adapter, LinearPair, pad, rescale
 from .reading import open_adapter, read_paths
 
@@ -131,10 +132,16 @@ def _refuse_families_without_export(adapter: Adapter, form: Format) -> None:
 
 def _serving_notes(adapter: Adapter, form: Format) -> Iterator[str]:
     """Notes on the maximum rank to serve with, for servers that accept only some values."""
-    for server in form.card.served_by:
+    for server in _servers(adapter, form):
         rank = server.allocated(adapter.config["r"])
         if server.ranks and rank is not None:
             yield f"{server.name}: serve with --max-lora-rank {rank}"
+
+
+def _servers(adapter: Adapter, form: Format) -> list[Server]:
+    """The servers that read a prepared adapter in a format."""
+    refused = form.refusals(adapter)
+    return [server for server in form.card.served_by if server not in refused]
 
 
 def _losses(adapter: Adapter, form: Format) -> Iterator[str]:
@@ -164,19 +171,23 @@ def write_adapter(
     config.save_pretrained(str(folder))
     for file in copied:
         shutil.copyfile(file, folder / file.name)
-    write_card(folder, form.card, config.to_dict(), adapter.notes)
+    write_card(folder, form.card, config.to_dict(), adapter.notes, _servers(adapter, form))
 
 
 def _blocks(adapter: Adapter, form: Format) -> Iterator[Block]:
-    """Everything to write: the experts, the LoRA of ordinary layers, the tensors saved whole."""
+    """Everything to write: the experts, the LoRA of ordinary layers, and what is not LoRA."""
     for path, pairs in adapter.experts.items():
         for projection, pair in pairs.items():
             yield form.block(adapter, path, projection, pair)
     for linear in adapter.linears.values():
         yield _linear_block(adapter, form, linear, linear.A)
         yield _linear_block(adapter, form, linear, linear.B)
-    for key in adapter.carried:
-        yield _carried_block(adapter, key)
+    for name, key in adapter.saved.items():
+        yield _copied_block(adapter, key, form.saved_key(adapter, name))
+    for name, key in adapter.originals.items():
+        yield _copied_block(adapter, key, form.original_key(name))
+    for path, rows in adapter.tokens.items():
+        yield _copied_block(adapter, rows.key, form.tokens_key(path))
 
 
 def _linear_block(adapter: Adapter, form: Format, linear: LinearPair, key: str) -> Block:
@@ -197,12 +208,8 @@ def _linear_block(adapter: Adapter, form: Format, linear: LinearPair, key: str) 
     return Block({form.rename(adapter, key): tuple(shape)}, info.dtype, make)
 
 
-def _carried_block(adapter: Adapter, key: str) -> Block:
-    """A tensor that is written unchanged.
-
-    Of other programs PEFT alone reads such tensors, and it looks for the base model's own path,
-    also where the experts have published names.
-    """
+def _copied_block(adapter: Adapter, key: str, written: str) -> Block:
+    """A tensor that is written unchanged, under the key `written`."""
     name = adapter.names[key]
     info = adapter.file.tensors[name]
-    return Block({PREFIX + key: info.shape}, info.dtype, lambda: [adapter.file.load(name)])
+    return Block({written: info.shape}, info.dtype, lambda: [adapter.file.load(name)])

@@ -29,7 +29,7 @@ class Inspection:
         ranks, scalings: value -> number of projections and ordinary layers with this value.
         dtypes: name of a dtype -> number of LoRA tensors with this dtype.
         linears: last name of ordinary layers -> number of layers with LoRA.
-        carried: keys of tensors saved whole.
+        carried: keys of tensors that are not LoRA: saved whole, or rows of tokens.
         parameters: number of LoRA parameters.
         readers: format -> "ok", or the reason why its readers would refuse the adapter.
         notes: what a user should know.
@@ -80,7 +80,7 @@ def inspect_adapter(
         scalings=dict(Counter(layer.scaling for layer in layers)),
         dtypes=dict(Counter(str(info.dtype).removeprefix("torch.") for info in lora)),
         linears=dict(Counter(path.rpartition(".")[2] for path in adapter.linears)),
-        carried=adapter.carried,
+        carried=tuple(adapter.without_lora()),
         parameters=sum(math.prod(info.shape) for info in lora),
         readers={name: _answer(adapter, form) for name, form in FORMATS.items()},
         notes=adapter.notes,

@@ -1,4 +1,4 @@
-"""What an adapter holds besides its experts: LoRA of ordinary layers, and tensors saved whole."""
+"""The LoRA of an adapter's ordinary layers: attention, routers, embeddings and others."""
 
 import re
 from collections.abc import Iterable
@@ -8,37 +8,42 @@ from .model import LinearPair
 from .source import Slot, Source
 
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
-# PEFT also saves these whole if the vocabulary was resized
-_SAVED_UNASKED = ("embed_tokens", "lm_head")
 
 
 def read_linears(
     source: Source, keys: Iterable[str]
 ) -> tuple[dict[str, LinearPair], tuple[str, ...]]:
-    """The LoRA of ordinary layers by path, and the keys of tensors that are saved whole.
+    """The LoRA of ordinary layers by path, and the keys of tensors that are not LoRA.
 
     Args:
         source: the adapter.
         keys: keys of the tensors that do not belong to experts.
     Raises:
-        AdapterError: if a tensor is neither of the two, or if it does not fit the configuration or
-            the base model.
+        AdapterError: if a LoRA tensor does not fit the configuration or the base model.
     """
-    found: dict[str, dict[str, str]] = {}
-    carried = []
+    found: dict[tuple[str, bool], dict[str, str]] = {}
+    others = []
     for key in keys:
         match = _LORA.fullmatch(key)
-        if match is not None:
-            found.setdefault(match["path"], {})[match["side"]] = key
-        elif _is_saved_whole(source, key):
-            carried.append(key)
-        else:
+        if match is None:
+            others.append(key)
+            continue
+        sides = found.setdefault((match["path"], match["kind"] is not None), {})
+        if match["side"] in sides:
             raise AdapterError(
-                f"{source.file.path}: {source.names[key]} is neither a LoRA tensor nor saved whole "
-                "by modules_to_save; such tensors cannot be converted. Remove it from the file."
+                f"{source.file.path}: {source.names[key]} and {source.names[sides[match['side']]]} "
+                "are the same tensor under two names; keep one of them."
             )
-    linears = {path: _linear(source, path, found[path]) for path in sorted(found, key=natural)}
-    return linears, tuple(carried)
+        sides[match["side"]] = key
+    linears: dict[str, LinearPair] = {}
+    for path, is_embedding in sorted(found, key=lambda name: natural(name[0])):
+        if path in linears:
+            raise AdapterError(
+                f"{source.file.path} has lora_A of {path} and lora_embedding_A too; keep one of "
+                "them."
+            )
+        linears[path] = _linear(source, path, found[path, is_embedding], is_embedding)
+    return linears, tuple(others)
 
 
 def natural(path: str) -> list[int | str]:
@@ -52,15 +57,7 @@ def natural(path: str) -> list[int | str]:
     return parts
 
 
-def _is_saved_whole(source: Source, key: str) -> bool:
-    if ".lora_" in key:
-        return False
-    saved = (*(source.config.get("modules_to_save") or ()), *_SAVED_UNASKED)
-    # as in PEFT, a name also matches longer names that end with it
-    return key.endswith(".bias") or any(f"{name}." in key for name in saved)
-
-
-def _linear(source: Source, path: str, sides: dict[str, str]) -> LinearPair:
+def _linear(source: Source, path: str, sides: dict[str, str], is_embedding: bool) -> LinearPair:
     by_parameter = _is_targeted(source, f"{path}.weight")
     name = path
     if by_parameter:
@@ -74,13 +71,15 @@ def _linear(source: Source, path: str, sides: dict[str, str]) -> LinearPair:
             "damaged or was filtered."
         )
     slot = Slot(sides["A"], sides["B"])
-    _check_shapes(source, path, slot, r)
+    _check_shapes(source, path, slot, r, is_embedding)
     if source.base is None:
         # without a base model: a router was targeted as a parameter, or our own file lists it
         is_router = by_parameter or path in source.description.get("routers", ())
     else:
         is_router = path in source.base.routers
-    return LinearPair(path, slot.A, slot.B, r, scaling, is_router=is_router)
+    return LinearPair(
+        path, slot.A, slot.B, r, scaling, is_router=is_router, is_embedding=is_embedding
+    )
 
 
 def _is_targeted(source: Source, parameter: str) -> bool:
@@ -89,12 +88,28 @@ def _is_targeted(source: Source, parameter: str) -> bool:
     return any(f".{parameter}".endswith(f".{target}") for target in targets)
 
 
-def _check_shapes(source: Source, path: str, slot: Slot, r: int) -> None:
+def _sizes(source: Source, path: str, is_embedding: bool) -> tuple[int, ...] | None:
+    """(in, out) of a layer, from its weight in the file if that is there, or from the base model.
+
+    The file holds the weight of an embedding whose vocabulary may have been resized.
+    """
+    whole = f"{path}.base_layer.weight"
+    shape: tuple[int, ...] = ()
+    if whole in source.names:
+        shape = source.info(whole).shape
+    if len(shape) == 2 and is_embedding:
+        return shape
+    if len(shape) == 2:
+        return shape[::-1]
+    if source.base is None:
+        return None
+    return source.base.linears.get(path)
+
+
+def _check_shapes(source: Source, path: str, slot: Slot, r: int, is_embedding: bool) -> None:
     A = source.info(slot.A).shape
     B = source.info(slot.B).shape
-    sizes = None
-    if source.base is not None:
-        sizes = source.base.linears.get(path)
+    sizes = _sizes(source, path, is_embedding)
     K, N = sizes or ("K", "N")
     fits = len(A) == 2 and len(B) == 2 and A[0] == r and B[1] == r
     if not fits or (sizes is not None and (A[1], B[0]) != sizes):

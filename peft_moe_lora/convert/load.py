@@ -41,9 +41,8 @@ def load_peft_adapter(
         AdapterError: if the adapter is damaged or for another model; the model is then unchanged.
         RefusedError: if the adapter can be read in two ways.
     """
-    config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    base = describe_base(model, name, getattr(config, "model_type", ""))
+    base = describe_base(model, name, getattr(model, "config", None))
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder, "adapter")
         convert_adapter(path, converted, to=OURS.name, base_config=base, b_layout=b_layout)

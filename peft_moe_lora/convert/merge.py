@@ -25,9 +25,10 @@ from ..files.tensor_file import (
     write_tensors,
 )
 from .base import read_base
-from .checkpoint import Target, check_shape, find_targets, resolved_name, shard_paths
+from .checkpoint import Target, find_targets, shard_paths
 from .model import Adapter, LinearPair, Pair
 from .reading import open_adapter, read_paths
+from .replacements import Replacement, check_tied, complete_changes, find_replacements
 
 # endings of files that hold weights; the base's other files are copied
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -130,16 +131,11 @@ def merge_adapter(
     read = open_adapter(adapter, facts, b_layout)
     shards = [TensorFile(path) for path in shard_paths(Path(base))]
     tensors = {name: info for shard in shards for name, info in shard.tensors.items()}
+    check_tied(read, facts)
+    replacements = find_replacements(read, facts, tensors)
     targets = find_targets(read, facts, tensors)
-    saved = {resolved_name(facts, name): name for name in tensors}
-    lost = sorted(set(read.carried) - set(saved))
-    if lost:
-        raise RefusedError(
-            f"{base} has no tensor {lost[0]}, but the adapter saved this tensor whole; merge into "
-            "the base model that the adapter was trained on."
-        )
-    replaced = {saved[key]: key for key in read.carried}
-    merger = _Merger(read, targets, replaced)
+    complete_changes(facts, tensors, targets, replacements)
+    merger = _Merger(read, targets, replacements)
     copied = own_files(base, lambda name: Path(name).suffix not in _WEIGHTS)
     with new_folder(dst, force, [base, *read_paths(adapter, read)], copied) as folder:
         written = 0
@@ -149,7 +145,22 @@ def merge_adapter(
             written += len(shard.tensors)
         for file in copied:
             shutil.copyfile(file, folder / file.name)
-    return Merge(Path(dst), len(targets) + len(replaced), len(tensors), merger.rounding)
+    changed = targets.keys() | replacements.keys()
+    return Merge(Path(dst), len(changed), len(tensors), merger.rounding)
+
+
+def _rounded(weight: torch.Tensor, dtype: torch.dtype, check: bool = True) -> torch.Tensor:
+    """A weight in the checkpoint's dtype.
+
+    Raises:
+        AdapterError: if `check` is set and a value is not finite in this dtype.
+    """
+    rounded = weight.to(dtype)
+    if check and not torch.isfinite(rounded).all():
+        raise AdapterError(
+            f"a merged weight is not finite in {dtype}; the adapter or the base is damaged."
+        )
+    return rounded
 
 
 def _counted(progress: Progress | None, written: int, total: int) -> Progress | None:
@@ -166,14 +177,13 @@ class _Merger:
     Attributes:
         adapter: the adapter to merge.
         targets: name of a tensor in the checkpoint -> its update.
-        replaced: name of a tensor in the checkpoint -> key of the adapter's tensor that replaces
-            it.
+        replacements: name of a tensor in the checkpoint -> what replaces it, whole or by rows.
         rounding: the rounding errors of all tensors merged so far.
     """
 
     adapter: Adapter
     targets: Mapping[str, Target]
-    replaced: Mapping[str, str]
+    replacements: Mapping[str, Replacement]
     rounding: Rounding = field(default_factory=Rounding)
     # the pair that was loaded last, and its A and B
     _loaded: tuple[Pair | LinearPair, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -190,7 +200,8 @@ class _Merger:
 
         for name in sorted(shard.tensors, key=position):
             info = shard.tensors[name]
-            if name in self.targets and not info.dtype.is_floating_point:
+            changed = name in self.targets or name in self.replacements
+            if changed and not info.dtype.is_floating_point:
                 raise RefusedError(
                     f"{shard.path}: {name} is {info.dtype}; merge into an unquantized checkpoint."
                 )
@@ -199,21 +210,38 @@ class _Merger:
     def _make(self, shard: TensorFile, name: str) -> Iterator[torch.Tensor]:
         """Yield a tensor of the merged checkpoint; a stack is yielded one expert at a time."""
         target = self.targets.get(name)
-        if name in self.replaced:
-            source = self.adapter.names[self.replaced[name]]
-            check_shape(name, shard.tensors[name].shape, self.adapter.file.tensors[source].shape)
-            yield self.adapter.file.load(source).to(shard.tensors[name].dtype)
-        elif target is None:
-            yield shard.load(name, check=False)
-        elif target.stack is not None:
+        dtype = shard.tensors[name].dtype
+        if target is not None and target.stack is not None:
             for e in range(target.stack[0]):
                 weight = shard.load(name, row=e, check=False, view=target.stack)
-                yield self._merged(weight, replace(target, expert=e))
-        else:
-            yield self._merged(shard.load(name, check=False), target)
+                yield self._merged(weight, replace(target, expert=e), dtype)
+            return
+        weight = self._replaced(shard, name)
+        if target is not None:
+            weight = self._merged(weight, target, dtype)
+        yield _rounded(weight, dtype, name in self.replacements)
 
-    def _merged(self, weight: torch.Tensor, target: Target) -> torch.Tensor:
-        """The weight of one expert or ordinary layer plus its update, in the weight's dtype."""
+    def _replaced(self, shard: TensorFile, name: str) -> torch.Tensor:
+        """A tensor of the base, or what the adapter has in its place, before any update."""
+        replacement = self.replacements.get(name)
+        if replacement is None:
+            return shard.load(name, check=False)
+        if replacement.key is None:
+            weight = shard.load(name, check=False)
+        else:
+            weight = self._load(replacement.key)
+        if replacement.tokens is not None:
+            rows = self._load(replacement.tokens.key)
+            # the wider dtype: the rows are rounded once, to the checkpoint's
+            weight = weight.to(torch.promote_types(weight.dtype, rows.dtype))
+            weight[list(replacement.tokens.indices)] = rows.to(weight.dtype)
+        return weight
+
+    def _load(self, key: str) -> torch.Tensor:
+        return self.adapter.file.load(self.adapter.names[key])
+
+    def _merged(self, weight: torch.Tensor, target: Target, stored: torch.dtype) -> torch.Tensor:
+        """The weight of one expert or ordinary layer plus its update, in the dtype `stored`."""
         A, B = self._factors(target.pair)
         if target.expert is not None:
             A = A[target.expert]
@@ -229,12 +257,7 @@ class _Merger:
             exact = torch.addmm(weight.to(dtype), A.mT, B.mT, alpha=scaling)
         else:
             exact = torch.addmm(weight.to(dtype), B, A, alpha=scaling)
-        merged = exact.to(weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise AdapterError(
-                f"a merged weight is not finite in {weight.dtype}; the adapter or the base is "
-                "damaged."
-            )
+        merged = _rounded(exact, stored)
         self.rounding.add(merged, exact, scaling, A, B)
         return merged
 

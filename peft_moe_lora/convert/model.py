@@ -9,7 +9,7 @@ folded into B, if needed.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -94,6 +94,7 @@ class LinearPair:
         scaling: the factor of B A.
         factor: the factor by which B is multiplied when it is written.
         is_router: whether the layer is a router, which PEFT does not count as a linear layer.
+        is_embedding: whether the layer is an embedding, whose weight is stored as [K, N].
     """
 
     path: str
@@ -103,6 +104,19 @@ class LinearPair:
     scaling: float
     factor: float = 1.0
     is_router: bool = False
+    is_embedding: bool = False
+
+
+class Tokens(NamedTuple):
+    """Rows of an embedding, or of a head, that the adapter replaces (trainable_token_indices).
+
+    Attributes:
+        key: key of the tensor [n, H] in the adapter's file.
+        indices: the rows of the base's weight that it replaces, in the tensor's order.
+    """
+
+    key: str
+    indices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,11 @@ class Adapter:
         names: key -> name in the file; a key has no PEFT prefix and uses the base model's paths.
         experts: experts path -> projection -> Pair.
         linears: path -> LinearPair.
-        carried: keys of tensors that are not LoRA: modules saved whole, embeddings, biases.
+        saved: name of a tensor of the base model -> key of the tensor that replaces it: of modules
+            saved whole, embeddings, biases.
+        originals: name of a tensor of the base model -> key of a copy of it as it was before the
+            training, which PEFT saves beside a resized embedding.
+        tokens: path of an embedding, or of a head -> the rows of it that are replaced.
         base: facts of the base model; None if it is not known.
         notes: what a user should know.
     """
@@ -127,7 +145,9 @@ class Adapter:
     names: dict[str, str]
     experts: Experts
     linears: dict[str, LinearPair]
-    carried: tuple[str, ...]
+    saved: dict[str, str]
+    originals: dict[str, str]
+    tokens: dict[str, Tokens]
     base: BaseModel | None
     notes: tuple[str, ...] = ()
 
@@ -137,6 +157,11 @@ class Adapter:
     def layers(self) -> list[Pair | LinearPair]:
         """The pairs of the experts, then those of the ordinary layers."""
         return [*self.pairs(), *self.linears.values()]
+
+    def without_lora(self) -> list[str]:
+        """Keys of the tensors that are not LoRA, which most servers do not load."""
+        whole = [*self.saved.values(), *self.originals.values()]
+        return [*whole, *(rows.key for rows in self.tokens.values())]
 
     def adapted_experts(self) -> int:
         """The number of experts with an update, in all modules together."""

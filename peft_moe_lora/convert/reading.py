@@ -30,8 +30,13 @@ from .formats import PREFIX, READERS, Format
 from .formats.format import Slots
 from .linears import natural, read_linears
 from .model import Adapter, Experts, LinearPair, Pair
+from .saved import read_saved
 from .source import Source
 
+# names that PEFT gives to what is inside a module that it wraps
+_INSIDE = r"\.(?:lora_|base_layer\.|token_adapter\.|original_module\.|modules_to_save\.)"
+# the path of an experts module, or of a wrapped module, or of a tensor's module
+_MODULE_PATH = re.compile(rf"(.*\bexperts)(?=\.)|(.*?)(?={_INSIDE})|(.*)(?=\.)")
 # options of LoRA that change the computation and that no format can express
 _REFUSED_OPTIONS = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
 
@@ -52,15 +57,17 @@ def open_adapter(
     config = _read_config(folder / CONFIG_NAME)
     file = TensorFile(folder / WEIGHTS_NAME)
     base = _base(base_config, config)
-    names = _names(file, base)
+    names, paths = _names(file, base)
     _check_lora_tensors(file)
-    source = Source(file, config, names, base, b_layout)
+    source = Source(file, config, names, paths, base, b_layout)
     form, slots = _format_of(source)
     taken = _expert_keys(source, slots)
     read = form.read(source, slots)
+    _check_all_read(source, slots)
     _check_description(source, read.experts)
-    linears, carried = read_linears(source, [key for key in names if key not in taken])
+    linears, others = read_linears(source, [key for key in names if key not in taken])
     _check_trained(source, read.experts, linears)
+    beside = read_saved(source, others)
     return Adapter(
         format=read.format,
         config=config,
@@ -68,7 +75,9 @@ def open_adapter(
         names=names,
         experts={path: read.experts[path] for path in sorted(read.experts, key=natural)},
         linears=linears,
-        carried=carried,
+        saved=beside.saved,
+        originals=beside.originals,
+        tokens=beside.tokens,
         base=base,
         notes=read.notes,
     )
@@ -171,8 +180,12 @@ def _values(config: Mapping[str, Any], field: str, pattern_field: str) -> list[t
     return values
 
 
-def _names(file: TensorFile, base: BaseModel | None) -> dict[str, str]:
-    """Key, without PEFT's prefix and with the base model's own path -> name in the file."""
+def _names(file: TensorFile, base: BaseModel | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The names in the file by key, and the modules' paths in the file where these differ.
+
+    Returns: key, without PEFT's prefix and with the base model's own path -> name in the file; path
+        in the base model -> path in the file.
+    """
     names: dict[str, str] = {}
     resolved: dict[str, str] = {}
     for name in file.tensors:
@@ -188,12 +201,13 @@ def _names(file: TensorFile, base: BaseModel | None) -> dict[str, str]:
                 "one of them."
             )
         names[key] = name
-    return names
+    paths = {own: path for path, own in resolved.items() if own != path}
+    return names, paths
 
 
 def _module_path(key: str) -> str | None:
     """The path of a tensor's module; of the experts module for every tensor inside one."""
-    match = re.match(r"(.*\bexperts)(?=\.)|(.*?)(?=\.lora_)|(.*)(?=\.)", key)
+    match = _MODULE_PATH.match(key)
     if match is None:
         return None
     return match[0]
@@ -246,6 +260,21 @@ def _expert_keys(source: Source, slots: Slots) -> set[str]:
             )
         taken |= keys
     return taken
+
+
+def _check_all_read(source: Source, slots: Slots) -> None:
+    """Check that the format's reader took every expert tensor out of `slots`.
+
+    Raises:
+        AdapterError: if some are left.
+    """
+    left = [slot for found in slots.values() for slot in found.values()]
+    if left:
+        raise AdapterError(
+            f"{source.file.path}: {source.names[left[0].A]} and {2 * len(left) - 1} more tensors "
+            "belong to experts, but not to a projection that these experts have; the adapter is "
+            "for another model, or another program wrote it in a form that is not known."
+        )
 
 
 def _check_description(source: Source, experts: Experts) -> None:

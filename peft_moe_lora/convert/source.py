@@ -35,6 +35,7 @@ class Source:
         file: the file with its tensors.
         config: the contents of its adapter_config.json.
         names: key -> name in the file; a key has no PEFT prefix and uses the base model's paths.
+        paths: path of a module in the base model -> its path in the file, where these differ.
         base: facts of the base model; None if it is not known.
         b_layout: the order of lora_B, as the caller gave it; see `convert_adapter`.
     """
@@ -42,6 +43,7 @@ class Source:
     file: TensorFile
     config: dict[str, Any]
     names: dict[str, str]
+    paths: dict[str, str]
     base: BaseModel | None
     b_layout: str = "auto"
 
@@ -57,19 +59,35 @@ class Source:
         return read_description(str(self.file.path), self.file.metadata)
 
     def rank(self, path: str) -> int:
-        return value_of(self.config["rank_pattern"], path, self.config["r"])
+        return self._value("rank_pattern", path, self.config["r"])
 
     def scaling(self, path: str) -> float:
         """lora_alpha / r of a layer, or lora_alpha / sqrt(r) with rsLoRA."""
-        alpha = value_of(self.config["alpha_pattern"], path, self.config["lora_alpha"])
+        alpha = self._value("alpha_pattern", path, self.config["lora_alpha"])
         return scaling_of(alpha, self.rank(path), self.config["use_rslora"])
+
+    def _value(self, pattern: str, path: str, default: Any) -> Any:
+        return value_of(self.config[pattern], self.path_in_file(path), default)
+
+    def path_in_file(self, path: str) -> str:
+        """The path, in the file, of a module or parameter; the configuration's patterns match it.
+
+        Args:
+            path: its path in the base model.
+        """
+        head = path
+        while head:
+            if head in self.paths:
+                return self.paths[head] + path[len(head) :]
+            head = head.rpartition(".")[0]
+        return path
 
     def chosen(self, path: str) -> tuple[int, ...] | None:
         """Ascending ids of the experts of a module that have an update; None for all."""
         indices = self.config.get("expert_indices")
         if indices is None:
             return None
-        return tuple(value_of(indices, path, ()))
+        return tuple(value_of(indices, self.path_in_file(path), ()))
 
     def num_experts(self, path: str, chosen: tuple[int, ...]) -> int:
         """E of a module whose tensors hold only the chosen experts.

@@ -27,7 +27,12 @@ def common_fields(adapter: Adapter, layers: Mapping[str, Pair | LinearPair]) -> 
     alphas = {path: alpha_of(layer.scaling, layer.r, use_rslora) for path, layer in layers.items()}
     r = _default(config["r"], list(ranks.values()))
     alpha = _default(tidy(config["lora_alpha"]), list(alphas.values()))
-    saved = sorted({_module_name(key) for key in adapter.carried})
+    bias = "none"
+    if any(name.endswith(".bias") for name in adapter.saved):
+        bias = config.get("bias") or "none"
+    modules_to_save = None
+    if adapter.saved:
+        modules_to_save = config.get("modules_to_save")
     return {
         "r": r,
         "lora_alpha": alpha,
@@ -37,8 +42,10 @@ def common_fields(adapter: Adapter, layers: Mapping[str, Pair | LinearPair]) -> 
         "base_model_name_or_path": config.get("base_model_name_or_path"),
         "revision": config.get("revision"),
         "task_type": config.get("task_type"),
-        "bias": config.get("bias") or "none",
-        "modules_to_save": config.get("modules_to_save") or saved or None,
+        "bias": bias,
+        "modules_to_save": modules_to_save,
+        "trainable_token_indices": config.get("trainable_token_indices"),
+        "ensure_weight_tying": bool(config.get("ensure_weight_tying")),
         "inference_mode": True,
     }
 
@@ -48,11 +55,6 @@ def _default(configured: _Number, values: list[_Number]) -> _Number:
     if configured in values or not values:
         return configured
     return max(values, key=values.count)
-
-
-def _module_name(key: str) -> str:
-    """The last name of the module that a tensor belongs to."""
-    return key.rpartition(".")[0].rpartition(".")[2]
 
 
 def short_names(adapter: Adapter, paths: Iterable[str]) -> list[str]:

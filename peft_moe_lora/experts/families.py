@@ -256,14 +256,15 @@ TEXT_PREFIX = re.compile(
     r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|model\.)"
 )
 
-# Model types whose experts vLLM reads as 3-D tensors, because their classes in vLLM set
-# is_3d_moe_weight. For all others vLLM reads 2-D tensors of each expert.
+# Architectures whose experts vLLM 0.33 reads as 3-D tensors, because their classes in vLLM set
+# is_3d_moe_weight. For all others vLLM reads 2-D tensors of each expert, also for the text models
+# of some of these (Qwen3_5MoeForCausalLM).
 VLLM_3D = frozenset(
     {
-        "gpt_oss",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_vl_moe",
-        "qwen3_vl_moe_text",
+        "GptOssForCausalLM",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
     }
 )
+# Those of which vLLM reads no 2-D tensors either, because it looks for them under other names.
+VLLM_NO_EXPERT_BY_EXPERT = frozenset({"GptOssForCausalLM"})

@@ -5,7 +5,7 @@ The text of this package's own format is in this file, because saving a model wr
 """
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from .servers import SGLANG, VLLM, Server
 from .tensor_file import FilePath
-from .text import is_plain, shown
+from .text import is_plain, shown, without_credentials
 
 _BEGIN = "<!-- peft_moe_lora: begin -->"
 _END = "<!-- peft_moe_lora: end -->"
@@ -25,7 +25,12 @@ _LONGEST_LINE = 10_000
 
 # for formats that no server reads: the adapter is converted first
 _CONVERT = "peft-moe-lora convert ADAPTER ADAPTER-serving --to per_expert --base-config {base}"
-_CONVERT_NOTE = "vLLM's 3-D models (gpt-oss, Qwen3.5-MoE, Qwen3-VL-MoE) take `--to vllm_3d`."
+_CONVERT_NOTE = (
+    "vLLM takes gpt-oss, Qwen3-VL-MoE and Qwen3.5-MoE (the model with images) as `--to vllm_3d`; "
+    "SGLang takes Mixtral and Nemotron-H as `--to sglang_3d`, and no LoRA on routers."
+)
+# for adapters that hold more than LoRA
+_MERGE_NOTE = "vLLM and SGLang load LoRA alone, and this adapter holds more: serve it merged."
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def write_card(
     card: CardText,
     config: Mapping[str, Any],
     notes: Iterable[str] = (),
+    servers: Collection[Server] | None = None,
 ) -> None:
     """Write our section of the README in an adapter's folder, and keep the rest of the README.
 
@@ -78,6 +84,7 @@ def write_card(
         card: the text about the adapter's format.
         config: the adapter's configuration, as a dict.
         notes: sentences on what a conversion changed.
+        servers: the servers that read this adapter; by default all that read its format.
     """
     path = Path(folder, "README.md")
     if path.is_file():
@@ -86,25 +93,30 @@ def write_card(
         text = _front_matter(config)
     head, _, rest = text.partition(_BEGIN)
     tail = rest.partition(_END)[2]
-    section = f"{_BEGIN}\n{card_section(card, config, notes)}\n{_END}"
+    section = f"{_BEGIN}\n{card_section(card, config, notes, servers)}\n{_END}"
     path.write_text(f"{head.rstrip()}\n\n{section}\n{tail.lstrip()}".lstrip(), encoding="utf-8")
 
 
-def card_section(card: CardText, config: Mapping[str, Any], notes: Iterable[str] = ()) -> str:
+def card_section(
+    card: CardText,
+    config: Mapping[str, Any],
+    notes: Iterable[str] = (),
+    servers: Collection[Server] | None = None,
+) -> str:
     """Our section in Markdown: facts, notes, how to load the adapter, how to serve it.
 
     Args: as for `write_card`.
     """
     base = config.get("base_model_name_or_path") or _BASE
     argument = _as_argument(base)
-    ranks = config.get("rank_pattern") or {}
-    highest_rank = max((config.get("r") or 1, *ranks.values()))
     lines = ["## LoRA on the experts of a Mixture-of-Experts model", ""]
     lines += [f"- {name}: {fact}" for name, fact in _facts(card, config, base).items() if fact]
     lines += [f"- {shown(note, _LONGEST_LINE)}" for note in notes]
     literal = _python_string(argument)
     lines += ["", "### Load", "", *(line.format(base=literal) for line in card.loading)]
-    lines += ["", "### Serve", "", *_serving(card, shlex.quote(argument), highest_rank)]
+    if servers is None:
+        servers = card.served_by
+    lines += ["", "### Serve", "", *_serving(card, config, servers, shlex.quote(argument))]
     return "\n".join(lines)
 
 
@@ -134,18 +146,26 @@ def _facts(card: CardText, config: Mapping[str, Any], base: str) -> dict[str, st
     }
 
 
-def _serving(card: CardText, base: str, rank: int) -> list[str]:
-    """The commands that serve an adapter of this rank; if no server reads it, convert it first.
+def _serving(
+    card: CardText, config: Mapping[str, Any], servers: Collection[Server], base: str
+) -> list[str]:
+    """The commands that serve an adapter; if no server reads its format, convert it first.
 
     `base` is quoted for a shell.
     """
+    ranks = config.get("rank_pattern") or {}
+    rank = max((config.get("r") or 1, *ranks.values()))
     commands = []
-    servers = card.served_by
     adapter = "ADAPTER"
-    if not servers:
+    note = ""
+    if _holds_more_than_lora(config):
+        servers = ()
+        note = _MERGE_NOTE
+    elif not card.served_by:
         commands.append(_CONVERT.format(base=base))
         servers = (VLLM, SGLANG)
         adapter = "ADAPTER-serving"
+        note = _CONVERT_NOTE
     for server in servers:
         allocated = server.allocated(rank)
         if allocated is not None:
@@ -154,17 +174,24 @@ def _serving(card: CardText, base: str, rank: int) -> list[str]:
         f"peft-moe-lora merge ADAPTER {base} MERGED  # or a full checkpoint, for any server"
     )
     lines = ["```sh", *commands, "```"]
-    if not card.served_by:
-        lines += ["", _CONVERT_NOTE]
+    if note:
+        lines += ["", note]
     return lines
+
+
+def _holds_more_than_lora(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT saves more than LoRA with this configuration."""
+    more = config.get("modules_to_save") or config.get("trainable_token_indices")
+    return bool(more) or (config.get("bias") or "none") != "none"
 
 
 def _as_argument(base: str) -> str:
     """The base's name as it stands in commands; a placeholder if it cannot stand there.
 
-    A line break would end the command, and a leading dash would make the name an option.
+    A line break would end the command, and a leading dash would make the name an option. A name
+    that holds a password or a token is not printed.
     """
-    if not is_plain(base) or base.startswith("-"):
+    if not is_plain(base) or base.startswith("-") or without_credentials(base) != base:
         return _BASE
     return base
 
@@ -192,8 +219,11 @@ def _listed(value: str | Iterable[str] | None) -> list[str]:
 
 def _front_matter(config: Mapping[str, Any]) -> str:
     """The YAML block that the hub reads."""
+    base = config.get("base_model_name_or_path")
+    if base is not None and _as_argument(base) != base:
+        base = None
     data = ModelCardData(
-        base_model=config.get("base_model_name_or_path"),
+        base_model=base,
         library_name="peft",
         tags=["lora", "moe"],
     )

@@ -92,7 +92,8 @@ def check_own_file(path: FilePath) -> None:
     if not any(target.is_relative_to(root) for root in (folder, *_blobs(folder))):
         raise AdapterError(
             f"{path} is a link to {shown(str(target))}, which is outside its folder; such links "
-            "are not followed. Put a copy of the file in the link's place."
+            "are not followed, because the user of a folder may not have made its links. Put the "
+            "file itself in the link's place, or link the whole folder."
         )
 
 
@@ -140,6 +141,12 @@ def _check_destination(dst: Path, force: bool, sources: list[FilePath], copied: 
     strange = [
         entry for entry in entries if entry not in outputs and not _may_replace(entry, copied)
     ]
+    if strange and strange[0].suffix == ".safetensors":
+        raise ExistsError(
+            f"{dst} is not replaced, because {shown(strange[0].name)} carries no mark that a "
+            "conversion or a merge wrote it, so it may be what a training saved. Outputs of "
+            f"versions that set no mark look the same. {_ELSEWHERE}"
+        )
     if strange:
         raise ExistsError(
             f"{dst} is not replaced, because it holds {shown(strange[0].name)}, which this package "

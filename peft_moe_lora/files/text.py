@@ -1,12 +1,34 @@
 """Text of a file in messages, on a terminal and in a model card.
 
 What a file says may hold escape sequences of a terminal, line breaks or megabytes of text. A
-message shows such characters as escapes, and shortens long text.
+message shows such characters as escapes, and shortens long text. The name of a base model may be
+an address with a password or a token in it, which is left out.
 """
+
+import re
 
 # longest text that is quoted in a message, and longest name that a tensor or module may have
 QUOTED = 200
 LONGEST_NAME = 1000
+
+# scheme://user:password@, scheme://token@ and user:password@, up to the @; lengths are bounded so
+# that no text takes long
+_USER = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,20}://)?"
+    r"(?:(?<=://)[^/\s@]{0,300}|[^\s/@:'\"`]{1,100}:[^\s@]{1,300})@"
+)
+# ...?token=..., and other parameters of an address that give access
+_PARAMETER = re.compile(
+    r"([?&;#][^=&;#\s]{0,60}(?:token|key|secret|passw|auth|sig|credential)[^=&;#\s]{0,60}=)"
+    r"[^&;#\s]+",
+    re.IGNORECASE,
+)
+# tokens of Hugging Face, GitHub, GitLab and others
+_TOKEN = re.compile(
+    r"\b(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[A-Za-z0-9_-]{20,}", re.IGNORECASE
+)
+# characters beyond those that are shown in which a credential is looked for
+_MARGIN = 1000
 
 
 def shown(value: object, limit: int = QUOTED) -> str:
@@ -20,7 +42,11 @@ def shown(value: object, limit: int = QUOTED) -> str:
     length = len(text)
     if length > limit:
         half = limit // 2
-        text = f"{text[:half]} ... {text[length - half :]}"
+        head = without_credentials(text[: half + _MARGIN])
+        tail = without_credentials(text[-half - _MARGIN :])
+        text = f"{head[:half]} ... {tail[len(tail) - half :]}"
+    else:
+        text = without_credentials(text)
     if not text.isprintable():
         text = "".join(_escaped(character) for character in text)
     if length > limit:
@@ -34,6 +60,13 @@ def quoted(value: object, limit: int = QUOTED) -> str:
         # repr escapes what is not printable
         return shown(repr(value), limit)
     return shown(value, limit)
+
+
+def without_credentials(text: str) -> str:
+    """A text without the passwords and tokens of addresses; other text stays as it is."""
+    text = _USER.sub(lambda match: match["scheme"] or "", text)
+    text = _PARAMETER.sub(r"\1...", text)
+    return _TOKEN.sub("...", text)
 
 
 def is_plain(name: str) -> bool:

@@ -19,6 +19,12 @@ from helpers import experts_paths, moe_lora, tiny_model
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"]
 # gate and up rows alternate in these, [gate; up] in the others
 INTERLEAVED = {"gpt_oss"}
+# (family, format) -> what the refusal says: a server would misread the format
+MISREAD = {
+    ("gpt_oss", "sglang_3d"): "alternates them",
+    ("mixtral", "vllm_3d"): "block_sparse_moe.experts",
+    ("nemotron_h", "vllm_3d"): "have no gate",
+}
 PREFIX = "base_model.model."
 # names of one expert's projections in published checkpoints
 DEFAULT_LEAVES = ("gate_proj", "up_proj", "down_proj")

@@ -80,7 +80,7 @@ def test_convert_verify_and_back(qwen, tmp_path):
     found = answer("verify", qwen.ours, qwen.config, tmp_path / "p")
     assert found["ok"]
     assert found["max_error"] == 0
-    assert found["compared"] == 2 * 2 * 2
+    assert found["compared"] == 2 * 2 * E
     assert answer("verify", qwen.ours, qwen.config)["ok"]
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from convert.adapters import (
     FAMILIES,
-    INTERLEAVED,
+    MISREAD,
     PREFIX,
     READ_BY_PEFT,
     UPDATE_READERS,
@@ -59,8 +59,8 @@ def load(case, folder):
 
 @every_format
 def test_there_and_back_is_bit_for_bit(case, to, tmp_path):
-    if to == "sglang_3d" and case.family in INTERLEAVED:
-        with pytest.raises(RefusedError, match="alternates gate and up"):
+    if (case.family, to) in MISREAD:
+        with pytest.raises(RefusedError, match=MISREAD[case.family, to]):
             convert_adapter(case.ours, tmp_path / to, to=to, base_config=case.config)
         assert not list(tmp_path.iterdir())
         return
@@ -76,7 +76,7 @@ def test_there_and_back_is_bit_for_bit(case, to, tmp_path):
 
 @every_format
 def test_the_readers_find_our_update(case, to, tmp_path):
-    if to == "sglang_3d" and case.family in INTERLEAVED:
+    if (case.family, to) in MISREAD:
         return
     convert_adapter(case.ours, tmp_path / to, to=to, base_config=case.config)
     found = UPDATE_READERS[to](tmp_path / to, case)
@@ -93,8 +93,8 @@ def test_peft_loads_ours_without_knowing_of_us(made, tmp_path):
     for family in FAMILIES:
         case = made(family)
         for to in ("peft", "per_expert", "vllm_3d"):
-            if (family, to) == ("gpt_oss", "per_expert"):
-                continue  # PEFT has no per-expert form of it; the conversion says so, see below
+            if (family, to) == ("gpt_oss", "per_expert") or (family, to) in MISREAD:
+                continue  # PEFT has no per-expert form of gpt_oss
             folder = tmp_path / family / to
             convert_adapter(case.ours, folder, to=to, base_config=case.config)
             todo.append([family, str(folder)])
@@ -361,11 +361,8 @@ def test_verify_catches_a_mix_up_of_orders_and_of_experts(case, tmp_path):
     rewrite(tmp_path / "peft", lambda state: reorder_B(state, count))
     rewrite(tmp_path / "per_expert", lambda state: swap_experts(state, r"experts\.(\d+)\."))
     for wrong in ("peft", "per_expert"):
-        errors = [
-            verify_adapter(case.ours, case.config, tmp_path / wrong, seed=seed).max_error
-            for seed in range(2)
-        ]
-        assert max(errors) > 0.3, wrong
+        found = verify_adapter(case.ours, case.config, tmp_path / wrong)
+        assert found.max_error > 0.3, wrong
 
 
 def test_the_readers_catch_the_same_mistakes(qwen, tmp_path):
@@ -425,9 +422,9 @@ def test_attention_router_and_saved_modules_travel(qwen, tmp_path):
     for to in ("peft", "per_expert"):
         done = convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=qwen.config)
         assert_close(outputs(load(qwen, tmp_path / to)), outputs(model), TOLERANCE, "logits")
-    assert any("modules_to_save" in note for note in done.notes)
+    assert any("LoRA alone" in note for note in done.notes)
     for to in ("vllm_3d", "sglang_3d"):
-        with pytest.raises(RefusedError, match=r"modules_to_save|saved whole"):
+        with pytest.raises(RefusedError, match="loads LoRA alone"):
             convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=qwen.config)
 
 
@@ -439,7 +436,7 @@ def test_a_router_of_pefts_travels(qwen, tmp_path, with_base):
     )
     base_config = qwen.config if with_base else None
     assert [n for n in tensors(tmp_path / "theirs") if "mlp.gate.lora_A" in n]
-    for to in ("moe_lora", "peft", "vllm_3d", *(["per_expert"] if with_base else [])):
+    for to in ("moe_lora", "peft", *(["vllm_3d", "per_expert"] if with_base else [])):
         convert_adapter(tmp_path / "theirs", tmp_path / to, to=to, base_config=base_config)
         assert_close(outputs(load(qwen, tmp_path / to)), outputs(theirs), TOLERANCE, to)
     assert config_of(tmp_path / "moe_lora")["rank_pattern"] == {"gate": 2}
@@ -454,7 +451,7 @@ def test_a_router_of_ours_travels_and_comes_back(qwen, tmp_path, with_base):
     targets = ["experts", "gate", "q_proj", "v_proj"]
     ours = save_ours(qwen.base, tmp_path / "ours", target_modules=targets, rank_pattern={"gate": 2})
     base_config = qwen.config if with_base else None
-    for to in ("moe_lora", "peft", "vllm_3d", *(["per_expert"] if with_base else [])):
+    for to in ("moe_lora", "peft", *(["vllm_3d", "per_expert"] if with_base else [])):
         convert_adapter(tmp_path / "ours", tmp_path / to, to=to, base_config=base_config)
         assert_close(outputs(load(qwen, tmp_path / to)), outputs(ours), TOLERANCE, to)
         convert_adapter(
@@ -503,7 +500,7 @@ def test_routers_saved_whole_travel_with_what_ends_on_their_name(tmp_path):
         assert_close(outputs(loaded), outputs(model), TOLERANCE, to)
 
 
-def test_what_some_reader_would_refuse_is_said(qwen, made, tmp_path):
+def test_what_some_reader_would_refuse_is_said(qwen, tmp_path):
     save_ours(qwen.base, tmp_path / "q", target_modules=["experts", "q_proj"])
     with pytest.raises(RefusedError, match="q_proj without v_proj"):
         convert_adapter(tmp_path / "q", tmp_path / "out", to="sglang_3d", base_config=qwen.config)
@@ -514,12 +511,6 @@ def test_what_some_reader_would_refuse_is_said(qwen, made, tmp_path):
     save_ours(qwen.base, tmp_path / "r", r=600, randomize=False)
     with pytest.raises(RefusedError, match="ranks up to 512"):
         convert_adapter(tmp_path / "r", tmp_path / "r-out", to="vllm_3d", base_config=qwen.config)
-    oss = made("gpt_oss")
-    done = convert_adapter(oss.ours, tmp_path / "oss", to="per_expert", base_config=oss.config)
-    assert any("PEFT does not read" in note for note in done.notes)
-    assert any("vLLM reads gpt_oss in 3-D" in note for note in done.notes)
-    done = convert_adapter(qwen.ours, tmp_path / "3d", to="vllm_3d", base_config=qwen.config)
-    assert any("not known to read qwen3_moe in 3-D" in note for note in done.notes)
     with pytest.raises(RefusedError, match="--base-config"):
         convert_adapter(qwen.ours, tmp_path / "no-base", to="per_expert")
 

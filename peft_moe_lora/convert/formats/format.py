@@ -8,6 +8,7 @@ from typing import NamedTuple
 from peft import LoraConfig
 
 from ...files.card import CardText
+from ...files.servers import Server
 from ...files.tensor_file import AdapterError, Block
 from ..model import Adapter, Experts, Pair
 from ..source import Slot, Source
@@ -75,13 +76,21 @@ class Format(ABC):
         """The expert tensors of this format in a file.
 
         Raises:
-            AdapterError: if an A has no B, or if a B has no A.
+            AdapterError: if an A has no B, if a B has no A, or if a tensor has two names.
         """
         found: dict[str, dict[SlotName, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
         for key in source.names:
             match = self.key.fullmatch(key)
-            if match:
-                found[match["path"]][self.slot_name(match)][match["side"]] = key
+            if not match:
+                continue
+            sides = found[match["path"]][self.slot_name(match)]
+            if match["side"] in sides:
+                raise AdapterError(
+                    f"{source.file.path}: {source.names[key]} and "
+                    f"{source.names[sides[match['side']]]} are the same tensor under two names; "
+                    "keep one of them."
+                )
+            sides[match["side"]] = key
         return {
             path: {name: _both_sides(source, path, sides) for name, sides in slots.items()}
             for path, slots in found.items()
@@ -94,6 +103,9 @@ class Format(ABC):
     def read(self, source: Source, slots: Slots) -> Read:
         """The updates of the experts; no tensor is loaded.
 
+        Args:
+            source: the adapter.
+            slots: the expert tensors. What is read is taken out; what is left is an error.
         Raises:
             AdapterError: if the tensors do not belong together or do not fit the base model.
             RefusedError: if they can be read in two ways, or if the base model is needed but not
@@ -108,6 +120,10 @@ class Format(ABC):
         """
         return adapter
 
+    def refusals(self, adapter: Adapter) -> dict[Server, str]:
+        """The servers of the format's card that refuse or misread an adapter, and why."""
+        return {}
+
     @abstractmethod
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
         """The tensors of one projection of one experts module."""
@@ -121,8 +137,30 @@ class Format(ABC):
         return {"format": "pt"}
 
     def rename(self, adapter: Adapter, key: str) -> str:
-        """The name that this format writes for a key with the base model's path."""
+        """The name that this format writes for a LoRA tensor's key with the base model's path."""
         return PREFIX + key
+
+    def saved_key(self, adapter: Adapter, name: str) -> str:
+        """The name for a tensor of the base model that the adapter replaces.
+
+        PEFT alone reads such tensors, so the paths are those of transformers. PEFT wraps an adapted
+        layer, whose own tensors are then in base_layer.
+        """
+        path, _, last = name.rpartition(".")
+        if path in adapter.tokens:
+            path += ".token_adapter.base_layer"
+        elif path in adapter.linears:
+            path += ".base_layer"
+        return f"{PREFIX}{path}.{last}"
+
+    def original_key(self, name: str) -> str:
+        """The name for a copy of a tensor of the base model, beside the one that replaces it."""
+        path, _, last = name.rpartition(".")
+        return f"{PREFIX}{path}.original_module.{last}"
+
+    def tokens_key(self, path: str) -> str:
+        """The name for the rows of an embedding that the adapter replaces."""
+        return f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"
 
 
 def _both_sides(source: Source, path: str, sides: dict[str, str]) -> Slot:

@@ -40,7 +40,7 @@ class Ours(Format):
         for path, found in slots.items():
             experts[path] = {}
             for projection in EVERY_PROJECTION:
-                slot = found.get(SlotName(projection))
+                slot = found.pop(SlotName(projection), None)
                 if slot is not None:
                     pair = _read_pair(source, path, slot)
                     experts[path][projection] = source.checked(path, projection, pair)

@@ -142,15 +142,15 @@ def _order_of_B(source: Source) -> tuple[str, list[str]]:
     return "rank_major", []
 
 
-def _projections(source: Source, path: str, slots: Mapping[SlotName, Slot]) -> dict[str, Slot]:
-    """Projection -> its keys. If only one projection is adapted, it has the outer keys."""
+def _projections(source: Source, path: str, slots: dict[SlotName, Slot]) -> dict[str, Slot]:
+    """Projection -> its keys, taken out of `slots`; the outer keys if only one is adapted."""
     if len(slots) == 2:
-        return {"gate_up": slots[_INNER], "down": slots[_OUTER]}
+        return {"gate_up": slots.pop(_INNER), "down": slots.pop(_OUTER)}
     if _OUTER not in slots:
         raise AdapterError(
             f"{source.file.path}: {path} has base_layer.lora_A but not lora_A; the file is damaged."
         )
-    slot = slots[_OUTER]
+    slot = slots.pop(_OUTER)
     targets = source.config.get("target_parameters") or []
     last_names = {target.split(".")[-1] for target in targets}
     possible = {name for name, names in _PARAMETERS.items() if last_names & set(names)}

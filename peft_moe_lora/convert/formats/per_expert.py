@@ -7,23 +7,25 @@ read this format; each of them refuses some adapters that the others accept.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
 
-from ...experts.families import VLLM_3D
 from ...files.card import CardText, loading_with_peft
-from ...files.servers import SGLANG, VLLM
+from ...files.servers import SGLANG, VLLM, Server
 from ...files.tensor_file import AdapterError, Block, RefusedError
 from ..base import BaseModel, need_base
 from ..model import Adapter, Experts, Pair
+from ..serving import sglang_refuses_experts, vllm_needs_mixed, vllm_refuses_experts
 from ..source import Slot, Source
 from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
-from .sglang_3d import query_without_value
 
-# names in published checkpoints -> names in transformers
-_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# name of a part of a projection -> its names in files, for experts with a gate and without one
+_GATED = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3")}
+_UNGATED = {"up_proj": ("up_proj", "w1")}
+_DOWN = {"down_proj": ("down_proj", "w2")}
 
 
 class PerExpert(Format):
@@ -45,8 +47,7 @@ class PerExpert(Format):
     both_projections = True
 
     def slot_name(self, match: re.Match[str]) -> SlotName:
-        leaf = match["slot"]
-        return SlotName(_LEAVES.get(leaf, leaf), int(match["expert"]))
+        return SlotName(match["slot"], int(match["expert"]))
 
     def read(self, source: Source, slots: Slots) -> Read:
         base = need_base(
@@ -56,19 +57,19 @@ class PerExpert(Format):
         experts: Experts = {}
         notes: tuple[str, ...] = ()
         for path, found in slots.items():
-            leaves = _check_complete(source, base, path, found)
+            _check_complete(source, base, path, found)
+            gate_up = _UNGATED
+            if base.experts[path].gated:
+                gate_up = _GATED
             experts[path] = {}
-            if "up_proj" in leaves:
-                parts = ["up_proj"]
-                if base.experts[path].gated:
-                    parts = ["gate_proj", "up_proj"]
-                pair = _read_pair(source, base, path, found, parts)
-                experts[path]["gate_up"] = source.checked(path, "gate_up", pair)
-                if pair.r == 2 * source.rank(f"{path}.0.gate_proj"):
+            for projection, names in (("gate_up", gate_up), ("down", _DOWN)):
+                parts = _take(source, path, found, names)
+                if not parts:
+                    continue
+                pair = _read_pair(source, base, path, parts)
+                experts[path][projection] = source.checked(path, projection, pair)
+                if pair.r == 2 * parts[0].rank:
                     notes = ("gate and up have different A: combined exactly, at twice the rank",)
-            if "down_proj" in leaves:
-                pair = _read_pair(source, base, path, found, ["down_proj"])
-                experts[path]["down"] = source.checked(path, "down", pair)
         return Read(self.name, experts, notes)
 
     def prepare(self, adapter: Adapter) -> Adapter:
@@ -78,7 +79,28 @@ class PerExpert(Format):
         for path, pairs in adapter.experts.items():
             if "gate_up" in pairs and base.experts[path].gated:
                 base.gate_and_up(path)  # raises if the order is not known
-        return adapter.noted(*_refused_elsewhere(adapter, base))
+        refusals = self.refusals(adapter)
+        ignored = _peft_reads_per_expert(base.model_type) is False
+        if ignored and len(refusals) == len(self.card.served_by):
+            raise RefusedError(f"no program reads the result: {'; '.join(refusals.values())}.")
+        notes = list(refusals.values())
+        if ignored:
+            notes.append(
+                f"PEFT does not read per-expert tensors of {base.model_type} but ignores them; "
+                "convert with --to peft for PEFT"
+            )
+        advice = vllm_needs_mixed(base, stacked=False)
+        if advice is not None and VLLM not in refusals:
+            notes.append(advice)
+        return adapter.noted(*notes)
+
+    def refusals(self, adapter: Adapter) -> dict[Server, str]:
+        base = _base_of(adapter)
+        reasons = {
+            VLLM: vllm_refuses_experts(adapter, base),
+            SGLANG: sglang_refuses_experts(adapter, base),
+        }
+        return {server: reason for server, reason in reasons.items() if reason is not None}
 
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
         base = _base_of(adapter)
@@ -135,14 +157,28 @@ def _parts(base: BaseModel, path: str, projection: str) -> dict[str, slice]:
     return {names.gate: gate, names.up: up}
 
 
+class _Part(NamedTuple):
+    """One part of a projection: gate, up or down.
+
+    Attributes:
+        slots: the keys of every expert, in the order of the experts.
+        names: its path in the file, of every expert.
+        rank, scaling: of every expert.
+    """
+
+    slots: list[Slot]
+    names: list[str]
+    rank: int
+    scaling: float
+
+
 def _check_complete(
     source: Source, base: BaseModel, path: str, found: Mapping[SlotName, Slot]
-) -> set[str]:
-    """Check that every projection in the file is there for every expert; return their names.
+) -> None:
+    """Check that every part in the file is there for every expert.
 
     Raises:
-        AdapterError: if the base model has no such module, or if experts or projections are
-            missing.
+        AdapterError: if the base model has no such module, or if experts or parts are missing.
     """
     if path not in base.experts:
         raise AdapterError(
@@ -154,28 +190,53 @@ def _check_complete(
     every = [SlotName(leaf, e) for e in range(layout.num_experts) for leaf in leaves]
     missing = [name for name in every if name not in found]
     beyond = sorted({e for _, e in found if e is not None and e >= layout.num_experts})
+    halves = {name for name, others in _GATED.items() if set(others) & set(leaves)}
     wrong = ""
     if missing:
         leaf, e = missing[0]
         wrong = f"misses {leaf} of expert {e} and {len(missing) - 1} more"
     elif beyond:
         wrong = f"has experts {beyond}"
-    elif layout.gated and ("gate_proj" in leaves) != ("up_proj" in leaves):
+    elif layout.gated and len(halves) == 1:
         wrong = "has only one of gate_proj and up_proj"
     if wrong:
         raise AdapterError(
             f"{source.file.path}: {path} {wrong}; the model has {layout.num_experts} experts."
         )
-    return set(leaves)
 
 
-def _read_pair(
+def _take(
     source: Source,
-    base: BaseModel,
     path: str,
-    found: Mapping[SlotName, Slot],
-    parts: Sequence[str],
-) -> Pair:
+    found: dict[SlotName, Slot],
+    names: Mapping[str, Sequence[str]],
+) -> list[_Part]:
+    """The parts of a projection, taken out of `found`; none if the file does not adapt it.
+
+    Args:
+        source: the adapter.
+        path: path of the experts module.
+        found: its expert tensors.
+        names: name of a part -> its names in files, of which a file has one.
+    Raises:
+        AdapterError: if a shape differs from that of expert 0.
+        RefusedError: if a scaling differs from that of expert 0.
+    """
+    parts = []
+    held = {name.name for name in found}
+    for others in names.values():
+        leaf = next((name for name in others if name in held), None)
+        if leaf is None:
+            continue
+        ids = sorted(e for name, e in found if name == leaf and e is not None)
+        slots = [found.pop(SlotName(leaf, e)) for e in ids]
+        paths = [f"{path}.{e}.{leaf}" for e in ids]
+        parts.append(_Part(slots, paths, source.rank(paths[0]), source.scaling(paths[0])))
+    _check_alike(source, parts)
+    return parts
+
+
+def _read_pair(source: Source, base: BaseModel, path: str, parts: Sequence[_Part]) -> Pair:
     """The pair of a projection, combined from one or two parts of every expert.
 
     If gate and up share A, the rows of B_gate and B_up become the rows of one B. If they do not, A
@@ -183,17 +244,16 @@ def _read_pair(
     A_up, and the rows of up are zero in the columns of A_gate.
     """
     E = base.experts[path].num_experts
-    r = source.rank(f"{path}.0.{parts[0]}")
-    first = found[SlotName(parts[0], 0)]
+    first = parts[0].slots[0]
+    r = parts[0].rank
     K = source.info(first.A).shape[-1]
     width = source.info(first.B).shape[0]
-    _check_alike(source, path, found, parts, r)
     rows: Sequence[slice] = [slice(None)]
     if len(parts) == 2:
         rows = base.gate_and_up(path)
     rank = r
     ranks = [slice(0, r)] * len(parts)
-    if not _share_A(source, found, parts, E):
+    if not _share_A(source, parts):
         rank = 2 * r
         ranks = [slice(0, r), slice(r, 2 * r)]
     dtype = source.info(first.A).dtype
@@ -201,9 +261,8 @@ def _read_pair(
     def load() -> tuple[torch.Tensor, torch.Tensor]:
         A = torch.empty(E, rank, K, dtype=dtype)
         B = torch.zeros(E, width * len(parts), rank, dtype=dtype)
-        for e in range(E):
-            for part, part_rows, part_ranks in zip(parts, rows, ranks, strict=True):
-                slot = found[SlotName(part, e)]
+        for part, part_rows, part_ranks in zip(parts, rows, ranks, strict=True):
+            for e, slot in enumerate(part.slots):
                 A[e, part_ranks] = source.load(slot.A)
                 B[e, part_rows, part_ranks] = source.load(slot.B)
         return A, B
@@ -213,55 +272,52 @@ def _read_pair(
         r=rank,
         in_features=K,
         out_features=width * len(parts),
-        scaling=source.scaling(f"{path}.0.{parts[0]}"),
+        scaling=parts[0].scaling,
         dtype=dtype,
         load=load,
     )
 
 
-def _check_alike(
-    source: Source,
-    path: str,
-    found: Mapping[SlotName, Slot],
-    parts: Sequence[str],
-    r: int,
-) -> None:
-    """Check that all experts have the shapes and the scaling of expert 0.
+def _check_alike(source: Source, parts: Sequence[_Part]) -> None:
+    """Check that all experts, and gate and up, have the shapes and the scaling of expert 0.
 
     Raises:
         AdapterError: if a shape differs.
         RefusedError: if a scaling differs.
     """
-    first = found[SlotName(parts[0], 0)]
-    scaling = source.scaling(f"{path}.0.{parts[0]}")
-    right = [[r, source.info(first.A).shape[-1]], [source.info(first.B).shape[0], r]]
-    for (leaf, e), slot in found.items():
-        if leaf not in parts:
-            continue
-        shapes = [list(source.info(key).shape) for key in slot]
-        if shapes != right:
-            raise AdapterError(
-                f"{source.file.path}: {path}, {leaf} of expert {e} has A and B of {shapes} "
-                f"instead of {right} (r={r} of adapter_config.json, sizes of expert 0)."
-            )
-        if source.scaling(f"{path}.{e}.{leaf}") != scaling:
-            raise RefusedError(
-                f"{source.file.path}: {path}, {leaf} of expert {e} has another scaling than expert "
-                "0, but the experts of a module must have the same scaling."
-            )
+    for part in parts:
+        first = parts[0].slots[0]
+        r = parts[0].rank
+        right = [[r, source.info(first.A).shape[-1]], [source.info(first.B).shape[0], r]]
+        for slot, name in zip(part.slots, part.names, strict=True):
+            shapes = [list(source.info(key).shape) for key in slot]
+            if shapes != right:
+                raise AdapterError(
+                    f"{source.file.path}: {_described(name)} has A and B of {shapes} instead of "
+                    f"{right} (r={r} of adapter_config.json, sizes of expert 0)."
+                )
+            if source.scaling(name) != parts[0].scaling:
+                raise RefusedError(
+                    f"{source.file.path}: {_described(name)} has another scaling than expert 0, "
+                    "but the experts of a module must have the same scaling."
+                )
 
 
-def _share_A(
-    source: Source, found: Mapping[SlotName, Slot], parts: Sequence[str], num_experts: int
-) -> bool:
+def _described(name: str) -> str:
+    """The path of a part of one expert, in words."""
+    path, expert, leaf = name.rsplit(".", 2)
+    return f"{path}, {leaf} of expert {expert}"
+
+
+def _share_A(source: Source, parts: Sequence[_Part]) -> bool:
     """Whether the parts of every expert have the same A."""
     if len(parts) == 1:
         return True
-    for e in range(num_experts):
-        gate, up = (source.load(found[SlotName(part, e)].A) for part in parts)
-        if not torch.equal(gate, up):
-            return False
-    return True
+    gate, up = (part.slots for part in parts)
+    return all(
+        torch.equal(source.load(one.A), source.load(other.A))
+        for one, other in zip(gate, up, strict=True)
+    )
 
 
 def _peft_reads_per_expert(model_type: str) -> bool | None:
@@ -274,27 +330,3 @@ def _peft_reads_per_expert(model_type: str) -> bool | None:
     except ImportError:
         return None
     return _MODEL_TO_CONVERSION_PATTERN.get(model_type) in _MOE_FUSED_TARGETS
-
-
-def _refused_elsewhere(adapter: Adapter, base: BaseModel) -> Iterator[str]:
-    """Notes on what one of the format's readers would refuse or ignore."""
-    if _peft_reads_per_expert(base.model_type) is False:
-        yield (
-            f"PEFT does not read per-expert tensors of {base.model_type} but ignores them; convert "
-            "with --to peft for PEFT"
-        )
-    if base.model_type in VLLM_3D:
-        yield (
-            f"vLLM reads {base.model_type} in 3-D: convert to vllm_3d, or serve with "
-            "--enable-mixed-moe-lora-format and is_3d_lora_weight false"
-        )
-    if adapter.carried:
-        yield (
-            f"vLLM and SGLang refuse adapters with modules_to_save ({adapter.carried[0]}); PEFT "
-            "loads them"
-        )
-    if VLLM.allocated(max(layer.r for layer in adapter.layers())) is None:
-        yield f"vLLM takes ranks up to {VLLM.ranks[-1]}"
-    lonely = query_without_value(adapter.linears)
-    if lonely is not None:
-        yield f"SGLang does not load q_proj without v_proj ({lonely})"

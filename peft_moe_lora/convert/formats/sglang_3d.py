@@ -5,8 +5,7 @@ modules that are saved whole, or q_proj without v_proj.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from peft import LoraConfig
@@ -16,6 +15,7 @@ from ...files.servers import SGLANG
 from ...files.tensor_file import AdapterError, Block, RefusedError
 from ..base import need_base
 from ..model import Adapter, Experts, Pair
+from ..serving import sglang_refuses_stacks
 from ..source import Slot, Source
 from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
@@ -49,33 +49,23 @@ class Sglang3d(Format):
         for path, found in slots.items():
             experts[path] = {}
             for leaf, projection in _PROJECTIONS.items():
-                slot = found.get(SlotName(leaf))
+                # gate_up_proj and up_proj are one projection: only one of them is read
+                if projection in experts[path]:
+                    continue
+                slot = found.pop(SlotName(leaf), None)
                 if slot is not None:
                     pair = _read_pair(source, f"{path}.{leaf}", slot)
                     experts[path][projection] = source.checked(path, projection, pair)
         return Read(self.name, experts)
 
     def prepare(self, adapter: Adapter) -> Adapter:
-        if adapter.carried:
-            raise RefusedError(
-                "SGLang does not load modules saved whole, but this adapter holds "
-                f"{adapter.carried[0]}; merge it into the base model instead (peft-moe-lora merge)."
-            )
         base = need_base(
             adapter.base,
             "SGLang reads gate_up as [gate; up], so the base's row order must be known",
         )
-        if any(base.interleaved[path] for path in adapter.experts):
-            raise RefusedError(
-                f"{base.model_type} alternates gate and up rows, but SGLang's 3-D reader takes "
-                "[gate; up]; convert to per_expert instead."
-            )
-        lonely = query_without_value(adapter.linears)
-        if lonely is not None:
-            raise RefusedError(
-                f"SGLang does not load q_proj without v_proj, but {lonely} has only q_proj; train "
-                "both, or convert without q_proj."
-            )
+        refusal = sglang_refuses_stacks(adapter, base)
+        if refusal is not None:
+            raise RefusedError(f"{refusal}.")
         return adapter
 
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
@@ -94,18 +84,6 @@ class Sglang3d(Format):
             **common_fields(adapter, adapter.linears),
             target_modules=["gate_up_proj", "down_proj", *short_names(adapter, adapter.linears)],
         )
-
-
-def query_without_value(paths: Iterable[str]) -> str | None:
-    """The first block whose q_proj is adapted but not its v_proj, which SGLang does not load."""
-    names_of_block: dict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        block, _, name = path.rpartition(".")
-        names_of_block[block].add(name)
-    for block, names in names_of_block.items():
-        if "q_proj" in names and "v_proj" not in names:
-            return block
-    return None
 
 
 def _read_pair(source: Source, name: str, slot: Slot) -> Pair:

@@ -1,0 +1,127 @@
+"""What a server would refuse or misread, and what to do instead.
+
+Each function returns a sentence that begins with the server's name, or None if the server reads the
+adapter. They say what the loaders of vLLM 0.33 and SGLang 0.5.23 do.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from ..experts.families import VLLM_3D, VLLM_NO_EXPERT_BY_EXPERT
+from ..files.servers import SGLANG, VLLM
+from .base import BaseModel
+from .model import Adapter
+
+_MERGE = "merge it into the base model instead (peft-moe-lora merge)"
+
+
+def vllm_refuses(adapter: Adapter) -> str | None:
+    """What vLLM refuses in every format."""
+    held = adapter.without_lora()
+    if held:
+        return _lora_alone(VLLM.name, held[0])
+    rank = max(layer.r for layer in adapter.layers())
+    if VLLM.allocated(rank) is None:
+        return (
+            f"vLLM accepts ranks up to {VLLM.ranks[-1]}, but this adapter has rank {rank}; {_MERGE}"
+        )
+    return None
+
+
+def vllm_refuses_stacks(adapter: Adapter, base: BaseModel) -> str | None:
+    """What vLLM refuses or misreads with all experts in one tensor (3-D)."""
+    if base.architecture in VLLM_3D:
+        return vllm_refuses(adapter)
+    if base.hub_names.block != "mlp":
+        return (
+            f"vLLM names the experts of {base.architecture} {base.hub_names.block}.experts and "
+            "ignores this format without an error; convert to per_expert instead"
+        )
+    if not _is_gated(adapter, base):
+        return (
+            f"vLLM misreads this format for {base.architecture}, whose experts have no gate; "
+            "convert to per_expert instead"
+        )
+    return vllm_refuses(adapter)
+
+
+def vllm_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
+    """What vLLM refuses or misreads with tensors of each expert (2-D)."""
+    if base.architecture in VLLM_NO_EXPERT_BY_EXPERT:
+        return (
+            f"vLLM does not find the experts of {base.architecture} in this format; convert to "
+            "vllm_3d for it"
+        )
+    return vllm_refuses(adapter)
+
+
+def vllm_needs_mixed(base: BaseModel, stacked: bool) -> str | None:
+    """The options with which vLLM reads a format that is not the model's own."""
+    if stacked == (base.architecture in VLLM_3D):
+        return None
+    own = "per_expert"
+    if not stacked:
+        own = "vllm_3d"
+    return (
+        f"vLLM reads {base.architecture} as {own}: convert to that, or serve with "
+        f"--enable-mixed-moe-lora-format and is_3d_lora_weight {str(stacked).lower()}"
+    )
+
+
+def sglang_refuses(adapter: Adapter) -> str | None:
+    """What SGLang refuses in every format."""
+    held = adapter.without_lora()
+    if held:
+        return _lora_alone(SGLANG.name, held[0])
+    for path, layer in adapter.linears.items():
+        if layer.is_router:
+            return f"SGLang has no LoRA on routers, but this adapter adapts {path}; {_MERGE}"
+    lonely = _query_without_value(adapter.linears)
+    if lonely is not None:
+        return (
+            f"SGLang does not load q_proj without v_proj, but {lonely} has q_proj alone; {_MERGE}"
+        )
+    return None
+
+
+def sglang_refuses_stacks(adapter: Adapter, base: BaseModel) -> str | None:
+    """What SGLang refuses or misreads with all experts in one tensor (3-D)."""
+    if any(base.interleaved[path] for path in adapter.experts):
+        return (
+            f"SGLang takes the rows of gate_up as [gate; up], but {base.model_type} alternates "
+            "them; convert to per_expert instead"
+        )
+    return sglang_refuses(adapter)
+
+
+def sglang_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
+    """What SGLang refuses or misreads with tensors of each expert (2-D)."""
+    names = (base.hub_names.gate, base.hub_names.up, base.hub_names.down)
+    if names != ("gate_proj", "up_proj", "down_proj") or not _is_gated(adapter, base):
+        return (
+            f"SGLang does not take {base.architecture} in this format; convert to sglang_3d for it"
+        )
+    return sglang_refuses(adapter)
+
+
+def _lora_alone(server: str, key: str) -> str:
+    remedy = _MERGE
+    if key.endswith(".base_layer.weight"):
+        remedy = "save it again with save_embedding_layers=False if the vocabulary has its old size"
+    return f"{server} loads LoRA alone, but this adapter holds {key}; {remedy}"
+
+
+def _is_gated(adapter: Adapter, base: BaseModel) -> bool:
+    return all(base.experts[path].gated for path in adapter.experts)
+
+
+def _query_without_value(paths: Iterable[str]) -> str | None:
+    """The first block whose q_proj is adapted but not its v_proj."""
+    names_of_block: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        block, _, name = path.rpartition(".")
+        names_of_block[block].add(name)
+    for block, names in names_of_block.items():
+        if "q_proj" in names and "v_proj" not in names:
+            return block
+    return None
