@@ -51,6 +51,10 @@ class MoELoraModel(LoraModel):
             model. The model is left unchanged.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        install_around(self)
+
     # ---- targets -------------------------------------------------------------------------------
 
     def _prepare_adapter_config(
@@ -263,9 +267,6 @@ class MoELoraModel(LoraModel):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         logger.info("adapter %r: %s", adapter_name, self.summary(adapter_name))
-        if len(self.peft_config) == 1:
-            # with more adapters, the PeftModel is there already
-            install_around(self)
 
     def summary(self, adapter_name: str | None = None) -> str:
         """Count what an adapter adapts: experts, routers, other layers, modules saved whole.

@@ -14,6 +14,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.modules.module import _global_module_registration_hooks
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 import peft_moe_lora
@@ -121,6 +122,21 @@ def test_copies_print_their_own_counts(capsys):
     for twin in copies:
         twin.print_trainable_parameters()
         assert f"2 experts modules, {2 * E} experts" in capsys.readouterr().out
+
+
+def test_a_base_adapted_again_prints_its_counts(capsys):
+    """PEFT leaves the configurations of the first model on the base."""
+    base = moe_lora(tiny_model(), adapter_name="first").merge_and_unload()
+    again = moe_lora(base, adapter_name="second")
+    again.print_trainable_parameters()
+    assert f"2 experts modules, {2 * E} experts" in capsys.readouterr().out
+
+
+def test_more_adapters_leave_no_hooks_behind():
+    model = moe_lora(tiny_model())
+    before = len(_global_module_registration_hooks)
+    model.add_adapter("second", MoELoraConfig(target_modules=["experts"]))
+    assert len(_global_module_registration_hooks) == before
 
 
 def test_attaching_says_what_got_an_adapter(caplog):
