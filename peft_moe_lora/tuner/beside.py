@@ -107,7 +107,7 @@ class Beside:
             return None
         if found is None:
             return None
-        base = _base_module(found)
+        base = base_module(found)
         return next((path for path, module in self.modules.items() if module is base), None)
 
     # ---- checks --------------------------------------------------------------------------------
@@ -179,6 +179,25 @@ class Beside:
                 f"trainable_token_indices must name rows of {path}, each once, from 0 to "
                 f"{weight.shape[0] - 1}; got {quoted(ids)}. If the tokens are new, call "
                 "model.resize_token_embeddings first."
+            )
+
+    def check_tokens_of(self, name: str, other: "Beside") -> None:
+        """Check that another adapter has trained rows in the same embeddings.
+
+        PEFT looks for rows of every adapter in every embedding that has rows of one.
+
+        Args:
+            name: name of the other adapter.
+            other: what the other adapter trains beside its targets.
+        Raises:
+            ValueError: if it has not.
+        """
+        if {*self.tokens, *self.tied} != {*other.tokens, *other.tied}:
+            raise ValueError(
+                f"trainable_token_indices: adapter {quoted(name)} trains rows of "
+                f"{sorted(other.tokens)}, this one of {sorted(self.tokens)}, and PEFT can neither "
+                "save nor load one beside the other. Let both train rows of the same embeddings, "
+                "or load each adapter into a model of its own."
             )
 
     def _check_unadapted(self, field: str, path: str) -> None:
@@ -271,13 +290,14 @@ class Beside:
 
 def _base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) of the model as it is without adapters."""
-    base = _base_module(module)
+    base = base_module(module)
     yield path, base
     for name, child in base.named_children():
         yield from _base_modules(child, f"{path}.{name}".removeprefix("."))
 
 
-def _base_module(module: nn.Module) -> nn.Module:
+def base_module(module: nn.Module) -> nn.Module:
+    """The module inside PEFT's layers and wrappers."""
     while True:
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()

@@ -31,6 +31,7 @@ from .peft_model import install_around
 from .refusals import refuse_subtraction
 from .router import MoELoraRouter
 from .summary import summarize
+from .ties import check_may_merge, untie
 from .weighted import Mixture
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class MoELoraModel(LoraModel):
             dtype = checkpoint.narrowest_dtype(self.model)
             targets = checkpoint.Targets(adapted, others, beside.tensors(others), dtype)
             checkpoint.check_file(self._renamed(file, config, load), targets, config)
+        for name, other in self.peft_config.items():
+            if isinstance(other, MoELoraConfig) and other is not config:
+                beside.check_tokens_of(name, Beside(self.model, other))
         return config
 
     def _renamed(self, file: AdapterFile, config: MoELoraConfig, load: Load | None) -> AdapterFile:
@@ -341,13 +345,33 @@ class MoELoraModel(LoraModel):
 
     # ---- merging -------------------------------------------------------------------------------
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         """Merge adapters into the base weights, as PEFT does.
 
         Every process must call this if the model is sharded.
+
+        Raises:
+            ValueError: if an adapter changes a weight that the embedding and the head share.
         """
+        check_may_merge(self.model, adapter_names or self.active_adapters)
         sharding.reshard(self.model)
-        super().merge_adapter(*args, **kwargs)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Merge adapters and return the plain model, as PEFT does.
+
+        A head that shares its weight with the embedding gets a weight of its own if the adapters
+        change one of the two, or each in its own way.
+        """
+        untie(self.model, adapter_names or self.active_adapters)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Subtract all merged adapters, as PEFT does; every process must call this if sharded."""

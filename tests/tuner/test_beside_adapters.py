@@ -167,6 +167,7 @@ CASES = {
     "LoRA on both": ({TARGETS: ["experts", *BOTH]}, {}),
     "LoRA on the head": ({TARGETS: ["experts", "lm_head"]}, {}),
     "LoRA on both of a tied base": ({TARGETS: ["experts", *BOTH]}, TIED),
+    "LoRA on a tied embedding": ({TARGETS: ["experts", "embed_tokens"]}, TIED),
     "both, as they were": ({WHOLE: BOTH}, {"resized": False}),
     "tokens, as they were": ({TOKENS: [5, 9]}, {"resized": False}),
     "LoRA on both, as they were": ({TARGETS: ["experts", *BOTH]}, {"resized": False}),
@@ -196,6 +197,8 @@ def test_trained_saved_and_loaded(case, bases, tmp_path):
     loaded = base()
     loaded.load_adapter(str(tmp_path))
     assert_close(run(loaded), expected, FP32)
+    if TOKENS in settings:
+        return
     second = moe_lora(base(), target_modules=["experts"])
     second.load_adapter(tmp_path, "second")
     second.set_adapter("second")
@@ -334,3 +337,94 @@ def test_a_second_adapter_cannot_train_what_the_first_one_adapts(settings, bases
         model.add_adapter("second", config)
     assert_unchanged(model, before)
     assert list(model.peft_config) == ["default"]
+
+
+# ---- merging, deleting and several adapters ------------------------------------------------------
+
+SHARED = ["other tokens of a tied head", "LoRA on both of a tied base", "LoRA on a tied embedding"]
+
+
+@every_case
+def test_merged_and_saved_as_a_plain_model(case, bases, tmp_path):
+    settings, changes = CASES[case]
+    model = trained(bases(**changes), **settings)
+    expected = run(model)
+    before = model.get_base_model().config.tie_word_embeddings
+    whole = model.merge_and_unload()
+    assert_close(run(whole), expected, FP32)
+    whole.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert_close(run(again), expected, FP32)
+    weights = [again.get_input_embeddings().weight, again.get_output_embeddings().weight]
+    if before and case in ("tokens of a tied base", "tokens of both of a tied base"):
+        assert weights[0] is weights[1], "nothing had to be untied"
+
+
+@pytest.mark.parametrize("case", [*SHARED, "both", "tokens of a tied base", "LoRA everywhere"])
+def test_merged_in_place_and_back(case, bases):
+    settings, changes = CASES[case]
+    base = bases(**changes)
+    model = trained(base, **settings)
+    expected = run(model)
+    if case in SHARED:
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="the embedding and the head share one weight"):
+            model.merge_adapter()
+        assert_unchanged(model, before)
+        return
+    model.merge_adapter()
+    assert_close(run(model), expected, FP32)
+    model.unmerge_adapter()
+    assert_close(run(model), expected, FP32)
+
+
+ONE = {WHOLE: ["lm_head"]}
+# fmt: off
+PAIRS = {
+    "a head and attention": (ONE, {TARGETS: ["experts", "q_proj"]}),
+    "a head and another head": (ONE, {WHOLE: ["lm_head", "q_proj"]}),
+    "tokens and other tokens": ({TOKENS: [5, 9]}, {TOKENS: [7, 9, 3], **ONE}),
+    "an embedding and both": ({WHOLE: ["embed_tokens"]}, {WHOLE: BOTH}),
+    "LoRA and LoRA": ({TARGETS: ["experts", *BOTH]}, {TARGETS: ["experts", *BOTH]}),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_adapters_with_other_things_beside_them_stand_side_by_side(pair, bases, tmp_path):
+    expected = {}
+    for name, settings in zip(["first", "second"], PAIRS[pair], strict=True):
+        model = trained(bases(), seed=len(name), **settings)
+        expected[name] = run(model)
+        model.save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(bases(), tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", "second")
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        assert_close(run(model), expected[name], FP32, name)
+    with model.disable_adapter():
+        assert_close(run(model), run(bases()), FP32)
+    model.save_pretrained(tmp_path / "both")
+    for name in ("first", "second"):
+        loaded = PeftModel.from_pretrained(bases(), tmp_path / "both" / name)
+        assert_close(run(loaded), expected[name], FP32, name)
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    assert_close(run(model), expected["second"], FP32)
+    assert_close(run(model.merge_and_unload()), expected["second"], FP32)
+
+
+@pytest.mark.parametrize("settings", [({TOKENS: [5]}, {}), ({}, {TOKENS: [5]})], ids=str)
+def test_tokens_of_one_adapter_alone_are_refused(settings, bases, tmp_path):
+    """PEFT stops with a KeyError: when it loads the second one, or when it saves the first."""
+    first, second = settings
+    trained(bases(), **second).save_pretrained(tmp_path)
+    model = trained(bases(), **first)
+    before = snapshot(model)
+    for add in (
+        lambda: model.load_adapter(tmp_path, "second"),
+        lambda: model.add_adapter("second", MoELoraConfig(target_modules=["experts"], **second)),
+    ):
+        with pytest.raises(ValueError, match=r"adapter 'default' trains rows of .* its own"):
+            add()
+        assert_unchanged(model, before)
