@@ -123,24 +123,28 @@ def killed_at_every_step(run, kinds=None):
 
 
 def killed_at_random(run, times, prepare):
-    """Kill a run at random moments; yields after each run whether it was killed.
+    """Kill a run at random moments until it was killed so often; yields after each run whether.
 
-    Args:
-        run: what to kill.
-        times: how often.
-        prepare: called before each run.
+    A run that ends before its moment comes is not killed.
     """
+    chance = random.Random(0)
+    shortest = min(_seconds(run, prepare) for _ in range(3))
+    killed = 0
+    while killed < times:
+        prepare()
+        pid = in_child(run)
+        time.sleep(chance.uniform(0, shortest))
+        os.kill(pid, signal.SIGKILL)
+        is_dead = is_killed(pid)
+        killed += is_dead
+        yield is_dead
+
+
+def _seconds(run, prepare):
     prepare()
     start = time.perf_counter()
     assert not is_killed(in_child(run))
-    longest = 1.1 * (time.perf_counter() - start)
-    chance = random.Random(0)
-    for _ in range(times):
-        prepare()
-        pid = in_child(run)
-        time.sleep(chance.uniform(0, longest))
-        os.kill(pid, signal.SIGKILL)
-        yield is_killed(pid)
+    return time.perf_counter() - start
 
 
 def tree(folder):
