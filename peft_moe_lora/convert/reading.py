@@ -21,7 +21,7 @@ from ..files.config_fields import (
     is_rank,
 )
 from ..files.folders import check_own_file
-from ..files.tensor_file import AdapterError, FilePath, RefusedError, TensorFile, read_json
+from ..files.tensor_file import AdapterError, FilePath, TensorFile, read_json
 from ..files.text import quoted, shown
 from ..files.writing import CONFIG_NAME, check_saved
 from ..tuner.config import checked_indices
@@ -30,6 +30,7 @@ from .formats import PREFIX, READERS, Format
 from .formats.format import Slots
 from .linears import natural, read_linears
 from .model import Adapter, Experts, LinearPair, Pair
+from .options import left_out, refuse_options
 from .saved import read_saved
 from .source import Source
 
@@ -37,8 +38,6 @@ from .source import Source
 _INSIDE = r"\.(?:lora_|base_layer\.|token_adapter\.|original_module\.|modules_to_save\.)"
 # the path of an experts module, or of a wrapped module, or of a tensor's module
 _MODULE_PATH = re.compile(rf"(.*\bexperts)(?=\.)|(.*?)(?={_INSIDE})|(.*)(?=\.)")
-# options of LoRA that change the computation and that no format can express
-_REFUSED_OPTIONS = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
 
 
 def open_adapter(
@@ -79,7 +78,7 @@ def open_adapter(
         originals=beside.originals,
         tokens=beside.tokens,
         base=base,
-        notes=read.notes,
+        notes=(*read.notes, *left_out(config)),
     )
 
 
@@ -143,11 +142,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         check_fields(config)
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from error
-    for name in _REFUSED_OPTIONS:
-        if config.get(name):
-            raise RefusedError(
-                f"{path}: adapters with {name}={config[name]!r} cannot be converted."
-            )
+    refuse_options(path, config)
     for name in ("rank_pattern", "alpha_pattern"):
         config[name] = config.get(name) or {}
     for name, r in _values(config, "r", "rank_pattern"):

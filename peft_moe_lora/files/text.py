@@ -20,7 +20,7 @@ _USER = re.compile(
 # ...?token=..., and other parameters of an address that give access
 _PARAMETER = re.compile(
     r"([?&;#][^=&;#\s]{0,60}(?:token|key|secret|passw|auth|sig|credential)[^=&;#\s]{0,60}=)"
-    r"[^&;#\s]+",
+    r"[^&;#\s'\"]+",
     re.IGNORECASE,
 )
 # tokens of Hugging Face, GitHub, GitLab and others

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from convert.adapters import PREFIX, config_of, rewrite, save_base, save_ours, tensors
-from peft_moe_lora import convert_adapter, verify_adapter
+from peft_moe_lora import convert_adapter, inspect_adapter, verify_adapter
 from peft_moe_lora.convert.reading import open_adapter
 from peft_moe_lora.files.tensor_file import (
     AdapterError,
@@ -199,12 +199,24 @@ def test_the_same_tensor_under_two_names_is_refused(qwen, tmp_path):
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
     ],
 )
 def test_configurations_that_are_no_lora_of_ours_are_refused(qwen, tmp_path, change, match):
     shutil.copytree(qwen.ours, tmp_path / "in")
     rewrite(tmp_path / "in", **change)
     refused(qwen, tmp_path, match)
+
+
+def test_fields_that_are_not_known_are_named(qwen, tmp_path):
+    shutil.copytree(qwen.ours, tmp_path / "in")
+    rewrite(tmp_path / "in", lora_magic=3, lora_none=None, lora_B_layout="rank_major")
+    assert inspect_adapter(tmp_path / "in").notes == (
+        "fields of adapter_config.json that are not known are left out: ['lora_magic']",
+    )
 
 
 def test_broken_json_no_weights_and_a_pickle_are_refused(qwen, tmp_path):

@@ -125,6 +125,16 @@ def test_force_replaces_no_trained_adapter_and_no_model(place, qwen):
 
 
 @pytest.mark.parametrize("act", [convert, merge])
+def test_an_output_without_a_mark_names_what_to_do(place, act):
+    """As earlier versions wrote it: what a training saves looks the same."""
+    out = place / "out"
+    act(place, out, force=False)
+    (weights,) = out.glob("*.safetensors")
+    save_file(load_file(weights), weights, {"format": "pt"})
+    refused(act, place, out, "carries no mark.*move or delete this one yourself")
+
+
+@pytest.mark.parametrize("act", [convert, merge])
 def test_force_replaces_an_earlier_output(place, act):
     (place / "adapter" / "tokenizer.json").write_text("{}")
     (place / "base" / "LICENSE").write_text("free")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from peft import PeftModel
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from helpers import assert_unchanged, moe_lora, snapshot, tiny_model
 from peft_moe_lora import MoELoraConfig, convert_adapter, inspect_adapter
 from peft_moe_lora.cli import app
-from peft_moe_lora.files.card import OUR_CARD, card_section
+from peft_moe_lora.files.card import OUR_CARD, card_section, write_card
 from peft_moe_lora.files.tensor_file import AdapterError
 from peft_moe_lora.files.text import quoted, shown
 
@@ -250,6 +251,55 @@ def test_text_is_shown_escaped_and_shortened():
     assert shown("x" * 700_000).endswith("(700000 characters)")
     assert quoted("a\n") == r"'a\n'"
     assert quoted([1, "a"]) == "[1, 'a']"
+
+
+TOKEN = "hf_" + "aB3" * 12
+# a base's name -> what may be shown of it
+CREDENTIALS = {
+    f"https://user:{TOKEN}@huggingface.co/org/model": "https://huggingface.co/org/model",
+    "https://user:pass/word@host/model": "https://host/model",
+    f"https://{TOKEN}@host/model": "https://host/model",
+    "user:password@host/model": "host/model",
+    "https://host/model?token=abcd&part=1": "https://host/model?token=...&part=1",
+    "s3://models/m?X-Amz-Signature=ab12cd": "s3://models/m?X-Amz-Signature=...",
+    f"org/model#{TOKEN}": "org/model#...",
+    "org/model-" + "ghp_" + "x1" * 18: "org/model-...",
+}
+
+
+@pytest.mark.parametrize("base", CREDENTIALS)
+def test_passwords_and_tokens_are_not_shown(base, tmp_path):
+    right = CREDENTIALS[base]
+    assert shown(base) == right
+    assert quoted(base) == repr(right)
+    write_card(
+        tmp_path,
+        OUR_CARD,
+        {"r": 4, "lora_alpha": 8, "base_model_name_or_path": base, "target_modules": [base]},
+        notes=[f"the base is {base}"],
+    )
+    card = (tmp_path / "README.md").read_text()
+    for secret in (TOKEN, "password", "pass/word", "abcd", "ab12cd", "ghp_"):
+        assert secret not in card
+    assert 'from_pretrained("BASE"' in card
+    assert "base_model" not in card.split("---")[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["org/model", "git@github.com:org/m", "/data/a@b/c", "C:/x/y", "org/hf_transformers"]
+)
+def test_names_without_credentials_stay(name):
+    assert shown(name) == name
+
+
+def test_a_long_text_with_credentials_is_shortened_in_no_time():
+    start = time.process_time()
+    for text in ("a:" * 500_000, "?token" * 100_000, "h://" * 250_000, "a" * 10**6):
+        assert len(shown(text)) < 250
+    address = f"https://user:{TOKEN}@host/"
+    for place in range(0, 300, 7):
+        assert TOKEN[5:] not in shown("x" * place + " " + address + "y" * 1000 + address)
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("name", [f"base_model.model.{ESCAPE}", "a\nerror: b", "x" * 689_000])
