@@ -17,9 +17,16 @@ NEAREST = {
         "families/test_off_interface.py",
     ),
     "ops": (
-        "functional",
+        "functional/test_functional.py",
+        "functional/test_composed.py",
+        "functional/test_dropout.py",
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
+    ),
+    "ops/grouped.py": (
+        "functional/test_grouped_mm.py",
+        "functional/test_functional.py",
+        "tuner/test_choosing.py",
     ),
     "ops/quantize.py": ("quant/test_quantized.py",),
     "ops/quantized.py": ("quant/test_quantized.py", "quant/test_quantized_loading.py"),

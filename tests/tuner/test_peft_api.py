@@ -197,10 +197,15 @@ def test_gaussian_initialisation_is_as_in_peft():
 
 def test_initialisation_switched_off_leaves_b_random():
     for lora_A, lora_B in experts_adapter(
-        wrap(qwen_experts(), randomize=False, init_lora_weights=False)
+        wrap(qwen_experts(), randomize=False, r=16, init_lora_weights=False)
     ).values():
         assert (lora_A != 0).float().mean() > 0.99
-        assert (lora_B != 0).float().mean() > 0.99
+        # as a linear layer of fan-in r draws its weight
+        bound = 16**-0.5
+        assert lora_B.abs().max() <= bound
+        assert lora_B.min() < -0.98 * bound
+        assert lora_B.max() > 0.98 * bound
+        assert lora_B.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 def test_every_expert_starts_from_its_own_draw():
