@@ -298,7 +298,7 @@ def test_a_router_without_one_product_is_an_error(product, times):
 
 
 def test_other_products_are_left_alone():
-    """A second weight of the same shape, as in noisy routers."""
+    """A second weight of the same shape, as in noisy routers, is cast and transposed too."""
 
     class Noisy(Handwritten):
         def __init__(self):
@@ -307,7 +307,7 @@ def test_other_products_are_left_alone():
 
         def forward(self, hidden_states):
             return F.linear(hidden_states, self.weight) + F.softplus(
-                F.linear(hidden_states, self.noise)
+                hidden_states @ self.noise.float().T
             )
 
     model, x = adapted(Noisy()), torch.randn(T, WIDTH)

@@ -65,6 +65,7 @@ NEAREST = {
         "tuner/test_offload.py",
         "tuner/test_contract.py",
         "tuner/test_materialize.py",
+        "quant/test_quantized.py",
     ),
     "tuner/materialize.py": ("tuner/test_materialize.py",),
     "tuner/merging.py": (

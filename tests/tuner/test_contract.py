@@ -7,8 +7,18 @@ more, so what the layer computes has to be what the module would have computed.
 import pytest
 import torch
 
-from helpers import E, HandWrittenExperts, assert_close, fill, random_rows, wrap
+from helpers import (
+    QWEN3_MOE,
+    E,
+    HandWrittenExperts,
+    assert_close,
+    build_experts,
+    fill,
+    random_rows,
+    wrap,
+)
 from peft_moe_lora.experts.stored import UnsupportedExperts
+from peft_moe_lora.tuner import layer as layers
 
 
 class Times(HandWrittenExperts):
@@ -83,3 +93,27 @@ def test_what_agreed_once_is_not_compared_again():
     assert len(module.compared) == 1
     # the first few tokens are enough
     assert len(module.compared[0]) < len(random_rows()[0])
+
+
+def test_an_implementation_that_trained_once_is_not_checked_again(monkeypatch):
+    checks = {"check_implementation": 0, "check_gradients": 0}
+
+    def counting(name):
+        check = getattr(layers, name)
+
+        def counted(*args, **kwargs):
+            checks[name] += 1
+            return check(*args, **kwargs)
+
+        return counted
+
+    model, rows = wrap(build_experts(*QWEN3_MOE), backend="materialize"), random_rows()
+    for name in checks:
+        monkeypatch.setattr(layers, name, counting(name))
+    with torch.no_grad():
+        model(*rows)
+    # without gradients there is nothing to see
+    assert checks == {"check_implementation": 1, "check_gradients": 0}
+    for _ in range(3):
+        model(*rows).sum().backward()
+        assert checks == {"check_implementation": 2, "check_gradients": 1}

@@ -49,6 +49,18 @@ def test_adapters_in_bf16_are_merged_by_a_sum_in_fp32():
             assert torch.equal(delta, update)
 
 
+def test_an_expert_without_an_adapter_has_an_update_of_zeros_in_fp32():
+    chosen = [0, 2]
+    model = wrap(build_experts(*QWEN3_MOE), expert_indices={"experts": chosen}).bfloat16()
+    layer = model.base_model.model.experts
+    for projection, name in WEIGHTS.items():
+        for e, weight in enumerate(getattr(layer.base_layer, name)):
+            delta = layer.get_delta_weight("default", projection, e)
+            assert delta.dtype == torch.float32
+            assert delta.shape == weight.shape
+            assert delta.any() == (e in chosen)
+
+
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_merging_one_after_the_other_into_codes_and_unmerging_gives_the_first_codes(form):
     model = wrap(quantize_experts(Holder(build_experts(*QWEN3_MOE)), format=form).experts)
