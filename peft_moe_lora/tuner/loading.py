@@ -5,9 +5,7 @@ adapter is checked against its file before the model is changed, so the folder i
 frames of their functions.
 """
 
-import sys
-from collections.abc import Iterator, Mapping
-from types import FrameType
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
@@ -24,6 +22,7 @@ from ..files.adapter_file import (
 from ..files.scaling import is_same, scaling_of
 from ..files.text import shown
 from .config import MoELoraConfig
+from .frames import frames
 from .layer import MoELoraLayer
 from .saving import adapted
 
@@ -64,7 +63,7 @@ class Load(NamedTuple):
 
 def current_load() -> Load | None:
     """The adapter that is being loaded; None if a new one is being made, or a state dict loaded."""
-    for frame in _frames():
+    for frame in frames():
         module = frame.f_globals.get("__name__")
         values = frame.f_locals
         if module == "peft.peft_model" and "model_id" in values and "key_mapping" in values:
@@ -82,13 +81,6 @@ def current_load() -> Load | None:
 def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     hub_kwargs, *_ = MoELoraConfig._split_kwargs(dict(kwargs))
     return hub_kwargs
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def read_with(config: MoELoraConfig, load: Load | None) -> AdapterFile | None:

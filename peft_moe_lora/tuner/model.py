@@ -33,6 +33,7 @@ from .router import MoELoraRouter
 from .summary import summarize
 from .ties import check_may_merge, untie
 from .weighted import Mixture
+from .whole import check_whole, is_written
 
 logger = logging.getLogger(__name__)
 
@@ -413,7 +414,10 @@ class MoELoraModel(LoraModel):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, keyed, unwanted_adapter_names
         )
-        return saving.gathered(found)
+        tensors = saving.gathered(found)
+        if is_written():
+            check_whole(model, adapter_name, tensors)
+        return tensors
 
     @classmethod
     def _convert_state_dict_for_initial_model(
