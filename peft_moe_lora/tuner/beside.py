@@ -23,7 +23,8 @@ _DELTA = "token_adapter.trainable_tokens_delta"
 # where PEFT's wrappers keep the base module
 _BASE = (".token_adapter.base_layer", ".original_module", ".base_layer")
 # where a file may hold the weights of an embedding: as they are, or inside one of the wrappers
-_PLACES = ("", "base_layer.", "original_module.", "modules_to_save.", "token_adapter.base_layer.")
+_TRAINED = "modules_to_save."
+_PLACES = ("", "base_layer.", "original_module.", _TRAINED, "token_adapter.base_layer.")
 
 
 class Tensors(NamedTuple):
@@ -271,6 +272,16 @@ class Beside:
         paths = {path for path in map(self._path_of, getters) if path}
         named = {path for path in self.modules if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES}
         return paths | named
+
+    def base_tensor(self, key: str) -> torch.Tensor | None:
+        """The tensor of the base into which PEFT loads a copy of an embedding; None for others."""
+        for path in self._embeddings():
+            for place in _PLACES:
+                name = key.removeprefix(f"{path}.{place}")
+                state = self.modules[path].state_dict()
+                if name != key and name in state and place != _TRAINED:
+                    return state[name]
+        return None
 
     def _copies(self, path: str) -> dict[str, Shape] | None:
         """The tensors with which PEFT saves an embedding; None if their shapes are not known."""

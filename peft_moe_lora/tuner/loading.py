@@ -21,6 +21,7 @@ from ..files.adapter_file import (
 )
 from ..files.scaling import is_same, scaling_of
 from ..files.text import shown
+from .beside import Beside
 from .config import MoELoraConfig
 from .frames import frames
 from .layer import MoELoraLayer
@@ -35,12 +36,14 @@ class Load(NamedTuple):
         hub_kwargs: arguments of `hf_hub_download`, among them the subfolder.
         key_mapping: the argument of PEFT.
         by_transformers: whether transformers loads it, not PEFT.
+        knows_wrappers: whether it loads modules that are trained whole, and tokens.
     """
 
     source: Any
     hub_kwargs: dict[str, Any]
     key_mapping: Mapping[str, str]
     by_transformers: bool
+    knows_wrappers: bool = True
 
     def path(self) -> str:
         """Path of the adapter's weights.
@@ -55,6 +58,20 @@ class Load(NamedTuple):
                 "folder of a saved adapter; for a new adapter call get_peft_model(model, config)."
             )
         return path
+
+    def check_wrappers(self, beside: Beside) -> None:
+        """Check that what an adapter trains beside its targets will be loaded.
+
+        Raises:
+            ValueError: if this release of transformers loads A and B alone.
+        """
+        wrapped = [*beside.saved, *beside.tokens]
+        if wrapped and not self.knows_wrappers:
+            raise ValueError(
+                f"load_adapter of this release of transformers does not load {wrapped[0]}, which "
+                "modules_to_save or trainable_token_indices trained; upgrade transformers, or call "
+                "PeftModel.from_pretrained(model, folder)."
+            )
 
     def config(self) -> MoELoraConfig:
         """The configuration that was saved with the weights."""
@@ -74,7 +91,15 @@ def current_load() -> Load | None:
             if values["peft_model_id"] is None or values.get("adapter_state_dict") is not None:
                 return None
             kwargs = values["load_config"].download_kwargs
-            return Load(values["peft_model_id"], _hub_kwargs(kwargs), {}, True)
+            # releases of transformers that load them import the class in this function
+            knows_wrappers = "AuxiliaryTrainingWrapper" in frame.f_code.co_varnames
+            return Load(
+                values["peft_model_id"],
+                _hub_kwargs(kwargs),
+                {},
+                True,
+                knows_wrappers=knows_wrappers,
+            )
     return None
 
 

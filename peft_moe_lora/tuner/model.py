@@ -22,6 +22,7 @@ from . import checkpoint, saving, sharding, weighted
 from .beside import Beside
 from .combining import Combination
 from .config import MoELoraConfig, Saving
+from .copies import check_copies
 from .initial import minus_initial
 from .layer import MoELoraLayer
 from .loading import Load, check_over_existing, current_load, read_with
@@ -89,7 +90,11 @@ class MoELoraModel(LoraModel):
             adapted = {key: target for key, target in experts.items() if target.chosen != ()}
             dtype = checkpoint.narrowest_dtype(self.model)
             targets = checkpoint.Targets(adapted, others, beside.tensors(others), dtype)
+            if load is not None:
+                load.check_wrappers(beside)
             checkpoint.check_file(self._renamed(file, config, load), targets, config)
+            present = [name for name, known in self.peft_config.items() if known is not config]
+            check_copies(file, beside, targets.beside.needed, present)
         for name, other in self.peft_config.items():
             if isinstance(other, MoELoraConfig) and other is not config:
                 beside.check_tokens_of(name, Beside(self.model, other))
