@@ -121,13 +121,14 @@ def rows_linear(
 
     Args:
         x: [M, K] float; cast to the dtype of the weights.
-        expert_size: E integers, the number of rows of each expert, with the sum M; a list or a
-            tensor.
+        expert_size: E integers of 0 or more, the number of rows of each expert, with the sum M; a
+            list or a tensor. A tensor on a GPU is checked there, so the error comes later.
         projection: the projection, [E, N, K].
         backend: one of BACKENDS.
     Returns: [M, N], dtype of x.
     Raises:
-        ValueError: if the shapes do not agree, or if a base weight requires a gradient.
+        ValueError: if the shapes do not agree, if the sizes are not those of the rows, or if a base
+            weight requires a gradient.
     """
     E, _, K = projection.weight.shape
     sizes = torch.as_tensor(expert_size, device=x.device)
@@ -136,6 +137,7 @@ def rows_linear(
             f"rows_linear needs x [M, {K}] and {E} expert sizes; "
             f"got {tuple(x.shape)} and {tuple(sizes.shape)}."
         )
+    _check_sizes(expert_size, x.shape[0])
     _check_frozen(projection)
     seed = _draw_seeds(x.device, projection)
     with _on_device_of(x):
@@ -166,6 +168,19 @@ def _check(
             f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}."
         )
     _check_frozen(up, down)
+
+
+def _check_sizes(expert_size: Sequence[int] | torch.Tensor, num_rows: int) -> None:
+    needed = f"rows_linear needs expert sizes of 0 or more that add up to the {num_rows} rows of x"
+    if isinstance(expert_size, torch.Tensor):
+        # reading its values would wait for the device, and break a graph
+        if expert_size.is_cuda or torch.compiler.is_compiling():
+            fits = (expert_size >= 0).all() & (expert_size.sum() == num_rows)
+            torch._assert_async(fits, f"{needed}.")
+            return
+        expert_size = expert_size.tolist()
+    if min(expert_size) < 0 or sum(expert_size) != num_rows:
+        raise ValueError(f"{needed}; got {list(expert_size)}.")
 
 
 def _check_frozen(*projections: Projection) -> None:
