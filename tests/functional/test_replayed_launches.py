@@ -112,6 +112,15 @@ def test_what_forward_and_what_backward_launch_is_compiled_ahead(launches, monke
     assert len(launches.ahead) == asked
 
 
+def test_a_triton_that_cannot_compile_ahead_compiles_at_the_launch(launches, monkeypatch):
+    """Triton 3.5, whose mode of compiling takes no `ignore_errors`."""
+    monkeypatch.setattr(launch, "COMPILES_AHEAD", False)
+    monkeypatch.setattr(triton, "AsyncCompileMode", None)
+    step(launches)
+    assert not launches.ahead
+    assert launches.at_launch.count("_linear_roles_kernel") == 4
+
+
 def test_a_composition_that_fails_ahead_does_not_stop_later_launches(launches):
     def fails(x, weight):
         raise RuntimeError("out of memory")

@@ -60,6 +60,16 @@ def test_a_name_that_gluon_lacks_is_named(choice, monkeypatch, caplog, name):
     assert "hopper.mbarrier has no expect" in caplog.text
 
 
+def test_a_parameter_that_gluon_lacks_is_named(choice, monkeypatch, caplog):
+    from triton.experimental.gluon import language
+
+    # as in Triton 3.5
+    monkeypatch.setattr(language, "warp_specialize", lambda default_args, default_partition: None)
+    with caplog.at_level(logging.WARNING, logger=choice.__name__):
+        assert choice.in_gluon("linear_roles") is None
+    assert "language.warp_specialize has no functions_and_args" in caplog.text
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mistake_of_ours_is_raised(choice, monkeypatch, name):
     from peft_moe_lora.ops.kernels.launching import launch

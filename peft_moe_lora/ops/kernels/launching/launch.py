@@ -10,12 +10,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from inspect import signature
 from typing import Any
 
 import torch
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
+
+# Triton 3.5 does not go on where a kernel does not compile. There nothing is compiled ahead; drop
+# when the floor is 3.6
+COMPILES_AHEAD = "ignore_errors" in signature(triton.AsyncCompileMode).parameters
 
 Grid = tuple[int, int, int]
 # returns (the arguments after `sizes`, the constexprs)
@@ -120,7 +125,7 @@ def compile_ahead(function: Callable, *arguments: Any) -> None:
         missing = list(recorder.ahead.values())
     finally:
         recorder.ahead = None
-    if len(missing) > 1:
+    if len(missing) > 1 and COMPILES_AHEAD:
         device = arguments[0].get_device()
         # in a copy of the context: otherwise, after an interruption, Triton would still submit
         # compilations to the closed thread pool

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from inspect import signature
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ NEEDED = {
         store_wait""",
     "triton.experimental.gluon.nvidia.hopper": "TensorDescriptor",
 }
+# {(module, function): its parameter that the kernels use}. Triton 3.5 has the name and other
+# parameters; drop when the floor is 3.6
+PARAMETERS = {("triton.experimental.gluon.language", "warp_specialize"): "functions_and_args"}
 
 
 def missing() -> str | None:
@@ -43,6 +47,9 @@ def missing() -> str | None:
         for name in names.split():
             if not any(hasattr(found, spelling) for spelling in name.split("|")):
                 return f"{module} has no {name}"
+    for (module, function), parameter in PARAMETERS.items():
+        if parameter not in signature(getattr(import_module(module), function)).parameters:
+            return f"{module}.{function} has no {parameter}"
     return None
 
 

@@ -126,7 +126,7 @@ def tile_product(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # factors of rank 16 are loaded before the K loop and used after it: the loop hides the latency
     LATE: tl.constexpr = xa_ptr is not None and P == 0 and R == 16
-    BLOCK_R: tl.constexpr = min(R, 32)
+    BLOCK_R: tl.constexpr = R if R < 32 else 32
     if LATE:
         xa, lora_B, mask_r = _low_rank_factors(
             xa_ptr, lora_B_ptr, e, rows, cols, mask_n, 0, r, stride_xam, stride_xar, stride_be,
