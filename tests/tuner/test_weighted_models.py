@@ -365,7 +365,6 @@ NAMED = {"target_modules": r".*\.experts"}
         ({}, {"svd_rank": -1}, "r must be"),
         ({"bias": "all"}, {}, "'second' has bias='all'"),
         ({"modules_to_save": ["lm_head"]}, {}, "'second' has modules_to_save"),
-        ({"trainable_token_indices": [1]}, {}, "'second' has trainable_token_indices"),
     ],
     ids=str,
 )
@@ -377,6 +376,15 @@ def test_what_cannot_be_combined_is_refused_before_anything_changes(second, argu
         model.add_weighted_adapter(**arguments)
     assert_unchanged(model, before)
     assert list(model.peft_config) == BOTH
+
+
+def test_tokens_are_refused_before_anything_changes():
+    tokens = {"target_modules": ["experts"], "trainable_token_indices": [1]}
+    model = two_adapters(tiny_model(), tokens, tokens)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'first' has trainable_token_indices"):
+        mix(model)
+    assert_unchanged(model, before)
 
 
 def test_a_name_that_no_module_may_have_leaves_the_model_unchanged():
