@@ -21,7 +21,7 @@ from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router, linear_features
 from ..experts.stored import UnsupportedExperts
 from ..files.tensor_file import AdapterError, FilePath, RefusedError, check_file
-from ..files.text import quoted, shown
+from ..files.text import is_plain, quoted, shown
 
 # errors that a model class may raise if the config belongs to another class
 _BUILDING_ERRORS = (
@@ -177,7 +177,6 @@ def describe_base(model: nn.Module, name: str, config: PreTrainedConfig | None =
     modules = dict(model.named_modules())
     experts = {path: module for path, module in modules.items() if is_experts(module)}
     model_type = getattr(config, "model_type", "")
-    architectures = getattr(config, "architectures", None) or [type(model).__name__]
     if not experts:
         raise RefusedError(
             f"{name} ({model_type}) has no routed experts; name the base model that the adapter "
@@ -200,7 +199,7 @@ def describe_base(model: nn.Module, name: str, config: PreTrainedConfig | None =
     return BaseModel(
         name=name,
         model_type=model_type,
-        architecture=architectures[0],
+        architecture=_architecture(model, config),
         experts=layouts,
         interleaved={path: _interleaved(experts[path], layout) for path, layout in layouts.items()},
         linears=linears,
@@ -211,6 +210,17 @@ def describe_base(model: nn.Module, name: str, config: PreTrainedConfig | None =
         tied=_tied(model),
         renamings=_renamings(model),
     )
+
+
+def _architecture(model: nn.Module, config: PreTrainedConfig | None) -> str:
+    """The class that the config names, if it names one; else the class of the model."""
+    named = getattr(config, "architectures", None)
+    if isinstance(named, list | tuple) and named:
+        first = named[0]
+        # the name is printed, and a config may hold any text
+        if isinstance(first, str) and first.isidentifier() and is_plain(first):
+            return first
+    return type(model).__name__
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -95,6 +95,9 @@ def test_the_architecture_is_the_configs_or_the_models(qwen):
     assert read_base(bare).architecture == "Qwen3MoeForCausalLM"
     named = {**bare, "architectures": ["SomebodysQwenForCausalLM"]}
     assert read_base(named).architecture == "SomebodysQwenForCausalLM"
+    for other in ("\x1b[31mforged", "a b", "", "x" * 5000):
+        strange = read_base({**bare, "architectures": [other]})
+        assert strange.architecture == "Qwen3MoeForCausalLM"
 
 
 def test_vllms_3d_needs_to_know_the_model(qwen, tmp_path):
