@@ -163,9 +163,11 @@ class Beside:
             other = "target_modules"
             if path in self.saved:
                 other = "modules_to_save"
+            remedy = "Take one of the two out of the configuration"
+            if path in self.tied:
+                remedy += ", or train a base whose head has a weight of its own"
             raise ValueError(
-                f"trainable_token_indices trains rows of {path}, which {other} names too; take one "
-                "of the two out of the configuration."
+                f"trainable_token_indices trains rows of {path}, which {other} names too. {remedy}."
             )
         self._check_unadapted("trainable_token_indices", path)
         weight = getattr(self.modules[path], "weight", None)

@@ -315,6 +315,15 @@ def test_what_cannot_be_trained_changes_nothing(settings, message, first):
     assert_unchanged(model, before)
 
 
+def test_tokens_of_a_tied_base_beside_a_whole_head_are_refused(bases):
+    """TRL asks for both; PEFT trains them, but cannot load them again."""
+    base = bases(**TIED)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"rows of lm_head, .* whose head has a weight"):
+        trained(base, trainable_token_indices={"embed_tokens": NEW}, modules_to_save=["lm_head"])
+    assert_unchanged(base, before)
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_adapted_experts_are_refused(bias):
     model = tiny_model("gpt_oss")
