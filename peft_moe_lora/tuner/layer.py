@@ -21,6 +21,7 @@ from ..ops import QuantizedWeight
 from . import merging
 from .config import MoELoraConfig
 from .dispatch import attach, check_contract, detach, shared_config
+from .expert_parallel import Share, drawn_whole
 from .implementations import (
     MATERIALIZE,
     check_gradients,
@@ -30,6 +31,7 @@ from .implementations import (
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import watch
+from .sharding import is_sharded
 
 
 class MoELoraLayer(nn.Module, LoraLayer):
@@ -47,6 +49,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         r: rank of each expert's update.
         lora_alpha: numerator of the scaling.
         experts: ascending ids of the S experts that get an adapter; None for all, S = E.
+        share: the experts that this process holds; None if it holds all of them.
     Parameters, per adapter and projection (K in- and N out-features of the projection):
         lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th of the S
             experts.
@@ -70,11 +73,13 @@ class MoELoraLayer(nn.Module, LoraLayer):
         r: int,
         lora_alpha: float,
         experts: tuple[int, ...] | None = None,
+        share: Share | None = None,
     ) -> None:
         # `LoraLayer.__init__` is not called: it accepts only base layers with one 2-D weight
         super().__init__()
         self.base_layer = base_layer
         self.layout: ExpertsLayout = read_layout(base_layer)
+        self.share = share
         # K of the first projection: H, the width of hidden_states
         self.in_features = self.layout.first.in_features
         # N of the last projection: H, unless the module is a single projection
@@ -151,13 +156,23 @@ class MoELoraLayer(nn.Module, LoraLayer):
         B = nn.ParameterDict()
         for name in config.projections_of(self.layout):
             projection = self.layout.projection(name)
-            A[name] = nn.Parameter(torch.empty(ranks, projection.in_features))
-            B[name] = nn.Parameter(torch.empty(projection.out_features, ranks))
+            A[name] = self._parameter(torch.empty(ranks, projection.in_features), experts, 0)
+            B[name] = self._parameter(torch.empty(projection.out_features, ranks), experts, 1)
         self.lora_A[adapter_name] = A
         self.lora_B[adapter_name] = B
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _parameter(
+        self, values: torch.Tensor, experts: tuple[int, ...] | None, dim: int
+    ) -> nn.Parameter:
+        """A parameter with these values, expert-major along `dim`, placed as the experts are."""
+        if self.share is None:
+            return nn.Parameter(values)
+        if experts is None:
+            return self.share.divided(values, dim)
+        return self.share.whole(values)
 
     def _check_backend(self, config: MoELoraConfig) -> None:
         another = config.backend not in ("auto", self.backend)
@@ -196,16 +211,25 @@ class MoELoraLayer(nn.Module, LoraLayer):
         r = self.r[adapter_name]
         for name in self.adapted_projections(adapter_name):
             A, B = self.pair(adapter_name, name)
-            if init_lora_weights == "gaussian":
-                nn.init.normal_(A, std=1 / r)
-            else:
-                # every expert has the same fan-in K, so one draw over the stacked A is exact
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            if init_lora_weights is False:
-                # as in PEFT, where B[e] is the weight of an nn.Linear of fan-in r
-                nn.init.uniform_(B, -1 / math.sqrt(r), 1 / math.sqrt(r))
-            else:
-                nn.init.zeros_(B)
+            with drawn_whole(A, self.share) as values:
+                if init_lora_weights == "gaussian":
+                    nn.init.normal_(values, std=1 / r)
+                else:
+                    # every expert has the same fan-in K, so one draw over the stacked A is exact
+                    nn.init.kaiming_uniform_(values, a=math.sqrt(5))
+            with drawn_whole(B, self.share) as values:
+                if init_lora_weights is False:
+                    # as in PEFT, where B[e] is the weight of an nn.Linear of fan-in r
+                    nn.init.uniform_(values, -1 / math.sqrt(r), 1 / math.sqrt(r))
+                else:
+                    nn.init.zeros_(values)
+
+    @property
+    def experts_here(self) -> Sequence[int]:
+        """Ids of the experts whose weights this process holds in a forward."""
+        if self.share is None:
+            return range(self.layout.num_experts)
+        return self.share.ids
 
     def experts_of(self, adapter_name: str) -> Sequence[int]:
         """Ascending ids of the experts that an adapter adapts."""
@@ -262,7 +286,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         return call_between_hooks(self.base_layer, self._forward_off_interface, *args, **kwargs)
 
     def _forward_off_interface(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if hasattr(self.weight, "device_mesh"):
+        if is_sharded(self.weight):
             raise UnsupportedExperts(
                 f"{type(self.base_layer).__name__} holds sharded weights (tensor or expert "
                 "parallelism), but it is not on transformers' experts interface, so its adapter "

@@ -23,6 +23,8 @@ from .beside import Beside
 from .combining import Combination
 from .config import MoELoraConfig, Saving
 from .copies import check_copies
+from .expert_parallel import check_may_be_adapted as check_expert_parallel
+from .expert_parallel import is_divided_by_experts, share_of
 from .initial import minus_initial
 from .layer import MoELoraLayer
 from .loading import Load, check_over_existing, current_load, read_with
@@ -65,7 +67,8 @@ class MoELoraModel(LoraModel):
     ) -> MoELoraConfig:
         """Check all targets and the adapter file before PEFT changes the model."""
         config = _own(peft_config)
-        sharding.check_may_be_adapted(self.model)
+        if not is_divided_by_experts(self.model):
+            sharding.check_may_be_adapted(self.model)
         if config.target_modules is None:
             # PEFT annotates a list, but stores a set
             names: Any = self._every_experts_module()
@@ -81,6 +84,9 @@ class MoELoraModel(LoraModel):
             else:
                 others[key] = (_base(module), r)
         config.check_every_entry_matches(experts)
+        if is_divided_by_experts(self.model):
+            bases = {key: base for key, (base, _) in others.items()}
+            check_expert_parallel(self.model, config, bases)
         load = current_load()
         file = read_with(config, load)
         beside = Beside(self.model, config)
@@ -240,11 +246,19 @@ class MoELoraModel(LoraModel):
             )
         layer: nn.Module
         if is_experts(target):
-            layer = MoELoraLayer(target, adapter_name, config, r, alpha, chosen)
+            share = share_of(self.model, target)
+            layer = MoELoraLayer(target, adapter_name, config, r, alpha, chosen, share)
         elif is_router(target, parent):
             # PEFT annotates an int, but accepts any number
             lora_alpha: Any = alpha
-            layer = MoELoraRouter(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
+            layer = MoELoraRouter(
+                target,
+                adapter_name,
+                config=config,
+                r=r,
+                lora_alpha=lora_alpha,
+                share=share_of(self.model, target),
+            )
         else:
             super()._create_and_replace(
                 config,
@@ -325,6 +339,11 @@ class MoELoraModel(LoraModel):
             raise ValueError(
                 f"there is an adapter {adapter_name!r} already; choose another adapter_name, or "
                 "call delete_adapter first."
+            )
+        if sharding.is_divided(self.model):
+            raise ValueError(
+                "add_weighted_adapter: the model is divided among processes; save the adapters, "
+                "and combine them in one process."
             )
         kind, rank, targets = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         options = (density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)

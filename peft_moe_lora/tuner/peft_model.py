@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -22,6 +23,7 @@ from ..experts.decoding import parametrizations
 from ..experts.layout import is_experts
 from ..experts.stored import UnsupportedExperts, stored_weight
 from ..files.writing import written_files
+from .sharding import is_divided
 
 _CARD = "README.md"
 
@@ -57,7 +59,7 @@ class SaveWhole:
     """`save_pretrained` of one PeftModel: PEFT's own, but its files take their places at the end.
 
     PEFT writes weights and configuration one after the other over those that are there. It writes
-    them into a hidden folder here.
+    them into a hidden folder here. If the model is divided among processes, the first one writes.
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
@@ -66,6 +68,9 @@ class SaveWhole:
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         save = type(self.peft_model).save_pretrained
         call = inspect.signature(save).bind(self.peft_model, save_directory, *args, **kwargs)
+        if is_divided(self.peft_model):
+            # every process calls, because the shards have to be gathered
+            call.arguments["is_main_process"] = dist.get_rank() == 0
         writes = call.arguments.get("is_main_process", True)
         if not writes or os.path.isfile(save_directory):
             save(*call.args, **call.kwargs)

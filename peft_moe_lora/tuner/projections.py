@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from ..functional import Projection
+from ..functional import Projection, per_expert
+from .expert_parallel import local
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -31,11 +32,10 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
     if not active:
         return base
     dropout_p = _common_dropout(layer, active)
-    if len(active) > 1:
+    if len(active) > 1 or layer.share is not None:
         return replace(_with_several(layer, base, active, name), dropout_p=dropout_p)
     (only,) = active
-    A, B = layer.pair(only, name)
-    _check_whole(layer, only, base, A, B)
+    A, B, _ = _pair_here(layer, base, only, name)
     return replace(
         base,
         lora_A=A,
@@ -47,31 +47,39 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
     )
 
 
-def _check_whole(
-    layer: "MoELoraLayer",
-    adapter_name: str,
-    base: Projection,
-    A: torch.Tensor,
-    B: torch.Tensor,
-) -> None:
-    """Check that this process holds all experts of the base weight, and all of A and B.
+def _pair_here(
+    layer: "MoELoraLayer", base: Projection, adapter_name: str, name: str
+) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
+    """What this process holds of an adapter's pair, as plain tensors, and for which experts.
 
-    Other shapes may fit each other, with ranks that belong to other experts.
-
+    Returns: lora_A [r * S, K] and lora_B [N, r * S], expert-major, and the ids of the S experts.
     Raises:
-        ValueError: if it does not.
+        ValueError: if this process does not hold the weights of all its experts, or not all of
+            their A and B. Other shapes may fit each other, with ranks of other experts.
     """
-    E = layer.layout.num_experts
-    ranks = layer.r[adapter_name] * len(layer.experts_of(adapter_name))
+    A: torch.Tensor
+    B: torch.Tensor
+    A, B = layer.pair(adapter_name, name)
+    here = layer.experts_of(adapter_name)
+    if layer.share is not None:
+        chosen = layer.experts[adapter_name]
+        how = layer.share.of_some
+        if chosen is None:
+            here = layer.share.ids
+            how = layer.share.of_expert
+        A = local(A, how)
+        B = local(B, how)
+    ranks = layer.r[adapter_name] * len(here)
     held = base.weight.shape[0]
+    E = len(layer.experts_here)
     if held == E and A.ndim == 2 and A.shape[0] == ranks and B.ndim == 2 and B.shape[1] == ranks:
-        return
+        return A, B, here
     raise ValueError(
         f"adapter {adapter_name!r} needs lora_A [{ranks}, K] and lora_B [N, {ranks}] beside the "
         f"weights of {E} experts, but this process holds lora_A {list(A.shape)}, lora_B "
         f"{list(B.shape)} and the weights of {held} experts. Something has divided them among "
-        "processes: use FSDP2 (torch.distributed.fsdp.fully_shard), DDP or ZeRO-2, not FSDP1, "
-        "ZeRO-3 or expert parallelism."
+        "processes: use FSDP2 (torch.distributed.fsdp.fully_shard), DDP or ZeRO-2, not FSDP1 or "
+        "ZeRO-3."
     )
 
 
@@ -117,8 +125,14 @@ def _with_several(
 
 
 def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[int, ...] | None:
-    """Ascending ids of the experts that at least one of the adapters adapts; None for all E."""
+    """Ascending ids of the experts that at least one of the adapters adapts; None for all E.
+
+    Under expert parallelism None, for all experts of this process: so the same collective calls run
+    in every process, also in one that holds no chosen expert.
+    """
     found: set[int] = set()
+    if layer.share is not None:
+        return None
     for name in adapter_names:
         chosen = layer.experts[name]
         if chosen is None:
@@ -141,18 +155,17 @@ def _pair_of_experts(
         base: the projection without adapters.
         adapter_name: an adapter of the layer.
         projection: name of a projection that the adapter adapts.
-        experts: ascending ids of S experts; None for all, S = E.
+        experts: ascending ids of S experts; None for all experts of this process.
     Returns: [S, r, K] and [S, N, r].
     """
-    _check_whole(layer, adapter_name, base, *layer.pair(adapter_name, projection))
-    A, B = layer.pair_per_expert(adapter_name, projection)
-    if experts == layer.experts[adapter_name]:
-        return A, B
-    wanted: Sequence[int] = range(layer.layout.num_experts)
+    A, B, held = _pair_here(layer, base, adapter_name, projection)
+    As, Bs = per_expert(A, B, len(held))
+    wanted = layer.experts_here
     if experts is not None:
         wanted = experts
-    held = layer.experts_of(adapter_name)
-    return _entries_of(A, held, wanted), _entries_of(B, held, wanted)
+    if list(held) == list(wanted):
+        return As, Bs
+    return _entries_of(As, held, wanted), _entries_of(Bs, held, wanted)
 
 
 def _entries_of(stacked: torch.Tensor, held: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
@@ -164,6 +177,8 @@ def _entries_of(stacked: torch.Tensor, held: Sequence[int], wanted: Sequence[int
         wanted: ids of experts.
     Returns: [len(wanted), ., .].
     """
-    entries = dict(zip(held, stacked.unbind(0), strict=True))
-    nothing = torch.zeros_like(stacked[0])
-    return torch.stack([entries.get(expert, nothing) for expert in wanted])
+    nothing = torch.zeros_like(stacked[:1])
+    # one tensor, so that the entries depend on `stacked` even if it holds none of `wanted`
+    *entries, nothing = torch.cat([stacked, nothing]).unbind(0)
+    held_entries = dict(zip(held, entries, strict=True))
+    return torch.stack([held_entries.get(expert, nothing) for expert in wanted])

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
 from ..functional import without_autocast
+from .expert_parallel import Share, local
 from .merging import check_may_unmerge
+from .sharding import is_sharded, whole
 
 _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -58,6 +60,11 @@ class MoELoraRouter(lora.Linear):
     Their initialisation, dropout, scaling and merging are PEFT's too.
     """
 
+    def __init__(self, *args: Any, share: Share | None = None, **kwargs: Any) -> None:
+        # read by `update_layer`, which the constructor calls
+        self.share = share
+        super().__init__(*args, **kwargs)
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         features = linear_features(module)
         assert features is not None, "only routers are wrapped"
@@ -68,7 +75,7 @@ class MoELoraRouter(lora.Linear):
         # the option is for models that store linear layers as [K, N]; a router's weight is [E, H]
         self.fan_in_fan_out = False
         for side in (self.lora_A, self.lora_B):
-            side[adapter_name] = _Factor.of(cast(nn.Linear, side[adapter_name]))
+            side[adapter_name] = _Factor.of(cast(nn.Linear, side[adapter_name]), self.share)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -78,6 +85,13 @@ class MoELoraRouter(lora.Linear):
         if device is None and self.base_layer.weight.is_meta and hook is not None:
             device = hook.execution_device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """[E, H] update of the router's weight, placed as the weight is."""
+        delta = super().get_delta_weight(adapter)
+        if is_sharded(self.base_layer.weight):
+            return delta
+        return whole(delta)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the router's own forward, and add the active adapters' low-rank terms to its logits.
@@ -133,14 +147,24 @@ class _Factor(nn.Linear):
     It is a module, so that accelerate's hooks on it, which fetch its weight, still run.
     """
 
+    share: Share | None
+
     @classmethod
-    def of(cls, linear: nn.Linear) -> "_Factor":
+    def of(cls, linear: nn.Linear, share: Share | None) -> "_Factor":
         factor = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        factor.share = share
         factor.weight = linear.weight
+        if share is not None:
+            values = linear.weight.detach()
+            share.agree(values)
+            factor.weight = share.whole(values)
         return factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Linear.apply(x, self.weight.to(x.dtype))
+        weight: torch.Tensor = self.weight
+        if self.share is not None:
+            weight = local(weight, self.share.of_all)
+        return _Linear.apply(x, weight.to(x.dtype))
 
 
 class _Linear(torch.autograd.Function):

@@ -49,6 +49,11 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether a parameter of a model is a DTensor."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor. Every process must call this if the tensor is sharded."""
     if not is_sharded(tensor):
@@ -137,8 +142,8 @@ def check_may_be_adapted(model: nn.Module) -> None:
     """Check that a model can get an adapter with its parameters as they are.
 
     Raises:
-        ValueError: if DeepSpeed's ZeRO-3 holds the parameters, if experts are divided by tensor or
-            expert parallelism, or if FSDP2 has sharded the model already.
+        ValueError: if DeepSpeed's ZeRO-3 holds the parameters, if experts are divided by tensor
+            parallelism, or if FSDP2 has sharded the model already.
     """
     for path, parameter in model.named_parameters():
         if hasattr(parameter, "ds_shape") and parameter.numel() == 0:
@@ -155,9 +160,9 @@ def check_may_be_adapted(model: nn.Module) -> None:
         # transformers sets the flag on modules whose forward it has replaced
         if is_experts(module) and getattr(module, "_is_hooked", False):
             raise ValueError(
-                f"the experts of {path} are divided among processes by expert or tensor "
-                "parallelism, but an adapter needs all experts of a layer in one process; "
-                + _SHARD_AFTERWARDS
+                f"the experts of {path} are divided among processes by tensor parallelism, or by "
+                "expert parallelism of a release of transformers without ep_size, but an adapter "
+                "needs whole experts; use DistributedConfig(ep_size=...), or " + _SHARD_AFTERWARDS
             )
     for path, module in sharded.items():
         if is_fully_sharded(module):

@@ -1,0 +1,187 @@
+"""What each process of test_expert_parallel.py runs: experts that transformers has divided.
+
+Every scenario returns what the processes gave beside what one process with all experts gives.
+"""
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from helpers import adapter_parameters, fill_adapter, tiny_model, token_ids
+from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.tuner.layer import MoELoraLayer
+from peft_moe_lora.tuner.sharding import whole
+
+STEPS, R = 3, 4
+NUMBER_OF_EXPERTS = {
+    "qwen3_moe": "num_experts",
+    "gpt_oss": "num_local_experts",
+    "mixtral": "num_local_experts",
+    "deepseek_v3": "n_routed_experts",
+    "nemotron_h": "n_routed_experts",
+}
+ROUTERS = {"gpt_oss": "router"}
+MODES = {
+    "all_reduce": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"},
+    "all_to_all": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
+    "over fsdp": {"fsdp_size": 2, "ep_size": 2},
+}
+ADAPTERS = {
+    "experts": {},
+    "router": {"target_modules": "with router"},
+    # the second process holds none of these
+    "some experts": {"expert_indices": {"experts": [1, 2]}},
+    "recompute": {"recompute": True},
+}
+
+
+def base(family, folder, dtype=torch.float64, **parallelism):
+    """A tiny model of eight experts; with `parallelism`, divided among the processes.
+
+    fp64, because AdamW divides by the size of a gradient: where that is close to zero, a rounding
+    error of fp32 becomes a whole step.
+    """
+    path = folder / f"base_{family}"
+    if dist.get_rank() == 0 and not path.exists():
+        tiny_model(family, **{NUMBER_OF_EXPERTS[family]: 8}).save_pretrained(path)
+    dist.barrier()
+    options = {}
+    if parallelism:
+        options["distributed_config"] = DistributedConfig(**parallelism)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+
+
+def configured(family, target_modules=("experts",), **changes):
+    if target_modules == "with router":
+        target_modules = ("experts", ROUTERS.get(family, "gate"))
+    return MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=list(target_modules), **changes)
+
+
+def batch(step, number):
+    return token_ids(2, 11, seed=100 * step + number)
+
+
+def train(model, batches, average=1):
+    """Losses, first gradients and parameters of STEPS steps of AdamW with clipped gradients."""
+    parameters = adapter_parameters(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    losses = []
+    norms = []
+    first = None
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        total = 0.0
+        for number in batches:
+            ids = batch(step, number)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)
+            loss.backward()
+            total += loss.detach()
+        if average > 1:
+            dist.all_reduce(total)
+            total /= average
+        losses.append(total)
+        if first is None:
+            first = {name: whole(p.grad).clone() for name, p in parameters.items()}
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)))
+        optimizer.step()
+    ends = {name: whole(p.detach()).clone() for name, p in parameters.items()}
+    return {
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+        "gradients": first,
+        "ends": ends,
+    }
+
+
+def trains(family, mode, dtype=torch.float64, **adapter):
+    def scenario(rank, folder):
+        config = configured(family, **adapter)
+        models = [base(family, folder, dtype), base(family, folder, dtype, **mode)]
+        torch.manual_seed(3)
+        alone = get_peft_model(models[0], config).train()
+        # the first process has the seed of the process that is alone
+        torch.manual_seed(3 + rank)
+        divided = get_peft_model(models[1], config).train()
+        started = {name: p.detach() for name, p in adapter_parameters(alone).items()}
+        found = adapter_parameters(divided)
+        # all of them, because every process must gather the same tensors
+        starts = {name: whole(p.detach()) for name, p in found.items()}
+        same_start = all(torch.equal(starts[name], p) for name, p in started.items())
+        fill_adapter(alone)
+        state = get_peft_model_state_dict(alone)
+        set_peft_model_state_dict(divided, {key: value.clone() for key, value in state.items()})
+        layer = next(m for m in divided.modules() if isinstance(m, MoELoraLayer))
+        A, B = layer.pair("default", layer.adapted_projections("default")[0])
+        number = mode.get("fsdp_size", 1) * mode.get("dp_replicate_size", 1)
+        mine = [rank // mode.get("tp_size", 1)]
+        # every loss is summed over all processes, so a batch that processes share counts as often
+        results = train(divided, mine, dist.get_world_size())
+        expected = train(alone, list(range(number)))
+        out = folder / f"saved_{family}_{'_'.join(map(str, mode.values()))}_{dtype}_{len(adapter)}"
+        divided.save_pretrained(out)
+        dist.barrier()
+        loaded = PeftModel.from_pretrained(base(family, folder, dtype), out).eval()
+        with torch.no_grad():
+            logits = loaded(input_ids=token_ids(), use_cache=False).logits
+            wanted = alone.eval()(input_ids=token_ids(), use_cache=False).logits
+        return {
+            "found": results,
+            "expected": expected,
+            "same start": same_start,
+            "loaded": (logits, wanted),
+            "held": (A.to_local().shape[0], B.to_local().shape[1]),
+        }
+
+    return scenario
+
+
+def merges(mode):
+    def scenario(rank, folder):
+        config = configured("qwen3_moe", target_modules="with router")
+        alone = get_peft_model(base("qwen3_moe", folder), config).eval()
+        divided = get_peft_model(base("qwen3_moe", folder, **mode), config).eval()
+        fill_adapter(alone)
+        state = get_peft_model_state_dict(alone)
+        set_peft_model_state_dict(divided, {key: value.clone() for key, value in state.items()})
+        ids = token_ids()
+        with torch.no_grad():
+            wanted = alone(input_ids=ids, use_cache=False).logits
+            divided.merge_adapter()
+            merged = whole(divided(input_ids=ids, use_cache=False).logits)
+            with alone.disable_adapter():
+                unadapted = alone(input_ids=ids, use_cache=False).logits
+            with divided.disable_adapter():
+                unmerged = whole(divided(input_ids=ids, use_cache=False).logits)
+        return {"merged": (merged, wanted), "unmerged": (unmerged, unadapted)}
+
+    return scenario
+
+
+def refuses(**changes):
+    def scenario(rank, folder):
+        config = configured("qwen3_moe", **changes)
+        get_peft_model(base("qwen3_moe", folder, **MODES["all_reduce"]), config)
+
+    return scenario
+
+
+REFUSED = {
+    "lora_dropout": {"lora_dropout": 0.1},
+    "backend": {"backend": "materialize"},
+    "target_modules": {"target_modules": ("experts", "q_proj")},
+    "modules_to_save": {"modules_to_save": ["norm"]},
+}
+SCENARIOS = {}
+for family in NUMBER_OF_EXPERTS:
+    for name, mode in MODES.items():
+        SCENARIOS[f"{family} {name}"] = trains(family, mode)
+for name, adapter in ADAPTERS.items():
+    for mode_name, mode in MODES.items():
+        SCENARIOS[f"qwen3_moe {mode_name}, {name}"] = trains("qwen3_moe", mode, **adapter)
+for name, mode in MODES.items():
+    SCENARIOS[f"fp32 {name}"] = trains("qwen3_moe", mode, torch.float32)
+SCENARIOS["merges"] = merges(MODES["all_reduce"])
+for name, changes in REFUSED.items():
+    SCENARIOS[f"refuses {name}"] = refuses(**changes)

@@ -1,0 +1,101 @@
+"""Experts that transformers divides over several processes train as those of one process do."""
+
+from dataclasses import fields
+
+import pytest
+from transformers.distributed import DistributedConfig
+
+from distributed.processes import run
+from helpers import assert_close
+
+if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
+    pytest.skip("this release of transformers has no ep_size", allow_module_level=True)
+
+from distributed.expert_parallel import ADAPTERS, MODES, NUMBER_OF_EXPERTS, REFUSED, R
+from distributed.expert_parallel_of_four import SCENARIOS as SCENARIOS_OF_FOUR
+
+TOLERANCE = 1e-9
+FP32_TOLERANCE = 1e-5
+TRAINED = [
+    *(f"{family} {mode}" for family in NUMBER_OF_EXPERTS for mode in MODES),
+    *(f"qwen3_moe {mode}, {adapter}" for adapter in ADAPTERS for mode in MODES),
+]
+trained = pytest.mark.parametrize("name", TRAINED)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run("distributed.expert_parallel", tmp_path_factory.mktemp("divided"))
+
+
+@pytest.fixture(scope="module")
+def results_of_four(tmp_path_factory):
+    return run("distributed.expert_parallel_of_four", tmp_path_factory.mktemp("four"), 4)
+
+
+@trained
+def test_losses_gradients_norms_and_weights_are_those_of_one_process(name, results):
+    assert_trained(results[name])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCENARIOS_OF_FOUR)
+def test_four_processes_train_as_one(name, results_of_four):
+    assert_trained(results_of_four[name])
+    for outcome in results_of_four[name]:
+        assert_close(*outcome["loaded"], TOLERANCE)
+
+
+def assert_trained(outcomes):
+    for outcome in outcomes:
+        assert isinstance(outcome, dict), outcome
+        found, expected = outcome["found"], outcome["expected"]
+        # transformers computes the loss in fp32
+        assert_close(found["losses"], expected["losses"], FP32_TOLERANCE, "losses")
+        assert_close(found["norms"], expected["norms"], TOLERANCE, "norms")
+        for what in ("gradients", "ends"):
+            for key, expected in outcome["expected"][what].items():
+                assert expected.abs().max() > 0
+                assert_close(outcome["found"][what][key], expected, TOLERANCE, f"{what} {key}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_gradients_and_norms_in_fp32(mode, results):
+    for outcome in results[f"fp32 {mode}"]:
+        assert isinstance(outcome, dict), outcome
+        found, expected = outcome["found"], outcome["expected"]
+        for what in ("losses", "norms"):
+            assert_close(found[what], expected[what], FP32_TOLERANCE, what)
+        for key, gradient in expected["gradients"].items():
+            assert_close(found["gradients"][key], gradient, FP32_TOLERANCE, key)
+
+
+@trained
+def test_the_start_is_that_of_one_process_with_the_first_processs_seed(name, results):
+    assert all(outcome["same start"] for outcome in results[name])
+
+
+@trained
+def test_what_is_saved_loads_in_one_process(name, results):
+    for outcome in results[name]:
+        assert_close(*outcome["loaded"], TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_process_holds_the_ranks_of_its_own_experts(mode, results):
+    for outcome in results[f"qwen3_moe {mode}"]:
+        assert outcome["held"] == (4 * R, 4 * R)
+
+
+def test_merging_writes_into_every_processs_experts(results):
+    for outcome in results["merges"]:
+        assert isinstance(outcome, dict), outcome
+        for what, pair in outcome.items():
+            assert_close(*pair, TOLERANCE, what)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(name, results):
+    for outcome in results[f"refuses {name}"]:
+        assert outcome.startswith(f"ValueError: {name}=")
+        assert "under expert parallelism" in outcome
