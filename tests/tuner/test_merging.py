@@ -61,6 +61,23 @@ def test_an_expert_without_an_adapter_has_an_update_of_zeros_in_fp32():
             assert delta.any() == (e in chosen)
 
 
+def test_only_a_safe_merge_looks_for_what_is_not_finite():
+    model = wrap(build_experts(*QWEN3_MOE))
+    layer, (_, B) = model.base_model.model.experts, experts_adapter(model)["down"]
+    with torch.no_grad():
+        # the third expert's
+        B[0, 2 * R] = float("inf")
+    before = {name: getattr(layer.base_layer, name).clone() for name in WEIGHTS.values()}
+    with pytest.raises(ValueError, match="'default', down of expert 2 is not finite"):
+        layer.merge(safe_merge=True)
+    for name, weight in before.items():
+        assert torch.equal(getattr(layer.base_layer, name), weight)
+    assert not layer.merged
+    layer.merge()
+    assert layer.merged_adapters == ["default"]
+    assert not layer.base_layer.down_proj[2].isfinite().all()
+
+
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_merging_one_after_the_other_into_codes_and_unmerging_gives_the_first_codes(form):
     model = wrap(quantize_experts(Holder(build_experts(*QWEN3_MOE)), format=form).experts)

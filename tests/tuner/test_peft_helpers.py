@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.parallel.replicate
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.optimizers import (
     create_lorafa_optimizer,
@@ -400,3 +400,11 @@ def test_several_adapters_without_experts_are_as_in_peft():
     names = {"adapter_names": ["default", "__base__"]}
     expected = theirs(input_ids=token_ids(), **names).logits
     assert_close(ours(input_ids=token_ids(), **names).logits, expected, FP32)
+
+
+def test_converting_to_lora_is_refused_because_it_is_lora_already():
+    model = moe_lora(tiny_model())
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*MoELoraLayer"):
+        convert_to_lora(model, rank=2)
+    assert_unchanged(model, before)
