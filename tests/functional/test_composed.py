@@ -57,8 +57,11 @@ def test_a_shrink_and_an_outer_product_of_the_same_rows(one_pass, gather, weight
     rows = x[ROUTING.row_token.long()] if gather else x
     A, right, out = torch.randn(E, R, K), torch.randn(M, R), torch.empty(E, K, R)
     found = []
+    ops = operations(found, one_pass)
+    alone = composed.expert_shrink_outer(ops, x, A, None, ROUTING, 0.7, None, gather=gather)
+    assert not found, "without an outer product there is nothing to do in one pass"
     xa = composed.expert_shrink_outer(
-        operations(found, one_pass),
+        ops,
         x,
         A,
         right,
@@ -73,13 +76,15 @@ def test_a_shrink_and_an_outer_product_of_the_same_rows(one_pass, gather, weight
     for m in range(valid):
         e = int(torch.searchsorted(ROUTING.expert_offsets, m, right=True)) - 1
         assert_close(xa[m], 0.7 * A[e] @ rows[m])
+    assert_close(alone[:valid], xa[:valid])
     ones = torch.ones(T, TOP_K)
     assert_close(out, of_experts(rows, right, WEIGHTS if weighted else ones))
 
 
 @asked
 @pytest.mark.parametrize("wanted", ["dA and dB", "dA", "dB", "neither"])
-def test_the_gradient_of_an_activation_and_its_low_rank_products(one_pass, wanted):
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gradient_of_an_activation_and_its_low_rank_products(one_pass, wanted, biased):
     activation = Activation()
     pre, draw = torch.randn(M, 2 * INNER), torch.randn(M, INNER)
     dA = torch.empty(E, R, INNER) if "dA" in wanted else None
@@ -88,6 +93,10 @@ def test_the_gradient_of_an_activation_and_its_low_rank_products(one_pass, wante
     down_yb, xa = torch.randn(M, R), torch.randn(M, R)
     found = []
     dropout = Dropout(0.5, torch.tensor([3]))
+    # the gradient of the routing weights counts the bias of the projection after the activation
+    rest = {}
+    if biased:
+        rest = {"dout": torch.randn(T, K), "bias": torch.randn(E, K)}
     dpre, yb, dweights = composed.expert_act_backward_outer(
         operations(found, one_pass),
         draw.clone(),
@@ -104,11 +113,12 @@ def test_the_gradient_of_an_activation_and_its_low_rank_products(one_pass, wante
             dB=dB,
         ),
         dropout=dropout,
+        **rest,
     )
     both = wanted == "dA and dB"
     assert ("act_backward_outer" in found) == (one_pass and both)
     exact, act, exact_weights = reference.expert_act_backward(
-        draw.clone(), pre, ROUTING, activation, WEIGHTS
+        draw.clone(), pre, ROUTING, activation, WEIGHTS, **rest
     )
     valid = int(ROUTING.expert_offsets[-1])
     assert_close(dpre[:valid], exact[:valid])
@@ -124,3 +134,15 @@ def test_the_gradient_of_an_activation_and_its_low_rank_products(one_pass, wante
         assert_close(dA, sums)
     if dB is not None:
         assert_close(dB, of_experts(exact, xa, torch.ones(T, TOP_K)))
+
+
+def test_without_a_low_rank_term_there_are_no_rows_of_rank_r():
+    rows = RankRows(down_yb=None, xa=None, lora_B=None, scaling=0.7, dA=None, dB=None)
+    pre, draw = torch.randn(M, 2 * INNER), torch.randn(M, INNER)
+    dpre, yb, _ = composed.expert_act_backward_outer(
+        reference, draw.clone(), pre, ROUTING, Activation(), WEIGHTS, rows
+    )
+    exact, *_ = reference.expert_act_backward(draw, pre, ROUTING, Activation(), WEIGHTS)
+    valid = int(ROUTING.expert_offsets[-1])
+    assert_close(dpre[:valid], exact[:valid])
+    assert yb is None
