@@ -6,7 +6,7 @@ come first, because a run ends at the first test that fails.
 
 from pathlib import Path
 
-# path in the package -> test files or folders
+# path in the package -> test files or folders, or tests as pytest names them
 NEAREST = {
     "convert": ("convert",),
     "experts": ("experts", "families/test_off_interface.py", "tuner/test_contract.py"),
@@ -76,7 +76,11 @@ NEAREST = {
         "quant/test_quantized.py",
     ),
     "tuner/moved.py": ("tuner/test_moved_base.py",),
-    "tuner/offload.py": ("tuner/test_offload.py", "tuner/test_training_modes.py"),
+    "tuner/offload.py": (
+        "tuner/test_offload.py",
+        "families/test_off_interface.py::test_offloaded_weights_come_back_for_the_adapter",
+        "tuner/test_training_modes.py",
+    ),
     "tuner/peft_model.py": (
         "tuner/test_status.py",
         "tuner/test_peft_api.py",

@@ -19,7 +19,10 @@ MODULES = [
 def test_a_row_names_what_is_there(row):
     assert (PACKAGE / row).exists()
     for name in NEAREST[row]:
-        assert (TESTS / name).exists()
+        path, _, test = name.partition("::")
+        assert (TESTS / path).exists()
+        if test:
+            assert f"def {test}(" in (TESTS / path).read_text(encoding="utf-8")
 
 
 def test_every_module_has_tests():
