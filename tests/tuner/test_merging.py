@@ -164,6 +164,17 @@ def test_disabling_a_merged_router_takes_its_update_out():
     assert_close(model(x)[0], x @ merged.T, FP32, "enabled again")
 
 
+def test_a_replica_of_a_merged_router_does_not_unmerge():
+    model, _, merged = adapted_router()
+    layer = model.base_model.model.gate
+    model.merge_adapter()
+    layer._is_replica = True
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"replica .* cannot unmerge"):
+        model(torch.randn(9, 16))
+    assert_close(layer.base_layer.weight, merged)
+    assert layer.merged_adapters == ["default"]
+
+
 def test_a_routers_weight_is_never_taken_for_a_transposed_one():
     model, _, merged = adapted_router(fan_in_fan_out=True)
     x = torch.randn(9, 16)
