@@ -52,7 +52,7 @@ class BaseModel:
         routers: the paths in `linears` that are routers, which PEFT does not count as linear
             layers.
         modules: the paths of all modules.
-        tensors: name -> shape of every parameter and buffer.
+        tensors: name -> shape of every parameter and buffer that is saved.
         embeddings: the path of the input embedding, and then that of the head, if there is one.
         tied: the names in `tensors` that are one and the same parameter as the input embedding's
             weight, that one included; empty if nothing is tied to it.
@@ -224,9 +224,10 @@ def _architecture(model: nn.Module, config: PreTrainedConfig | None) -> str:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of all parameters and buffers; a shared one under each of its names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Yield (name, tensor) of all tensors that are saved; a shared one under each of its names."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            yield name, tensor
 
 
 def _embeddings(model: nn.Module) -> tuple[str, ...]:

@@ -18,12 +18,22 @@ from ..files.adapter_file import WEIGHTS_NAME
 from ..files.card import write_card
 from ..files.folders import SIDE_FILES, new_folder, own_files
 from ..files.servers import Server
-from ..files.tensor_file import Block, FilePath, Progress, RefusedError, write_tensors
+from ..files.tensor_file import (
+    AdapterError,
+    Block,
+    FilePath,
+    Progress,
+    RefusedError,
+    write_tensors,
+)
 from .base import BaseConfig
 from .fit import fill_in, make_uniform
 from .formats import FORMATS, LEGACY_NAME, Format
 from .model import Adapter, LinearPair, pad, rescale
 from .reading import open_adapter, read_paths
+
+# 64 MiB; tokenizers have up to 40 MB. These files are copied, and the README is read whole
+_LARGEST_SIDE_FILE = 2**26
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def convert_adapter(
         )
     form = FORMATS[to]
     adapter = prepare(open_adapter(src, base_config, b_layout), form)
-    copied = own_files(src, lambda name: name.startswith(SIDE_FILES))
+    copied = _side_files(src)
     with new_folder(dst, force, read_paths(src, adapter), copied) as folder:
         write_adapter(adapter, form, folder, copied, progress)
     return Conversion(
@@ -95,6 +105,23 @@ def convert_adapter(
         experts=adapter.adapted_experts(),
         notes=adapter.notes,
     )
+
+
+def _side_files(folder: FilePath) -> list[Path]:
+    """The tokenizer's files and the README in an adapter's folder.
+
+    Raises:
+        AdapterError: if one of them is larger than such files are, or is not a file.
+    """
+    found = own_files(folder, lambda name: name.startswith(SIDE_FILES))
+    for file in found:
+        size = file.stat().st_size
+        if size > _LARGEST_SIDE_FILE:
+            raise AdapterError(
+                f"{file} has {size} bytes, but a file beside an adapter has at most "
+                f"{_LARGEST_SIDE_FILE}; move it away, or save it again."
+            )
+    return found
 
 
 def prepare(adapter: Adapter, form: Format) -> Adapter:

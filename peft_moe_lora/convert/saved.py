@@ -12,10 +12,12 @@ import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from ..files.tensor_file import AdapterError
-from ..files.text import quoted
+from ..files.text import quoted, shown
 from .model import Tokens
 from .source import Source
 
+# PEFT adds both to modules_to_save of a classifier, whose head has one of these names
+_ONE_OF_THESE = ("classifier", "score")
 _TOKENS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
 # PEFT's names of what is inside a wrapped module. If the vocabulary was resized, it saves all that
 # is there: the trained module twice, and the base's own one
@@ -73,6 +75,7 @@ def read_saved(source: Source, keys: Iterable[str]) -> Saved:
             )
     tokens = {path: _tokens(source, path, key, saved) for path, key in rows.items()}
     _check_complete(source, tokens)
+    _check_modules(source, saved)
     return Saved(saved, found["original_module"], tokens)
 
 
@@ -96,11 +99,16 @@ def _is_named(source: Source, name: str) -> bool:
         return False
     if source.config.get("bias", "none") != "none" and last == "bias":
         return True
-    parts = path.split(".")
-    around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    entries = source.config.get("modules_to_save") or ()
+    return any(_is_inside(name, entry) for entry in entries) or _is_embedding(source, path)
+
+
+def _is_inside(name: str, entry: str) -> bool:
+    """Whether a tensor is inside a module that an entry of modules_to_save names."""
+    parts = name.split(".")
+    around = [".".join(parts[:i]) for i in range(1, len(parts))]
     # as in PEFT, an entry matches every path that ends with it, even inside a name
-    entries = tuple(source.config.get("modules_to_save") or ())
-    return any(module.endswith(entries) for module in around) or _is_embedding(source, path)
+    return any(module.endswith(entry) for module in around)
 
 
 def _is_embedding(source: Source, path: str) -> bool:
@@ -189,4 +197,24 @@ def _check_complete(source: Source, tokens: Mapping[str, Tokens]) -> None:
                 f"{source.file.path}: trainable_token_indices of adapter_config.json names "
                 f"{len(ids)} rows of {quoted(name)}, but the file does not hold them; the two "
                 "files do not belong together."
+            )
+
+
+def _check_modules(source: Source, saved: Mapping[str, str]) -> None:
+    """Check that the file holds the modules that modules_to_save names.
+
+    Without the base model, one tensor of each name is enough.
+    """
+    for entry in source.config.get("modules_to_save") or ():
+        missing = None
+        if source.base is not None:
+            wanted = [name for name in source.base.tensors if _is_inside(name, entry)]
+            missing = next((name for name in wanted if name not in saved), None)
+        elif entry not in _ONE_OF_THESE and not any(_is_inside(name, entry) for name in saved):
+            missing = f"tensor of {entry}"
+        if missing is not None:
+            raise AdapterError(
+                f"{source.file.path}: modules_to_save of adapter_config.json names "
+                f"{quoted(entry)}, but the file holds no {shown(missing)}; the two files do not "
+                "belong together."
             )

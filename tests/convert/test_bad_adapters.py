@@ -5,6 +5,7 @@ An interrupted conversion leaves the destination as it was.
 
 import copy
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -389,3 +390,12 @@ def test_a_base_of_another_family(made, qwen, tmp_path):
         convert_adapter(
             made("deepseek_v3").ours, tmp_path / "out", to="peft", base_config=tmp_path / "base"
         )
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json"])
+def test_a_file_beside_the_adapter_that_is_too_large_is_refused(qwen, name, tmp_path):
+    shutil.copytree(qwen.ours, tmp_path / "in")
+    (tmp_path / "in" / name).touch()
+    # it takes no room on the disk
+    os.truncate(tmp_path / "in" / name, 2**33)
+    refused(qwen, tmp_path, f"{name} has {2**33} bytes")

@@ -353,6 +353,21 @@ def test_a_tensor_that_nothing_asked_for(qwen, name, tmp_path):
         convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", base_config=qwen.config)
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("lost", ["lm_head", "layers.1.mlp.gate"])
+def test_a_module_that_the_file_lacks(qwen, lost, with_base, tmp_path):
+    trained(qwen.base, tmp_path / "in", modules_to_save=["lm_head", "mlp.gate"])
+    if not with_base:
+        lost = "gate" if "gate" in lost else lost
+    rewrite(
+        tmp_path / "in", lambda state: {n: t for n, t in state.items() if f"{lost}.weight" not in n}
+    )
+    base = qwen.config if with_base else None
+    with pytest.raises(AdapterError, match=r"modules_to_save .* names '(lm_head|mlp\.gate)'"):
+        convert_adapter(tmp_path / "in", tmp_path / "out", to="moe_lora", base_config=base)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_module_of_another_size(qwen, tmp_path):
     trained(qwen.base, tmp_path / "in", modules_to_save=["norm"])
     rewrite(
