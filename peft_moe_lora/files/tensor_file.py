@@ -35,6 +35,9 @@ DTYPES = {
 _OUTPUT = {"peft_moe_lora_output": "1"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# the index of a checkpoint, the largest such file, has up to 20 MB
+_LARGEST_JSON = 2**26
+
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 Progress = Callable[[int, int], None]
@@ -250,6 +253,7 @@ def read_json(path: FilePath) -> dict[str, Any]:
     """
     check_file(path)
     try:
+        _check_size(Path(path))
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(
@@ -265,6 +269,18 @@ def read_json(path: FilePath) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AdapterError(f"{path} is not a JSON object; copy or save it again.")
     return content
+
+
+def _check_size(path: Path) -> None:
+    """Check that a JSON file is no larger than such files are; a hole may claim any size.
+
+    Raises:
+        ValueError: if it is larger.
+        FileNotFoundError: if it does not exist.
+    """
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise ValueError(f"it has {size} bytes, of at most {_LARGEST_JSON}")
 
 
 def check_names(path: FilePath, names: Iterable[str]) -> None:

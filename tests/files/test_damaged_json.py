@@ -1,6 +1,7 @@
 """Damaged JSON gets one clear error before a model is touched, and what it says is printable."""
 
 import json
+import os
 import shutil
 import time
 
@@ -343,3 +344,8 @@ def test_a_card_quotes_the_name_of_the_base(base, shell, python):
     assert any(line.startswith(f"vllm serve {shell} --enable-lora") for line in lines)
     assert f'model = AutoModelForCausalLM.from_pretrained({python}, dtype="auto")' in lines
     assert "# forged" not in lines
+
+
+def test_a_configuration_of_8_gib_is_refused_unread(saved, adapter):
+    os.truncate(adapter / CONFIG, 2**33)
+    refused_by_conversion(saved, adapter, f"{2**33} bytes")
