@@ -57,7 +57,7 @@ def open_adapter(
     file = TensorFile(folder / WEIGHTS_NAME)
     base = _base(base_config, config)
     names, paths = _names(file, base)
-    _check_lora_tensors(file)
+    _check_weights_of(file)
     source = Source(file, config, names, paths, base, b_layout)
     form, slots = _format_of(source)
     taken = _expert_keys(source, slots)
@@ -208,11 +208,18 @@ def _module_path(key: str) -> str | None:
     return match[0]
 
 
-def _check_lora_tensors(file: TensorFile) -> None:
+def _check_weights_of(file: TensorFile) -> None:
+    """Check that weights are floating point; a module that is saved whole may have other buffers.
+
+    Raises:
+        AdapterError: if one is not, or if a LoRA tensor is empty.
+    """
     for name, info in file.tensors.items():
-        if ".lora_" in name and not info.dtype.is_floating_point:
+        is_weight = ".lora_" in name or name.endswith((".weight", ".bias"))
+        if is_weight and not info.dtype.is_floating_point:
             raise AdapterError(
-                f"{file.path}: {name} is {info.dtype}, but LoRA tensors must be floating point."
+                f"{file.path}: {name} is {info.dtype}, but LoRA tensors and weights must be "
+                "floating point; copy or save the adapter again."
             )
         # without elements, a tensor of any size fits into a small file
         if ".lora_" in name and 0 in info.shape:

@@ -368,6 +368,17 @@ def test_a_module_that_the_file_lacks(qwen, lost, with_base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_module_of_integers(qwen, tmp_path):
+    trained(qwen.base, tmp_path / "in", modules_to_save=["lm_head"])
+    rewrite(
+        tmp_path / "in",
+        lambda state: {n: t.int() if "lm_head" in n else t for n, t in state.items()},
+    )
+    for base in (qwen.config, None):
+        with pytest.raises(AdapterError, match=r"lm_head\.weight is torch\.int32"):
+            convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", base_config=base)
+
+
 def test_a_module_of_another_size(qwen, tmp_path):
     trained(qwen.base, tmp_path / "in", modules_to_save=["norm"])
     rewrite(
