@@ -126,11 +126,11 @@ class TensorFile:
         Args:
             name: the tensor's name.
             row: index along its first dimension; None reads the whole tensor.
-            check: whether to raise if the tensor holds NaN or infinity.
+            check: whether to raise if the tensor holds NaN or infinity, in fp32 too.
             view: read the tensor in this shape, which must have as many elements; by default in its
                 own shape.
         Raises:
-            AdapterError: if a value is NaN or infinite.
+            AdapterError: if a value is NaN or infinite, or too large for fp32.
         """
         info = self.tensors[name]
         shape = view or info.shape
@@ -143,8 +143,13 @@ class TensorFile:
             with self.path.open("rb") as file:
                 file.seek(offset)
                 file.readinto(_bytes(tensor))
-        if check and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterError(not_finite(self.path, name))
+        if check and tensor.is_floating_point():
+            narrow = tensor
+            if tensor.dtype == torch.float64:
+                # it is cast when the adapter is loaded
+                narrow = tensor.float()
+            if not torch.isfinite(narrow).all():
+                raise AdapterError(not_finite(self.path, name))
         return tensor
 
 
@@ -308,8 +313,8 @@ def not_whole(path: FilePath, error: Exception) -> str:
 def not_finite(path: FilePath, name: str) -> str:
     """The message for a tensor with NaN or infinity."""
     return (
-        f"{path}: tensor {name} holds NaN or infinity; the training run that wrote it diverged or "
-        "the file is damaged. Use an earlier checkpoint."
+        f"{path}: tensor {name} holds NaN or infinity, or values too large for fp32; the training "
+        "run that wrote it diverged or the file is damaged. Use an earlier checkpoint."
     )
 
 

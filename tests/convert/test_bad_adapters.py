@@ -67,6 +67,16 @@ def test_nan_is_refused(written, qwen, tmp_path):
         verify_adapter(tmp_path / "in", qwen.config)
 
 
+def test_a_value_that_fp32_does_not_hold_is_refused(written, qwen, tmp_path):
+    def spoil(state):
+        state = {name: tensor.double() for name, tensor in state.items()}
+        state[first_of(state, "lora_B")].view(-1)[-1] = 1e39
+        return state
+
+    rewrite(tmp_path / "in", spoil)
+    refused(qwen, tmp_path, "too large for fp32")
+
+
 def test_ints_are_refused(written, qwen, tmp_path):
     rewrite(
         tmp_path / "in",
