@@ -6,7 +6,6 @@ configuration. Patterns are therefore saved in a form whose order does not count
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -48,24 +47,20 @@ def by_layer(
 ) -> dict[str, Value]:
     """A pattern for the layers whose value is not the default.
 
-    If all layers of one name have the same value, the key is this name. Otherwise the keys are
-    their whole paths.
+    A key also matches longer paths that end with it. So it is a layer's name only if no layer that
+    this name matches has another value. Otherwise it is the whole path.
 
     Args:
         values: path of a layer -> its value.
         default: the value of a path that no key matches.
         name_of: the end of a path by which layers are gathered.
     """
-    values_of_name: dict[str, list[Value]] = defaultdict(list)
-    for path, value in values.items():
-        if value not in values_of_name[name_of(path)]:
-            values_of_name[name_of(path)].append(value)
     found: dict[str, Value] = {}
     for path, value in values.items():
         if value == default:
             continue
         name = name_of(path)
-        if len(values_of_name[name]) > 1:
+        if any(other != value for key, other in values.items() if f".{key}".endswith(f".{name}")):
             name = path
         found[name] = value
     return found

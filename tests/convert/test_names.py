@@ -61,3 +61,15 @@ def test_a_layer_of_that_name_beside_other_experts_is_converted(tmp_path):
     convert_adapter(tmp_path / "ours", tmp_path / "peft", to="peft", base_config=tmp_path / "base")
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft").eval()
     assert_close(outputs(again), outputs(model), TOLERANCE, "logits")
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_layers_pattern_does_not_reach_the_experts(field, tmp_path):
+    """The experts' parameter down_proj ends with the shared experts' name."""
+    base = save_base("nemotron_h", tmp_path / "base")
+    targets = ["experts", "down_proj"]
+    pattern = {"shared_experts.down_proj": 3}
+    model = save_ours(base, tmp_path / "ours", target_modules=targets, **{field: pattern})
+    convert_adapter(tmp_path / "ours", tmp_path / "peft", to="peft", base_config=tmp_path / "base")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft").eval()
+    assert_close(outputs(again), outputs(model), TOLERANCE, "logits")
