@@ -1,35 +1,29 @@
-"""Which modules of a model get an adapter, and which kind of layer each of them becomes.
+"""The tuner: which kind of layer each target becomes, and what PEFT's methods do with it.
 
 An experts module becomes a MoELoraLayer, a router becomes a MoELoraRouter, and any other target
 becomes one of PEFT's own LoRA layers.
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft import LoraModel, PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..experts.families import READ_NOT_CALLED
-from ..experts.layout import ExpertsLayout, is_experts, read_layout
+from ..experts.layout import is_experts
 from ..experts.routers import is_router
-from ..files.adapter_file import AdapterFile
-from ..files.text import quoted
-from . import checkpoint, saving, sharding, weighted
-from .beside import Beside
+from . import checkpoint, saving, sharding, targets, weighted
 from .combining import Combination
 from .config import MoELoraConfig, Saving
-from .copies import check_copies
-from .expert_parallel import check_may_be_adapted as check_expert_parallel
-from .expert_parallel import is_divided_by_experts, share_of
+from .expert_parallel import share_of
 from .initial import minus_initial
 from .layer import MoELoraLayer
-from .loading import Load, check_over_existing, current_load, read_with
+from .loading import check_over_existing
 from .merging import check_shards_are_unmerged
-from .moved import moved_file, renamed_file
 from .peft_model import install_around
 from .refusals import refuse_subtraction
 from .router import MoELoraRouter
@@ -67,117 +61,12 @@ class MoELoraModel(LoraModel):
     ) -> MoELoraConfig:
         """Check all targets and the adapter file before PEFT changes the model."""
         config = _own(peft_config)
-        if not is_divided_by_experts(self.model):
-            sharding.check_may_be_adapted(self.model)
         if config.target_modules is None:
             # PEFT annotates a list, but stores a set
-            names: Any = self._every_experts_module()
+            names: Any = targets.every_experts_module(self.model)
             config.target_modules = names
-        experts = {}
-        others = {}
-        for key, module in self._targets(config).items():
-            r = config.rank_of(key)
-            if _holds_experts(module):
-                layout = _layout(module)
-                chosen = config.experts_of(key, layout.num_experts)
-                experts[key] = checkpoint.ExpertsTarget(layout, r, chosen)
-            else:
-                others[key] = (_base(module), r)
-        config.check_every_entry_matches(experts)
-        if is_divided_by_experts(self.model):
-            bases = {key: base for key, (base, _) in others.items()}
-            check_expert_parallel(self.model, config, bases)
-        load = current_load()
-        file = read_with(config, load)
-        beside = Beside(self.model, config)
-        beside.check({key: target.layout for key, target in experts.items()}, others)
-        if file is not None:
-            # a module without chosen experts gets no adapter
-            adapted = {key: target for key, target in experts.items() if target.chosen != ()}
-            dtype = checkpoint.narrowest_dtype(self.model)
-            targets = checkpoint.Targets(adapted, others, beside.tensors(others), dtype)
-            if load is not None:
-                load.check_wrappers(beside)
-            checkpoint.check_file(self._renamed(file, config, load), targets, config)
-            present = [name for name, known in self.peft_config.items() if known is not config]
-            check_copies(file, beside, targets.beside.needed, present)
-        for name, other in self.peft_config.items():
-            if isinstance(other, MoELoraConfig) and other is not config:
-                beside.check_tokens_of(name, Beside(self.model, other))
+        targets.check(self, config)
         return config
-
-    def _renamed(self, file: AdapterFile, config: MoELoraConfig, load: Load | None) -> AdapterFile:
-        """The file with the keys that its tensors have when they are loaded into this model."""
-        if load is None:
-            return file
-        if load.by_transformers:
-            return renamed_file(file, self.model)
-        return moved_file(file, config, load.key_mapping)
-
-    def _every_experts_module(self) -> set[str]:
-        """Names that match all experts modules of the model and nothing else."""
-        experts = [key for key, module in self._base_modules() if is_experts(module)]
-        if not experts:
-            raise ValueError(
-                "target_modules=None targets every experts module, but the model has none; name "
-                "the modules to adapt in target_modules."
-            )
-        # if no other module has these last names ("experts"), they are enough, and they stay short
-        # for any number of layers
-        short = {_last_name(key) for key in experts}
-        matched = [key for key, _ in self.model.named_modules() if _last_name(key) in short]
-        if sorted(matched) == sorted(experts):
-            return short
-        return set(experts)
-
-    def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (path, module) for the modules of the model without adapters.
-
-        Modules inside an adapted layer are left out; an adapted experts module is replaced by its
-        base module.
-        """
-        inside: list[str] = []
-        for key, module in self.model.named_modules():
-            if key.startswith(tuple(inside)):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside.append(f"{key}.")
-            if isinstance(module, MoELoraLayer):
-                yield key, module.get_base_layer()
-            else:
-                yield key, module
-
-    def _targets(self, config: MoELoraConfig) -> dict[str, nn.Module]:
-        """Path -> module of every target of the configuration, which may be adapted already.
-
-        Empty for "all-linear", which PEFT resolves.
-
-        Raises:
-            ValueError: if an entry of target_modules matches no module. The message names the
-                entry.
-        """
-        if config.target_modules == "all-linear":
-            return {}
-        modules = {key: module for key, module in self._base_modules() if key}
-        current = dict(self.model.named_modules())
-        targets = {
-            key: current[key]
-            for key in modules
-            if _is_target(config, key) or self._check_tied_module_exists(config, key)
-        }
-        if isinstance(config.target_modules, str):
-            return targets
-        for entry in sorted(config.target_modules or ()):
-            if not any(key == entry or key.endswith(f".{entry}") for key in modules):
-                names = {_last_name(key) for key, module in modules.items() if is_experts(module)}
-                available = "the model has no experts modules"
-                if names:
-                    available = f"its experts modules are called {sorted(names)}"
-                raise ValueError(
-                    f"target_modules: {quoted(entry)} matches no module of the model; {available}. "
-                    "Correct the entry, or remove it."
-                )
-        return targets
 
     # ---- layers --------------------------------------------------------------------------------
 
@@ -231,8 +120,8 @@ class MoELoraModel(LoraModel):
         r = config.rank_of(current_key)
         alpha = config.lora_alpha_of(current_key)
         chosen = None
-        if config.expert_indices is not None and _holds_experts(target):
-            chosen = config.experts_of(current_key, _layout(target).num_experts)
+        if config.expert_indices is not None and targets.holds_experts(target):
+            chosen = config.experts_of(current_key, targets.layout_of(target).num_experts)
         if chosen == ():
             return
         if isinstance(target, MoELoraLayer):
@@ -345,12 +234,12 @@ class MoELoraModel(LoraModel):
                 "add_weighted_adapter: the model is divided among processes; save the adapters, "
                 "and combine them in one process."
             )
-        kind, rank, targets = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        kind, rank, names = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         options = (density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
         mixture = Mixture.of(adapters, weights, Combination(kind, rank, *options))
         configs = {name: _own(self.peft_config[name]) for name in adapters}
         weighted.check_configs(configs)
-        config = weighted.combined_config(self.model, mixture, list(configs.values()), targets)
+        config = weighted.combined_config(self.model, mixture, list(configs.values()), names)
         combined = weighted.combine(self.model, mixture, config)
         before = dict(self.model.named_modules())
         self.peft_config[adapter_name] = config
@@ -487,30 +376,3 @@ def _own(config: PeftConfig) -> MoELoraConfig:
     """The configuration with its own type; PEFT's signatures annotate it as PeftConfig."""
     assert isinstance(config, MoELoraConfig), "the tuner is registered for MoELoraConfig only"
     return config
-
-
-def _last_name(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    return isinstance(module, MoELoraLayer) or is_experts(module)
-
-
-def _layout(module: nn.Module) -> ExpertsLayout:
-    if isinstance(module, MoELoraLayer):
-        return module.layout
-    return read_layout(module)
-
-
-def _base(module: nn.Module) -> nn.Module:
-    if isinstance(module, BaseTunerLayer):
-        return module.get_base_layer()
-    return module
-
-
-def _is_target(config: MoELoraConfig, key: str) -> bool:
-    """Whether the configuration targets the module at this path and does not exclude it."""
-    # PEFT returns a bool, a match, None, or an object for a module that is excluded
-    answer = check_target_module_exists(config, key)
-    return bool(answer) and not isinstance(answer, _ExcludedModule)

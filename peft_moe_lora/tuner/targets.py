@@ -1,0 +1,175 @@
+"""The modules of a model that a configuration targets, checked before the model is changed."""
+
+from collections.abc import Iterator
+
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..experts.layout import ExpertsLayout, is_experts, read_layout
+from ..files.adapter_file import AdapterFile
+from ..files.text import quoted
+from . import checkpoint, sharding
+from .beside import Beside
+from .config import MoELoraConfig
+from .copies import check_copies
+from .expert_parallel import check_may_be_adapted as check_expert_parallel
+from .expert_parallel import is_divided_by_experts
+from .layer import MoELoraLayer
+from .loading import Load, current_load, read_with
+from .moved import moved_file, renamed_file
+
+
+def check(tuner: LoraModel, config: MoELoraConfig) -> None:
+    """Check all targets of a new adapter, and the file that it is loaded from.
+
+    Args:
+        tuner: the tuner of the model, which is left unchanged.
+        config: configuration of the new adapter.
+    Raises:
+        ValueError: if a target matches nothing or cannot be adapted, or if the file does not fit
+            the model.
+    """
+    model = tuner.model
+    if not is_divided_by_experts(model):
+        sharding.check_may_be_adapted(model)
+    experts = {}
+    others = {}
+    for key, module in _targets(tuner, config).items():
+        r = config.rank_of(key)
+        if holds_experts(module):
+            layout = layout_of(module)
+            chosen = config.experts_of(key, layout.num_experts)
+            experts[key] = checkpoint.ExpertsTarget(layout, r, chosen)
+        else:
+            others[key] = (_base(module), r)
+    config.check_every_entry_matches(experts)
+    if is_divided_by_experts(model):
+        bases = {key: base for key, (base, _) in others.items()}
+        check_expert_parallel(model, config, bases)
+    beside = Beside(model, config)
+    load = current_load()
+    file = read_with(config, load)
+    beside.check({key: target.layout for key, target in experts.items()}, others)
+    if file is not None:
+        # a module without chosen experts gets no adapter
+        adapted = {key: target for key, target in experts.items() if target.chosen != ()}
+        dtype = checkpoint.narrowest_dtype(model)
+        targets = checkpoint.Targets(adapted, others, beside.tensors(others), dtype)
+        if load is not None:
+            load.check_wrappers(beside)
+        checkpoint.check_file(_renamed(file, model, config, load), targets, config)
+        present = [name for name, known in tuner.peft_config.items() if known is not config]
+        check_copies(file, beside, targets.beside.needed, present)
+    for name, other in tuner.peft_config.items():
+        if isinstance(other, MoELoraConfig) and other is not config:
+            beside.check_tokens_of(name, Beside(model, other))
+
+
+def _renamed(
+    file: AdapterFile, model: PreTrainedModel, config: MoELoraConfig, load: Load | None
+) -> AdapterFile:
+    """The file with the keys that its tensors have when they are loaded into this model."""
+    if load is None:
+        return file
+    if load.by_transformers:
+        return renamed_file(file, model)
+    return moved_file(file, config, load.key_mapping)
+
+
+def every_experts_module(model: nn.Module) -> set[str]:
+    """Names that match all experts modules of the model and nothing else."""
+    experts = [key for key, module in _base_modules(model) if is_experts(module)]
+    if not experts:
+        raise ValueError(
+            "target_modules=None targets every experts module, but the model has none; name "
+            "the modules to adapt in target_modules."
+        )
+    # if no other module has these last names ("experts"), they are enough, and they stay short
+    # for any number of layers
+    short = {_last_name(key) for key in experts}
+    matched = [key for key, _ in model.named_modules() if _last_name(key) in short]
+    if sorted(matched) == sorted(experts):
+        return short
+    return set(experts)
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) for the modules of the model without adapters.
+
+    Modules inside an adapted layer are left out; an adapted experts module is replaced by its
+    base module.
+    """
+    inside: list[str] = []
+    for key, module in model.named_modules():
+        if key.startswith(tuple(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{key}.")
+        if isinstance(module, MoELoraLayer):
+            yield key, module.get_base_layer()
+        else:
+            yield key, module
+
+
+def _targets(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
+    """Path -> module of every target of the configuration, which may be adapted already.
+
+    Empty for "all-linear", which PEFT resolves.
+
+    Raises:
+        ValueError: if an entry of target_modules matches no module. The message names the
+            entry.
+    """
+    if config.target_modules == "all-linear":
+        return {}
+    modules = {key: module for key, module in _base_modules(tuner.model) if key}
+    current = dict(tuner.model.named_modules())
+    targets = {
+        key: current[key]
+        for key in modules
+        if _is_target(config, key) or tuner._check_tied_module_exists(config, key)
+    }
+    if isinstance(config.target_modules, str):
+        return targets
+    for entry in sorted(config.target_modules or ()):
+        if not any(key == entry or key.endswith(f".{entry}") for key in modules):
+            names = {_last_name(key) for key, module in modules.items() if is_experts(module)}
+            available = "the model has no experts modules"
+            if names:
+                available = f"its experts modules are called {sorted(names)}"
+            raise ValueError(
+                f"target_modules: {quoted(entry)} matches no module of the model; {available}. "
+                "Correct the entry, or remove it."
+            )
+    return targets
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts, adapted or not."""
+    return isinstance(module, MoELoraLayer) or is_experts(module)
+
+
+def layout_of(module: nn.Module) -> ExpertsLayout:
+    """The layout of an experts module, adapted or not."""
+    if isinstance(module, MoELoraLayer):
+        return module.layout
+    return read_layout(module)
+
+
+def _last_name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _base(module: nn.Module) -> nn.Module:
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module
+
+
+def _is_target(config: MoELoraConfig, key: str) -> bool:
+    """Whether the configuration targets the module at this path and does not exclude it."""
+    # PEFT returns a bool, a match, None, or an object for a module that is excluded
+    answer = check_target_module_exists(config, key)
+    return bool(answer) and not isinstance(answer, _ExcludedModule)
