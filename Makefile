@@ -15,7 +15,7 @@ PEFT ?= peft==0.21.0
 TRITON ?= triton==3.9.0
 PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 bitsandbytes==0.50.2 torchao==0.18.0 \
        ipykernel==7.4.0 ipywidgets==8.1.9 matplotlib==3.11.2 \
-       nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 setuptools==84.2.1 \
+       hypothesis==6.170.17 nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 setuptools==84.2.1 \
        rich==15.0.0 typer==0.29.2 \
        datasets==5.2.0 trl==1.16.0
 LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
