@@ -117,7 +117,11 @@ def convert_to_peft(stage):
 def convert_per_expert(stage):
     convert_adapter(stage.adapter, stage.out, to="per_expert", base_config=stage.base.folder)
     # PEFT does not read this format of every family
-    return logits_of(load_peft_adapter(copy.deepcopy(stage.base.model), stage.out))
+    try:
+        return logits_of(load_peft_adapter(copy.deepcopy(stage.base.model), stage.out))
+    except ValueError:
+        # as in `logits_of_conversion`
+        return None
 
 
 def merge(stage):
