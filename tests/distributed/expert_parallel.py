@@ -140,8 +140,9 @@ def trains(family, mode, dtype=torch.float64, **adapter):
 def merges(mode):
     def scenario(rank, folder):
         config = configured("qwen3_moe", target_modules="with router")
-        alone = get_peft_model(base("qwen3_moe", folder), config).eval()
-        divided = get_peft_model(base("qwen3_moe", folder, **mode), config).eval()
+        # merged experts run transformers' own products, which take no fp64
+        alone = get_peft_model(base("qwen3_moe", folder, torch.float32), config).eval()
+        divided = get_peft_model(base("qwen3_moe", folder, torch.float32, **mode), config).eval()
         fill_adapter(alone)
         state = get_peft_model_state_dict(alone)
         set_peft_model_state_dict(divided, {key: value.clone() for key, value in state.items()})

@@ -91,7 +91,7 @@ def test_merging_writes_into_every_processs_experts(results):
     for outcome in results["merges"]:
         assert isinstance(outcome, dict), outcome
         for what, pair in outcome.items():
-            assert_close(*pair, TOLERANCE, what)
+            assert_close(*pair, FP32_TOLERANCE, what)
 
 
 @pytest.mark.parametrize("name", REFUSED)
