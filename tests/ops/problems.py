@@ -76,6 +76,15 @@ def ids(shape):
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=ids)
 small_shapes = pytest.mark.parametrize("shape", SMALL, ids=ids)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+# For tests that compile many kernels. On a GPU float16 is a slow duplicate there: its kernels are
+# those of bfloat16 but for one conversion.
+_COMPILED = [
+    pytest.param(dtype, marks=pytest.mark.long)
+    if dtype == torch.float16 and torch.bfloat16 in DTYPES
+    else dtype
+    for dtype in DTYPES
+]
+dtypes_compiled = pytest.mark.parametrize("dtype", _COMPILED, ids=lambda d: str(d)[6:])
 
 
 def random(*size, dtype=torch.float32, scale=1.0):

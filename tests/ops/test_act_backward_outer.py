@@ -14,6 +14,7 @@ from ops.problems import (
     Problem,
     assert_within,
     dtypes,
+    dtypes_compiled,
     hopper,
     out_of,
     random,
@@ -48,7 +49,7 @@ def check(kernels, valid, r, I, activation, operands, lora_B, dtype, **options):
 
 
 @small_shapes
-@dtypes
+@dtypes_compiled
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("beside", [False, True], ids=["", "bias and dropout"])
 def test_all_are_what_the_twins_say(kernels, shape, dtype, activation, beside):

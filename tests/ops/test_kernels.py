@@ -21,6 +21,7 @@ from ops.problems import (
     assert_within,
     check,
     dtypes,
+    dtypes_compiled,
     ids,
     layer,
     layer_arguments,
@@ -124,7 +125,7 @@ def test_linear_is_its_twin(kernels, shape, dtype):
 
 
 @small_shapes
-@dtypes
+@dtypes_compiled
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_linear_act_is_its_twin(kernels, shape, dtype, activation):
     problem = Problem(shape, dtype)
@@ -144,7 +145,7 @@ def test_linear_act_is_its_twin(kernels, shape, dtype, activation):
 
 
 @small_shapes
-@dtypes
+@dtypes_compiled
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation(interleaved=True)], ids=str)
 def test_act_backward_is_its_twin(kernels, shape, dtype, activation):
     problem = Problem(shape, dtype)
@@ -240,7 +241,7 @@ def chunks(request, monkeypatch):
 
 
 @shapes
-@dtypes
+@dtypes_compiled
 @pytest.mark.usefixtures("chunks")
 def test_outer_is_its_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
@@ -293,7 +294,7 @@ def test_outer_of_an_expert_with_most_of_the_rows(kernels, dtype):
 
 
 @pytest.mark.parametrize("shape", [*SMALL, SHAPES[6]], ids=ids)
-@dtypes
+@dtypes_compiled
 @pytest.mark.usefixtures("chunks")
 def test_dropout_masks_are_those_of_the_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
@@ -340,7 +341,7 @@ def test_dropout_masks_are_those_of_the_twin(kernels, shape, dtype):
 
 
 @small_shapes
-@dtypes
+@dtypes_compiled
 @pytest.mark.parametrize("skew", [False, True])
 def test_layer_forward_and_backward(kernels, shape, dtype, skew):
     problem = Problem(shape, dtype, skew=skew)
