@@ -30,7 +30,7 @@ from .implementations import (
 )
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
-from .refusals import watch
+from .refusals import refuse_hotswap_of_state_dict, watch
 from .sharding import is_sharded
 
 
@@ -463,6 +463,15 @@ class MoELoraLayer(nn.Module, LoraLayer):
             parameters = side[adapter_name]
             if not any(parameter.is_meta for parameter in parameters.parameters()):
                 parameters.to(device, dtype)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in nn.Module.
+
+        Raises:
+            ValueError: if PEFT asks for it to hotswap an adapter.
+        """
+        refuse_hotswap_of_state_dict()
+        return super().state_dict(*args, **kwargs)
 
     def release(self) -> nn.Module:
         """Give the base module its own config back, and return the module."""

@@ -6,10 +6,13 @@ adapter into the first rows of A and the first columns of B, which belong to the
 Subtracting an initial adapter appends its ranks to those of all experts.
 """
 
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NoReturn
 from weakref import WeakSet
 
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import nn
 from torch.optim import Optimizer
 
@@ -65,12 +68,30 @@ class NoHotswap(list[str]):
     """
 
     def __iter__(self) -> NoReturn:
-        raise ValueError(
-            "hotswapping needs one matrix A and one matrix B a layer, but experts stack theirs, "
-            "so an adapter of another rank would reach the wrong experts; nothing was changed. "
-            "Call model.delete_adapter(name), model.load_adapter(path, adapter_name=name) and "
-            "model.set_adapter(name) instead: the new adapter may have any rank and scaling."
-        )
+        refuse_hotswap()
+
+
+def refuse_hotswap_of_state_dict() -> None:
+    """Refuse `hotswap_adapter_from_state_dict`, which asks for the state dict before it changes it.
+
+    Raises:
+        ValueError: if PEFT's function is among the callers.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is hotswap_adapter_from_state_dict.__code__:
+            refuse_hotswap()
+        frame = frame.f_back
+
+
+def refuse_hotswap() -> NoReturn:
+    """Raise the error of every way to hotswap."""
+    raise ValueError(
+        "hotswapping needs one matrix A and one matrix B a layer, but experts stack theirs, "
+        "so an adapter of another rank would reach the wrong experts; nothing was changed. "
+        "Call model.delete_adapter(name), model.load_adapter(path, adapter_name=name) and "
+        "model.set_adapter(name) instead: the new adapter may have any rank and scaling."
+    )
 
 
 def refuse_subtraction() -> NoReturn:

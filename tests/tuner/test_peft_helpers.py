@@ -15,7 +15,11 @@ from peft.optimizers import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 
 from families.off_interface import BUILD as OFF_INTERFACE
 from families.off_interface import leaves
@@ -265,6 +269,18 @@ def test_hotswapping_is_refused_with_a_way_that_works(r, tmp_path):
     model.load_adapter(str(tmp_path), adapter_name="default")
     model.set_adapter("default")
     assert_close(outputs(model), outputs(other), FP32)
+
+
+@pytest.mark.parametrize("r", [R, R - 1])
+def test_hotswapping_from_a_state_dict_is_refused(r):
+    """PEFT would copy a smaller adapter into the first rows of A, the first experts' ones."""
+    model = adapted(target_modules=EVERYWHERE)
+    other = adapted(target_modules=EVERYWHERE, r=r)
+    state = {key: p.detach() for key, p in adapter_parameters(other).items()}
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"Call model.delete_adapter\(name\), model.load_adapter"):
+        hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
+    assert_unchanged(model, before)
 
 
 def test_hotswapping_linear_layers_still_works(tmp_path):
