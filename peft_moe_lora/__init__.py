@@ -3,6 +3,7 @@
 Importing this package registers the tuner with peft and transformers.
 """
 
+from .config import MoELoraConfig
 from .convert.convert import convert_adapter
 from .convert.inspect import inspect_adapter
 from .convert.load import load_peft_adapter
@@ -15,7 +16,6 @@ from .stats.callback import ExpertLoadCallback
 from .stats.load import ExpertLoad, expert_load
 from .stats.plot import plot_expert_load
 from .stats.select import select_experts
-from .tuner.config import MoELoraConfig
 from .tuner.model import MoELoraModel
 
 __all__ = [

@@ -11,12 +11,12 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from .config import MoELoraConfig
+from .layers.dispatch import moe_lora_experts_forward
+from .layers.implementations import IMPLEMENTATION
+from .layers.refusals import NoHotswap, refuse_optimizer_of_one_matrix
 from .quant.quantizer import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
-from .tuner.config import MoELoraConfig
-from .tuner.dispatch import moe_lora_experts_forward
-from .tuner.implementations import IMPLEMENTATION
 from .tuner.model import MoELoraModel
-from .tuner.refusals import NoHotswap, refuse_optimizer_of_one_matrix
 
 NAME = "MOE_LORA"
 

@@ -5,9 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..config import MoELoraConfig
 from ..files.tensor_file import RefusedError
 from ..files.text import quoted
-from ..tuner.config import MoELoraConfig
 
 # options that change the computation and that no format can express
 _OF_THE_COMPUTATION = (

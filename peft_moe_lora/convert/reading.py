@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import checked_indices
 from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME, Trained, check_trained
 from ..files.config_fields import (
     HIGHEST_ALPHA,
@@ -24,7 +25,6 @@ from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, FilePath, TensorFile, read_json
 from ..files.text import quoted, shown
 from ..files.writing import CONFIG_NAME, check_saved
-from ..tuner.config import checked_indices
 from .base import BaseConfig, BaseModel, read_base
 from .formats import PREFIX, READERS, Format
 from .formats.format import Slots

@@ -7,9 +7,9 @@ from torch.nn.utils import parametrize
 from ..experts.decoding import Decoding, store, unstore
 from ..experts.layout import PROJECTIONS, is_experts, read_layout
 from ..experts.stored import Weight, stored_weight
+from ..layers.layer import MoELoraLayer
 from ..ops import QuantizedWeight
 from ..ops.quantize import quantize
-from ..tuner.layer import MoELoraLayer
 from .checkpoint import experts_not_finite, first_of
 
 

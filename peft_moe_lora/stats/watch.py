@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..experts.layout import is_experts
-from ..tuner.layer import MoELoraLayer
+from ..layers.layer import MoELoraLayer
 
 Batch = Mapping[str, Any] | torch.Tensor
 # parts of a path that wrappers around the base model add

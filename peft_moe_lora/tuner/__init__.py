@@ -1,8 +1,4 @@
-"""The PEFT side: configuration, layers and model of the tuner.
+"""The PEFT side: an adapter is added, trained beside others, saved, loaded, merged and combined.
 
-May import functional, experts, files and below.
-
-Each file imports only files that come before it in this order: `materialize` and `implementations`
-(experts run by the model's own code), `config`, the parts of a layer (`offload`, `dispatch`,
-`projections`, `merging`, `refusals`), `layer`, `router`, `checkpoint`, `summary`, `model`.
+May import layers, parallel, config, functional, experts, files and below.
 """

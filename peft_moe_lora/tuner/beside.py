@@ -13,9 +13,9 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_module_names_tied_with_embedding
 from torch import nn
 
+from ..config import MoELoraConfig
 from ..experts.layout import ExpertsLayout
 from ..files.text import quoted
-from .config import MoELoraConfig
 
 Shape = tuple[int, ...]
 

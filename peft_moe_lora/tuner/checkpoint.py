@@ -8,14 +8,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..config import MoELoraConfig
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import linear_features
 from ..files.adapter_file import AdapterFile, Held, Trained, check_trained
 from ..files.text import shown
+from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded
 from .beside import Shape, Tensors
-from .config import MoELoraConfig
 from .saving import PEFT_PREFIX
-from .sharding import CHECKPOINT_WRAPPER, is_sharded
 
 
 class ExpertsTarget(NamedTuple):

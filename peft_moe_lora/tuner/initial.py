@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..config import MoELoraConfig, Saving
 from ..files.adapter_file import WEIGHTS_NAME, AdapterFile, Description
 from ..files.scaling import tidy
 from ..files.text import shown
-from .config import MoELoraConfig, Saving
 from .saving import PEFT_PREFIX
 
 

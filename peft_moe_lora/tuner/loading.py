@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..config import MoELoraConfig
 from ..files.adapter_file import (
     WEIGHTS_NAME,
     AdapterFile,
@@ -21,10 +22,9 @@ from ..files.adapter_file import (
 )
 from ..files.scaling import is_same, scaling_of
 from ..files.text import shown
+from ..layers.layer import MoELoraLayer
 from .beside import Beside
-from .config import MoELoraConfig
 from .frames import frames
-from .layer import MoELoraLayer
 from .saving import adapted
 
 

@@ -13,20 +13,21 @@ from peft import LoraModel, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..config import MoELoraConfig, Saving
 from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import is_experts
 from ..experts.routers import is_router
-from . import checkpoint, saving, sharding, targets, weighted
+from ..layers.layer import MoELoraLayer
+from ..layers.merging import check_shards_are_unmerged
+from ..layers.refusals import refuse_subtraction
+from ..layers.router import MoELoraRouter
+from ..parallel import sharding
+from ..parallel.expert_parallel import share_of
+from . import checkpoint, saving, targets, weighted
 from .combining import Combination
-from .config import MoELoraConfig, Saving
-from .expert_parallel import share_of
 from .initial import minus_initial
-from .layer import MoELoraLayer
 from .loading import check_over_existing
-from .merging import check_shards_are_unmerged
 from .peft_model import install_around
-from .refusals import refuse_subtraction
-from .router import MoELoraRouter
 from .summary import summarize
 from .ties import check_may_merge, untie
 from .weighted import Mixture

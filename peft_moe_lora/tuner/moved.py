@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from ..config import MoELoraConfig
 from ..files.adapter_file import AdapterFile
 from ..files.text import quoted, shown
 from .checkpoint import PEFT_PREFIX
-from .config import MoELoraConfig
 
 
 def moved_file(

@@ -23,7 +23,7 @@ from ..experts.decoding import parametrizations
 from ..experts.layout import is_experts
 from ..experts.stored import UnsupportedExperts, stored_weight
 from ..files.writing import written_files
-from .sharding import is_divided
+from ..parallel.sharding import is_divided
 
 _CARD = "README.md"
 

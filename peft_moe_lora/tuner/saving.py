@@ -12,14 +12,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..config import MoELoraConfig
 from ..experts.layout import is_experts
 from ..files.adapter_file import Trained, described, described_module
 from ..files.patterns import value_of, without_order
 from ..files.scaling import alpha_of, is_same, scaling_of
-from .config import MoELoraConfig
-from .layer import MoELoraLayer
-from .router import MoELoraRouter
-from .sharding import CHECKPOINT_WRAPPER, is_sharded, path_without_wrappers, whole
+from ..layers.layer import MoELoraLayer
+from ..layers.router import MoELoraRouter
+from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded, path_without_wrappers, whole
 
 PEFT_PREFIX = "base_model.model."
 

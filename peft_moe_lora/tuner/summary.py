@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .layer import MoELoraLayer
-from .router import MoELoraRouter
+from ..layers.layer import MoELoraLayer
+from ..layers.router import MoELoraRouter
 
 _ROUTERS = "routers"
 _OTHER_LAYERS = "other layers"

@@ -7,16 +7,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_targ
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..config import MoELoraConfig
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..files.adapter_file import AdapterFile
 from ..files.text import quoted
-from . import checkpoint, sharding
+from ..layers.layer import MoELoraLayer
+from ..parallel import sharding
+from ..parallel.expert_parallel import check_may_be_adapted as check_expert_parallel
+from ..parallel.expert_parallel import is_divided_by_experts
+from . import checkpoint
 from .beside import Beside
-from .config import MoELoraConfig
 from .copies import check_copies
-from .expert_parallel import check_may_be_adapted as check_expert_parallel
-from .expert_parallel import is_divided_by_experts
-from .layer import MoELoraLayer
 from .loading import Load, current_load, read_with
 from .moved import moved_file, renamed_file
 

@@ -13,12 +13,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..config import MoELoraConfig
 from ..experts.layout import PROJECTIONS
 from ..files.config_fields import is_finite
+from ..layers.layer import MoELoraLayer
+from ..layers.offload import fetched
 from .combining import OF_FACTORS, Combination, Factors, Term
-from .config import MoELoraConfig
-from .layer import MoELoraLayer
-from .offload import fetched
 
 # (projection, expert) -> A [r, K] and B [N, r]; a layer without experts has one entry, ("", 0)
 Matrices = dict[tuple[str, int], Factors]

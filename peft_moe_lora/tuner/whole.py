@@ -8,9 +8,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..files.text import shown
+from ..layers.layer import MoELoraLayer
+from ..parallel.sharding import path_without_wrappers
 from .frames import frames
-from .layer import MoELoraLayer
-from .sharding import path_without_wrappers
 
 _REMEDY = (
     "What was saved before is unchanged. If the parameters are sharded or offloaded, gather them "

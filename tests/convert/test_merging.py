@@ -25,7 +25,7 @@ from helpers import (
 )
 from peft_moe_lora import convert_adapter, load_peft_adapter, merge_adapter
 from peft_moe_lora.files.tensor_file import AdapterError, ExistsError, RefusedError
-from peft_moe_lora.tuner.layer import MoELoraLayer
+from peft_moe_lora.layers.layer import MoELoraLayer
 
 TOLERANCE = 1e-5
 

@@ -54,7 +54,7 @@ from helpers import (
 from peft_moe_lora import MoELoraConfig, convert_adapter, merge_adapter
 from peft_moe_lora.convert.formats import FORMATS
 from peft_moe_lora.files.tensor_file import RefusedError
-from peft_moe_lora.tuner.layer import MoELoraLayer
+from peft_moe_lora.layers.layer import MoELoraLayer
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

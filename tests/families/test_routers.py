@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from helpers import BF16, FP32, MODELS, HandWrittenExperts, R, assert_close, modeling_module
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.experts.layout import is_experts
-from peft_moe_lora.tuner.router import MoELoraRouter, UnsupportedRouter
+from peft_moe_lora.layers.router import MoELoraRouter, UnsupportedRouter
 
 T, WIDTH, EXPERTS, TOP = 9, 16, 6, 2
 SCALING = 2.0

@@ -9,7 +9,7 @@ from pathlib import Path
 # path in the package -> test files or folders, or tests as pytest names them
 NEAREST = {
     "convert": ("convert",),
-    "experts": ("experts", "families/test_off_interface.py", "tuner/test_contract.py"),
+    "experts": ("experts", "families/test_off_interface.py", "layers/test_contract.py"),
     "files": ("files", "tuner/test_bad_input.py", "convert/test_bad_adapters.py"),
     "functional": (
         "functional",
@@ -32,6 +32,9 @@ NEAREST = {
     "ops/quantized.py": ("quant/test_quantized.py", "quant/test_quantized_loading.py"),
     "quant": ("quant",),
     "stats": ("stats",),
+    "config.py": ("tuner/test_bad_input.py", "tuner/test_choosing.py", "tuner/test_peft_api.py"),
+    "layers": ("layers", "tuner/test_peft_api.py", "tuner/test_choosing.py"),
+    "parallel": ("parallel",),
     "tuner": (
         "tuner/test_peft_api.py",
         "tuner/test_bad_input.py",
@@ -50,34 +53,34 @@ NEAREST = {
         "tuner/test_choosing.py",
     ),
     "tuner/combining.py": ("tuner/test_weighted_adapters.py", "tuner/test_weighted_models.py"),
-    "tuner/dispatch.py": (
-        "tuner/test_contract.py",
-        "tuner/test_config_view.py",
+    "layers/dispatch.py": (
+        "layers/test_contract.py",
+        "layers/test_config_view.py",
         "tuner/test_peft_api.py",
         "test_integrations.py",
     ),
     "tuner/initial.py": ("tuner/test_initial_state.py",),
-    "tuner/implementations.py": ("tuner/test_materialize.py",),
-    "tuner/layer.py": (
+    "layers/implementations.py": ("layers/test_materialize.py",),
+    "layers/layer.py": (
         "tuner/test_peft_api.py",
         "tuner/test_choosing.py",
         "tuner/test_peft_helpers.py",
-        "tuner/test_offload.py",
-        "tuner/test_contract.py",
-        "tuner/test_materialize.py",
+        "layers/test_offload.py",
+        "layers/test_contract.py",
+        "layers/test_materialize.py",
         "quant/test_quantized.py",
     ),
-    "tuner/materialize.py": ("tuner/test_materialize.py",),
-    "tuner/merging.py": (
-        "tuner/test_merging.py",
+    "layers/materialize.py": ("layers/test_materialize.py",),
+    "layers/merging.py": (
+        "layers/test_merging.py",
         "tuner/test_peft_api.py",
         "tuner/test_choosing.py",
         "tuner/test_peft_helpers.py",
         "quant/test_quantized.py",
     ),
     "tuner/moved.py": ("tuner/test_moved_base.py",),
-    "tuner/offload.py": (
-        "tuner/test_offload.py",
+    "layers/offload.py": (
+        "layers/test_offload.py",
         "families/test_off_interface.py::test_offloaded_weights_come_back_for_the_adapter",
         "tuner/test_training_modes.py",
     ),
@@ -86,15 +89,15 @@ NEAREST = {
         "tuner/test_peft_api.py",
         "files/test_interrupted_saves.py",
     ),
-    "tuner/projections.py": (
+    "layers/projections.py": (
         "tuner/test_second_adapter.py",
         "tuner/test_peft_api.py",
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
     ),
-    "tuner/refusals.py": ("tuner/test_one_matrix.py", "tuner/test_peft_helpers.py"),
-    "tuner/router.py": (
-        "tuner/test_merging.py",
+    "layers/refusals.py": ("tuner/test_one_matrix.py", "tuner/test_peft_helpers.py"),
+    "layers/router.py": (
+        "layers/test_merging.py",
         "families/test_routers.py",
         "tuner/test_beside_experts.py",
     ),

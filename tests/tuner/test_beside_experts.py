@@ -34,8 +34,8 @@ from helpers import (
     token_ids,
 )
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.tuner.layer import MoELoraLayer
-from peft_moe_lora.tuner.router import MoELoraRouter
+from peft_moe_lora.layers.layer import MoELoraLayer
+from peft_moe_lora.layers.router import MoELoraRouter
 
 # routers with softmax and sigmoid, with groups, with a bias, and a linear layer with its own
 # forward; shared experts, gates on them, latent projections, linear attention, MLA

@@ -44,8 +44,8 @@ from helpers import (
 )
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.functional import Projection, experts
+from peft_moe_lora.layers.layer import MoELoraLayer
 from peft_moe_lora.ops import Activation
-from peft_moe_lora.tuner.layer import MoELoraLayer
 
 CHOSEN = [1, 4]
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"

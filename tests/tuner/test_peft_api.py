@@ -48,7 +48,7 @@ from helpers import (
     wrap,
 )
 from peft_moe_lora import MoELoraConfig, MoELoraModel
-from peft_moe_lora.tuner.layer import MoELoraLayer
+from peft_moe_lora.layers.layer import MoELoraLayer
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 

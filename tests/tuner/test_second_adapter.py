@@ -24,7 +24,7 @@ from helpers import (
     wrap,
 )
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.tuner.layer import MoELoraLayer
+from peft_moe_lora.layers.layer import MoELoraLayer
 
 
 def test_a_bad_second_adapter_leaves_what_is_frozen_frozen():

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from ...config import MoELoraConfig
 from ...experts.layout import EVERY_PROJECTION, PROJECTIONS
 from ...files.adapter_file import METADATA_KEY, Trained, described, described_module
 from ...files.card import OUR_CARD
 from ...files.tensor_file import AdapterError, Block
-from ...tuner.config import MoELoraConfig
 from ..fit import fill_in
 from ..model import Adapter, Experts, Pair
 from ..source import Slot, Source

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from helpers import QWEN3_MOE, build_experts, wrap
-from peft_moe_lora.tuner.dispatch import AdaptedExpertsConfig
+from peft_moe_lora.layers.dispatch import AdaptedExpertsConfig
 
 
 def adapted():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distributed.fully_sharded import FAMILIES
-from distributed.processes import run
 from helpers import assert_close, assert_share_of_order_one
+from parallel.fully_sharded import FAMILIES
+from parallel.processes import run
 
 TOLERANCE = 1e-5
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -13,7 +13,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run("distributed.fully_sharded", tmp_path_factory.mktemp("sharded"))
+    return run("parallel.fully_sharded", tmp_path_factory.mktemp("sharded"))
 
 
 def assert_found(outcomes):

@@ -16,7 +16,7 @@ from torch import nn
 from ..experts.decoding import requantized, store
 from ..functional import per_expert
 from ..ops import QuantizedWeight
-from .sharding import anywhere, is_fully_sharded, reshard, shard_of, whole
+from ..parallel.sharding import anywhere, is_fully_sharded, reshard, shard_of, whole
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer

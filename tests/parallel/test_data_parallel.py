@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.data_parallel import SCENARIOS, batches, build, loss_of, train
 from helpers import FP32, DenseTwin, adapter_parameters, assert_close
+from parallel.data_parallel import SCENARIOS, batches, build, loss_of, train
 
 RANKS = [0, 1]
 two_devices = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """What each of four processes of test_expert_parallel.py runs: copies of experts, tp and fsdp."""
 
-from distributed.expert_parallel import ADAPTERS, trains
+from parallel.expert_parallel import ADAPTERS, trains
 
 MODES_OF_FOUR = {
     "two copies of each expert": {"fsdp_size": 4, "ep_size": 2},

@@ -12,18 +12,18 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from ..config import MATERIALIZE, MoELoraConfig
 from ..experts.activation import own_activation
 from ..experts.decoding import decoders
 from ..experts.layout import ExpertsLayout, read_layout
 from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, experts, per_expert, rows_linear
 from ..ops import QuantizedWeight
+from ..parallel.expert_parallel import Share, drawn_whole
+from ..parallel.sharding import is_sharded
 from . import merging
-from .config import MoELoraConfig
 from .dispatch import attach, check_contract, detach, shared_config
-from .expert_parallel import Share, drawn_whole
 from .implementations import (
-    MATERIALIZE,
     check_gradients,
     check_implementation,
     run_implementation,
@@ -31,7 +31,6 @@ from .implementations import (
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
-from .sharding import is_sharded
 
 
 class MoELoraLayer(nn.Module, LoraLayer):

@@ -11,20 +11,17 @@ divided by the number of batches of a step, as the mean over batches demands.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..config import MATERIALIZE, MoELoraConfig
 from ..experts.layout import is_experts
 from ..experts.routers import is_router
 from ..files.text import quoted
-from .implementations import MATERIALIZE
 from .sharding import is_sharded
-
-if TYPE_CHECKING:
-    from .config import MoELoraConfig
 
 
 class Sum(NamedTuple):
@@ -155,7 +152,7 @@ def _groups(manager: Any, *axes: str) -> tuple[Any, ...]:
 
 
 def check_may_be_adapted(
-    model: nn.Module, config: "MoELoraConfig", others: Mapping[str, nn.Module]
+    model: nn.Module, config: MoELoraConfig, others: Mapping[str, nn.Module]
 ) -> None:
     """Check that expert parallelism supports an adapter.
 

@@ -43,9 +43,9 @@ from helpers import (
 )
 from peft_moe_lora import MoELoraConfig, quantize_experts
 from peft_moe_lora.functional import Projection
-from peft_moe_lora.tuner import materialize as file
-from peft_moe_lora.tuner.implementations import _log_cost
-from peft_moe_lora.tuner.materialize import materialize
+from peft_moe_lora.layers import materialize as file
+from peft_moe_lora.layers.implementations import _log_cost
+from peft_moe_lora.layers.materialize import materialize
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
 # and one that is transposed without biases; in transformers 5.17 it is not on the interface

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
-from ..experts.layout import PROJECTIONS, ExpertsLayout
-from ..files.adapter_file import (
+from .experts.layout import PROJECTIONS, ExpertsLayout
+from .files.adapter_file import (
     CHOSEN_EXPERTS_VERSION,
     FORMAT_VERSION,
     LAYOUT,
@@ -23,8 +23,8 @@ from ..files.adapter_file import (
     find_adapter_file,
     read_adapter_file,
 )
-from ..files.card import OUR_CARD, write_card
-from ..files.config_fields import (
+from .files.card import OUR_CARD, write_card
+from .files.config_fields import (
     HIGHEST_ALPHA,
     HIGHEST_RANK,
     LOWEST_ALPHA,
@@ -33,13 +33,15 @@ from ..files.config_fields import (
     is_alpha,
     is_rank,
 )
-from ..files.patterns import value_of
-from ..files.scaling import scaling_of
-from ..files.tensor_file import read_json
-from ..files.text import quoted
-from ..files.writing import written_files
-from ..functional import BACKENDS
-from .implementations import MATERIALIZE
+from .files.patterns import value_of
+from .files.scaling import scaling_of
+from .files.tensor_file import read_json
+from .files.text import quoted
+from .files.writing import written_files
+from .functional import BACKENDS
+
+# a backend beside those of `functional`: the model's own implementation, run on W + scaling * B A
+MATERIALIZE = "materialize"
 
 # fields of LoraConfig that turn on a feature which experts do not support:
 # name of the field -> (its value when the feature is off, name of the feature)

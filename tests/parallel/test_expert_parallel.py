@@ -5,14 +5,14 @@ from dataclasses import fields
 import pytest
 from transformers.distributed import DistributedConfig
 
-from distributed.processes import run
 from helpers import assert_close
+from parallel.processes import run
 
 if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
     pytest.skip("this release of transformers has no ep_size", allow_module_level=True)
 
-from distributed.expert_parallel import ADAPTERS, MODES, NUMBER_OF_EXPERTS, REFUSED, R
-from distributed.expert_parallel_of_four import SCENARIOS as SCENARIOS_OF_FOUR
+from parallel.expert_parallel import ADAPTERS, MODES, NUMBER_OF_EXPERTS, REFUSED, R
+from parallel.expert_parallel_of_four import SCENARIOS as SCENARIOS_OF_FOUR
 
 TOLERANCE = 1e-9
 FP32_TOLERANCE = 1e-5
@@ -25,12 +25,12 @@ trained = pytest.mark.parametrize("name", TRAINED)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run("distributed.expert_parallel", tmp_path_factory.mktemp("divided"))
+    return run("parallel.expert_parallel", tmp_path_factory.mktemp("divided"))
 
 
 @pytest.fixture(scope="module")
 def results_of_four(tmp_path_factory):
-    return run("distributed.expert_parallel_of_four", tmp_path_factory.mktemp("four"), 4)
+    return run("parallel.expert_parallel_of_four", tmp_path_factory.mktemp("four"), 4)
 
 
 @trained

@@ -18,7 +18,7 @@ from helpers import (
     wrap,
 )
 from peft_moe_lora.experts.stored import UnsupportedExperts
-from peft_moe_lora.tuner import layer as layers
+from peft_moe_lora.layers import layer as layers
 
 
 class Times(HandWrittenExperts):

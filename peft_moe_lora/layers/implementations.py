@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import MATERIALIZE
 from ..experts.layout import ExpertsLayout
 from ..functional import Projection
 from ..ops import Activation, QuantizedWeight
 from .materialize import materialize
 
 logger = logging.getLogger(__name__)
-
-MATERIALIZE = "materialize"
 
 # name of the experts implementation that this package registers with transformers; all other
 # backends run through it, and do not add B A to the weights

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
 from ..functional import without_autocast
-from .expert_parallel import Share, local
+from ..parallel.expert_parallel import Share, local
+from ..parallel.sharding import is_sharded, whole
 from .merging import check_may_unmerge
-from .sharding import is_sharded, whole
 
 _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     {

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import UNFUSED_FAMILIES, adapter_parameters, moe_lora, tiny_model, token_ids
+from peft_moe_lora.layers.layer import MoELoraLayer
 from peft_moe_lora.stats.callback import sum_over_processes
 from peft_moe_lora.stats.watch import RoutingWatch
-from peft_moe_lora.tuner.layer import MoELoraLayer
 
 # many experts for few tokens: on each rank most get no rows
 NUM_EXPERTS, LENGTH, STEPS, LEARNING_RATE = 16, 5, 3, 0.1

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import moe_lora, outputs, tiny_model, token_ids
-from peft_moe_lora.tuner.router import UnsupportedRouter
+from peft_moe_lora.layers.router import UnsupportedRouter
 
 
 @pytest.fixture

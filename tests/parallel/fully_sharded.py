@@ -18,7 +18,7 @@ from transformers.distributed import DistributedConfig
 
 from helpers import fill_adapter, moe_lora, tiny_model, token_ids
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.tuner.sharding import whole
+from peft_moe_lora.parallel.sharding import whole
 
 # five experts on two processes: three on the first, two on the second
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "nemotron_h")

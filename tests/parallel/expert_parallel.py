@@ -11,8 +11,8 @@ from transformers.distributed import DistributedConfig
 
 from helpers import adapter_parameters, fill_adapter, tiny_model, token_ids
 from peft_moe_lora import MoELoraConfig
-from peft_moe_lora.tuner.layer import MoELoraLayer
-from peft_moe_lora.tuner.sharding import whole
+from peft_moe_lora.layers.layer import MoELoraLayer
+from peft_moe_lora.parallel.sharding import whole
 
 STEPS, R = 3, 4
 NUMBER_OF_EXPERTS = {
