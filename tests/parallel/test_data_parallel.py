@@ -70,6 +70,7 @@ def test_every_parameter_gets_a_gradient_the_same_on_every_rank(name, ranks):
         assert torch.equal(gradient, ranks[1][name]["gradients"][key].to(gradient.device)), key
 
 
+@pytest.mark.engine("DDP", "train", "exact")
 @scenarios
 def test_gradients_are_those_of_one_process_with_both_batches(name, ranks):
     model = build(ranks["device"], **{**SCENARIOS[name], "use_reentrant": None})
@@ -96,6 +97,7 @@ def test_training_ends_where_one_process_ends(name, ranks):
         assert_close(ended - start[key], parameter - start[key], 1e-3, key)
 
 
+@pytest.mark.engine("DDP", "statistics", "exact")
 def test_expert_loads_are_those_of_all_ranks(ranks):
     rows = [list(ranks[rank]["plain"]["rows"].values()) for rank in RANKS]
     for rank in RANKS:

@@ -42,6 +42,7 @@ def test_a_part_of_a_pair_is_refused(model, side):
         outputs(model)
 
 
+@pytest.mark.engine("DeepSpeed ZeRO-3", "attach afterwards", "refused: weights are empty")
 def test_parameters_that_zero_3_has_emptied_are_refused():
     model = tiny_model("qwen3_moe")
     weight = model.model.layers[0].mlp.experts.gate_up_proj
@@ -64,6 +65,7 @@ class _LinearOfZero3(torch.autograd.Function):
         return gradient, None, None
 
 
+@pytest.mark.engine("DeepSpeed ZeRO-3", "train", "refused: at a router's product")
 def test_a_router_that_multiplies_within_an_autograd_function_is_refused(model, monkeypatch):
     monkeypatch.setattr(F, "linear", _LinearOfZero3.apply)
     with pytest.raises(UnsupportedRouter, match="ZeRO-3"):

@@ -33,11 +33,15 @@ def results_of_four(tmp_path_factory):
     return run("parallel.expert_parallel_of_four", tmp_path_factory.mktemp("four"), 4)
 
 
+@pytest.mark.engine("Expert parallelism, all_reduce", "train", "exact")
+@pytest.mark.engine("Expert parallelism, all_to_all", "train", "exact")
 @trained
 def test_losses_gradients_norms_and_weights_are_those_of_one_process(name, results):
     assert_trained(results[name])
 
 
+@pytest.mark.engine("Expert parallelism over FSDP2", "train", "exact")
+@pytest.mark.engine("Expert parallelism over FSDP2", "save", "exact")
 @pytest.mark.long
 @pytest.mark.parametrize("name", SCENARIOS_OF_FOUR)
 def test_four_processes_train_as_one(name, results_of_four):
@@ -70,11 +74,15 @@ def test_losses_gradients_and_norms_in_fp32(mode, results):
             assert_close(found["gradients"][key], gradient, FP32_TOLERANCE, key)
 
 
+@pytest.mark.engine("Expert parallelism, all_reduce", "attach afterwards", "exact")
+@pytest.mark.engine("Expert parallelism, all_to_all", "attach afterwards", "exact")
 @trained
 def test_the_start_is_that_of_one_process_with_the_first_processs_seed(name, results):
     assert all(outcome["same start"] for outcome in results[name])
 
 
+@pytest.mark.engine("Expert parallelism, all_reduce", "save", "exact")
+@pytest.mark.engine("Expert parallelism, all_to_all", "save", "exact")
 @trained
 def test_what_is_saved_loads_in_one_process(name, results):
     for outcome in results[name]:
@@ -87,6 +95,7 @@ def test_a_process_holds_the_ranks_of_its_own_experts(mode, results):
         assert outcome["held"] == (4 * R, 4 * R)
 
 
+@pytest.mark.engine("Expert parallelism, all_reduce", "merge, unmerge", "exact")
 def test_merging_writes_into_every_processs_experts(results):
     for outcome in results["merges"]:
         assert isinstance(outcome, dict), outcome

@@ -22,17 +22,21 @@ def assert_found(outcomes):
         assert_close(outcome["found"], outcome["expected"], TOLERANCE)
 
 
+@pytest.mark.engine("FSDP2", "attach first", "exact")
+@pytest.mark.engine("FSDP2", "save", "exact")
 @families
 def test_every_process_calls_save_and_the_first_writes_the_whole_adapter(family, results):
     assert_found(results[f"saves {family}"])
     assert all(outcome["same bits"] for outcome in results[f"saves {family}"])
 
 
+@pytest.mark.engine("FSDP2", "load", "exact")
 @families
 def test_whole_tensors_load_into_shards(family, results):
     assert_found(results[f"loads {family}"])
 
 
+@pytest.mark.engine("FSDP2", "merge, unmerge", "exact")
 @pytest.mark.parametrize("name", [*FAMILIES, "gathered"])
 def test_merging_writes_into_shards(name, results):
     for outcome in results[f"merges {name}"]:
@@ -69,6 +73,7 @@ def test_an_adapter_for_a_model_that_is_divided_already_is_refused(name, what, r
         assert "load the model without distributed_config, add or load the adapter" in outcome
 
 
+@pytest.mark.engine("FSDP1", "train", "refused: use FSDP2")
 def test_the_first_fsdp_is_refused_by_name(results):
     for outcome in results["FSDP1"]:
         assert outcome.startswith("ValueError")

@@ -1,5 +1,6 @@
 """Adapted routers and experts, sharded over two processes, give the numbers of whole ones."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -34,5 +35,6 @@ def train_sharded(rank, store):
     dist.destroy_process_group()
 
 
+@pytest.mark.engine("FSDP2", "train", "exact")
 def test_fsdp_shards_what_is_adapted(tmp_path):
     torch.multiprocessing.spawn(train_sharded, (tmp_path / "store",), nprocs=2)
