@@ -19,8 +19,8 @@ from ..experts.layout import ExpertsLayout, read_layout
 from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, experts, per_expert, rows_linear
 from ..ops import QuantizedWeight
-from ..parallel.expert_parallel import Share, drawn_whole
 from ..parallel.sharding import is_sharded
+from ..parallel.share import Share, drawn_whole
 from . import merging
 from .dispatch import attach, check_contract, detach, shared_config
 from .implementations import (

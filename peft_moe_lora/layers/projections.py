@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..functional import Projection, per_expert
-from ..parallel.expert_parallel import local
+from ..parallel.gradients import local
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer

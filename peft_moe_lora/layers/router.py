@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
 from ..functional import without_autocast
-from ..parallel.expert_parallel import Share, local
+from ..parallel.gradients import local
 from ..parallel.sharding import is_sharded, whole
+from ..parallel.share import Share
 from .merging import check_may_unmerge
 
 _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(

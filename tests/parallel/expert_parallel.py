@@ -6,7 +6,7 @@ Every scenario returns what the processes gave beside what one process with all 
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.distributed import DistributedConfig
 
 from helpers import adapter_parameters, fill_adapter, tiny_model, token_ids
@@ -168,6 +168,43 @@ def refuses(**changes):
     return scenario
 
 
+def refuses_undivided_experts(rank, folder):
+    """A plan of transformers may leave out a layer."""
+    model = base("qwen3_moe", folder, **MODES["all_reduce"])
+    model.model.layers[1].mlp.experts._is_expert_parallel = False
+    before = list(model.named_modules())
+    try:
+        get_peft_model(model, configured("qwen3_moe"))
+    finally:
+        assert list(model.named_modules()) == before
+
+
+def refuses_off_the_interface(rank, folder):
+    path = folder / "base_llama4"
+    if rank == 0:
+        config = Llama4TextConfig(
+            hidden_size=32,
+            intermediate_size=16,
+            intermediate_size_mlp=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=4,
+            vocab_size=64,
+            pad_token_id=0,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    dist.barrier()
+    experts = "model.layers.*.feed_forward.experts"
+    plan = {experts: "ep_dispatch_experts"}
+    for name in ("gate_up_proj", "down_proj"):
+        plan[f"{experts}.{name}"] = "grouped_gemm"
+    divided = DistributedConfig(**MODES["all_reduce"], ep_plan=plan)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=divided)
+    get_peft_model(model, MoELoraConfig(target_modules=["experts"]))
+
+
 REFUSED = {
     "lora_dropout": {"lora_dropout": 0.1},
     "backend": {"backend": "materialize"},
@@ -184,5 +221,7 @@ for name, adapter in ADAPTERS.items():
 for name, mode in MODES.items():
     SCENARIOS[f"fp32 {name}"] = trains("qwen3_moe", mode, torch.float32)
 SCENARIOS["merges"] = merges(MODES["all_reduce"])
+SCENARIOS["undivided"] = refuses_undivided_experts
+SCENARIOS["off the interface"] = refuses_off_the_interface
 for name, changes in REFUSED.items():
     SCENARIOS[f"refuses {name}"] = refuses(**changes)

@@ -108,3 +108,11 @@ def test_what_is_not_supported_is_refused_by_name(name, results):
     for outcome in results[f"refuses {name}"]:
         assert outcome.startswith(f"ValueError: {name}=")
         assert "under expert parallelism" in outcome
+
+
+@pytest.mark.parametrize("name", ["undivided", "off the interface"])
+@pytest.mark.engine("Expert parallelism, all_reduce", "attach afterwards", "refused: llama4, dbrx")
+def test_experts_that_are_not_divided_as_expected_are_refused(name, results):
+    for outcome in results[name]:
+        assert outcome.startswith("UnsupportedExperts: model.layers.")
+        assert "has not divided" in outcome

@@ -1,0 +1,102 @@
+"""What one process holds of the experts that transformers has divided among processes.
+
+`DistributedConfig` of transformers gives every process a place in two meshes of the same processes:
+(dp_replicate, fsdp, tp) for what is dense, and (dp_replicate, efsdp, ep) for experts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .gradients import Sum
+
+
+@dataclass(frozen=True)
+class Share:
+    """The experts of every layer that this process holds.
+
+    Attributes:
+        mesh: one-dimensional mesh of the processes that together hold all experts.
+        ids: the experts of this process.
+        of_expert: gradients of parameters that are divided by experts.
+        of_some: gradients of parameters that every process holds, but only the process that holds
+            an expert computes.
+        of_all: gradients of parameters that every process holds and computes.
+        everyone: the groups of all processes, for what must be equal at the start.
+    """
+
+    mesh: Any
+    ids: range
+    of_expert: Sum
+    of_some: Sum
+    of_all: Sum
+    everyone: tuple[Any, ...]
+
+    def divided(self, values: torch.Tensor, dim: int) -> nn.Parameter:
+        """A parameter of which each process holds the experts' part, sharded over `dim`."""
+        from torch.distributed.tensor import Shard
+
+        return self._placed(values, Shard(dim))
+
+    def whole(self, values: torch.Tensor) -> nn.Parameter:
+        """A parameter that every process holds."""
+        from torch.distributed.tensor import Replicate
+
+        return self._placed(values, Replicate())
+
+    def _placed(self, values: torch.Tensor, placement: Any) -> nn.Parameter:
+        from torch.distributed.tensor import distribute_tensor
+
+        placed = distribute_tensor(values, self.mesh, [placement], src_data_rank=None)
+        return nn.Parameter(placed)
+
+    def agree(self, values: torch.Tensor) -> None:
+        """Overwrite a tensor by the values of the first process; every process must call this."""
+        if values.is_meta:
+            return
+        for group in self.everyone:
+            dist.broadcast(values, group_src=0, group=group)
+
+
+@contextmanager
+def drawn_whole(parameter: nn.Parameter, share: Share | None) -> Iterator[torch.Tensor]:
+    """Within this context, the whole values of a parameter are drawn; it takes its part of them.
+
+    So the values do not depend on the number of processes, and are those of the first process.
+    """
+    if share is None:
+        yield parameter
+        return
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    yield values
+    share.agree(values)
+    sharded: Any = parameter
+    if not values.is_meta:
+        from torch.distributed.tensor import distribute_tensor
+
+        placed = distribute_tensor(values, share.mesh, sharded.placements, src_data_rank=None)
+        sharded.detach().to_local().copy_(placed.to_local())
+
+
+def distributed_config(model: nn.Module) -> Any:
+    """The DistributedConfig with which transformers has divided a model, else None."""
+    if getattr(model, "_mesh_manager", None) is None:
+        return None
+    return getattr(getattr(model, "config", None), "distributed_config", None)
+
+
+def size_of(config: Any, axis: str) -> int:
+    """A size of a DistributedConfig; 1 if it is None, or if there is no configuration."""
+    return getattr(config, axis, None) or 1
+
+
+def groups_along(model: nn.Module, *axes: str) -> tuple[Any, ...]:
+    """The process groups along axes of more than one process."""
+    manager: Any = model._mesh_manager
+    meshes = [manager.get_mesh(axis) for axis in axes]
+    return tuple(mesh.get_group() for mesh in meshes if mesh.size() > 1)
