@@ -333,6 +333,19 @@ def test_a_kernel_without_a_backward_is_an_error_in_training_only(kernel):
         model(rows[0].requires_grad_(), rows[1], rows[2].requires_grad_())
 
 
+def test_a_call_with_a_frozen_adapter_does_not_show_that_a_kernel_trains(kernel):
+    kernel(how="no backward")
+    model = materialized(build_experts(*QWEN3_MOE), "elsewhere")
+    model.requires_grad_(False)
+    rows = random_rows()
+    # the router trains
+    model(rows[0], rows[1], rows[2].requires_grad_())
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="no backward"):
+        model(*rows)
+
+
 def test_a_kernel_that_forms_no_dW_is_an_error(kernel):
     kernel(how="frozen weights only")
     model = materialized(build_experts(*QWEN3_MOE), "elsewhere")
@@ -490,6 +503,13 @@ def test_what_an_implementation_lacks_is_said_before_anything_changes(
     assert all(
         getattr(m, "config", None) is c for m, c in zip(base.modules(), configs, strict=True)
     )
+
+
+def test_sonicmoe_runs_no_activation_that_it_does_not_know():
+    base = tiny_model(hidden_act="tanh")
+    base.set_experts_implementation("sonicmoe")
+    with pytest.raises(RuntimeError, match=r"it computes tanh\(gate\) \* up"):
+        get_peft_model(base, MoELoraConfig(r=R, target_modules=["experts"], backend="materialize"))
 
 
 def test_deepgemm_says_what_it_lacks_on_this_machine():
