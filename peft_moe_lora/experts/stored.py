@@ -86,26 +86,38 @@ def _parametrized(module: nn.Module, name: str) -> QuantizedWeight:
             return only.weight(codes)
         # by name, because bitsandbytes need not be installed
         if type(only).__name__ == "Bnb4bitParametrization":
-            return _bitsandbytes(_where(module, name), codes, cast(Any, only).quant_state)
+            state = cast(Any, only).quant_state
+            shape = _stack_shape(module, name, tuple(state.shape))
+            return _bitsandbytes(codes, state, shape)
     raise UnsupportedExperts(
         f"{_where(module, name)} is parametrized by {[type(p).__name__ for p in listed]}, which is "
         "not supported: remove the parametrization, or take the experts out of target_modules."
     )
 
 
+def _stack_shape(module: nn.Module, name: str, quantized: tuple[int, ...]) -> tuple[int, int, int]:
+    """[E, R, C] of a stack that was quantized with its own shape, or flattened to [E * R, C]."""
+    if len(quantized) == 3:
+        return _three(quantized)
+    E = getattr(module, "num_experts", None)
+    if len(quantized) == 2 and isinstance(E, int) and quantized[0] % E == 0:
+        # codes and scales have the order of the values, which flattening keeps
+        return E, quantized[0] // E, quantized[1]
+    raise UnsupportedExperts(
+        f"{_where(module, name)} was quantized with shape {list(quantized)}, but adapters need a "
+        f"3-D stack [E, N, K], or [E * N, K] with num_experts = E on the module, which is {E}; "
+        "load the model unquantized and call quantize_experts(model)."
+    )
+
+
 # `state` is bitsandbytes' QuantState, which is not typed
-def _bitsandbytes(where: str, packed: torch.Tensor, state: Any) -> Codes4bit:
-    if len(state.shape) != 3:
-        raise UnsupportedExperts(
-            f"{where} was quantized with shape {list(state.shape)}, but adapters need a 3-D stack "
-            "[E, N, K]; load the model unquantized and call quantize_experts(model)."
-        )
+def _bitsandbytes(packed: torch.Tensor, state: Any, shape: tuple[int, int, int]) -> Codes4bit:
     if state.absmax.device != packed.device:
         # bitsandbytes does not move the scales with the module
         state.to(packed.device)
     weight = Codes4bit(
         format=state.quant_type,
-        stored_shape=tuple(state.shape),
+        stored_shape=shape,
         dtype=state.dtype,
         packed=packed.view(torch.uint8).view(-1),
         code=state.code,
@@ -252,6 +264,6 @@ def _torchao(where: str, weight: Any) -> Codes8bit:
     )
 
 
-def _three(shape: torch.Size) -> tuple[int, int, int]:
+def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
     E, R, C = shape
     return E, R, C

@@ -1,5 +1,6 @@
 """Loads a model with quantized experts; only one projection of one layer is dense at a time."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -7,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from ..experts.families import STACKS
 from ..experts.stored import is_stacked, stored_weight
+from ..files.text import quoted
 from ..ops.quantize import BLOCKSIZES, FORMATS
 from ..ops.quantized import QuantizedWeight
 from .checkpoint import REMEDY, is_quantizable
@@ -40,12 +42,14 @@ def load_quantized(
         kwargs: further arguments of `from_pretrained`: dtype, device_map and others.
     Returns: the model, ready for an adapter.
     Raises:
-        ValueError: if the format is unknown or cannot be made from the checkpoint, if the model has
-            no experts, or if the checkpoint does not hold each of them exactly once, in the
-            configuration's shapes, in a floating dtype and finite. Names, dtypes and shapes of the
-            files are checked before a tensor is read.
+        ValueError: if the format is unknown or cannot be made from the checkpoint, if a keyword
+            divides the model among processes, if the model has no experts, or if the checkpoint
+            does not hold each of them exactly once, in the configuration's shapes, in a floating
+            dtype and finite. Names, dtypes and shapes of the files are checked before a tensor is
+            read.
     """
     _check_settings(experts, blocksize, quantization_config)
+    _check_undivided(kwargs)
     config = kwargs.pop("config", None)
     if config is None:
         trusted = kwargs.get("trust_remote_code")
@@ -63,6 +67,17 @@ def load_quantized(
     )
     _check_loaded(name_or_path, model)
     return model
+
+
+def _check_undivided(kwargs: Mapping[str, Any]) -> None:
+    """Raise if the loader is asked to divide the model, because stacks are quantized whole."""
+    for name in ("distributed_config", "tp_plan", "tp_size", "device_mesh"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}={quoted(kwargs[name])}: load_quantized quantizes whole stacks of experts, "
+                "but transformers would give it the part of one process; leave it unset, and "
+                "train with one whole model in each process (DDP)."
+            )
 
 
 def _check_settings(

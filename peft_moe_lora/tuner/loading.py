@@ -6,6 +6,7 @@ frames of their functions.
 """
 
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
@@ -24,8 +25,14 @@ from ..files.scaling import is_same, scaling_of
 from ..files.text import shown
 from ..layers.layer import MoELoraLayer
 from .beside import Beside
-from .frames import frames
+from .frames import frames, local_of
 from .saving import adapted
+
+# the functions that load an adapter: module -> their names
+_LOADERS = {
+    "peft.peft_model": ("from_pretrained", "load_adapter"),
+    "transformers.integrations.peft": ("load_adapter",),
+}
 
 
 class Load(NamedTuple):
@@ -81,26 +88,32 @@ class Load(NamedTuple):
 def current_load() -> Load | None:
     """The adapter that is being loaded; None if a new one is being made, or a state dict loaded."""
     for frame in frames():
-        module = frame.f_globals.get("__name__")
-        values = frame.f_locals
-        if module == "peft.peft_model" and "model_id" in values and "key_mapping" in values:
-            kwargs = values.get("hf_hub_download_kwargs", values["kwargs"])
-            mapping = values["key_mapping"] or {}
-            return Load(values["model_id"], _hub_kwargs(kwargs), mapping, False)
-        if module == "transformers.integrations.peft" and "peft_model_id" in values:
-            if values["peft_model_id"] is None or values.get("adapter_state_dict") is not None:
-                return None
-            kwargs = values["load_config"].download_kwargs
-            # releases of transformers that load them import the class in this function
-            knows_wrappers = "AuxiliaryTrainingWrapper" in frame.f_code.co_varnames
-            return Load(
-                values["peft_model_id"],
-                _hub_kwargs(kwargs),
-                {},
-                True,
-                knows_wrappers=knows_wrappers,
-            )
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name not in _LOADERS.get(module, ()):
+            continue
+        if module == "peft.peft_model":
+            return _load_of_peft(frame)
+        return _load_of_transformers(frame)
     return None
+
+
+def _load_of_peft(frame: FrameType) -> Load:
+    # `load_adapter` has taken the arguments of the download out of kwargs
+    kwargs = frame.f_locals.get("hf_hub_download_kwargs")
+    if kwargs is None:
+        kwargs = local_of(frame, "kwargs")
+    mapping = local_of(frame, "key_mapping") or {}
+    return Load(local_of(frame, "model_id"), _hub_kwargs(kwargs), mapping, False)
+
+
+def _load_of_transformers(frame: FrameType) -> Load | None:
+    source = local_of(frame, "peft_model_id")
+    if source is None or local_of(frame, "adapter_state_dict") is not None:
+        return None
+    kwargs = local_of(frame, "load_config").download_kwargs
+    # releases of transformers that load them import the class in this function
+    knows_wrappers = "AuxiliaryTrainingWrapper" in frame.f_code.co_varnames
+    return Load(source, _hub_kwargs(kwargs), {}, True, knows_wrappers=knows_wrappers)
 
 
 def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,15 @@ from torch import nn
 from ..files.text import shown
 from ..layers.layer import MoELoraLayer
 from ..parallel.sharding import path_without_wrappers
-from .frames import frames
+from .frames import frames, local_of
 
 _REMEDY = (
     "What was saved before is unchanged. If the parameters are sharded or offloaded, gather them "
     "and hand them over: save_pretrained(folder, state_dict=...)."
 )
+
+# the modules whose `save_pretrained` writes an adapter
+_SAVERS = ("peft.peft_model", "transformers.modeling_utils")
 
 
 class _Factor(NamedTuple):
@@ -34,8 +37,9 @@ class _Factor(NamedTuple):
 def is_written() -> bool:
     """Whether the state dict that is being made will be written by this process."""
     for frame in frames():
-        if frame.f_code.co_name == "save_pretrained" and "is_main_process" in frame.f_locals:
-            return bool(frame.f_locals["is_main_process"])
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "save_pretrained" and module in _SAVERS:
+            return bool(local_of(frame, "is_main_process"))
     return False
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers import (
+    KNOWS_WRAPPERS,
     SAME,
     R,
     assert_close,
@@ -181,7 +182,14 @@ def test_a_damaged_state_dict_is_refused_and_the_model_unchanged(why):
 
 def prefix_is_wrong(named):
     """transformers reads keys without PEFT's prefix too."""
-    return named == "convert_adapter"
+    return KNOWS_WRAPPERS and named == "convert_adapter"
+
+
+def said_by_transformers(named):
+    """Older releases do not load the head of these adapters, which is said first."""
+    if KNOWS_WRAPPERS:
+        return named
+    return "does not load lm_head"
 
 
 def test_transformers_refuses_a_damaged_file_too(fault):
@@ -191,7 +199,7 @@ def test_transformers_refuses_a_damaged_file_too(fault):
         model.load_adapter(str(folder))
         return
     before = snapshot(model)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=said_by_transformers(named)):
         model.load_adapter(str(folder))
     assert_unchanged(model, before)
     assert not hasattr(model, "peft_config")
@@ -203,6 +211,10 @@ def test_transformers_loads_the_same_with_and_without_the_prefix(good, tmp_path)
     change(good, tmp_path, without_prefix(""))
     for folder in (good, tmp_path):
         model = tiny_model()
+        if not KNOWS_WRAPPERS:
+            with pytest.raises(ValueError, match="upgrade transformers"):
+                model.load_adapter(str(folder))
+            continue
         model.load_adapter(str(folder))
         assert_close(outputs(model), expected, SAME)
 
@@ -214,7 +226,7 @@ def test_transformers_leaves_no_name_of_a_second_adapter(fault, good):
     if prefix_is_wrong(named):
         return
     before = snapshot(model)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=said_by_transformers(named)):
         model.load_adapter(str(folder), adapter_name="second")
     assert_unchanged(model, before)
     assert list(model.peft_config) == ["default"]

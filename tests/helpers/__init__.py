@@ -60,6 +60,7 @@ from helpers.families import (
     one_of_each_kind,
 )
 from helpers.models import (
+    KNOWS_WRAPPERS,
     causal_families,
     outputs,
     tiny_families,

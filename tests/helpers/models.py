@@ -1,11 +1,17 @@
 """Tiny random models of many families, their inputs and their outputs."""
 
+import inspect
+
 import torch
 import transformers
 from transformers import TrainingArguments
+from transformers.integrations.peft import PeftAdapterMixin
 
 from helpers.classes import experts_paths, fill, interface_families, modeling_module
 from helpers.sizes import TOP_K, VOCAB, E, H, I
+
+# whether load_adapter of transformers loads modules trained whole and tokens, not A and B alone
+KNOWS_WRAPPERS = "AuxiliaryTrainingWrapper" in inspect.getsource(PeftAdapterMixin.load_adapter)
 
 _COMMON = {
     "vocab_size": VOCAB,

@@ -405,6 +405,40 @@ def test_experts_that_bitsandbytes_quantized():
         assert_share_of_order_one(out, quantized(*rows).detach())
 
 
+def flattened(experts):
+    """bitsandbytes' parameters of experts, with the shape [E * R, C] instead of [E, R, C]."""
+    for name in ("gate_up_proj", "down_proj"):
+        state = experts.parametrizations[name][0].quant_state
+        state.shape = torch.Size((state.shape[0] * state.shape[1], state.shape[2]))
+    return experts
+
+
+def test_experts_that_were_flattened_before_bitsandbytes_quantized_them():
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    base = build_experts(*QWEN3_MOE, hidden=64, intermediate=32)
+    for name in ("gate_up_proj", "down_proj"):
+        replace_parameter_4bit(base, name, compress_statistics=True, quant_type="nf4", blocksize=64)
+    stacks = wrap(copy.deepcopy(base))
+    rows = random_rows(hidden=64)
+    expected, expected_grads = gradients(stacks, rows)
+    found, grads = gradients(wrap(flattened(base)), rows)
+    for a, b in zip((found, *grads), (expected, *expected_grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("num_experts", [None, 7])
+def test_a_flattened_stack_needs_the_number_of_experts(num_experts):
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    base = build_experts(*QWEN3_MOE, hidden=64, intermediate=64)
+    for name in ("gate_up_proj", "down_proj"):
+        replace_parameter_4bit(base, name, quant_type="nf4", blocksize=64)
+    base.num_experts = num_experts
+    with pytest.raises(UnsupportedExperts, match="adapters need a 3-D stack"):
+        wrap(flattened(base))
+
+
 def test_linear_layers_in_four_bits_beside_them():
     model = tiny_model()
     for layer in model.model.layers:

@@ -242,6 +242,8 @@ def test_refusals_name_what_came_and_the_remedy(saved, gpt_oss):
     save_file(tensors, shard, {"format": "pt"})
     with pytest.raises(ValueError, match="does not hold 1 of 4 parameters of the experts"):
         load_quantized(shard.parent)
+    with pytest.raises(ValueError, match="tp_plan='auto': load_quantized quantizes whole stacks"):
+        load_quantized(saved("mixtral"), tp_plan="auto")
     with pytest.raises(ValueError, match="load_in_4bit=True"):
         load_quantized(saved("mixtral"), quantization_config=BitsAndBytesConfig())
 

@@ -5,7 +5,6 @@ every weight written out, experts included.
 """
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
-from transformers.integrations import PeftAdapterMixin
 
 from helpers import (
     FP32,
+    KNOWS_WRAPPERS,
     VOCAB,
     R,
     assert_close,
@@ -35,8 +34,6 @@ from peft_moe_lora import MoELoraConfig
 
 FILE = "adapter_model.safetensors"
 SCALING = 2.0
-# older releases of transformers load A and B alone
-KNOWS_WRAPPERS = "AuxiliaryTrainingWrapper" in inspect.getsource(PeftAdapterMixin.load_adapter)
 RESIZED = VOCAB + 6
 NEW = [VOCAB, RESIZED - 1]
 # the new tokens are in the batch, and so are some old ones
