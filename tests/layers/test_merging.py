@@ -4,17 +4,24 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from helpers import (
     FP32,
+    GPT_OSS,
     QWEN3_MOE,
+    E,
     HandWrittenExperts,
     Holder,
     R,
     assert_close,
     assert_share_of_order_one,
     build_experts,
+    dense_deltas,
     experts_adapter,
     fill_adapter,
     random_rows,
@@ -105,6 +112,44 @@ def test_merging_one_after_the_other_into_codes_and_unmerging_gives_the_first_co
     assert not layer.unmerged_weights
     assert not layer.merged_scaling
     assert model(*rows).isfinite().all()
+
+
+# ---- weights divided among processes -------------------------------------------------------------
+
+
+@pytest.fixture
+def second_of_three():
+    """A mesh of three processes, of which this one is the second and the others are made up."""
+    dist.init_process_group("fake", rank=1, world_size=3, store=FakeStore())
+    yield init_device_mesh("cpu", (3,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["experts", "rows", "columns"])
+@pytest.mark.parametrize("case", [QWEN3_MOE, GPT_OSS], ids=["[E, N, K]", "[E, K, N]"])
+def test_a_process_merges_into_the_block_that_it_stores(second_of_three, case, dim):
+    plain = build_experts(*case)
+    model = wrap(copy.deepcopy(plain))
+    layer = model.base_model.model.experts
+    deltas = dense_deltas(experts_adapter(model), E, layer.scaling["default"])
+    blocks = {}
+    for projection, name in WEIGHTS.items():
+        weight = getattr(plain, name).detach()
+        block = weight.chunk(3, dim)[1]
+        sharded = DTensor.from_local(
+            block.clone(), second_of_three, [Shard(dim)], shape=weight.shape, stride=weight.stride()
+        )
+        setattr(layer.base_layer, name, nn.Parameter(sharded, requires_grad=False))
+        delta = deltas[projection]
+        if layer.layout.transposed:
+            delta = delta.mT
+        blocks[name] = (block, delta.chunk(3, dim)[1])
+    layer.merge(safe_merge=True)
+    for name, (block, delta) in blocks.items():
+        assert_close(getattr(layer.base_layer, name).to_local(), block + delta, FP32)
+    layer.unmerge()
+    for name, (block, _) in blocks.items():
+        assert_close(getattr(layer.base_layer, name).to_local(), block, FP32)
 
 
 # ---- routers -------------------------------------------------------------------------------------

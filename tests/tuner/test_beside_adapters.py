@@ -171,6 +171,9 @@ CASES = {
     "LoRA on a tied embedding": ({TARGETS: ["experts", "embed_tokens"]}, TIED),
     "both, as they were": ({WHOLE: BOTH}, {"resized": False}),
     "tokens, as they were": ({TOKENS: [5, 9]}, {"resized": False}),
+    "tokens of both of a tied base, as they were": (
+        {TOKENS: {"embed_tokens": [5, 9], "lm_head": [5, 9]}}, {**TIED, "resized": False}
+    ),
     "LoRA on both, as they were": ({TARGETS: ["experts", *BOTH]}, {"resized": False}),
     "embeddings of other names": ({WHOLE: ["embeddings", "lm_head"]}, NEMOTRON),
     "tokens of other names": ({TOKENS: NEW}, NEMOTRON),
