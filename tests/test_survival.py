@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from families.off_interface import off_interface_model
@@ -18,6 +19,7 @@ from helpers import (
     VOCAB,
     assert_close,
     assert_share_of_order_one,
+    dense_delta,
     fill_adapter,
     outputs,
     tiny_model,
@@ -39,6 +41,11 @@ FAMILIES = {
     "llama4": "router",
 }
 MORE_WORDS = 8
+TOKENS = [3, 9, 20]
+RANK = 4
+SCALING = 2
+# experts stored as [E, K, N]
+TRANSPOSED = ("gpt_oss", "llama4")
 KINDS = ("tokens", "resized vocabulary")
 # formats that can hold what the kind trains besides A and B
 HOLDING = {family: {"moe_lora", "peft", "per_expert"} for family in FAMILIES} | {
@@ -89,9 +96,9 @@ def configuration(family, kind, base):
     embedding = name_of(base, base.get_input_embeddings())
     changes = {"modules_to_save": [embedding, "lm_head"]}
     if kind == "tokens":
-        changes = {"trainable_token_indices": {embedding: [3, 9, 20]}}
+        changes = {"trainable_token_indices": {embedding: TOKENS}}
     targets = ["experts", FAMILIES[family], "o_proj"]
-    return MoELoraConfig(r=4, lora_alpha=8, target_modules=targets, **changes)
+    return MoELoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=targets, **changes)
 
 
 def logits_of(model):
@@ -101,6 +108,37 @@ def logits_of(model):
 
 def loaded(family, kind, base, adapter):
     return logits_of(PeftModel.from_pretrained(base_model(base, kind), adapter))
+
+
+def written_out(family, kind, folder):
+    """The logits of the base with what the adapter's file holds written into it."""
+    model = base_model(folder / "base", kind)
+    parameters = dict(model.named_parameters())
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            path, of_lora, name = key.partition(".lora_A.")
+            if ".lora_B." in key:
+                continue
+            if key.endswith(".token_adapter.trainable_tokens_delta"):
+                embedding = path.removesuffix(".token_adapter.trainable_tokens_delta")
+                parameters[f"{embedding}.weight"][TOKENS] = tensor
+            elif not of_lora:
+                parameters[key.replace(".modules_to_save.", ".")].copy_(tensor)
+            elif name == "weight":
+                B = tensors[key.replace(".lora_A.", ".lora_B.")]
+                parameters[f"{path}.weight"] += SCALING * B @ tensor
+            else:
+                B = tensors[key.replace(".lora_A.", ".lora_B.")]
+                stack = parameters.get(f"{path}.{name}_proj")
+                if stack is None:
+                    stack = parameters[f"{path}.up_proj"]
+                update = dense_delta(tensor, B, len(stack), SCALING)
+                if family in TRANSPOSED:
+                    update = update.mT
+                stack += update
+    return logits_of(model)
 
 
 def trainer_of(model, folder):
@@ -167,6 +205,12 @@ def test_a_new_process_loads_what_was_trained(lives, family, kind):
     base = logits_of(base_model(life["folder"] / "base", kind))
     assert_share_of_order_one(life["logits"], base, low=0.1)
     assert_close(torch.load(life["folder"] / "logits.pt"), life["logits"], TOLERANCE)
+
+
+@cases
+def test_what_was_trained_is_what_the_file_says_written_into_the_base(lives, family, kind):
+    life = lives[family, kind]
+    assert_close(written_out(family, kind, life["folder"]), life["logits"], TOLERANCE)
 
 
 @cases
