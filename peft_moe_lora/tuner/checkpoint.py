@@ -278,10 +278,29 @@ def _parameters_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, s
                 yield start, f".{name}", parameter
 
 
-def placed_as(
-    state_dict: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+def keyed_by_adapter(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The state dict with its whole tensors sharded as the parameters of these names are."""
+    """The state dict with the adapter's name in the keys of its A and B, as the model has them.
+
+    PEFT does not insert it where a checkpoint wrapper is around the layer, and then loads nothing.
+    """
+    keys = {}
+    for start, end, _ in _parameters_of(model, adapter_name):
+        key = f"{start}.{adapter_name}{end}"
+        keys[start + end] = key
+        if not start.startswith(PEFT_PREFIX):
+            # a model without a PeftModel around it
+            keys[PEFT_PREFIX + start + end] = key
+    return {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+
+
+def placed_as(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with its whole tensors sharded as the model's parameters of these names."""
+    parameters = {
+        name.replace(CHECKPOINT_WRAPPER, ""): parameter
+        for name, parameter in model.named_parameters()
+    }
     placed = {}
     for key, tensor in state_dict.items():
         parameter: Any = parameters.get(key)

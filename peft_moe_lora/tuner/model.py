@@ -369,8 +369,9 @@ class MoELoraModel(LoraModel):
         state_dict = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        checkpoint.check_state_dict(model, adapter_name, state_dict)
-        return checkpoint.placed_as(state_dict, dict(model.named_parameters()))
+        keyed = checkpoint.keyed_by_adapter(model, adapter_name, state_dict)
+        checkpoint.check_state_dict(model, adapter_name, keyed)
+        return checkpoint.placed_as(keyed, model)
 
 
 def _own(config: PeftConfig) -> MoELoraConfig:

@@ -1,0 +1,127 @@
+"""The Trainer and accelerate's own loop under FSDP2 end where one process ends."""
+
+import functools
+
+import pytest
+import torch
+from peft import PeftModel
+
+from helpers import adapter_parameters, assert_close, tiny_model
+from parallel import trained, trained_long
+from parallel.own_loop import loop
+from parallel.processes import run
+from parallel.trainer import alone
+
+TOLERANCE = 1e-5
+# peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Module of scenarios -> the folder in which its processes write."""
+    return {module: tmp_path_factory.mktemp(module.__name__) for module in (trained, trained_long)}
+
+
+@pytest.fixture(scope="module")
+def results(folders):
+    return run("parallel.trained", folders[trained])
+
+
+@pytest.fixture(scope="module")
+def results_of_long(folders):
+    return run("parallel.trained_long", folders[trained_long])
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Family -> what one process gives."""
+    return functools.cache(lambda family: alone(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="module")
+def loop_of_one_process(tmp_path_factory):
+    return loop(tmp_path_factory.mktemp("loop"))
+
+
+def assert_same(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert_close(found[name], tensor, TOLERANCE, name)
+    else:
+        assert_close(found, expected, TOLERANCE)
+
+
+def assert_lives(outcomes, expected):
+    # the second step is another adapter than the last, so that loading nothing would show
+    for name, tensor in expected["last"].items():
+        assert (tensor - expected["second"][name]).norm() > 1e-3 * tensor.norm(), name
+    for outcome in outcomes:
+        assert isinstance(outcome, dict), outcome
+        assert outcome["class"] == "FSDPPeftModel"
+        for what in ("losses", "second", "resumed", "last"):
+            assert_same(outcome[what], expected[what])
+
+
+settings = pytest.mark.parametrize("name", trained.SETTINGS)
+
+
+@pytest.mark.engine("Trainer with FSDP2", "attach first", "exact")
+@pytest.mark.engine("Trainer with FSDP2", "train", "exact")
+@pytest.mark.engine("Trainer with FSDP2", "load", "exact")
+@pytest.mark.engine("Trainer with FSDP2", "resume", "exact")
+@settings
+def test_training_going_back_to_the_best_and_resuming_are_those_of_one_process(
+    name, results, one_process
+):
+    assert_lives(results[f"qwen3_moe {name}"], one_process("qwen3_moe"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", trained_long.SCENARIOS)
+def test_every_family_and_setting_lives_as_in_one_process(name, results_of_long, one_process):
+    assert_lives(results_of_long[name], one_process(name.split()[0]))
+
+
+@pytest.mark.engine("Trainer with FSDP2", "save", "exact")
+@settings
+def test_saved_adapters_are_those_of_the_model_bit_for_bit(name, results, folders):
+    (outcome, _) = results[f"qwen3_moe {name}"]
+    folder = folders[trained] / f"qwen3_moe {name}"
+    assert_holds(folder / "adapter", outcome["second"])
+    if name == "FULL_STATE_DICT":
+        assert_holds(folder / "model", outcome["second"])
+        assert_holds(folder / "checkpoint-2", outcome["second"])
+    else:
+        # the Trainer writes shards alone; `peft-moe-lora consolidate` makes an adapter of them
+        assert not (folder / "model").exists()
+
+
+def assert_holds(folder, expected):
+    """One process loads the adapter of a folder, and has these parameters."""
+    model = PeftModel.from_pretrained(tiny_model("qwen3_moe"), folder)
+    found = adapter_parameters(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", trained.LOOPS)
+def test_a_loop_of_your_own_ends_and_goes_on_as_in_one_process(
+    name, results, folders, loop_of_one_process
+):
+    expected = loop_of_one_process
+    assert_same(expected["adapter again"], expected["adapter"])
+    outcomes = results[f"loop {name}"]
+    for outcome in outcomes:
+        assert isinstance(outcome, dict), outcome
+        for what, value in expected.items():
+            assert_same(outcome[what], value)
+    assert_holds(folders[trained] / f"loop {name}" / "adapter", outcomes[0]["adapter"])
+
+
+@pytest.mark.engine("FSDP1", "train", "refused: use FSDP2")
+def test_the_first_fsdp_is_refused_before_the_first_step(results):
+    for outcome in results["FSDP1"]:
+        assert outcome.startswith("ValueError")
+        assert "use FSDP2" in outcome
