@@ -119,7 +119,8 @@ def written_out(family, kind, folder):
     with torch.no_grad():
         for key, tensor in tensors.items():
             path, of_lora, name = key.partition(".lora_A.")
-            if ".lora_B." in key:
+            # PEFT writes the base's embedding and head too, where the vocabulary was resized
+            if ".lora_B." in key or ".original_module." in key:
                 continue
             if key.endswith(".token_adapter.trainable_tokens_delta"):
                 embedding = path.removesuffix(".token_adapter.trainable_tokens_delta")
