@@ -48,7 +48,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         r: rank of each expert's update.
         lora_alpha: numerator of the scaling.
         experts: ascending ids of the S experts that get an adapter; None for all, S = E.
-        share: the experts that this process holds; None if it holds all of them.
+        share: the part of the experts that this process holds; None if it holds all of them.
     Parameters, per adapter and projection (K in- and N out-features of the projection):
         lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th of the S
             experts.
@@ -169,9 +169,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """A parameter with these values, expert-major along `dim`, placed as the experts are."""
         if self.share is None:
             return nn.Parameter(values)
-        if experts is None:
-            return self.share.divided(values, dim)
-        return self.share.whole(values)
+        return self.share.parameter(values, dim, experts)
 
     def _check_backend(self, config: MoELoraConfig) -> None:
         another = config.backend not in ("auto", self.backend)

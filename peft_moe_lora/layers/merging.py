@@ -16,7 +16,7 @@ from torch import nn
 from ..experts.decoding import requantized, store
 from ..functional import per_expert
 from ..ops import QuantizedWeight
-from ..parallel.sharding import anywhere, is_fully_sharded, reshard, shard_of, whole
+from ..parallel.sharding import anywhere, is_fully_sharded, reshard, selected, shard_of, whole
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -30,17 +30,12 @@ class ExpertWeight(NamedTuple):
     Attributes:
         projection: name of the projection.
         expert: index of the expert.
-        rows: the indices of the block's rows among the projection's N rows; all N in most families.
-        columns: the indices of the block's columns among the K columns; all K unless the parameter
-            is sharded.
         weight: [n, k], a view of the parameter.
         delta: [n, k], the adapter's update of the block, in at least fp32.
     """
 
     projection: str
     expert: int
-    rows: slice
-    columns: slice
     weight: torch.Tensor
     delta: torch.Tensor
 
@@ -204,21 +199,17 @@ def _expert_weights(
         update = _Update.of(layer, adapter_name, name)
         first_row = 0
         for stacked in layer.layout.parts(layer.base_layer, name):
-            # [experts, rows, columns]
-            local, starts = shard_of(stacked.detach())
-            rows = _range(first_row + starts[1], local.shape[1])
-            columns = _range(starts[2], local.shape[2])
-            for expert in update.held:
-                if starts[0] <= expert < starts[0] + local.shape[0]:
-                    delta = update.of_expert(expert)[rows, columns]
-                    yield ExpertWeight(
-                        name, expert, rows, columns, local[expert - starts[0]], delta
-                    )
-            first_row += stacked.shape[1]
-
-
-def _range(start: int, length: int) -> slice:
-    return slice(start, start + length)
+            local, (here, rows, columns) = shard_of(stacked.detach())
+            ids = list(range(local.shape[0]))
+            if here is not None:
+                ids = here.tolist()
+            n = stacked.shape[1]
+            for entry, expert in enumerate(ids):
+                if expert in update.held:
+                    delta = update.of_expert(expert)[first_row : first_row + n]
+                    block = selected(selected(delta, 0, rows), 1, columns)
+                    yield ExpertWeight(name, expert, local[entry], block)
+            first_row += n
 
 
 # ---- quantized weights ---------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
     if not active:
         return base
     dropout_p = _common_dropout(layer, active)
-    if len(active) > 1 or layer.share is not None:
+    if len(active) > 1 or _is_divided_by_experts(layer):
         return replace(_with_several(layer, base, active, name), dropout_p=dropout_p)
     (only,) = active
     A, B, _ = _pair_here(layer, base, only, name)
@@ -47,12 +47,17 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
     )
 
 
+def _is_divided_by_experts(layer: "MoELoraLayer") -> bool:
+    return layer.share is not None and layer.share.by_expert
+
+
 def _pair_here(
     layer: "MoELoraLayer", base: Projection, adapter_name: str, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
     """What this process holds of an adapter's pair, as plain tensors, and for which experts.
 
-    Returns: lora_A [r * S, K] and lora_B [N, r * S], expert-major, and the ids of the S experts.
+    Returns: lora_A [r * S, K] and lora_B [N, r * S], expert-major, and the ids of the S experts;
+        under tensor parallelism K and N are those of this process's part of the projection.
     Raises:
         ValueError: if this process does not hold the weights of all its experts, or not all of
             their A and B. Other shapes may fit each other, with ranks of other experts.
@@ -61,14 +66,13 @@ def _pair_here(
     B: torch.Tensor
     A, B = layer.pair(adapter_name, name)
     here = layer.experts_of(adapter_name)
-    if layer.share is not None:
-        chosen = layer.experts[adapter_name]
-        how = layer.share.of_some
-        if chosen is None:
-            here = layer.share.ids
-            how = layer.share.of_expert
+    share = layer.share
+    if share is not None:
+        here, how = share.held(layer.experts[adapter_name])
         A = local(A, how)
         B = local(B, how)
+        if name in share.features:
+            A, B = share.features[name].of(A, B)
     ranks = layer.r[adapter_name] * len(here)
     held = base.weight.shape[0]
     E = len(layer.experts_here)
@@ -131,7 +135,7 @@ def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[in
     in every process, also in one that holds no chosen expert.
     """
     found: set[int] = set()
-    if layer.share is not None:
+    if _is_divided_by_experts(layer):
         return None
     for name in adapter_names:
         chosen = layer.experts[name]

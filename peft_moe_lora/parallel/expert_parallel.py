@@ -8,16 +8,12 @@ The gradient of a parameter is summed over the processes that hold it and saw ot
 divided by the number of batches of a step, as the mean over batches demands.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from ..config import MATERIALIZE, MoELoraConfig
 from ..experts.layout import ExpertsLayout, is_experts
-from ..experts.routers import is_router
 from ..experts.stored import UnsupportedExperts
-from ..files.text import quoted
 from .gradients import Sum
 from .share import Share, distributed_config, groups_along, size_of
 
@@ -79,41 +75,3 @@ def check_experts(model: nn.Module, path: str, module: nn.Module, layout: Expert
         "its experts interface, or its plan does not name the module. Load the model without "
         "ep_size, add the adapter, and shard it with torch.distributed.fsdp.fully_shard."
     )
-
-
-def check_may_be_adapted(
-    model: nn.Module, config: MoELoraConfig, others: Mapping[str, nn.Module]
-) -> None:
-    """Check that expert parallelism supports an adapter.
-
-    Args:
-        model: the model.
-        config: the adapter's configuration.
-        others: path -> base module, of the targets that hold no experts.
-    Raises:
-        ValueError: if it does not. The message names the setting.
-    """
-    beside = [
-        path for path, module in others.items() if not is_router(module, _parent(model, path))
-    ]
-    if config.target_modules == "all-linear":
-        beside = ["all-linear"]
-    for name, value in {
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-        "bias": config.bias != "none",
-        "backend": config.backend == MATERIALIZE,
-        "target_modules": beside,
-    }.items():
-        if value:
-            raise ValueError(
-                f"{name}={quoted(getattr(config, name))}: under expert parallelism an adapter has "
-                "A and B of experts and routers alone, without dropout, and runs on the fused "
-                f"path; leave {name} unset or adapt experts and routers, or use FSDP2 without "
-                "ep_size."
-            )
-
-
-def _parent(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])

@@ -30,11 +30,12 @@ class Shard(NamedTuple):
 
     Attributes:
         local: the part, a plain tensor; it shares memory with the tensor.
-        starts: for each dimension, the index in the whole tensor at which the part starts.
+        indices: for each dimension, the int64 indices of the part in the whole tensor; None for
+            all.
     """
 
     local: Weight
-    starts: tuple[int, ...]
+    indices: tuple[torch.Tensor | None, ...]
 
 
 def path_without_wrappers(path: str) -> str:
@@ -66,28 +67,65 @@ def shard_of(tensor: Weight) -> Shard:
     """The part of a tensor that this process stores; all of it if the tensor is not sharded.
 
     Raises:
-        ValueError: if the part is not one contiguous block of each dimension.
+        ValueError: if a process stores a summand of the tensor, not a part of it.
     """
     if not is_sharded(tensor):
-        return Shard(tensor, (0,) * len(tensor.shape))
+        return Shard(tensor, (None,) * len(tensor.shape))
     sharded: Any = tensor
-    starts = [0] * tensor.ndim
-    divided = set()
-    for axis, placement in enumerate(sharded.placements):
-        if placement.is_replicate():
-            continue
-        if not placement.is_shard() or placement.dim in divided:
-            raise ValueError(
-                f"the base weight {tuple(tensor.shape)} is divided among processes as "
-                f"{sharded.placements}, but an adapter can be merged only into contiguous blocks; "
-                "save the adapter, and merge it in one process."
-            )
-        divided.add(placement.dim)
-        size = tensor.shape[placement.dim]
-        # as torch.chunk: equal parts, of which the last ones may be smaller or empty
-        part = -(-size // sharded.device_mesh.size(axis))
-        starts[placement.dim] = min(part * sharded.device_mesh.get_local_rank(axis), size)
-    return Shard(sharded.to_local(), tuple(starts))
+    indices = tuple(indices_along(tensor, dim) for dim in range(tensor.ndim))
+    return Shard(sharded.to_local(), indices)
+
+
+def indices_along(tensor: Weight, dim: int) -> torch.Tensor | None:
+    """The int64 indices along a dimension that this process stores of a tensor; None for all.
+
+    Raises:
+        ValueError: as for `shard_of`.
+    """
+    if not is_sharded(tensor):
+        return None
+    sharded: Any = tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    placements = [_along(placement, dim, tensor.ndim) for placement in sharded.placements]
+    if all(isinstance(placement, Replicate) for placement in placements):
+        return None
+    mesh = sharded.device_mesh
+    whole = torch.arange(tensor.shape[dim], device=sharded.to_local().device)
+    # the same placements give the same part of a list of indices
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+
+
+def selected(tensor: torch.Tensor, dim: int, indices: torch.Tensor | None) -> torch.Tensor:
+    """The entries of a tensor along a dimension; all of them if the indices are None."""
+    if indices is None:
+        return tensor
+    return tensor.index_select(dim, indices.to(tensor.device))
+
+
+def _along(placement: Any, dim: int, ndim: int) -> Any:
+    """The placement of a vector that runs along one dimension of a tensor.
+
+    Args:
+        placement: of the tensor, in one dimension of a mesh.
+        dim: the dimension.
+        ndim: number of dimensions of the tensor.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    if placement.is_replicate():
+        return Replicate()
+    if placement.is_partial():
+        raise ValueError(
+            f"every process stores a summand of a base weight ({placement}), but an adapter needs "
+            "the weight or a part of it; save the adapter, and use it in one process."
+        )
+    if placement.dim % ndim != dim:
+        return Replicate()
+    factor = getattr(placement, "split_factor", None)
+    if factor is None:
+        return Shard(0)
+    return type(placement)(0, split_factor=factor)
 
 
 def anywhere(found: bool, tensor: Weight) -> bool:
@@ -160,9 +198,10 @@ def check_may_be_adapted(model: nn.Module) -> None:
         # transformers sets the flag on modules whose forward it has replaced
         if is_experts(module) and getattr(module, "_is_hooked", False):
             raise ValueError(
-                f"the experts of {path} are divided among processes by tensor parallelism, or by "
-                "expert parallelism of a release of transformers without ep_size, but an adapter "
-                "needs whole experts; use DistributedConfig(ep_size=...), or " + _SHARD_AFTERWARDS
+                f"the experts of {path} are divided among processes by tensor parallelism together "
+                "with another kind of parallelism, or by a release of transformers without "
+                "ep_size, but an adapter needs whole experts; use DistributedConfig(ep_size=...), "
+                "or " + _SHARD_AFTERWARDS
             )
     for path, module in sharded.items():
         if is_fully_sharded(module):

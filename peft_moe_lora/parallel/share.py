@@ -4,21 +4,38 @@
 (dp_replicate, fsdp, tp) for what is dense, and (dp_replicate, efsdp, ep) for experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from .gradients import Sum
+from .sharding import selected
+
+
+class Features(NamedTuple):
+    """The part of a projection that a process computes, of every expert alike.
+
+    Attributes:
+        rows: int64 indices of its rows among the N rows; None for all.
+        columns: int64 indices of its columns among the K columns; None for all.
+    """
+
+    rows: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    def of(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns of A [., K] and the rows of B [N, .] that belong to the part."""
+        return selected(A, 1, self.columns), selected(B, 0, self.rows)
 
 
 @dataclass(frozen=True)
 class Share:
-    """The experts of every layer that this process holds.
+    """The part of a layer's experts that this process holds.
 
     Attributes:
         mesh: one-dimensional mesh of the processes that together hold all experts.
@@ -28,6 +45,9 @@ class Share:
             an expert computes.
         of_all: gradients of parameters that every process holds and computes.
         everyone: the groups of all processes, for what must be equal at the start.
+        by_expert: whether a process holds some experts whole, and A and B of them alone; else it
+            holds a part of every expert, and A and B whole.
+        features: projection -> the part of it, where a process holds a part of every expert.
     """
 
     mesh: Any
@@ -36,12 +56,35 @@ class Share:
     of_some: Sum
     of_all: Sum
     everyone: tuple[Any, ...]
+    by_expert: bool = True
+    features: Mapping[str, Features] = field(default_factory=dict)
 
-    def divided(self, values: torch.Tensor, dim: int) -> nn.Parameter:
-        """A parameter of which each process holds the experts' part, sharded over `dim`."""
+    def parameter(
+        self, values: torch.Tensor, dim: int, chosen: Sequence[int] | None
+    ) -> nn.Parameter:
+        """A or B of a projection, expert-major along `dim`.
+
+        Args:
+            values: the whole values.
+            dim: the dimension along which a process holds the part of its own experts.
+            chosen: ids of the experts that have ranks; None for all. A parameter of some experts is
+                held whole by every process.
+        """
         from torch.distributed.tensor import Shard
 
-        return self._placed(values, Shard(dim))
+        if chosen is None and self.by_expert:
+            return self._placed(values, Shard(dim))
+        return self.whole(values)
+
+    def held(self, chosen: Sequence[int] | None) -> tuple[Sequence[int], Sum]:
+        """Ids of the experts in this process's part of a parameter, and how gradients are summed.
+
+        Args:
+            chosen: as for `parameter`.
+        """
+        if chosen is None:
+            return self.ids, self.of_expert
+        return chosen, self.of_some
 
     def whole(self, values: torch.Tensor) -> nn.Parameter:
         """A parameter that every process holds."""

@@ -22,7 +22,7 @@ from ..layers.merging import check_shards_are_unmerged
 from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
 from ..parallel import sharding
-from ..parallel.expert_parallel import share_of
+from ..parallel.divided import share_of
 from . import checkpoint, saving, targets, weighted
 from .combining import Combination
 from .initial import minus_initial

@@ -12,7 +12,7 @@ from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..files.adapter_file import AdapterFile
 from ..files.text import quoted
 from ..layers.layer import MoELoraLayer
-from ..parallel import expert_parallel, sharding
+from ..parallel import divided, sharding
 from . import checkpoint
 from .beside import Beside
 from .copies import check_copies
@@ -31,8 +31,8 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
             the model.
     """
     model = tuner.model
-    by_experts = expert_parallel.is_divided_by_experts(model)
-    if not by_experts:
+    is_divided = divided.is_divided(model)
+    if not is_divided:
         sharding.check_may_be_adapted(model)
     experts = {}
     others = {}
@@ -40,16 +40,16 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
         r = config.rank_of(key)
         if holds_experts(module):
             layout = layout_of(module)
-            if by_experts:
-                expert_parallel.check_experts(model, key, _base(module), layout)
+            if is_divided:
+                divided.check_experts(model, key, _base(module), layout)
             chosen = config.experts_of(key, layout.num_experts)
             experts[key] = checkpoint.ExpertsTarget(layout, r, chosen)
         else:
             others[key] = (_base(module), r)
     config.check_every_entry_matches(experts)
-    if by_experts:
+    if is_divided:
         bases = {key: base for key, (base, _) in others.items()}
-        expert_parallel.check_may_be_adapted(model, config, bases)
+        divided.check_settings(model, config, bases)
     beside = Beside(model, config)
     load = current_load()
     file = read_with(config, load)

@@ -95,7 +95,7 @@ def train(model, batches, average=1):
     }
 
 
-def trains(family, mode, dtype=torch.float64, **adapter):
+def trains(family, mode, dtype=torch.float64, checkpointing=False, **adapter):
     def scenario(rank, folder):
         config = configured(family, **adapter)
         models = [base(family, folder, dtype), base(family, folder, dtype, **mode)]
@@ -104,6 +104,8 @@ def trains(family, mode, dtype=torch.float64, **adapter):
         # the first process has the seed of the process that is alone
         torch.manual_seed(3 + rank)
         divided = get_peft_model(models[1], config).train()
+        if checkpointing:
+            divided.gradient_checkpointing_enable()
         started = {name: p.detach() for name, p in adapter_parameters(alone).items()}
         found = adapter_parameters(divided)
         # all of them, because every process must gather the same tensors

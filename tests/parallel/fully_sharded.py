@@ -212,7 +212,6 @@ SCENARIOS = {
     "safe merge": safe_merge_finds_infinity_of_one_process,
     "adapter after": adapter_after_sharding,
     "second after": second_adapter_after_sharding,
-    "tensor parallel": loaded_with(tp_size=2),
     "fsdp of transformers": loaded_with(fsdp_size=2),
     "FSDP1": first_fsdp,
     "wrappers": checkpoint_wrappers,

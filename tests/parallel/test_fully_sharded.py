@@ -63,7 +63,6 @@ def test_safe_merge_fails_in_every_process_if_one_finds_infinity(results):
         ("adapter after", "is sharded by FSDP2 already"),
         ("second after", "is sharded by FSDP2 already"),
         ("fsdp of transformers", "is sharded by FSDP2 already"),
-        ("tensor parallel", "divided among processes by tensor parallelism"),
     ],
 )
 def test_an_adapter_for_a_model_that_is_divided_already_is_refused(name, what, results):

@@ -1,0 +1,94 @@
+"""Models that transformers has divided among processes: by experts, or by features.
+
+The only place that decides which of the two it is.
+"""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..config import MATERIALIZE, MoELoraConfig
+from ..experts.layout import ExpertsLayout
+from ..experts.routers import is_router
+from ..files.text import quoted
+from . import expert_parallel, tensor_parallel
+from .share import Share
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether adapters of a model are divided as transformers has divided it."""
+    return _engine(model) is not None
+
+
+def share_of(model: nn.Module, module: nn.Module) -> Share | None:
+    """What this process holds of an experts module or a router; None if the model is not divided.
+
+    Args:
+        model: the model.
+        module: the experts module, or a router, that gets an adapter.
+    """
+    return expert_parallel.share_of(model, module) or tensor_parallel.share_of(model, module)
+
+
+def check_experts(model: nn.Module, path: str, module: nn.Module, layout: ExpertsLayout) -> None:
+    """Check that an experts module of a divided model can get an adapter.
+
+    Args:
+        model: the model.
+        path: path of the experts module.
+        module: the module.
+        layout: its layout.
+    Raises:
+        UnsupportedExperts: if it cannot.
+    """
+    if expert_parallel.is_divided_by_experts(model):
+        expert_parallel.check_experts(model, path, module, layout)
+    if tensor_parallel.is_divided_by_features(model):
+        tensor_parallel.check_experts(model, path, module, layout)
+
+
+def check_settings(
+    model: nn.Module, config: MoELoraConfig, others: Mapping[str, nn.Module]
+) -> None:
+    """Check that a divided model supports an adapter.
+
+    Args:
+        model: the model.
+        config: the adapter's configuration.
+        others: path -> base module, of the targets that hold no experts.
+    Raises:
+        ValueError: if it does not. The message names the setting.
+    """
+    beside = [
+        path for path, module in others.items() if not is_router(module, _parent(model, path))
+    ]
+    if config.target_modules == "all-linear":
+        beside = ["all-linear"]
+    for name, value in {
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": config.bias != "none",
+        "backend": config.backend == MATERIALIZE,
+        "target_modules": beside,
+    }.items():
+        if value:
+            raise ValueError(
+                f"{name}={quoted(getattr(config, name))}: under {_engine(model)} an adapter has "
+                "A and B of experts and routers alone, without dropout, and runs on the fused "
+                f"path; leave {name} unset or adapt experts and routers, or use FSDP2 without "
+                "distributed_config."
+            )
+
+
+def _engine(model: nn.Module) -> str | None:
+    """What divides the experts of a model, in words; None if nothing does."""
+    if expert_parallel.is_divided_by_experts(model):
+        return "expert parallelism"
+    if tensor_parallel.is_divided_by_features(model):
+        return "tensor parallelism"
+    return None
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])
