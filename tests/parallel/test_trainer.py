@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from helpers import adapter_parameters, assert_close, tiny_model
-from parallel import trained, trained_long
+from parallel import supervised, trained, trained_long
 from parallel.own_loop import loop
 from parallel.processes import run
 from parallel.trainer import alone
@@ -118,6 +118,16 @@ def test_a_loop_of_your_own_ends_and_goes_on_as_in_one_process(
         for what, value in expected.items():
             assert_same(outcome[what], value)
     assert_holds(folders[trained] / f"loop {name}" / "adapter", outcomes[0]["adapter"])
+
+
+@pytest.mark.engine("Trainer with FSDP2", "train", "exact")
+def test_an_adapter_that_trl_adds_is_trained_as_in_one_process(results, folders, tmp_path):
+    expected = supervised.sft(tmp_path, 2)
+    for outcome in results["SFTTrainer"]:
+        assert isinstance(outcome, dict), outcome
+        assert_same(outcome["losses"], expected["losses"])
+        assert_same(outcome["adapter"], expected["adapter"])
+    assert_holds(folders[trained] / "sft" / "model", outcome["adapter"])
 
 
 @pytest.mark.engine("FSDP1", "train", "refused: use FSDP2")

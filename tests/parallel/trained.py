@@ -1,6 +1,6 @@
 """What each process of test_trainer.py runs."""
 
-from parallel.own_loop import under_fsdp
+from parallel import own_loop, supervised
 from parallel.trainer import lives, trains_under_the_first_fsdp
 
 SETTINGS = {
@@ -23,6 +23,7 @@ def lives_of(family, settings):
 
 SCENARIOS = {
     **lives_of("qwen3_moe", SETTINGS),
-    **{f"loop {name}": under_fsdp(name, **changes) for name, changes in LOOPS.items()},
+    **{f"loop {name}": own_loop.under_fsdp(name, **changes) for name, changes in LOOPS.items()},
+    "SFTTrainer": supervised.under_fsdp,
     "FSDP1": trains_under_the_first_fsdp,
 }
