@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_module_names_tied_with_embedding
 from torch import nn
 
@@ -271,9 +271,7 @@ class Beside:
     def _embeddings(self) -> set[str]:
         """Paths of the modules whose weights PEFT may save as they are in the base."""
         getters = ("get_input_embeddings", "get_output_embeddings")
-        paths = {path for path in map(self._path_of, getters) if path}
-        named = {path for path in self.modules if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES}
-        return paths | named
+        return {path for path in map(self._path_of, getters) if path}
 
     def base_tensor(self, key: str) -> torch.Tensor | None:
         """The tensor of the base into which PEFT loads a copy of an embedding; None for others."""

@@ -150,6 +150,17 @@ def test_force_replaces_an_earlier_output(place, act):
     assert (out / "LICENSE").exists()
 
 
+def test_force_replaces_no_file_that_only_looks_like_a_copy(place):
+    """It has the name, the size and the time of the base's file, and other words."""
+    out = place / "out"
+    (place / "base" / "LICENSE").write_text("free")
+    merge(place, out, force=False)
+    (out / "LICENSE").write_text("mine")
+    time = (place / "base" / "LICENSE").stat().st_mtime_ns
+    os.utime(out / "LICENSE", ns=(time, time))
+    refused(merge, place, out, "holds LICENSE")
+
+
 @pytest.mark.parametrize("act", [convert, merge])
 def test_an_output_may_lie_within_a_source(place, act):
     out = place / "base" / "out"

@@ -376,6 +376,13 @@ def test_a_new_adapter_changes_nothing_and_starts_as_pefts_linear_does():
         assert check(factors(get_peft_model(Block(copy.deepcopy(router)), config))[1])
 
 
+def test_an_adapter_that_is_not_widened_has_the_routers_dtype():
+    base = Block(Handwritten(linear)).bfloat16()
+    config = MoELoraConfig(r=R, target_modules=["gate"])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    assert {factor.dtype for factor in factors(model)} == {torch.bfloat16}
+
+
 def test_merging_adds_the_update_and_unmerging_takes_it_back(model):
     x, layer = torch.randn(T, WIDTH), model.base_model.model.gate
     expected, before = model(x), layer.base_layer.weight.detach().clone()

@@ -399,33 +399,40 @@ def test_merged_in_place_and_back(case, bases):
 
 ONE = {WHOLE: ["lm_head"]}
 # fmt: off
+# (settings of the first adapter, of the second, of the base)
 PAIRS = {
-    "a head and attention": (ONE, {TARGETS: ["experts", "q_proj"]}),
-    "a head and another head": (ONE, {WHOLE: ["lm_head", "q_proj"]}),
-    "tokens and other tokens": ({TOKENS: [5, 9]}, {TOKENS: [7, 9, 3], **ONE}),
-    "an embedding and both": ({WHOLE: ["embed_tokens"]}, {WHOLE: BOTH}),
-    "LoRA and LoRA": ({TARGETS: ["experts", *BOTH]}, {TARGETS: ["experts", *BOTH]}),
+    "a head and attention": (ONE, {TARGETS: ["experts", "q_proj"]}, {}),
+    "a head and another head": (ONE, {WHOLE: ["lm_head", "q_proj"]}, {}),
+    "tokens and other tokens": ({TOKENS: [5, 9]}, {TOKENS: [7, 9, 3], **ONE}, {}),
+    "tokens and other tokens of a tied base": ({TOKENS: NEW}, {TOKENS: [7, VOCAB]}, TIED),
+    "an embedding and both": ({WHOLE: ["embed_tokens"]}, {WHOLE: BOTH}, {}),
+    "LoRA and LoRA": ({TARGETS: ["experts", *BOTH]}, {TARGETS: ["experts", *BOTH]}, {}),
 }
 # fmt: on
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_adapters_with_other_things_beside_them_stand_side_by_side(pair, bases, tmp_path):
+    *both, changes = PAIRS[pair]
+
+    def base():
+        return bases(**changes)
+
     expected = {}
-    for name, settings in zip(["first", "second"], PAIRS[pair], strict=True):
-        model = trained(bases(), seed=len(name), **settings)
+    for name, settings in zip(["first", "second"], both, strict=True):
+        model = trained(base(), seed=len(name), **settings)
         expected[name] = run(model)
         model.save_pretrained(tmp_path / name)
-    model = PeftModel.from_pretrained(bases(), tmp_path / "first", adapter_name="first")
+    model = PeftModel.from_pretrained(base(), tmp_path / "first", adapter_name="first")
     model.load_adapter(tmp_path / "second", "second")
     for name in ("first", "second", "first"):
         model.set_adapter(name)
         assert_close(run(model), expected[name], FP32, name)
     with model.disable_adapter():
-        assert_close(run(model), run(bases()), FP32)
+        assert_close(run(model), run(base()), FP32)
     model.save_pretrained(tmp_path / "both")
     for name in ("first", "second"):
-        loaded = PeftModel.from_pretrained(bases(), tmp_path / "both" / name)
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "both" / name)
         assert_close(run(loaded), expected[name], FP32, name)
     model.delete_adapter("first")
     model.set_adapter("second")
