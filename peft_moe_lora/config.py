@@ -43,30 +43,24 @@ from .functional import BACKENDS
 # a backend beside those of `functional`: the model's own implementation, run on W + scaling * B A
 MATERIALIZE = "materialize"
 
-# fields of LoraConfig that turn on a feature which experts do not support:
-# name of the field -> (its value when the feature is off, name of the feature)
-# fmt: off
-_NOT_ON_EXPERTS: dict[str, tuple[Any, str]] = {
-    "use_dora": (False, "DoRA"),
-    "lora_bias": (False, "a bias on B"),
-    "target_parameters": (
-        None,
-        "targeting parameters; name the experts modules in target_modules instead",
-    ),
-    "use_qalora": (False, "QALoRA"),
-    "use_bdlora": (None, "BD-LoRA"),
-    "arrow_config": (None, "Arrow routing"),
-    "kasa_config": (None, "KaSA"),
-    "velora_config": (None, "VeLoRA"),
-    "monteclora_config": (None, "MonteCLoRA"),
-    "alora_invocation_tokens": (None, "aLoRA"),
-    "eva_config": (None, "EVA initialisation"),
-    "corda_config": (None, "CorDA initialisation"),
-    "lora_ga_config": (None, "LoRA-GA initialisation"),
-    "layer_replication": (None, "layer replication"),
-    "megatron_config": (None, "Megatron layers"),
+# fields of LoraConfig that turn on a feature which experts do not support -> that feature
+_NOT_ON_EXPERTS = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias on B",
+    "target_parameters": "targeting parameters; name the experts modules in target_modules instead",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "eva_config": "EVA initialisation",
+    "corda_config": "CorDA initialisation",
+    "lora_ga_config": "LoRA-GA initialisation",
+    "layer_replication": "layer replication",
+    "megatron_config": "Megatron layers",
 }
-# fmt: on
 
 
 class Saving(NamedTuple):
@@ -169,11 +163,11 @@ class MoELoraConfig(LoraConfig):
     def _refuse_unsupported(self) -> None:
         # older releases of PEFT lack some of the fields
         known = {f.name for f in fields(self)}
-        for name, (unused, what) in _NOT_ON_EXPERTS.items():
+        for name, what in _NOT_ON_EXPERTS.items():
             if name not in known:
                 continue
             value = getattr(self, name)
-            if value not in (unused, None, False, [], {}):
+            if value not in (None, False, [], {}):
                 raise ValueError(
                     f"{name}={quoted(value)}: experts do not support {what}; leave {name} unset."
                 )

@@ -17,6 +17,7 @@ NEAREST = {
         "convert/test_formats.py",
         "convert/test_serving.py",
         "convert/test_bad_adapters.py",
+        "convert/test_beside_lora.py",
     ),
     "convert/checkpoint.py": (
         "convert/test_merging.py",

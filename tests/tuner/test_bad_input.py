@@ -5,10 +5,11 @@ import json
 import math
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,6 +29,7 @@ from helpers import (
     wrap,
 )
 from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.config import _NOT_ON_EXPERTS
 from peft_moe_lora.experts.families import NOT_YET
 
 FILE = "adapter_model.safetensors"
@@ -74,6 +76,17 @@ def test_a_field_out_of_range_raises_and_is_named(field, value):
     given = next(iter(value.values())) if isinstance(value, dict) else value
     assert str(given) in str(error.value)
     assert len(str(error.value)) > len(field) + len(str(given)) + 10
+
+
+# older releases of PEFT lack some of them
+FEATURES = sorted(_NOT_ON_EXPERTS.keys() & {field.name for field in fields(LoraConfig)})
+
+
+@pytest.mark.parametrize("field", FEATURES)
+def test_a_feature_that_experts_do_not_support_is_refused(field):
+    for value in (True, {"any": 1}):
+        with pytest.raises(ValueError, match=field):
+            MoELoraConfig(r=R, target_modules=["experts"], **{field: value})
 
 
 THE_ENDS = [("r", 1), ("lora_alpha", 0.5), ("lora_dropout", 0), ("lora_dropout", 0.99)]
