@@ -16,7 +16,8 @@ from torch import nn
 from ..experts.decoding import requantized, store
 from ..functional import per_expert
 from ..ops import QuantizedWeight
-from ..parallel.sharding import anywhere, is_fully_sharded, reshard, selected, shard_of, whole
+from ..parallel.fsdp import is_fully_sharded, reshard
+from ..parallel.sharding import anywhere, selected, shard_of, whole
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer

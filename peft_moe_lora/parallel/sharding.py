@@ -4,7 +4,6 @@ FSDP2 (`fully_shard`) and the parallelism of transformers hold a parameter as a 
 process stores a part of it, its shard. DeepSpeed's ZeRO-3 leaves an empty tensor in each process.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -142,37 +141,6 @@ def anywhere(found: bool, tensor: Weight) -> bool:
     return bool(answer)
 
 
-def reshard(module: nn.Module) -> None:
-    """Let FSDP2 drop the gathered weights of a module, so that its parameters are shards again.
-
-    FSDP2 may keep gathered weights after a forward. What is written into them is lost.
-    """
-    for sharded in _fully_sharded_around_or_in(module):
-        sharded.reshard()
-
-
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 manages parameters of a module."""
-    return any(True for _ in _fully_sharded_around_or_in(module))
-
-
-def _fully_sharded_around_or_in(module: nn.Module) -> Iterator[Any]:
-    """The modules given to `fully_shard` that contain the module or are contained in it."""
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    # the only place where PyTorch remembers which modules were given to `fully_shard`: a module
-    # does not know the modules that contain it
-    from torch.distributed._composable_state import _module_state_mapping
-    from torch.distributed.fsdp import FSDPModule
-
-    inside = set(module.modules())
-    for sharded in list(_module_state_mapping):
-        if not isinstance(sharded, FSDPModule):
-            continue
-        if sharded in inside or any(child is module for child in sharded.modules()):
-            yield sharded
-
-
 # ---- before an adapter is added ------------------------------------------------------------------
 
 
@@ -180,8 +148,8 @@ def check_may_be_adapted(model: nn.Module) -> None:
     """Check that a model can get an adapter with its parameters as they are.
 
     Raises:
-        ValueError: if DeepSpeed's ZeRO-3 holds the parameters, if experts are divided by tensor
-            parallelism, or if FSDP2 has sharded the model already.
+        ValueError: if DeepSpeed's ZeRO-3 holds the parameters, or if experts are divided by tensor
+            parallelism.
     """
     for path, parameter in model.named_parameters():
         if hasattr(parameter, "ds_shape") and parameter.numel() == 0:
@@ -202,11 +170,4 @@ def check_may_be_adapted(model: nn.Module) -> None:
                 "with another kind of parallelism, or by a release of transformers without "
                 "ep_size, but an adapter needs whole experts; use DistributedConfig(ep_size=...), "
                 "or " + _SHARD_AFTERWARDS
-            )
-    for path, module in sharded.items():
-        if is_fully_sharded(module):
-            raise ValueError(
-                f"{path} is sharded by FSDP2 already: a new adapter would be initialised "
-                "differently in each process, and its gradients would not be averaged; "
-                + _SHARD_AFTERWARDS
             )

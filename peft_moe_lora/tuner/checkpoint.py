@@ -307,9 +307,10 @@ def placed_as(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[
         if is_sharded(parameter) and not is_sharded(tensor):
             from torch.distributed.tensor import distribute_tensor
 
-            device = parameter.device
+            if not parameter.is_meta:
+                tensor = tensor.to(parameter.device)
             tensor = distribute_tensor(
-                tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None
+                tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
             )
         placed[key] = tensor
     return placed

@@ -21,8 +21,9 @@ from ..layers.layer import MoELoraLayer
 from ..layers.merging import check_shards_are_unmerged
 from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
-from ..parallel import sharding
+from ..parallel import divided, fsdp, sharding
 from ..parallel.divided import share_of
+from ..parallel.replicated import cast_up, replicate
 from . import checkpoint, saving, targets, weighted
 from .combining import Combination
 from .initial import minus_initial
@@ -76,9 +77,14 @@ class MoELoraModel(LoraModel):
     ) -> None:
         """Add an adapter as PEFT does; if a target cannot be adapted, restore the model."""
         modules = dict(model.named_modules())
+        mesh = None
+        if not divided.is_divided(model):
+            mesh = fsdp.mesh_of(model)
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if mesh is not None:
+                replicate(model, adapter_name, mesh)
         except BaseException:
             self._take_back(model, adapter_name, modules)
             for parameter, requires_grad in trainable.items():
@@ -87,6 +93,11 @@ class MoELoraModel(LoraModel):
                 # with transformers' methods, the model has the configurations, not a PeftModel
                 self.peft_config.pop(adapter_name, None)
             raise
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype:
+            cast_up(self.model, adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _take_back(self, model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
         """Remove an adapter, and every layer that was added to the model for it.
@@ -271,7 +282,7 @@ class MoELoraModel(LoraModel):
             ValueError: if an adapter changes a weight that the embedding and the head share.
         """
         check_may_merge(self.model, adapter_names or self.active_adapters)
-        sharding.reshard(self.model)
+        fsdp.reshard(self.model)
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -290,11 +301,11 @@ class MoELoraModel(LoraModel):
 
     def unmerge_adapter(self) -> None:
         """Subtract all merged adapters, as PEFT does; every process must call this if sharded."""
-        sharding.reshard(self.model)
+        fsdp.reshard(self.model)
         super().unmerge_adapter()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        sharding.reshard(self.model)
+        fsdp.reshard(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def disable_adapter_layers(self) -> None:
@@ -329,6 +340,7 @@ class MoELoraModel(LoraModel):
             model, config, adapter_name, keyed, unwanted_adapter_names
         )
         tensors = saving.gathered(found)
+        saving.gather_beside(model, state_dict)
         if is_written():
             check_whole(model, adapter_name, tensors)
         return tensors
@@ -371,6 +383,7 @@ class MoELoraModel(LoraModel):
         )
         keyed = checkpoint.keyed_by_adapter(model, adapter_name, state_dict)
         checkpoint.check_state_dict(model, adapter_name, keyed)
+        fsdp.reshard(model)
         return checkpoint.placed_as(keyed, model)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import MoELoraConfig
@@ -20,6 +21,7 @@ from ..files.scaling import alpha_of, is_same, scaling_of
 from ..layers.layer import MoELoraLayer
 from ..layers.router import MoELoraRouter
 from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded, path_without_wrappers, whole
+from .ties import called
 
 PEFT_PREFIX = "base_model.model."
 
@@ -154,6 +156,28 @@ def keyed_by_path(
             key = f"{wrapped[path]}.{name}"
         keyed[key] = tensor
     return keyed
+
+
+def gather_beside(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Gather, in place, what PEFT will take out of a state dict beside A and B.
+
+    These are modules that are trained whole, tokens, and the embedding and the head.
+
+    Every process must call this if a tensor is sharded.
+
+    Args:
+        model: the model with the adapter.
+        state_dict: keys as in the model.
+    """
+    ends = [called(model, "get_input_embeddings"), called(model, "get_output_embeddings")]
+    starts = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or module in ends
+    )
+    for key, tensor in state_dict.items():
+        if key.startswith(starts) and ".original_module." not in key and is_sharded(tensor):
+            state_dict[key] = whole(tensor).cpu()
 
 
 def gathered(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..files.adapter_file import AdapterFile
 from ..files.text import quoted
 from ..layers.layer import MoELoraLayer
-from ..parallel import divided, sharding
+from ..parallel import divided, fsdp, sharding
 from . import checkpoint
 from .beside import Beside
 from .copies import check_copies
@@ -51,6 +51,7 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
         bases = {key: base for key, (base, _) in others.items()}
         divided.check_settings(model, config, bases)
     beside = Beside(model, config)
+    fsdp.check_may_be_copied(beside.saved)
     load = current_load()
     file = read_with(config, load)
     beside.check({key: target.layout for key, target in experts.items()}, others)

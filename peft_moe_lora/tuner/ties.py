@@ -42,8 +42,8 @@ def untie(model: nn.Module, adapter_names: Collection[str]) -> None:
 
 def _head_to_untie(model: nn.Module, adapter_names: Collection[str]) -> nn.Module | None:
     """The head, if its weight is the embedding's and merging would change it; else None."""
-    embedding = _called(model, "get_input_embeddings")
-    head = _called(model, "get_output_embeddings")
+    embedding = called(model, "get_input_embeddings")
+    head = called(model, "get_output_embeddings")
     if embedding is None or head is None:
         return None
     weight = getattr(base_module(embedding), "weight", None)
@@ -67,7 +67,8 @@ def _changes(module: nn.Module, adapter_names: Collection[str]) -> bool:
     return not held.isdisjoint(adapter_names)
 
 
-def _called(model: nn.Module, getter: str) -> nn.Module | None:
+def called(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a getter of a model returns; None if the model does not have it."""
     found: Callable[[], nn.Module | None] | None = getattr(model, getter, None)
     if found is None:
         return None

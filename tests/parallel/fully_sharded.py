@@ -6,15 +6,13 @@ Every scenario returns what FSDP2 gave beside what one process with whole parame
 import copy
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 from helpers import fill_adapter, moe_lora, tiny_model, token_ids
 from peft_moe_lora import MoELoraConfig
@@ -140,31 +138,6 @@ def safe_merge_finds_infinity_of_one_process(rank, folder):
     return {"error": "none"}
 
 
-def adapter_after_sharding(rank, folder):
-    get_peft_model(shard(tiny_model("qwen3_moe")), MoELoraConfig(target_modules=["experts"]))
-
-
-def second_adapter_after_sharding(rank, folder):
-    model = shard(adapted("qwen3_moe"))
-    model.add_adapter("second", MoELoraConfig(target_modules=["experts"]))
-
-
-def loaded_with(**sizes):
-    """An adapter for a model that transformers has divided among two processes."""
-
-    def scenario(rank, folder):
-        path = folder / "base"
-        if rank == 0 and not path.exists():
-            tiny_model("qwen3_moe", num_experts=4).save_pretrained(path)
-        torch.distributed.barrier()
-        base = AutoModelForCausalLM.from_pretrained(
-            path, distributed_config=DistributedConfig(**sizes), dtype=torch.float32
-        )
-        get_peft_model(base, MoELoraConfig(target_modules=["experts"]))
-
-    return scenario
-
-
 def first_fsdp(rank, folder):
     model = adapted("qwen3_moe").train()
     blocks = ModuleWrapPolicy({type(module) for module in model.modules() if is_block(module)})
@@ -210,9 +183,6 @@ SCENARIOS = {
     "merges gathered": merges("qwen3_moe", reshard_after_forward=False),
     "some experts": merges_some_experts,
     "safe merge": safe_merge_finds_infinity_of_one_process,
-    "adapter after": adapter_after_sharding,
-    "second after": second_adapter_after_sharding,
-    "fsdp of transformers": loaded_with(fsdp_size=2),
     "FSDP1": first_fsdp,
     "wrappers": checkpoint_wrappers,
     "two adapters": two_adapters,

@@ -57,21 +57,6 @@ def test_safe_merge_fails_in_every_process_if_one_finds_infinity(results):
         assert outcome["unchanged"]
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("adapter after", "is sharded by FSDP2 already"),
-        ("second after", "is sharded by FSDP2 already"),
-        ("fsdp of transformers", "is sharded by FSDP2 already"),
-    ],
-)
-def test_an_adapter_for_a_model_that_is_divided_already_is_refused(name, what, results):
-    for outcome in results[name]:
-        assert outcome.startswith("ValueError")
-        assert what in outcome
-        assert "load the model without distributed_config, add or load the adapter" in outcome
-
-
 @pytest.mark.engine("FSDP1", "train", "refused: use FSDP2")
 def test_the_first_fsdp_is_refused_by_name(results):
     for outcome in results["FSDP1"]:
