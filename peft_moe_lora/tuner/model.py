@@ -383,7 +383,6 @@ class MoELoraModel(LoraModel):
         )
         keyed = checkpoint.keyed_by_adapter(model, adapter_name, state_dict)
         checkpoint.check_state_dict(model, adapter_name, keyed)
-        fsdp.reshard(model)
         return checkpoint.placed_as(keyed, model)
 
 

@@ -82,13 +82,15 @@ def copy_adapter(alone, divided, adapter_name="default"):
 
 def pair(family="qwen3_moe", dtype=torch.float64, shards=shard, **changes):
     """A model that one process holds whole, and a sharded one, with the same random adapter."""
-    alone = get_peft_model(base(family, dtype), config_of(family, **changes))
+    config = config_of(family, **changes)
+    bases = [base(family, dtype), base(family, dtype), shards(base(family, dtype))]
+    alone = get_peft_model(bases[0], config)
+    torch.manual_seed(3)
+    again = get_peft_model(bases[1], config)
     # the first process has the seed of the process that is alone
     torch.manual_seed(3 + dist.get_rank())
-    divided = get_peft_model(shards(base(family, dtype)), config_of(family, **changes))
+    divided = get_peft_model(bases[2], config)
     starts = {name: whole(p.detach()).clone() for name, p in trainable(divided).items()}
-    torch.manual_seed(3)
-    again = get_peft_model(base(family, dtype), config_of(family, **changes))
     same = all(torch.equal(starts[name], p) for name, p in trainable(again).items())
     fill_adapter(alone)
     copy_adapter(alone, divided)
