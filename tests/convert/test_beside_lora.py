@@ -198,6 +198,19 @@ def test_a_trained_module_that_a_file_holds_twice_is_one(qwen, tmp_path):
         convert_adapter(tmp_path / "in", tmp_path / "again", to="peft", base_config=qwen.config)
 
 
+def test_one_of_the_names_that_peft_gives_the_head_of_a_task_is_enough(qwen, tmp_path):
+    """PEFT adds both names for sequence classification; no base is there to ask."""
+    trained(qwen.base, tmp_path / "in", modules_to_save=["lm_head"])
+
+    def as_score(state):
+        return {key.replace("lm_head", "score"): tensor for key, tensor in state.items()}
+
+    rewrite(tmp_path / "in", as_score, modules_to_save=["classifier", "score"])
+    convert_adapter(tmp_path / "in", tmp_path / "out", to="moe_lora")
+    found = tensors(tmp_path / "out")[f"{PREFIX}score.weight"]
+    assert torch.equal(found, tensors(tmp_path / "in")[f"{PREFIX}score.weight"])
+
+
 # ---- tied embeddings -----------------------------------------------------------------------------
 
 

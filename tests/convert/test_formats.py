@@ -170,6 +170,14 @@ def test_a_single_projection_that_nothing_names_is_refused(qwen, tmp_path):
     assert inspect_adapter(tmp_path / "out").projections == ("down",)
 
 
+def test_a_single_projection_of_an_old_peft_is_found_by_its_shapes(qwen, tmp_path):
+    theirs = save_pefts(qwen.base, tmp_path / "theirs", target_parameters=["experts.down_proj"])
+    rewrite(tmp_path / "theirs", swap_in_and_out, target_parameters=None, peft_version="0.18.1")
+    convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=qwen.config)
+    assert inspect_adapter(tmp_path / "ours").projections == ("down",)
+    assert_close(outputs(load(qwen, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
+
+
 @every_format
 def test_one_projection_is_served_with_the_other_at_zero(qwen, tmp_path, to):
     model = save_ours(qwen.base, tmp_path / "ours", target_projections=["down"])
@@ -290,6 +298,14 @@ def test_peft_0_18_swapped_in_and_out(qwen, tmp_path, with_base):
     assert_close(outputs(load(qwen, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
 
 
+@pytest.mark.parametrize("swap", [swap_in_and_out, None], ids=["swapped", "not swapped"])
+def test_the_shapes_tell_where_nothing_else_does(qwen, swap, tmp_path):
+    theirs = save_pefts(qwen.base, tmp_path / "theirs")
+    rewrite(tmp_path / "theirs", swap, peft_version=None)
+    convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora")
+    assert_close(outputs(load(qwen, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
+
+
 def test_peft_0_19_0_swapped_one_and_not_the_other(qwen, tmp_path):
     theirs = save_pefts(qwen.base, tmp_path / "theirs")
 
@@ -350,6 +366,14 @@ def test_unsloth_has_to_say_its_order(qwen, tmp_path):
     rewrite(tmp_path / "theirs", lora_B_layout="zigzag")
     with pytest.raises(RefusedError, match="zigzag"):
         convert_adapter(tmp_path / "theirs", tmp_path / "again", to="moe_lora")
+
+
+def test_the_name_of_the_base_gives_unsloth_away(qwen, tmp_path):
+    save_pefts(qwen.base, tmp_path / "theirs")
+    rewrite(tmp_path / "theirs", base_model_name_or_path="unsloth/Qwen3-30B-A3B")
+    with pytest.raises(RefusedError, match="--b-layout"):
+        convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_verify_catches_a_mix_up_of_orders_and_of_experts(case, tmp_path):

@@ -122,6 +122,18 @@ def test_saved_modules_replace_the_bases(qwen, tmp_path, name):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mlp.gate.weight"])
+def test_a_tensor_of_the_base_that_is_transposed_is_not_replaced(qwen, tmp_path, name):
+    stored(qwen.base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    save_file(state | {name: state[name].T.contiguous()}, file, {"format": "pt"})
+    save_ours(qwen.base, tmp_path / "ours", modules_to_save=["lm_head", "gate"])
+    with pytest.raises(AdapterError, match=name):
+        merge_adapter(tmp_path / "ours", tmp_path / "base", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.fixture
 def sharded(qwen, tmp_path):
     return stored(qwen.base, tmp_path / "base", max_shard_size="20KB")

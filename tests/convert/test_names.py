@@ -28,6 +28,17 @@ def test_a_short_target_names_no_layer_that_had_no_adapter(tmp_path):
     assert_close(outputs(loaded), outputs(model), TOLERANCE, "logits")
 
 
+@pytest.mark.parametrize(
+    "settings", [{"layers_to_transform": [1]}, {"exclude_modules": r".*\.0\..*"}], ids=str
+)
+def test_layers_that_were_left_out_stay_so_without_a_base(settings, tmp_path):
+    base = tiny_model()
+    model = save_ours(base, tmp_path / "ours", target_modules=["experts", "q_proj"], **settings)
+    convert_adapter(tmp_path / "ours", tmp_path / "again", to="moe_lora")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval()
+    assert_close(outputs(loaded), outputs(model), TOLERANCE, "logits")
+
+
 @pytest.mark.parametrize("to", ["moe_lora", "peft", "per_expert"])
 def test_a_router_saved_whole_comes_along_under_published_names(to, tmp_path):
     base = save_base("mixtral", tmp_path / "base")

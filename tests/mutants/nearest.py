@@ -23,6 +23,7 @@ NEAREST = {
         "convert/test_merging.py",
         "convert/test_reading.py",
         "convert/test_beside_lora.py",
+        "families/test_off_interface.py",
     ),
     "convert/convert.py": (
         "convert/test_bad_adapters.py",
@@ -49,6 +50,14 @@ NEAREST = {
         "convert/test_reading.py",
         "convert/test_some_experts.py",
         "convert/test_folders.py",
+    ),
+    "convert/reading.py": (
+        "convert/test_bad_adapters.py",
+        "convert/test_reading.py",
+        "convert/test_some_experts.py",
+        "convert/test_formats.py",
+        "files/test_saved_means_trained.py",
+        "files/test_interrupted_saves.py",
     ),
     "convert/replacements.py": ("convert/test_beside_lora.py", "convert/test_merging.py"),
     "convert/saved.py": (
