@@ -99,7 +99,7 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
     """
     reshard(layer)
     if safe:
-        _check_finite(layer, adapter_name)
+        check_finite(layer, adapter_name)
     projections = layer.adapted_projections(adapter_name)
     # all merged weights are computed before one is stored: an error leaves the layer unchanged
     merged = {}
@@ -173,7 +173,12 @@ def unmerge(layer: "MoELoraLayer") -> None:
         del layer.merged_scaling[adapter_name]
 
 
-def _check_finite(layer: "MoELoraLayer", adapter_name: str) -> None:
+def check_finite(layer: "MoELoraLayer", adapter_name: str) -> None:
+    """Check that merging one adapter gives finite weights; every process must call this.
+
+    Raises:
+        ValueError: if a merged weight is not finite.
+    """
     wrong = [
         f"{part.projection} of expert {part.expert}"
         for part in _expert_weights(layer, adapter_name, layer.adapted_projections(adapter_name))

@@ -15,10 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
-from ..functional import without_autocast
-from ..parallel.gradients import local
-from ..parallel.sharding import is_sharded, whole
-from ..parallel.share import Share
+from ..parallel.linears import Factor
+from ..parallel.sharding import placed
+from .checked import still_unchecked
+from .factor import replace_factors
 from .merging import check_may_unmerge
 
 _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
@@ -61,9 +61,11 @@ class MoELoraRouter(lora.Linear):
     Their initialisation, dropout, scaling and merging are PEFT's too.
     """
 
-    def __init__(self, *args: Any, share: Share | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, factors: Mapping[str, Factor] | None = None, **kwargs: Any
+    ) -> None:
         # read by `update_layer`, which the constructor calls
-        self.share = share
+        self.factors = factors or {}
         super().__init__(*args, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -75,8 +77,7 @@ class MoELoraRouter(lora.Linear):
         super().update_layer(adapter_name, *args, **kwargs)
         # the option is for models that store linear layers as [K, N]; a router's weight is [E, H]
         self.fan_in_fan_out = False
-        for side in (self.lora_A, self.lora_B):
-            side[adapter_name] = _Factor.of(cast(nn.Linear, side[adapter_name]), self.share)
+        replace_factors(self, adapter_name, self.factors)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -87,12 +88,14 @@ class MoELoraRouter(lora.Linear):
             device = hook.execution_device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT merges; every process must call this if the weight is sharded."""
+        super().merge(still_unchecked(self, safe_merge, adapter_names), adapter_names)
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """[E, H] update of the router's weight, placed as the weight is."""
-        delta = super().get_delta_weight(adapter)
-        if is_sharded(self.base_layer.weight):
-            return delta
-        return whole(delta)
+        weight = cast(nn.Parameter, self.base_layer.weight)
+        return placed(super().get_delta_weight(adapter), weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the router's own forward, and add the active adapters' low-rank terms to its logits.
@@ -140,54 +143,6 @@ class MoELoraRouter(lora.Linear):
                 xa = self.lora_A[name](self.lora_dropout[name](x))
                 logits = logits + self.lora_B[name](xa) * self.scaling[name]
         return logits
-
-
-class _Factor(nn.Linear):
-    """A or B, applied in the dtype of its input.
-
-    It is a module, so that accelerate's hooks on it, which fetch its weight, still run.
-    """
-
-    share: Share | None
-
-    @classmethod
-    def of(cls, linear: nn.Linear, share: Share | None) -> "_Factor":
-        factor = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        factor.share = share
-        factor.weight = linear.weight
-        if share is not None:
-            values = linear.weight.detach()
-            share.agree(values)
-            factor.weight = share.whole(values)
-        return factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = self.weight
-        if self.share is not None:
-            weight = local(weight, self.share.of_all)
-        return _Linear.apply(x, weight.to(x.dtype))
-
-
-class _Linear(torch.autograd.Function):
-    """x W^T without autocast, in backward too, wherever `backward()` is called."""
-
-    @staticmethod
-    def forward(
-        # autograd's context accepts any attribute, but its class declares none
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        with without_autocast(x.device.type):
-            return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, weight = ctx.saved_tensors
-        with without_autocast(x.device.type):
-            rows = dy.reshape(-1, dy.shape[-1])
-            return dy @ weight, rows.mT @ x.reshape(-1, x.shape[-1])
 
 
 class _ProductOf(TorchFunctionMode):

@@ -11,7 +11,7 @@ from ..config import MATERIALIZE, MoELoraConfig
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import is_router
 from ..files.text import quoted
-from . import expert_parallel, tensor_parallel
+from . import expert_parallel, linears, tensor_parallel
 from .share import Share
 
 
@@ -28,6 +28,19 @@ def share_of(model: nn.Module, module: nn.Module) -> Share | None:
         module: the experts module, or a router, that gets an adapter.
     """
     return expert_parallel.share_of(model, module) or tensor_parallel.share_of(model, module)
+
+
+def factors_of(model: nn.Module, module: nn.Module) -> dict[str, linears.Factor]:
+    """What this process uses of lora_A and lora_B, by these names; empty in a model that is whole.
+
+    Args:
+        model: the model.
+        module: a linear layer or a router.
+    """
+    share = share_of(model, module)
+    if share is None:
+        return {}
+    return linears.factors_of(model, module, share)
 
 
 def check_experts(model: nn.Module, path: str, module: nn.Module, layout: ExpertsLayout) -> None:
@@ -59,25 +72,29 @@ def check_settings(
     Raises:
         ValueError: if it does not. The message names the setting.
     """
-    beside = [
-        path for path, module in others.items() if not is_router(module, _parent(model, path))
-    ]
-    if config.target_modules == "all-linear":
-        beside = ["all-linear"]
     for name, value in {
         "lora_dropout": config.lora_dropout,
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
         "bias": config.bias != "none",
         "backend": config.backend == MATERIALIZE,
-        "target_modules": beside,
+        "target_modules": config.target_modules == "all-linear",
     }.items():
         if value:
             raise ValueError(
                 f"{name}={quoted(getattr(config, name))}: under {_engine(model)} an adapter has "
-                "A and B of experts and routers alone, without dropout, and runs on the fused "
-                f"path; leave {name} unset or adapt experts and routers, or use FSDP2 without "
-                "distributed_config."
+                "A and B of experts, routers and linear layers that are named, without dropout, "
+                f"and runs on the fused path; leave {name} unset or name the targets, or use FSDP2 "
+                "without distributed_config."
+            )
+    for path, module in others.items():
+        if is_router(module, _parent(model, path)):
+            continue
+        fault = linears.fault_of(model, path, module)
+        if fault is not None:
+            raise ValueError(
+                f"target_modules: {path} cannot get a LoRA under {_engine(model)}: {fault}. Take "
+                "it out of target_modules, or use FSDP2 without distributed_config."
             )
 
 

@@ -62,6 +62,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return sharded.full_tensor()
 
 
+def placed(tensor: torch.Tensor, as_is: torch.Tensor) -> torch.Tensor:
+    """A tensor, whole or sharded, with the placements of another one; every process must call."""
+    other: Any = as_is
+    if not is_sharded(as_is):
+        return whole(tensor)
+    sharded: Any = tensor
+    if is_sharded(tensor) and sharded.device_mesh == other.device_mesh:
+        return sharded.redistribute(placements=other.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = other.device_mesh
+    return distribute_tensor(whole(tensor), mesh, other.placements, src_data_rank=None)
+
+
 def shard_of(tensor: Weight) -> Shard:
     """The part of a tensor that this process stores; all of it if the tensor is not sharded.
 
@@ -75,9 +89,13 @@ def shard_of(tensor: Weight) -> Shard:
     return Shard(sharded.to_local(), indices)
 
 
-def indices_along(tensor: Weight, dim: int) -> torch.Tensor | None:
+def indices_along(tensor: Weight, dim: int, axis: str | None = None) -> torch.Tensor | None:
     """The int64 indices along a dimension that this process stores of a tensor; None for all.
 
+    Args:
+        tensor: the tensor.
+        dim: the dimension.
+        axis: count only how this axis of the mesh divides the tensor; None for all axes.
     Raises:
         ValueError: as for `shard_of`.
     """
@@ -86,7 +104,11 @@ def indices_along(tensor: Weight, dim: int) -> torch.Tensor | None:
     sharded: Any = tensor
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    placements = [_along(placement, dim, tensor.ndim) for placement in sharded.placements]
+    placements: list[Any] = [Replicate()] * len(sharded.placements)
+    names = sharded.device_mesh.mesh_dim_names or placements
+    for index, placement in enumerate(sharded.placements):
+        if axis is None or names[index] == axis:
+            placements[index] = _along(placement, dim, tensor.ndim)
     if all(isinstance(placement, Replicate) for placement in placements):
         return None
     mesh = sharded.device_mesh

@@ -17,12 +17,13 @@ from ..config import MoELoraConfig, Saving
 from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import is_experts
 from ..experts.routers import is_router
+from ..layers.checked import still_unchecked
 from ..layers.layer import MoELoraLayer
+from ..layers.linear import DividedLinear
 from ..layers.merging import check_shards_are_unmerged
 from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
 from ..parallel import divided, fsdp, sharding
-from ..parallel.divided import share_of
 from ..parallel.replicated import cast_up, replicate
 from . import checkpoint, saving, targets, weighted
 from .combining import Combination
@@ -147,7 +148,7 @@ class MoELoraModel(LoraModel):
             )
         layer: nn.Module
         if is_experts(target):
-            share = share_of(self.model, target)
+            share = divided.share_of(self.model, target)
             layer = MoELoraLayer(target, adapter_name, config, r, alpha, chosen, share)
         elif is_router(target, parent):
             # PEFT annotates an int, but accepts any number
@@ -158,7 +159,16 @@ class MoELoraModel(LoraModel):
                 config=config,
                 r=r,
                 lora_alpha=lora_alpha,
-                share=share_of(self.model, target),
+                factors=divided.factors_of(self.model, target),
+            )
+        elif divided.is_divided(self.model) and not isinstance(target, BaseTunerLayer):
+            layer = DividedLinear(
+                target,
+                adapter_name,
+                config=config,
+                r=r,
+                lora_alpha=alpha,
+                factors=divided.factors_of(self.model, target),
             )
         else:
             super()._create_and_replace(
@@ -283,6 +293,7 @@ class MoELoraModel(LoraModel):
         """
         check_may_merge(self.model, adapter_names or self.active_adapters)
         fsdp.reshard(self.model)
+        safe_merge = still_unchecked(self.model, safe_merge, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -296,6 +307,8 @@ class MoELoraModel(LoraModel):
         A head that shares its weight with the embedding gets a weight of its own if the adapters
         change one of the two, or each in its own way.
         """
+        fsdp.reshard(self.model)
+        safe_merge = still_unchecked(self.model, safe_merge, adapter_names)
         untie(self.model, adapter_names or self.active_adapters)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 

@@ -23,6 +23,7 @@ NUMBER_OF_EXPERTS = {
     "nemotron_h": "n_routed_experts",
 }
 ROUTERS = {"gpt_oss": "router"}
+ATTENTION = {"deepseek_v3": ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj")}
 MODES = {
     "all_reduce": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"},
     "all_to_all": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
@@ -34,6 +35,7 @@ ADAPTERS = {
     # the second process holds none of these
     "some experts": {"expert_indices": {"experts": [1, 2]}},
     "recompute": {"recompute": True},
+    "attention": {"target_modules": "with attention"},
 }
 
 
@@ -54,9 +56,14 @@ def base(family, folder, dtype=torch.float64, **parallelism):
 
 
 def configured(family, target_modules=("experts",), **changes):
+    router = ROUTERS.get(family, "gate")
     if target_modules == "with router":
-        target_modules = ("experts", ROUTERS.get(family, "gate"))
-    return MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=list(target_modules), **changes)
+        target_modules = ("experts", router)
+    if target_modules == "with attention":
+        target_modules = ("experts", router, *ATTENTION.get(family, ("q_proj", "v_proj", "o_proj")))
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    return MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=target_modules, **changes)
 
 
 def batch(step, number):
@@ -210,7 +217,7 @@ def refuses_off_the_interface(rank, folder):
 REFUSED = {
     "lora_dropout": {"lora_dropout": 0.1},
     "backend": {"backend": "materialize"},
-    "target_modules": {"target_modules": ("experts", "q_proj")},
+    "target_modules": {"target_modules": "all-linear"},
     "modules_to_save": {"modules_to_save": ["norm"]},
 }
 SCENARIOS = {}

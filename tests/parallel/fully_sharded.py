@@ -159,6 +159,30 @@ def checkpoint_wrappers(rank, folder):
     return {"found": logits(loaded), "expected": expected}
 
 
+def safe_merge_of_a_whole_model(rank, folder):
+    model = adapted("qwen3_moe")
+    expected = logits(model)
+    shard(model).merge_adapter(safe_merge=True)
+    return {"found": logits(model), "expected": expected}
+
+
+def safe_merge_finds_infinity_of_a_linear_layer(rank, folder):
+    model = adapted("qwen3_moe")
+    with model.disable_adapter():
+        base = logits(model)
+    layer = model.base_model.model.model.layers[1].self_attn.o_proj
+    with torch.no_grad():
+        # the last row of the weight belongs to the second process
+        layer.lora_B["default"].weight[-1] = torch.inf
+    shard(model)
+    try:
+        model.merge_adapter(safe_merge=True)
+    except ValueError as error:
+        with model.disable_adapter():
+            return {"error": str(error), "found": logits(model), "expected": base}
+    return {"error": "none"}
+
+
 def two_adapters(rank, folder):
     def build():
         model = adapted("qwen3_moe", target_modules=["experts"])
@@ -183,6 +207,8 @@ SCENARIOS = {
     "merges gathered": merges("qwen3_moe", reshard_after_forward=False),
     "some experts": merges_some_experts,
     "safe merge": safe_merge_finds_infinity_of_one_process,
+    "safe merge of a model": safe_merge_of_a_whole_model,
+    "safe merge of a linear layer": safe_merge_finds_infinity_of_a_linear_layer,
     "FSDP1": first_fsdp,
     "wrappers": checkpoint_wrappers,
     "two adapters": two_adapters,

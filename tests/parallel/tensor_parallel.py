@@ -19,6 +19,8 @@ ADAPTERS = {
     "recompute": {"recompute": True},
     "up alone": {"target_projections": ["gate_up"]},
     "checkpointing": {"checkpointing": True},
+    # q, k, v and o are divided as well
+    "attention": {"target_modules": "with attention"},
 }
 
 
@@ -29,7 +31,7 @@ def logits(model):
 
 def pair_of_models(family, folder, **mode):
     """A model in one process and one that is divided, with the same random adapters."""
-    config = configured(family, target_modules="with router")
+    config = configured(family, target_modules="with attention")
     second = configured(family, expert_indices={"experts": [0, 3]})
     # merged experts run transformers' own products, which take no fp64
     models = [base(family, folder, torch.float32), base(family, folder, torch.float32, **mode)]
@@ -112,6 +114,11 @@ def refuses_other_rows(rank, folder):
     get_peft_model(model, configured("qwen3_moe"))
 
 
+def refuses_an_embedding(rank, folder):
+    config = configured("qwen3_moe", target_modules=["experts", "embed_tokens"])
+    get_peft_model(base("qwen3_moe", folder, **MODE), config)
+
+
 def refuses_setting(**changes):
     def scenario(rank, folder):
         get_peft_model(base("qwen3_moe", folder, **MODE), configured("qwen3_moe", **changes))
@@ -122,16 +129,19 @@ def refuses_setting(**changes):
 REFUSED = {
     "lora_dropout": {"lora_dropout": 0.1},
     "backend": {"backend": "materialize"},
-    "target_modules": {"target_modules": ("experts", "q_proj")},
+    "target_modules": {"target_modules": "all-linear"},
 }
 SCENARIOS = {family: trains(family, MODE) for family in FAMILIES}
 for name, adapter in ADAPTERS.items():
     SCENARIOS[name] = trains("qwen3_moe", MODE, **adapter)
+# its attention is left whole
+SCENARIOS["whole attention"] = trains("deepseek_v3", MODE, target_modules="with attention")
 SCENARIOS["fp32"] = trains("qwen3_moe", MODE, torch.float32)
 for family in FAMILIES:
     SCENARIOS[f"merges {family}"] = merges(family)
     SCENARIOS[f"loads {family}"] = loads(family)
 SCENARIOS["refuses a bias"] = refuses_a_bias
 SCENARIOS["refuses other rows"] = refuses_other_rows
+SCENARIOS["refuses an embedding"] = refuses_an_embedding
 for name, changes in REFUSED.items():
     SCENARIOS[f"refuses {name}"] = refuses_setting(**changes)

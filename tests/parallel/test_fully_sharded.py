@@ -51,6 +51,17 @@ def test_merging_some_experts_writes_into_the_shards_that_hold_them(results):
     assert_found(results["some experts"])
 
 
+def test_safe_merge_writes_into_routers_and_linear_layers_too(results):
+    assert_found(results["safe merge of a model"])
+
+
+def test_safe_merge_of_a_model_fails_before_anything_is_merged(results):
+    assert_found(results["safe merge of a linear layer"])
+    for outcome in results["safe merge of a linear layer"]:
+        assert "NaNs detected in the merged weights" in outcome["error"]
+        assert "o_proj is not finite" in outcome["error"]
+
+
 def test_safe_merge_fails_in_every_process_if_one_finds_infinity(results):
     for outcome in results["safe merge"]:
         assert "NaNs detected in the merged weights" in outcome["error"]

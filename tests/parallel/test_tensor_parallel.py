@@ -16,7 +16,7 @@ from parallel.tensor_parallel import ADAPTERS, FAMILIES, REFUSED
 # the sum of two processes is rounded otherwise, and models compute norms and routers in fp32
 TOLERANCE = 1e-6
 FP32_TOLERANCE = 1e-5
-TRAINED = [*FAMILIES, *ADAPTERS]
+TRAINED = [*FAMILIES, *ADAPTERS, "whole attention"]
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -92,6 +92,13 @@ def test_parts_that_do_not_add_up_are_refused(name, why, results):
     for outcome in results[f"refuses {name}"]:
         assert outcome.startswith("UnsupportedExperts: model.layers.0.mlp.experts: ")
         assert why in outcome
+
+
+def test_a_layer_that_cannot_follow_is_refused_by_its_path(results):
+    for outcome in results["refuses an embedding"]:
+        assert outcome.startswith(
+            "ValueError: target_modules: model.embed_tokens cannot get a LoRA"
+        )
 
 
 @pytest.mark.parametrize("name", REFUSED)
