@@ -4,6 +4,7 @@ Importing this package registers the tuner with peft and transformers.
 """
 
 from .config import MoELoraConfig
+from .convert.consolidate import consolidate_checkpoint
 from .convert.convert import convert_adapter
 from .convert.inspect import inspect_adapter
 from .convert.load import load_peft_adapter
@@ -23,6 +24,7 @@ __all__ = [
     "ExpertLoadCallback",
     "MoELoraConfig",
     "MoELoraModel",
+    "consolidate_checkpoint",
     "convert_adapter",
     "dequantize_experts",
     "expert_load",

@@ -1,4 +1,4 @@
-"""`peft-moe-lora`: env, inspect, convert, merge, verify.
+"""`peft-moe-lora`: env, inspect, convert, consolidate, merge, verify.
 
 Exit codes:
     0  done
@@ -25,7 +25,8 @@ import torch
 
 from . import __version__
 from .convert.base import read_base
-from .convert.convert import convert_adapter
+from .convert.consolidate import consolidate_checkpoint
+from .convert.convert import Conversion, convert_adapter
 from .convert.formats import B_LAYOUTS, DEFAULT_FORMAT, FORMATS
 from .convert.inspect import inspect_adapter
 from .convert.merge import merge_adapter
@@ -59,8 +60,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="LoRA adapters on the experts of Mixture-of-Experts models: inspect, convert, merge and "
-    "verify them.",
+    help="LoRA adapters on the experts of Mixture-of-Experts models: inspect, convert, "
+    "consolidate, merge and verify them.",
 )
 
 BASE_HELP = "The base model: a folder with a config.json, or a name on the hub."
@@ -137,17 +138,40 @@ def convert(
             force=force,
             progress=progress,
         )
-    _print(
-        {
-            "path": str(done.path),
-            "from": done.source,
-            "to": done.to,
-            "modules": done.modules,
-            "experts": done.experts,
-            "notes": done.notes,
-        },
-        as_json,
-    )
+    _print_conversion(done, as_json)
+
+
+@app.command()
+def consolidate(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Folder that a training with FSDP or DeepSpeed saved in between."),
+    ],
+    dst: Destination,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="An adapter_config.json, or its folder; by default the checkpoint's."),
+    ] = None,
+    base_config: BaseConfig = None,
+    adapter_name: Annotated[
+        str | None, typer.Option(help="Which adapter, if the checkpoint holds several.")
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the adapter of a sharded checkpoint as an adapter; needs one process and no GPU."""
+    with _exit_codes(), _bar("consolidating", quiet) as progress:
+        done = consolidate_checkpoint(
+            checkpoint,
+            dst,
+            config=config,
+            base_config=base_config,
+            adapter_name=adapter_name,
+            force=force,
+            progress=progress,
+        )
+    _print_conversion(done, as_json)
 
 
 @app.command()
@@ -211,6 +235,20 @@ def verify(
             f"tolerance is {found.tolerance:g}"
         )
         raise typer.Exit(DIFFERENT)
+
+
+def _print_conversion(done: Conversion, as_json: bool) -> None:
+    _print(
+        {
+            "path": str(done.path),
+            "from": done.source,
+            "to": done.to,
+            "modules": done.modules,
+            "experts": done.experts,
+            "notes": done.notes,
+        },
+        as_json,
+    )
 
 
 def _version(name: str) -> str | None:

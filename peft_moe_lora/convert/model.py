@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files.tensor_file import TensorFile
+from ..files.tensor_file import Tensors
 from .base import BaseModel
 
 
@@ -126,7 +126,7 @@ class Adapter:
     Attributes:
         format: name of the format it was read from.
         config: the contents of its adapter_config.json.
-        file: the file with its tensors.
+        file: the file, or the checkpoint, with its tensors.
         names: key -> name in the file; a key has no PEFT prefix and uses the base model's paths.
         experts: experts path -> projection -> Pair.
         linears: path -> LinearPair.
@@ -141,7 +141,7 @@ class Adapter:
 
     format: str
     config: dict[str, Any]
-    file: TensorFile
+    file: Tensors
     names: dict[str, str]
     experts: Experts
     linears: dict[str, LinearPair]

@@ -22,7 +22,7 @@ from ..files.config_fields import (
     is_rank,
 )
 from ..files.folders import check_own_file
-from ..files.tensor_file import AdapterError, FilePath, TensorFile, read_json
+from ..files.tensor_file import AdapterError, FilePath, TensorFile, Tensors, read_json
 from ..files.text import quoted, shown
 from ..files.writing import CONFIG_NAME, check_saved
 from .base import BaseConfig, BaseModel, read_base
@@ -53,8 +53,15 @@ def open_adapter(
     """
     folder = Path(path)
     _check_weights(folder)
-    config = _read_config(folder / CONFIG_NAME)
     file = TensorFile(folder / WEIGHTS_NAME)
+    return read_adapter(file, folder / CONFIG_NAME, base_config, b_layout)
+
+
+def read_adapter(
+    file: Tensors, config_path: Path, base_config: BaseConfig | None = None, b_layout: str = "auto"
+) -> Adapter:
+    """The same of tensors and a configuration in places of their own."""
+    config = _read_config(config_path)
     base = _base(base_config, config)
     names, paths = _names(file, base)
     _check_weights_of(file)
@@ -175,7 +182,7 @@ def _values(config: Mapping[str, Any], field: str, pattern_field: str) -> list[t
     return values
 
 
-def _names(file: TensorFile, base: BaseModel | None) -> tuple[dict[str, str], dict[str, str]]:
+def _names(file: Tensors, base: BaseModel | None) -> tuple[dict[str, str], dict[str, str]]:
     """The names in the file by key, and the modules' paths in the file where these differ.
 
     Returns: key, without PEFT's prefix and with the base model's own path -> name in the file; path
@@ -208,7 +215,7 @@ def _module_path(key: str) -> str | None:
     return match[0]
 
 
-def _check_weights_of(file: TensorFile) -> None:
+def _check_weights_of(file: Tensors) -> None:
     """Check that weights are floating point; a module that is saved whole may have other buffers.
 
     Raises:

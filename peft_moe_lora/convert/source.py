@@ -9,7 +9,7 @@ import torch
 from ..files.adapter_file import read_description
 from ..files.patterns import value_of
 from ..files.scaling import scaling_of
-from ..files.tensor_file import AdapterError, TensorFile, TensorInfo
+from ..files.tensor_file import AdapterError, TensorInfo, Tensors
 from ..files.text import shown
 from .base import BaseModel, need_base
 from .model import Pair
@@ -40,7 +40,7 @@ class Source:
         b_layout: the order of lora_B, as the caller gave it; see `convert_adapter`.
     """
 
-    file: TensorFile
+    file: Tensors
     config: dict[str, Any]
     names: dict[str, str]
     paths: dict[str, str]

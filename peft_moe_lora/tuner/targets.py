@@ -132,7 +132,7 @@ def _targets(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
     targets = {
         key: current[key]
         for key in modules
-        if _is_target(config, key) or tuner._check_tied_module_exists(config, key)
+        if is_target(config, key) or tuner._check_tied_module_exists(config, key)
     }
     if isinstance(config.target_modules, str):
         return targets
@@ -171,7 +171,7 @@ def _base(module: nn.Module) -> nn.Module:
     return module
 
 
-def _is_target(config: MoELoraConfig, key: str) -> bool:
+def is_target(config: MoELoraConfig, key: str) -> bool:
     """Whether the configuration targets the module at this path and does not exclude it."""
     # PEFT returns a bool, a match, None, or an object for a module that is excluded
     answer = check_target_module_exists(config, key)

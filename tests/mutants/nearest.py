@@ -77,6 +77,9 @@ NEAREST = {
         "convert/test_formats.py",
         "convert/test_bad_adapters.py",
     ),
+    "convert/consolidate.py": ("convert/test_consolidating.py",),
+    "convert/sharded.py": ("convert/test_consolidating.py",),
+    "convert/state_keys.py": ("convert/test_consolidating.py",),
     "experts": ("experts", "families/test_off_interface.py", "layers/test_contract.py"),
     "files": ("files", "tuner/test_bad_input.py", "convert/test_bad_adapters.py"),
     "files/adapter_file.py": (

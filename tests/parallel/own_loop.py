@@ -40,8 +40,9 @@ def loop(folder, rank=0):
     model, optimizer = prepared()
     losses = [steps(model, optimizer, accelerator, 0, rank)]
     accelerator.save_state(folder / "state")
+    results = {"saved": adapter_of(model)}
     losses.append(steps(model, optimizer, accelerator, STEPS, rank))
-    results = {"losses": torch.cat(losses), "adapter": adapter_of(model)}
+    results |= {"losses": torch.cat(losses), "adapter": adapter_of(model)}
     state = accelerator.get_state_dict(model)
     accelerator.unwrap_model(model).save_pretrained(
         folder / "adapter", state_dict=state, is_main_process=accelerator.is_main_process
