@@ -9,8 +9,9 @@ anything is timed, each engine must give the loss and the norm of the gradients 
 all batches.
 
 Engines: `alone` runs without communication and trains a model for each GPU, so it is the measure of
-the others. `ddp`, and `fsdp2` with a shard for each layer. `ep` divides the experts over all GPUs
-and shards the other weights by FSDP2; rows travel by all-to-all.
+the others. `ddp`, and `fsdp2` with a shard for each layer; `fsdp2-kept` keeps the weights that
+forward has gathered until backward has used them. `ep` divides the experts over all GPUs and shards
+the other weights by FSDP2; rows travel by all-to-all.
 """
 
 import gc
@@ -43,7 +44,7 @@ from report import Column, describe_machine, format_table, machine_line, write_j
 from timing import peak_bytes, seconds_per_call
 from train_step import SLICE, Batch
 
-ENGINES = ("alone", "ddp", "fsdp2", "ep")
+ENGINES = ("alone", "ddp", "fsdp2", "fsdp2-kept", "ep")
 ROUTES = ("base", "peft", "moe_lora")
 TINY_DEFAULTS = {"device": "cpu", "layers": 2, "batch": "4x32", "rounds": 2, "steps": 1}
 # bf16 rounds the activations; the sums of several GPUs have another order
@@ -68,7 +69,9 @@ class Row:
         adapter: MiB of A and B in a process.
         optimizer: MiB of AdamW's state in a process.
         spread: (slowest - fastest round) / median.
-        communication: share of the kernels' time in which NCCL's kernels run.
+        nccl: ms in which NCCL's kernels run, beside others or alone.
+        nccl_alone: ms of these in which no other kernel runs.
+        idle: ms in which no kernel runs.
     """
 
     gpus: int
@@ -83,7 +86,9 @@ class Row:
     adapter: float | None = None
     optimizer: float | None = None
     spread: float | None = None
-    communication: float | None = None
+    nccl: float | None = None
+    nccl_alone: float | None = None
+    idle: float | None = None
 
 
 COLUMNS = {
@@ -97,7 +102,9 @@ COLUMNS = {
     "peak": Column("peak MiB", "{:,.0f}"),
     "adapter": Column("A, B MiB", "{:,.1f}"),
     "optimizer": Column("AdamW MiB", "{:,.1f}"),
-    "communication": Column("NCCL", "{:.0%}"),
+    "nccl": Column("NCCL ms", "{:.1f}"),
+    "nccl_alone": Column("alone", "{:.1f}"),
+    "idle": Column("idle ms", "{:.1f}"),
     "spread": Column("spread", "{:.0%}"),
 }
 
@@ -127,6 +134,10 @@ class Arguments:
     steps: int = field(default=4, metadata={"help": "in a row per round (default: 4, tiny 1)"})
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "write every number here"}
+    )
+
+    traces: Path | None = field(
+        default=None, metadata={"metavar": "FOLDER", "help": "write a trace of every row here"}
     )
 
     @property
@@ -196,14 +207,14 @@ def on_ddp(args: Arguments, route: str, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def on_fsdp2(args: Arguments, route: str, device: torch.device) -> nn.Module:
+def on_fsdp2(args: Arguments, route: str, device: torch.device, reshard: bool = True) -> nn.Module:
     model = on_alone(args, route, device)
     decoder = model
     if isinstance(model, PeftModel):
         decoder = model.get_base_model()
     for layer in decoder.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
     return model
 
 
@@ -226,6 +237,7 @@ BUILD: dict[str, Callable[[Arguments, str, torch.device], nn.Module]] = {
     "alone": on_alone,
     "ddp": on_ddp,
     "fsdp2": on_fsdp2,
+    "fsdp2-kept": partial(on_fsdp2, reshard=False),
     "ep": on_ep,
 }
 
@@ -331,17 +343,45 @@ def slowest(milliseconds: float, device: torch.device) -> float:
     return longest.item()
 
 
-def communication_of(step: Step, device: torch.device) -> float | None:
-    """The share of NCCL's kernels in the time of all kernels; they may run at the same time."""
-    if device.type != "cuda":
-        return None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
+def record(step: Step, row: Row, traces: Path | None) -> None:
+    """Fill in where the time of a step goes, on this process's GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total for event in profile.key_averages()}
-    of_nccl = sum(time for key, time in times.items() if "nccl" in key.lower())
-    return of_nccl / max(sum(times.values()), 1e-9)
+    kernels = [
+        event
+        for event in profile.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    ]
+    spans = [Span(event.start_ns(), event.start_ns() + event.duration_ns()) for event in kernels]
+    of_nccl = ["nccl" in event.name().lower() for event in kernels]
+    everything = covered(spans)
+    others = covered([span for span, is_nccl in zip(spans, of_nccl, strict=True) if not is_nccl])
+    row.nccl = covered([span for span, is_nccl in zip(spans, of_nccl, strict=True) if is_nccl])
+    row.nccl_alone = everything - others
+    whole = max(span.end for span in spans) - min(span.start for span in spans)
+    row.idle = whole / 1e6 - everything
+    if traces is not None:
+        traces.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(traces / f"{row.gpus}_{row.engine}_{row.route}.json.gz"))
+
+
+class Span(NamedTuple):
+    """ns from start to end."""
+
+    start: int
+    end: int
+
+
+def covered(spans: list[Span]) -> float:
+    """ms in which at least one of the spans runs."""
+    total = 0
+    until = 0
+    for span in sorted(spans):
+        total += max(0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return total / 1e6
 
 
 def measure(args: Arguments, engine: str, route: str, device: torch.device) -> Row:
@@ -374,7 +414,11 @@ def measure(args: Arguments, engine: str, route: str, device: torch.device) -> R
         before = torch.cuda.memory_allocated(device)
         row.peak = slowest((before + peak_bytes(step, device)) / MIB, device)
     row.adapter, row.optimizer = step.held()
-    row.communication = communication_of(step, device)
+    if device.type == "cuda":
+        traces = None
+        if rank == 0:
+            traces = args.traces
+        record(step, row, traces)
     return row
 
 

@@ -1,6 +1,7 @@
 """What each process of test_on_gpus.py runs: every engine, one GPU for each process, over NCCL.
 
-Every scenario returns what the engine gave beside what one GPU gives that sees all batches.
+Every scenario returns what the engine gave beside what one GPU gives that sees all batches: in the
+same dtype, and in fp32 on the same weights.
 """
 
 import torch
@@ -37,18 +38,25 @@ def base(folder, dtype, **parallelism):
     if dist.get_rank() == 0 and not path.exists():
         tiny_model("qwen3_moe", **SIZES).save_pretrained(path)
     dist.barrier()
+    options = {"dtype": dtype}
+    if dtype == torch.bfloat16:
+        # every expert gets every token: rounding cannot route a token to another expert
+        options["num_experts_per_tok"] = SIZES["num_experts"]
     if parallelism:
         divided = DistributedConfig(**parallelism)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=divided)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device())
+        return AutoModelForCausalLM.from_pretrained(path, distributed_config=divided, **options)
+    return AutoModelForCausalLM.from_pretrained(path, **options).to(device())
 
 
 def configured(**changes):
     return MoELoraConfig(r=R, lora_alpha=2 * R, target_modules=["experts", "gate"], **changes)
 
 
-def one_gpu(folder, dtype):
-    model = get_peft_model(base(folder, dtype), configured()).train()
+def one_gpu(folder, dtype, in_fp32=False):
+    model = base(folder, dtype)
+    if in_fp32:
+        model.float()
+    model = get_peft_model(model, configured()).train()
     fill_adapter(model)
     return model
 
@@ -146,7 +154,7 @@ def trains(name, engine, own_batches, dtype):
         found = train(called, [rank if own_batches else 0], model)
         dist.all_reduce(found["losses"])
         found["losses"] /= dist.get_world_size()
-        expected = train(alone, list(range(number)))
+        expected = train(one_gpu(folder, dtype, in_fp32=True), list(range(number)))
         out = folder / f"saved by {name}"
         # under DDP every process has the whole adapter
         if rank == 0 or called is model:
@@ -155,6 +163,7 @@ def trains(name, engine, own_batches, dtype):
         loaded = PeftModel.from_pretrained(base(folder, dtype), out).eval()
         return {
             "found": on_cpu(found),
+            "alone": on_cpu(train(alone, list(range(number)))),
             "expected": on_cpu(expected),
             "loaded": (logits(loaded).cpu(), logits(model.eval()).cpu()),
         }

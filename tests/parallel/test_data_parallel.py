@@ -29,7 +29,7 @@ def ranks(request, tmp_path_factory):
     root = Path(__file__).parents[2]
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), *sys.path]),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }

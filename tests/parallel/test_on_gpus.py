@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.distributed import DistributedConfig
 
-from helpers import assert_close
+from helpers import adapter_parameters, moe_lora, tiny_model, token_ids
 from parallel.processes import run
 
 if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
@@ -15,8 +15,8 @@ if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
 from parallel import on_four_gpus, on_gpus
 
 pytestmark = pytest.mark.gpu
-# norm of the difference over the norm; engines add in another order, and bf16 rounds each sum
-TOLERANCES = {"fp32": 1e-4, "bf16": 4e-2}
+# beyond twice the error of one GPU, because engines add in another order
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-3}
 
 
 def needs(count):
@@ -39,16 +39,25 @@ def assert_trained(outcomes, name):
     tolerance = TOLERANCES[name.rpartition(", ")[2]]
     for outcome in outcomes:
         assert isinstance(outcome, dict), outcome
-        found = outcome["found"]
-        expected = outcome["expected"]
-        assert_close(found["losses"], expected["losses"], tolerance, "losses")
-        for what in ("gradients", "ends"):
-            for key, value in expected[what].items():
-                assert error(found[what][key], value) <= tolerance, f"{what} of {key}"
-        assert error(*outcome["loaded"]) <= tolerance
+        found, alone, expected = (flat(outcome[what]) for what in ("found", "alone", "expected"))
+        for key, value in expected.items():
+            allowed = 2 * error(alone[key], value) + tolerance
+            assert error(found[key], value) <= allowed, key
+        loaded, saved = outcome["loaded"]
+        assert error(loaded, saved) <= {"fp32": 1e-4, "bf16": 3e-2}[name.rpartition(", ")[2]]
+
+
+def flat(results):
+    """{name: tensor} of losses, gradients and last parameters."""
+    return {
+        "losses": results["losses"],
+        **{f"gradient of {key}": value for key, value in results["gradients"].items()},
+        **{f"{key} at the end": value for key, value in results["ends"].items()},
+    }
 
 
 def error(found, expected):
+    """The norm of the difference over the norm."""
     assert expected.norm() > 0
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -75,8 +84,6 @@ def test_four_gpus_train_and_save_as_one(name, results_of_four):
 @pytest.mark.parametrize("dtype", on_gpus.DTYPES)
 def test_one_process_runs_a_layer_on_every_gpu_in_turn(dtype):
     """Launches are recorded and replayed for each device alone."""
-    from helpers import adapter_parameters, moe_lora, tiny_model, token_ids
-
     models = []
     for index in range(2):
         model = moe_lora(tiny_model("qwen3_moe", **on_gpus.SIZES, dtype=on_gpus.DTYPES[dtype]))
