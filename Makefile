@@ -17,7 +17,8 @@ PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.
        ipykernel==7.4.0 ipywidgets==8.1.9 matplotlib==3.11.2 \
        hypothesis==6.170.17 nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 setuptools==84.2.1 \
        rich==15.0.0 typer==0.29.2 \
-       datasets==5.2.0 trl==1.16.0
+       datasets==5.2.0 trl==1.16.0 \
+       deepspeed==0.19.8 hjson==3.1.0
 LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 MUTANTS = mutmut==3.8.1
 
@@ -35,6 +36,10 @@ DEMO_READY = $(VENV)/ready-demo_$(PINNED)
 TEST_READY = $(VENV)/ready-test_$(PINNED)
 LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
 MUTANTS_READY = $(VENV)/ready-mutants_$(subst ==,-,$(MUTANTS))
+
+# DeepSpeed has no wheels. Its build imports hjson and torch: those of this environment, where an isolated build would fetch
+# a torch of its own. Without its kernels it needs no compiler, and the tests use none of them.
+DEEPSPEED_WITHOUT_KERNELS = DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 
 # whether torch is a build that requires triton, as an exit code
 REQUIRES_TRITON = import importlib.metadata as m; raise SystemExit('triton' not in str(m.requires('torch')))
@@ -90,6 +95,8 @@ $(DEMO_READY): Makefile pyproject.toml | $(BIN)/python
 
 $(TEST_READY): $(DEMO_READY)
 	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[test]'
+	$(PIP) --constraint $(VENV)/constraints.txt hjson
+	$(DEEPSPEED_WITHOUT_KERNELS) $(PIP) --constraint $(VENV)/constraints.txt --use-pep517 --no-build-isolation deepspeed
 	touch '$@'
 
 $(LINT_READY): Makefile | $(BIN)/python
