@@ -17,7 +17,7 @@ from ..ops import Activation
 from ..ops.quantized import QuantizedWeight
 from .activation import fused_activation
 from .families import FAMILIES, NOT_YET, Family
-from .stored import FLOATS, UnsupportedExperts, Weight, is_stacked, stored_weight
+from .stored import FLOATS, UnsupportedExperts, Weight, is_stacked, shape_of, stored_weight
 
 # the projections of an experts module, which a configuration can choose from
 PROJECTIONS = ("gate_up", "down")
@@ -196,8 +196,8 @@ def _read_stacks(module: nn.Module) -> ExpertsLayout:
             f"{name} needs 3-D parameters {up_name} and down_proj with one matrix for each expert, "
             "but has no such parameters; take it out of target_modules."
         )
-    up = tuple(stored_weight(module, up_name).shape)
-    down = tuple(stored_weight(module, "down_proj").shape)
+    up = shape_of(stored_weight(module, up_name))
+    down = shape_of(stored_weight(module, "down_proj"))
     decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     if decorated:
         transposed = bool(module.is_transposed)
@@ -251,14 +251,14 @@ def _read_family(module: nn.Module, family: Family) -> ExpertsLayout:
     names = [name for weights in family.weights.values() for name in weights]
     _check_dtypes(module, names)
     # only the E experts have rows in the last parameter; its first dimension is E if it is 3-D
-    last = attrgetter(names[-1])(module)
-    E = last.shape[0]
-    if last.ndim == 2:
+    last = shape_of(attrgetter(names[-1])(module))
+    E = last[0]
+    if len(last) == 2:
         E = attrgetter("num_experts")(module)
     projections = {}
     for name, weights in family.weights.items():
         transposed = name in family.transposed
-        sizes = [_size(attrgetter(weight)(module), E, transposed) for weight in weights]
+        sizes = [_size(shape_of(attrgetter(weight)(module)), E, transposed) for weight in weights]
         N = sum(n for n, _ in sizes)
         _, K = sizes[0]
         projections[name] = ProjectionLayout(weights, None, K, N, transposed)
@@ -285,10 +285,10 @@ def _rows_first(shape: tuple[int, ...], transposed: bool) -> tuple[int, int, int
     return E, rows, columns
 
 
-def _size(weight: torch.Tensor, E: int, transposed: bool) -> tuple[int, int]:
-    """(n, K) of one expert in a parameter, 3-D or 2-D [E * rows, columns]."""
-    rows, columns = weight.shape[-2:]
-    if weight.ndim == 2:
+def _size(shape: tuple[int, ...], E: int, transposed: bool) -> tuple[int, int]:
+    """(n, K) of one expert in a parameter of this shape, 3-D or 2-D [E * rows, columns]."""
+    rows, columns = shape[-2:]
+    if len(shape) == 2:
         rows //= E
     if transposed:
         return columns, rows

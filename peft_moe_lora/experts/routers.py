@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .layout import is_experts
+from .stored import shape_of
 
 
 def is_router(module: nn.Module, parent: nn.Module | None = None) -> bool:
@@ -27,7 +28,7 @@ def is_router(module: nn.Module, parent: nn.Module | None = None) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
         return False
-    return weight.is_floating_point() and weight.ndim == 2
+    return weight.is_floating_point() and len(shape_of(weight)) == 2
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -37,7 +38,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return cast(int, module.in_features), cast(int, module.out_features)
     if is_router(module):
-        out_features, in_features = cast(nn.Parameter, module.weight).shape
+        out_features, in_features = shape_of(module.weight)
         return in_features, out_features
     return None
 

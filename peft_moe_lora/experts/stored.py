@@ -24,6 +24,14 @@ MXFP4_BLOCKSIZE = 32
 Weight = torch.Tensor | QuantizedWeight
 
 
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of a tensor, dense or quantized.
+
+    DeepSpeed's ZeRO-3 leaves an empty tensor in each process, with the shape beside it.
+    """
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 class UnsupportedExperts(ValueError):
     """A module holds routed experts, but not in a form that adapters support."""
 
@@ -38,7 +46,7 @@ def is_stacked(module: nn.Module, name: str) -> bool:
     if parametrize.is_parametrized(module, name):
         return True
     weight = getattr(module, name, None)
-    return isinstance(weight, torch.Tensor) and weight.ndim == 3
+    return isinstance(weight, torch.Tensor) and len(shape_of(weight)) == 3
 
 
 def stored_weight(module: nn.Module, name: str) -> Weight:

@@ -4,7 +4,7 @@ A pair is lora_A and lora_B of one projection in one adapter.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from ..experts.layout import ExpertsLayout, read_layout
 from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, experts, per_expert, rows_linear
 from ..ops import QuantizedWeight
+from ..parallel import zero
 from ..parallel.sharding import is_sharded
 from ..parallel.share import Share, drawn_whole
 from . import merging
@@ -319,6 +320,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         Returns: [T, H], dtype of hidden_states.
         """
         with fetched([*self._active_parameters(), *decoders(module)]):
+            zero.check_gradients_arrive(self._trained_parameters(), hidden_states)
             up = projection_of(self, module, "gate_up")
             down = projection_of(self, module, "down")
             for projection in (up, down):
@@ -380,6 +382,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """
         (name,) = self.layout.projections
         with fetched(self._active_parameters()):
+            zero.check_gradients_arrive(self._trained_parameters(), rows)
             projection = projection_of(self, module, name)
             return rows_linear(rows, expert_size, projection, backend=self.backend)
 
@@ -387,6 +390,10 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """The modules that hold A and B of the active adapters."""
         sides = (self.lora_A, self.lora_B)
         return [side[name] for side in sides for name in self.active_adapters if name in side]
+
+    def _trained_parameters(self) -> Iterator[nn.Parameter]:
+        for side in self._active_parameters():
+            yield from side.parameters()
 
     # ---- merging -------------------------------------------------------------------------------
 

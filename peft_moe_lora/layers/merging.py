@@ -16,6 +16,7 @@ from torch import nn
 from ..experts.decoding import requantized, store
 from ..functional import per_expert
 from ..ops import QuantizedWeight
+from ..parallel import zero
 from ..parallel.fsdp import is_fully_sharded, reshard
 from ..parallel.sharding import anywhere, selected, shard_of, whole
 
@@ -140,18 +141,18 @@ def check_shards_are_unmerged(module: nn.Module) -> None:
     Args:
         module: an adapted layer, or a model.
     Raises:
-        ValueError: if an adapter is merged and FSDP2 has sharded the weights. A forward works with
-            gathered weights, and what it writes into them is lost.
+        ValueError: if an adapter is merged and FSDP2 or ZeRO-3 has sharded the weights. A forward
+            works with gathered weights, and what it writes into them is lost.
     """
     merged: set[str] = set()
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
             merged.update(layer.merged_adapters)
-    if merged and is_fully_sharded(module):
+    if merged and (is_fully_sharded(module) or zero.partitions(module)):
         raise ValueError(
-            f"adapters {sorted(merged)} are merged into weights that FSDP2 has sharded, so a "
-            "forward without adapters cannot unmerge them; call unmerge_adapter() on the model in "
-            "every process first."
+            f"adapters {sorted(merged)} are merged into weights that FSDP2 or ZeRO-3 has sharded, "
+            "so a forward without adapters cannot unmerge them; call unmerge_adapter() on the "
+            "model in every process first."
         )
 
 

@@ -82,8 +82,7 @@ def _pair_here(
         f"adapter {adapter_name!r} needs lora_A [{ranks}, K] and lora_B [N, {ranks}] beside the "
         f"weights of {E} experts, but this process holds lora_A {list(A.shape)}, lora_B "
         f"{list(B.shape)} and the weights of {held} experts. Something has divided them among "
-        "processes: use FSDP2 (torch.distributed.fsdp.fully_shard), DDP or ZeRO-2, not FSDP1 or "
-        "ZeRO-3."
+        "processes: use FSDP2 (torch.distributed.fsdp.fully_shard), DDP or DeepSpeed, not FSDP1."
     )
 
 

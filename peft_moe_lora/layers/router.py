@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
+from ..parallel import zero
 from ..parallel.linears import Factor
 from ..parallel.sharding import placed
 from .checked import still_unchecked
@@ -111,13 +112,12 @@ class MoELoraRouter(lora.Linear):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(*args, **kwargs)
         product = _ProductOf(self.base_layer, self._add_low_rank)
-        with product:
+        with zero.linear_of_torch(), product:
             out = self.base_layer(*args, **kwargs)
         if product.undifferentiable:
             raise UnsupportedRouter(
                 f"{type(self.base_layer).__name__}.forward multiplies by its weight inside an "
-                "autograd function, so its LoRA would get no gradient; DeepSpeed's ZeRO-3 does "
-                "this to every linear layer. Use ZeRO-2 or FSDP2, or take the router out of "
+                "autograd function, so its LoRA would get no gradient; take the router out of "
                 "target_modules."
             )
         if product.count != 1:
@@ -136,6 +136,7 @@ class MoELoraRouter(lora.Linear):
             logits: [..., E] float, the product.
         Returns: [..., E], dtype of logits.
         """
+        zero.check_gradients_arrive([*self.lora_A.parameters(), *self.lora_B.parameters()], x)
         # a second product, not W + B A: W may be sharded while A and B are whole
         x = x.to(logits.dtype)
         for name in self.active_adapters:

@@ -1,7 +1,7 @@
 """Parameters that are divided among processes, and what an adapter may do with them.
 
 FSDP2 (`fully_shard`) and the parallelism of transformers hold a parameter as a DTensor: each
-process stores a part of it, its shard. DeepSpeed's ZeRO-3 leaves an empty tensor in each process.
+process stores a part of it, its shard.
 """
 
 from typing import Any, NamedTuple
@@ -170,15 +170,8 @@ def check_may_be_adapted(model: nn.Module) -> None:
     """Check that a model can get an adapter with its parameters as they are.
 
     Raises:
-        ValueError: if DeepSpeed's ZeRO-3 holds the parameters, or if experts are divided by tensor
-            parallelism.
+        ValueError: if experts are divided by tensor parallelism.
     """
-    for path, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_shape") and parameter.numel() == 0:
-            raise ValueError(
-                f"{path} is empty in this process, because DeepSpeed's ZeRO-3 divides it among "
-                "processes. An adapter on experts needs whole weights; use FSDP2 or ZeRO-2."
-            )
     sharded = {
         path: module
         for path, module in model.named_modules()

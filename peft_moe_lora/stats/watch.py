@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..experts.layout import is_experts
+from ..experts.stored import shape_of
 from ..layers.layer import MoELoraLayer
 
 Batch = Mapping[str, Any] | torch.Tensor
@@ -298,7 +299,7 @@ def _num_experts(module: nn.Module) -> int:
             f"{type(module).__name__} has neither num_experts nor down_proj, so the number of its "
             "experts is not known; set num_experts on the module."
         )
-    return down.shape[0]
+    return shape_of(down)[0]
 
 
 def _routed(

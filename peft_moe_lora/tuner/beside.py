@@ -15,7 +15,9 @@ from torch import nn
 
 from ..config import MoELoraConfig
 from ..experts.layout import ExpertsLayout
+from ..experts.stored import shape_of
 from ..files.text import quoted
+from ..parallel import zero
 
 Shape = tuple[int, ...]
 
@@ -171,16 +173,16 @@ class Beside:
             )
         self._check_unadapted("trainable_token_indices", path)
         weight = getattr(self.modules[path], "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        if not isinstance(weight, torch.Tensor) or len(shape_of(weight)) != 2:
             raise ValueError(
                 f"trainable_token_indices: {path} is a {type(self.modules[path]).__name__}, which "
                 "has no rows of tokens; name an embedding or a head."
             )
         repeated = len(set(ids)) < len(ids)
-        if repeated or max(ids) >= weight.shape[0]:
+        if repeated or max(ids) >= shape_of(weight)[0]:
             raise ValueError(
                 f"trainable_token_indices must name rows of {path}, each once, from 0 to "
-                f"{weight.shape[0] - 1}; got {quoted(ids)}. If the tokens are new, call "
+                f"{shape_of(weight)[0] - 1}; got {quoted(ids)}. If the tokens are new, call "
                 "model.resize_token_embeddings first."
             )
 
@@ -223,8 +225,8 @@ class Beside:
         """
         needed = {}
         for path, module in self.saved.items():
-            for name, tensor in module.state_dict().items():
-                needed[f"{path}.{name}"] = tuple(tensor.shape)
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                needed[f"{path}.{name}"] = shape_of(tensor)
         for path, ids in self.tokens.items():
             needed[f"{path}.{_DELTA}"] = self._delta_shape(path, ids)
         needed |= self._biases(targets)
@@ -241,7 +243,7 @@ class Beside:
     def _delta_shape(self, path: str, ids: list[int]) -> Shape:
         weight = self.modules[path].weight
         assert isinstance(weight, torch.Tensor), "tokens are checked to be rows of a matrix"
-        return (len(ids), weight.shape[1])
+        return (len(ids), shape_of(weight)[1])
 
     def _biases(self, targets: Collection[str]) -> dict[str, Shape]:
         """The biases that PEFT trains and saves with bias="all" or bias="lora_only"."""
@@ -253,9 +255,9 @@ class Beside:
             if bias is None:
                 continue
             if path in targets:
-                shapes[f"{path}.base_layer.bias"] = tuple(bias.shape)
+                shapes[f"{path}.base_layer.bias"] = shape_of(bias)
             elif self.config.bias == "all":
-                shapes |= {key: tuple(bias.shape) for key in self._unadapted_bias(path)}
+                shapes |= {key: shape_of(bias) for key in self._unadapted_bias(path)}
         return shapes
 
     def _unadapted_bias(self, path: str) -> Iterator[str]:
@@ -278,19 +280,22 @@ class Beside:
         for path in self._embeddings():
             for place in _PLACES:
                 name = key.removeprefix(f"{path}.{place}")
-                state = self.modules[path].state_dict()
+                state = self.modules[path].state_dict(keep_vars=True)
                 if name != key and name in state and place != _TRAINED:
-                    return state[name]
+                    tensor = state[name]
+                    if zero.is_partitioned(tensor):
+                        return zero.whole(tensor)
+                    return tensor
         return None
 
     def _copies(self, path: str) -> dict[str, Shape] | None:
         """The tensors with which PEFT saves an embedding; None if their shapes are not known."""
-        state = self.modules[path].state_dict()
+        state = self.modules[path].state_dict(keep_vars=True)
         # a quantized head has packed weights and further tensors
         if not all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in state.values()):
             return None
         shapes = {
-            f"{path}.{place}{name}": tuple(tensor.shape)
+            f"{path}.{place}{name}": shape_of(tensor)
             for place in _PLACES
             for name, tensor in state.items()
         }

@@ -11,8 +11,10 @@ from torch import nn
 from ..config import MoELoraConfig
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import linear_features
+from ..experts.stored import shape_of
 from ..files.adapter_file import AdapterFile, Held, Trained, check_trained
 from ..files.text import shown
+from ..parallel import zero
 from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded
 from .beside import Shape, Tensors
 from .saving import PEFT_PREFIX
@@ -245,7 +247,7 @@ def check_state_dict(
     tensors = {names.get(k, k): tensor for k, tensor in state_dict.items() if ".lora_" in k}
     where = "the adapter's state dict"
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    expected = {name: shape_of(parameter) for name, parameter in parameters.items()}
     _raise_unless_whole(where, found, expected)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -296,7 +298,11 @@ def keyed_by_adapter(
 
 
 def placed_as(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with its whole tensors sharded as the model's parameters of these names."""
+    """The state dict with its whole tensors sharded as the model's parameters of these names.
+
+    Values for parameters under ZeRO-3 are written here, because each process then loads an empty
+    tensor. Every process must call this if a parameter is sharded.
+    """
     parameters = {
         name.replace(CHECKPOINT_WRAPPER, ""): parameter
         for name, parameter in model.named_parameters()
@@ -304,6 +310,11 @@ def placed_as(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[
     placed = {}
     for key, tensor in state_dict.items():
         parameter: Any = parameters.get(key)
+        if zero.is_partitioned(parameter):
+            zero.write(parameter, tensor)
+            tensor = parameter.detach()
+        else:
+            zero.write_copy(parameter, tensor)
         if is_sharded(parameter) and not is_sharded(tensor):
             from torch.distributed.tensor import distribute_tensor
 

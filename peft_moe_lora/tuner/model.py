@@ -5,8 +5,8 @@ becomes one of PEFT's own LoRA layers.
 """
 
 import logging
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import torch
 from peft import LoraModel, PeftConfig
@@ -23,7 +23,7 @@ from ..layers.linear import DividedLinear
 from ..layers.merging import check_shards_are_unmerged
 from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
-from ..parallel import divided, fsdp, sharding
+from ..parallel import divided, fsdp, sharding, zero
 from ..parallel.replicated import cast_up, replicate
 from . import checkpoint, saving, targets, weighted
 from .combining import Combination
@@ -251,7 +251,7 @@ class MoELoraModel(LoraModel):
                 f"there is an adapter {adapter_name!r} already; choose another adapter_name, or "
                 "call delete_adapter first."
             )
-        if sharding.is_divided(self.model):
+        if sharding.is_divided(self.model) or zero.partitions(self.model):
             raise ValueError(
                 "add_weighted_adapter: the model is divided among processes; save the adapters, "
                 "and combine them in one process."
@@ -293,6 +293,10 @@ class MoELoraModel(LoraModel):
         """
         check_may_merge(self.model, adapter_names or self.active_adapters)
         fsdp.reshard(self.model)
+        if zero.partitions(self.model):
+            self._check_merge_allowed()
+            self._to_gathered(lambda layer: layer.merge(safe_merge, adapter_names))
+            return
         safe_merge = still_unchecked(self.model, safe_merge, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -305,8 +309,11 @@ class MoELoraModel(LoraModel):
         """Merge adapters and return the plain model, as PEFT does.
 
         A head that shares its weight with the embedding gets a weight of its own if the adapters
-        change one of the two, or each in its own way.
+        change one of the two, or each in its own way. Under ZeRO-3 this is refused.
         """
+        if zero.partitions(self.model):
+            self.merge_adapter(adapter_names, safe_merge)
+            return self.unload()
         fsdp.reshard(self.model)
         safe_merge = still_unchecked(self.model, safe_merge, adapter_names)
         untie(self.model, adapter_names or self.active_adapters)
@@ -315,7 +322,18 @@ class MoELoraModel(LoraModel):
     def unmerge_adapter(self) -> None:
         """Subtract all merged adapters, as PEFT does; every process must call this if sharded."""
         fsdp.reshard(self.model)
-        super().unmerge_adapter()
+        if not zero.partitions(self.model):
+            super().unmerge_adapter()
+            return
+        self._to_gathered(lambda layer: layer.unmerge())
+
+    def _to_gathered(self, change: Callable[[BaseTunerLayer], None]) -> None:
+        """Change every adapted layer, one after the other, while its parameters are whole."""
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                # PEFT derives its layers from nn.Module and BaseTunerLayer
+                with zero.gathered(cast(nn.Module, layer).parameters(), written=True):
+                    change(layer)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         fsdp.reshard(self.model)
@@ -325,8 +343,8 @@ class MoELoraModel(LoraModel):
         """Disable all adapters, as PEFT does.
 
         Raises:
-            ValueError: if adapters are merged into weights that FSDP2 has sharded. The next forward
-                could not unmerge them.
+            ValueError: if adapters are merged into weights that FSDP2 or ZeRO-3 has sharded. The
+                next forward could not unmerge them.
         """
         check_shards_are_unmerged(self.model)
         super().disable_adapter_layers()
@@ -348,6 +366,8 @@ class MoELoraModel(LoraModel):
         own._saving = Saving(
             saving.describe(model, adapter_name), saving.patterns(own, model, adapter_name)
         )
+        # in this dict, because PEFT reads the trained tensors beside A and B from it
+        saving.fill_with_whole(model, state_dict)
         keyed = saving.keyed_by_path(model, state_dict)
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, keyed, unwanted_adapter_names

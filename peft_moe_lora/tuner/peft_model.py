@@ -23,6 +23,7 @@ from ..experts.decoding import parametrizations
 from ..experts.layout import is_experts
 from ..experts.stored import UnsupportedExperts, stored_weight
 from ..files.writing import written_files
+from ..parallel import zero
 from ..parallel.sharding import is_divided
 
 _CARD = "README.md"
@@ -71,6 +72,11 @@ class SaveWhole:
         if is_divided(self.peft_model):
             # every process calls, because the shards have to be gathered
             call.arguments["is_main_process"] = dist.get_rank() == 0
+        if zero.partitions(self.peft_model):
+            call.arguments["is_main_process"] = dist.get_rank() == 0
+            if "state_dict" in kwargs and dist.get_rank() > 0:
+                # accelerate gathers a state dict, and gives it to the first process alone
+                return
         writes = call.arguments.get("is_main_process", True)
         if not writes or os.path.isfile(save_directory):
             save(*call.args, **call.kwargs)

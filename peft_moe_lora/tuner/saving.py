@@ -20,6 +20,7 @@ from ..files.patterns import value_of, without_order
 from ..files.scaling import alpha_of, is_same, scaling_of
 from ..layers.layer import MoELoraLayer
 from ..layers.router import MoELoraRouter
+from ..parallel import zero
 from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded, path_without_wrappers, whole
 from .ties import called
 
@@ -169,15 +170,35 @@ def gather_beside(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None
         model: the model with the adapter.
         state_dict: keys as in the model.
     """
+    starts = _beside(model)
+    for key, tensor in state_dict.items():
+        if key.startswith(starts) and ".original_module." not in key and is_sharded(tensor):
+            state_dict[key] = whole(tensor).cpu()
+
+
+def fill_with_whole(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Replace, in place, the empty tensors that ZeRO-3 leaves in a model's state dict.
+
+    Those of frozen weights, of which PEFT takes none, stay as they are. Every process must call
+    this if ZeRO-3 manages the model and the state dict is the model's own.
+    """
+    starts = _beside(model)
+    for name, parameter in model.named_parameters():
+        if not zero.is_partitioned(parameter) or name not in state_dict:
+            continue
+        saved = parameter.requires_grad or ".lora_" in name or name.startswith(starts)
+        if saved and not state_dict[name].numel():
+            state_dict[name] = zero.whole(parameter)
+
+
+def _beside(model: nn.Module) -> tuple[str, ...]:
+    """What the keys of tensors begin with that PEFT may save beside A and B."""
     ends = [called(model, "get_input_embeddings"), called(model, "get_output_embeddings")]
-    starts = tuple(
+    return tuple(
         f"{path}."
         for path, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper) or module in ends
     )
-    for key, tensor in state_dict.items():
-        if key.startswith(starts) and ".original_module." not in key and is_sharded(tensor):
-            state_dict[key] = whole(tensor).cpu()
 
 
 def gathered(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..files.adapter_file import AdapterFile
 from ..files.text import quoted
 from ..layers.layer import MoELoraLayer
-from ..parallel import divided, fsdp, sharding
+from ..parallel import divided, fsdp, sharding, zero
 from . import checkpoint
 from .beside import Beside
 from .copies import check_copies
@@ -31,6 +31,7 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
             the model.
     """
     model = tuner.model
+    zero.check_may_be_adapted(model)
     is_divided = divided.is_divided(model)
     if not is_divided:
         sharding.check_may_be_adapted(model)

@@ -9,12 +9,17 @@ from torch import nn
 
 from ..files.text import shown
 from ..layers.layer import MoELoraLayer
+from ..parallel import zero
 from ..parallel.sharding import path_without_wrappers
 from .frames import frames, local_of
 
 _REMEDY = (
     "What was saved before is unchanged. If the parameters are sharded or offloaded, gather them "
     "and hand them over: save_pretrained(folder, state_dict=...)."
+)
+_REMEDY_OF_ZERO = (
+    "What was saved before is unchanged. Call save_pretrained(folder) in every process, or set "
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save to true where Trainer saves."
 )
 
 # the modules whose `save_pretrained` writes an adapter
@@ -63,9 +68,12 @@ def check_whole(
                 tensor = tensors.get(f"{factor.start}.{adapter_name}{factor.end}")
                 fault = _fault(tensor, factor.shape)
                 if fault is not None:
+                    remedy = _REMEDY
+                    if zero.partitions(model):
+                        remedy = _REMEDY_OF_ZERO
                     raise ValueError(
                         f"adapter {adapter_name!r} cannot be saved, because "
-                        f"{shown(factor.start + factor.end)} {fault}. {_REMEDY}"
+                        f"{shown(factor.start + factor.end)} {fault}. {remedy}"
                     )
 
 

@@ -42,19 +42,8 @@ def test_a_part_of_a_pair_is_refused(model, side):
         outputs(model)
 
 
-@pytest.mark.engine("DeepSpeed ZeRO-3", "attach afterwards", "refused: weights are empty")
-def test_parameters_that_zero_3_has_emptied_are_refused():
-    model = tiny_model("qwen3_moe")
-    weight = model.model.layers[0].mlp.experts.gate_up_proj
-    # DeepSpeed's zero.Init keeps the shape beside an empty tensor
-    weight.ds_shape = weight.shape
-    weight.data = torch.empty(0)
-    with pytest.raises(ValueError, match="gate_up_proj is empty in this process, because"):
-        moe_lora(model)
-
-
-class _LinearOfZero3(torch.autograd.Function):
-    """DeepSpeed's replacement of F.linear multiplies within an autograd function."""
+class _Linear(torch.autograd.Function):
+    """A replacement of F.linear that multiplies within an autograd function, as ZeRO-3's does."""
 
     @staticmethod
     def forward(ctx, x, weight, bias=None):
@@ -65,8 +54,7 @@ class _LinearOfZero3(torch.autograd.Function):
         return gradient, None, None
 
 
-@pytest.mark.engine("DeepSpeed ZeRO-3", "train", "refused: at a router's product")
 def test_a_router_that_multiplies_within_an_autograd_function_is_refused(model, monkeypatch):
-    monkeypatch.setattr(F, "linear", _LinearOfZero3.apply)
-    with pytest.raises(UnsupportedRouter, match="ZeRO-3"):
+    monkeypatch.setattr(F, "linear", _Linear.apply)
+    with pytest.raises(UnsupportedRouter, match="inside an autograd function"):
         model(input_ids=token_ids(), use_cache=False)

@@ -9,14 +9,15 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from helpers import adapter_parameters, fill_adapter, moe_lora, tiny_model, token_ids
+from helpers import adapter_parameters, moe_lora, tiny_model, token_ids
 
 STEPS = 3
 # a norm below that of the first gradients, so that they are clipped
@@ -144,6 +145,8 @@ def logits(model):
 
 
 def trains(family, stage, loaded_in_parts=False, **config):
+    """Training, and saving in every process."""
+
     def scenario(rank, folder):
         partitioned = settings(3) if loaded_in_parts else None
         alone = adapted(base(family, folder), family, **config)
@@ -154,17 +157,145 @@ def trains(family, stage, loaded_in_parts=False, **config):
         out = folder / f"saved_{family}_{stage}_{loaded_in_parts}_{len(config)}"
         model.save_pretrained(out)
         dist.barrier()
-        loaded = PeftModel.from_pretrained(base(family, folder), out)
+        loaded = PeftModel.from_pretrained(
+            base(family, folder, partitioned), out, is_trainable=True
+        )
+        if loaded_in_parts:
+            # its parts are gathered by hooks, which this sets
+            loaded = started(loaded, settings(stage))
         return {
             "found": found,
             "expected": expected,
-            "loaded": (logits(loaded), logits(alone)),
             "evaluated": (logits(engine), logits(alone)),
+            "loaded": (logits(loaded), logits(alone)),
         }
+
+    return scenario
+
+
+def loads_and_trains_on(stage):
+    """Tensors loaded into a model that DeepSpeed trains already reach its optimizer."""
+
+    def scenario(rank, folder):
+        alone = adapted(base("qwen3_moe", folder), "qwen3_moe")
+        state = {k: v.clone() for k, v in get_peft_model_state_dict(alone).items()}
+        expected = train_alone(alone)
+        model = adapted(base("qwen3_moe", folder), "qwen3_moe", randomize=False)
+        engine = started(model, settings(stage))
+        set_peft_model_state_dict(model, state)
+        return {"found": train(engine, rank), "expected": expected}
+
+    return scenario
+
+
+def resumes(stage):
+    """A checkpoint of DeepSpeed after two steps, loaded for the third."""
+
+    def scenario(rank, folder):
+        engine = started(adapted(base("qwen3_moe", folder), "qwen3_moe"), settings(stage))
+        train(engine, rank, range(2))
+        out = folder / f"checkpoint_{stage}"
+        engine.save_checkpoint(out, exclude_frozen_parameters=True)
+        expected = train(engine, rank, range(2, 3))
+        model = adapted(base("qwen3_moe", folder), "qwen3_moe", randomize=False)
+        again = started(model, settings(stage))
+        again.load_checkpoint(out, load_module_strict=False)
+        return {"found": train(again, rank, range(2, 3)), "expected": expected}
+
+    return scenario
+
+
+def merges(family, stage):
+    def scenario(rank, folder):
+        alone = adapted(base(family, folder), family)
+        with_adapter = logits(alone)
+        with alone.disable_adapter():
+            without = logits(alone)
+        model = adapted(base(family, folder), family)
+        engine = started(model, settings(stage))
+        logits(engine)
+        model.merge_adapter()
+        merged = logits(engine)
+        refused = None
+        if stage == 3:
+            with (
+                pytest.raises(ValueError, match="are merged into") as error,
+                model.disable_adapter(),
+            ):
+                pass
+            refused = str(error.value)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            unmerged = logits(engine)
+        unloaded = model.merge_and_unload()
+        state = values(dict(unloaded.named_parameters()))
+        plain = base(family, folder)
+        plain.load_state_dict(state)
+        return {
+            "merged": (merged, with_adapter),
+            "unmerged": (unmerged, without),
+            "unloaded": (logits(plain), with_adapter),
+            "share": (without, with_adapter),
+            "refused": refused,
+        }
+
+    return scenario
+
+
+def saves_a_state_dict_of_the_first_process(rank, folder):
+    """As accelerate and Trainer do: the other processes hand over nothing, or do not save."""
+    engine = started(adapted(base("qwen3_moe", folder), "qwen3_moe"), settings(3))
+    expected = logits(engine)
+    state = engine._zero3_consolidated_16bit_state_dict()
+    engine.module.save_pretrained(
+        folder / "by_accelerate", is_main_process=rank == 0, state_dict=state
+    )
+    if rank == 0:
+        engine.module.save_pretrained(folder / "by_trainer", state_dict=state)
+    dist.barrier()
+    found = {}
+    for name in ("by_accelerate", "by_trainer"):
+        loaded = PeftModel.from_pretrained(base("qwen3_moe", folder), folder / name)
+        found[name] = (logits(loaded), expected)
+    if rank == 0:
+        with pytest.raises(ValueError, match="is missing") as error:
+            engine.module.save_pretrained(folder / "by_trainer", state_dict={})
+        found["refused"] = str(error.value)
+    return found
+
+
+def loses_gradients(rank, folder):
+    """The experts alone: the input of the first block needs no gradient."""
+    model = adapted(base("qwen3_moe", folder), "qwen3_moe", target_modules=["experts"])
+    loss_of(started(model, settings(3)), 0, rank)
+
+
+def trains_experts_alone(rank, folder):
+    alone = adapted(base("qwen3_moe", folder), "qwen3_moe", target_modules=["experts"])
+    expected = train_alone(alone)
+    model = adapted(base("qwen3_moe", folder), "qwen3_moe", target_modules=["experts"])
+    model.enable_input_require_grads()
+    return {"found": train(started(model, settings(3)), rank), "expected": expected}
+
+
+def adapts_a_trained_model(stage):
+    def scenario(rank, folder):
+        model = adapted(base("qwen3_moe", folder), "qwen3_moe")
+        started(model, settings(stage))
+        model.add_adapter("second", model.peft_config["default"])
 
     return scenario
 
 
 SCENARIOS = {
     "qwen3_moe ZeRO-2": trains("qwen3_moe", 2),
+    "qwen3_moe ZeRO-3": trains("qwen3_moe", 3),
+    "qwen3_moe ZeRO-3, loaded in parts": trains("qwen3_moe", 3, loaded_in_parts=True),
+    "experts alone": trains_experts_alone,
+    "loses gradients": loses_gradients,
+    **{f"merges, stage {stage}": merges("qwen3_moe", stage) for stage in (2, 3)},
+    "by accelerate": saves_a_state_dict_of_the_first_process,
+    **{f"loads, stage {stage}": loads_and_trains_on(stage) for stage in (2, 3)},
+    **{f"resumes, stage {stage}": resumes(stage) for stage in (2, 3)},
+    **{f"adapts, stage {stage}": adapts_a_trained_model(stage) for stage in (2, 3)},
 }
