@@ -21,6 +21,7 @@ from .whole import fused_experts
 __all__ = [
     "BACKENDS",
     "Projection",
+    "draw_seeds",
     "experts",
     "gathered",
     "per_expert",
@@ -43,6 +44,7 @@ def experts(
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     backend: str = "auto",
     recompute: bool = False,
+    seeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute a whole experts layer, with gradients.
 
@@ -65,6 +67,8 @@ def experts(
     """
     _check(hidden_states, top_k_index, top_k_weights, up, down)
     quantized = isinstance(up.weight, QuantizedWeight) or isinstance(down.weight, QuantizedWeight)
+    if seeds is None:
+        seeds = draw_seeds(hidden_states.device, up, down)
     run = _run
     if quantized and torch.compiler.is_compiling():
         run = _run_uncompiled
@@ -78,6 +82,7 @@ def experts(
         post_norm,
         backend,
         recompute,
+        seeds,
     )
 
 
@@ -91,9 +96,9 @@ def _run(
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None,
     backend: str,
     recompute: bool,
+    seed: torch.Tensor | None,
 ) -> torch.Tensor:
     x = hidden_states.to(up.weight.dtype)
-    seed = _draw_seeds(x.device, up, down)
     with _on_device_of(x), without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             out = fused_experts(
@@ -139,7 +144,7 @@ def rows_linear(
         )
     _check_sizes(expert_size, x.shape[0])
     _check_frozen(projection)
-    seed = _draw_seeds(x.device, projection)
+    seed = draw_seeds(x.device, projection)
     with _on_device_of(x):
         expert = torch.repeat_interleave(
             torch.arange(E, device=x.device), sizes, output_size=x.shape[0]
@@ -207,7 +212,7 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device_of(x)
 
 
-def _draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor | None:
+def draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor | None:
     """Two seeds from the default generator, so that a recomputed forward draws the same masks.
 
     Returns: [2, 2] int64 with one seed per row; None if no projection has dropout.

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..functional import without_autocast
+from ..ops.dropout import Dropout, dropout_mask
 from ..parallel.linears import Factor
 
 
@@ -25,6 +26,32 @@ def replace_factors(layer: LoraLayer, adapter_name: str, factors: Mapping[str, F
         side = getattr(layer, name)
         linear = cast(nn.Linear, side[adapter_name])
         side[adapter_name] = LoraFactor.of(linear, factors.get(name))
+    dropout = layer.lora_dropout[adapter_name]
+    if factors and isinstance(dropout, nn.Dropout):
+        layer.lora_dropout[adapter_name] = SharedDropout(dropout.p, factors["lora_A"])
+
+
+class SharedDropout(nn.Dropout):
+    """Dropout with the same mask in all processes that have the same input.
+
+    Args:
+        p: probability that an element is dropped.
+        factor: of lora_A; None if no other process has the same input.
+    """
+
+    def __init__(self, p: float, factor: Factor | None = None) -> None:
+        super().__init__(p)
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        seed = torch.randint(2**31 - 1, (1,), device=x.device)
+        if self.factor is not None:
+            seed = self.factor.seed(seed)
+        rows = torch.arange(x.numel() // x.shape[-1], device=x.device, dtype=torch.int32)
+        mask = dropout_mask(Dropout(self.p, seed), rows, x.shape[-1])
+        return x * mask.to(x.dtype).view_as(x)
 
 
 class LoraFactor(nn.Linear):

@@ -17,7 +17,7 @@ from ..experts.activation import own_activation
 from ..experts.decoding import decoders
 from ..experts.layout import ExpertsLayout, read_layout
 from ..experts.stored import UnsupportedExperts
-from ..functional import Projection, experts, per_expert, rows_linear
+from ..functional import Projection, draw_seeds, experts, per_expert, rows_linear
 from ..ops import QuantizedWeight
 from ..parallel import zero
 from ..parallel.sharding import is_sharded
@@ -340,7 +340,17 @@ class MoELoraLayer(nn.Module, LoraLayer):
                 post_norm=post_norm,
                 backend=self.backend,
                 recompute=self.recompute,
+                seeds=self._seeds(hidden_states.device, up, down),
             )
+
+    def _seeds(self, device: torch.device, *projections: Projection) -> torch.Tensor | None:
+        """The seeds of the masks of dropout, where several processes share the experts."""
+        if self.share is None:
+            return None
+        drawn = draw_seeds(device, *projections)
+        if drawn is None:
+            return None
+        return self.share.seeds(drawn)
 
     @torch.compiler.disable
     def _compute_materialized(

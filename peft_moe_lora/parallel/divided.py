@@ -73,7 +73,6 @@ def check_settings(
         ValueError: if it does not. The message names the setting.
     """
     for name, value in {
-        "lora_dropout": config.lora_dropout,
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
         "bias": config.bias != "none",
@@ -83,7 +82,7 @@ def check_settings(
         if value:
             raise ValueError(
                 f"{name}={quoted(getattr(config, name))}: under {_engine(model)} an adapter has "
-                "A and B of experts, routers and linear layers that are named, without dropout, "
+                "A and B of experts, routers and linear layers that are named, "
                 f"and runs on the fused path; leave {name} unset or name the targets, or use FSDP2 "
                 "without distributed_config."
             )

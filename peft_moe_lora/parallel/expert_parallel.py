@@ -31,7 +31,12 @@ def share_of(model: nn.Module, module: nn.Module) -> Share | None:
     mesh = manager.get_mesh("ep")
     together = groups_along(model, "ep")
     copies = groups_along(model, "dp_replicate", "efsdp")
-    batches = distributed_config(model).dp_size
+    config = distributed_config(model)
+    batches = config.dp_size
+    same_rows = ()
+    # the other implementations send every process the rows of its own experts alone
+    if config.ep_implementation == "all_reduce":
+        same_rows = together
     count = 0
     if is_experts(module):
         # transformers has set the number of this process's experts
@@ -44,6 +49,7 @@ def share_of(model: nn.Module, module: nn.Module) -> Share | None:
         of_some=Sum((*together, *copies), batches),
         of_all=Sum(groups_along(model, "dp_replicate", "fsdp"), batches),
         everyone=(*together, *copies),
+        same_rows=same_rows,
     )
 
 

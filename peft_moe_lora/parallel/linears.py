@@ -16,7 +16,7 @@ from torch import nn
 
 from .gradients import Sum, local, summed
 from .sharding import indices_along, selected
-from .share import Share, distributed_config, groups_along, size_of
+from .share import Share, distributed_config, groups_along, own_seeds, size_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Factor:
         indices: the part; None for all.
         inputs: the groups over which the gradient of the input is summed.
         outputs: the groups over which the output is summed.
+        same_rows: the groups of the processes that have the same rows of the input.
     """
 
     share: Share
@@ -38,6 +39,19 @@ class Factor:
     indices: torch.Tensor | None = None
     inputs: tuple[Any, ...] = ()
     outputs: tuple[Any, ...] = ()
+    same_rows: tuple[Any, ...] = ()
+
+    def seed(self, drawn: torch.Tensor) -> torch.Tensor:
+        """The seed of the input's mask, from the one that this process has drawn.
+
+        It is the same in all processes that have the same input. Processes with other columns of
+        the input have masks of their own.
+        """
+        for group in self.same_rows:
+            dist.broadcast(drawn, group_src=0, group=group)
+        if self.indices is not None:
+            return own_seeds(drawn, dist.get_rank())
+        return drawn
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The part of a parameter that the process uses."""
@@ -80,10 +94,10 @@ def factors_of(model: nn.Module, module: nn.Module, share: Share) -> dict[str, F
     rows, columns = _part(module)
     together = groups_along(model, "tp")
     of_part = Sum((*together, *share.of_all.groups), share.of_all.batches)
-    A = Factor(share, share.of_all)
+    A = Factor(share, share.of_all, same_rows=together)
     B = Factor(share, share.of_all)
     if columns is not None:
-        A = Factor(share, of_part, 1, columns, outputs=together)
+        A = Factor(share, of_part, 1, columns, outputs=together, same_rows=together)
     if rows is not None:
         B = Factor(share, of_part, 0, rows, inputs=together)
     return {"lora_A": A, "lora_B": B}

@@ -48,6 +48,7 @@ class Share:
         by_expert: whether a process holds some experts whole, and A and B of them alone; else it
             holds a part of every expert, and A and B whole.
         features: projection -> the part of it, where a process holds a part of every expert.
+        same_rows: the groups of the processes that compute the same rows of an experts layer.
     """
 
     mesh: Any
@@ -58,6 +59,24 @@ class Share:
     everyone: tuple[Any, ...]
     by_expert: bool = True
     features: Mapping[str, Features] = field(default_factory=dict)
+    same_rows: tuple[Any, ...] = ()
+
+    def seeds(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Seeds of the masks of dropout, from those that this process has drawn.
+
+        Processes with the same rows get the same seeds, and the masks are those of one process.
+        Where a process has other rows than the others, or other columns, the masks are its own.
+
+        Args:
+            drawn: [2, 2] int64, the seeds for gate_up and for down.
+        """
+        if not self.same_rows:
+            return own_seeds(drawn, dist.get_rank())
+        for group in self.same_rows:
+            dist.broadcast(drawn, group_src=0, group=group)
+        if "down" in self.features:
+            drawn[1] = own_seeds(drawn[1], self.mesh.get_local_rank())
+        return drawn
 
     def parameter(
         self, values: torch.Tensor, dim: int, chosen: Sequence[int] | None
@@ -104,6 +123,11 @@ class Share:
             return
         for group in self.everyone:
             dist.broadcast(values, group_src=0, group=group)
+
+
+def own_seeds(seeds: torch.Tensor, rank: int) -> torch.Tensor:
+    """Other seeds for each rank; they differ in many bits, because a mask hashes seed XOR slot."""
+    return (seeds + rank * 0x9E3779B1) % (2**31 - 1)
 
 
 @contextmanager

@@ -47,6 +47,7 @@ def share_of(model: nn.Module, module: nn.Module) -> Share | None:
         everyone=together,
         by_expert=False,
         features=features,
+        same_rows=together,
     )
 
 

@@ -215,7 +215,6 @@ def refuses_off_the_interface(rank, folder):
 
 
 REFUSED = {
-    "lora_dropout": {"lora_dropout": 0.1},
     "backend": {"backend": "materialize"},
     "target_modules": {"target_modules": "all-linear"},
     "modules_to_save": {"modules_to_save": ["norm"]},

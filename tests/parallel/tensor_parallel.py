@@ -8,6 +8,7 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from helpers import fill_adapter, token_ids
+from parallel.dropping import AS_ONE_PROCESS, repeats_under_checkpointing
 from parallel.expert_parallel import base, configured, trains
 from peft_moe_lora.parallel.sharding import whole
 
@@ -127,7 +128,6 @@ def refuses_setting(**changes):
 
 
 REFUSED = {
-    "lora_dropout": {"lora_dropout": 0.1},
     "backend": {"backend": "materialize"},
     "target_modules": {"target_modules": "all-linear"},
 }
@@ -145,3 +145,6 @@ SCENARIOS["refuses other rows"] = refuses_other_rows
 SCENARIOS["refuses an embedding"] = refuses_an_embedding
 for name, changes in REFUSED.items():
     SCENARIOS[f"refuses {name}"] = refuses_setting(**changes)
+for name, scenario in AS_ONE_PROCESS.items():
+    SCENARIOS[f"drops, {name}"] = scenario
+SCENARIOS["drops, all_to_all"] = repeats_under_checkpointing

@@ -5,12 +5,13 @@ from dataclasses import fields
 import pytest
 from transformers.distributed import DistributedConfig
 
-from helpers import assert_close, assert_share_of_order_one
+from helpers import assert_close, assert_share_of_order_one, relative_error
 from parallel.processes import run
 
 if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
     pytest.skip("this release of transformers has no meshes", allow_module_level=True)
 
+from parallel.dropping import AS_ONE_PROCESS
 from parallel.tensor_parallel import ADAPTERS, FAMILIES, REFUSED
 
 # the sum of two processes is rounded otherwise, and models compute norms and routers in fp32
@@ -79,6 +80,28 @@ def test_what_one_process_has_saved_loads(family, results):
 @families
 def test_merging_writes_into_every_processs_features(family, results):
     assert_all_close(results[f"merges {family}"])
+
+
+def assert_dropped(outcomes):
+    for outcome in outcomes:
+        assert isinstance(outcome, dict), outcome
+        found, expected = outcome["found"], outcome["expected"]
+        assert relative_error(outcome["undropped"], expected["losses"]) > 1e-3
+        assert_close(found["losses"], expected["losses"], FP32_TOLERANCE, "losses")
+        for key, gradient in expected["gradients"].items():
+            assert gradient.abs().max() > 0
+            assert_close(found["gradients"][key], gradient, TOLERANCE, key)
+
+
+@pytest.mark.parametrize("name", AS_ONE_PROCESS)
+def test_dropout_has_the_masks_of_one_process(name, results):
+    assert_dropped(results[f"drops, {name}"])
+
+
+def test_dropout_of_rows_that_a_process_alone_has_repeats_under_checkpointing(results):
+    outcomes = results["drops, all_to_all"]
+    assert_dropped(outcomes)
+    assert all(outcome["own masks"] for outcome in outcomes)
 
 
 @pytest.mark.parametrize(
