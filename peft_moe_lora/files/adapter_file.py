@@ -41,6 +41,8 @@ LAYOUT = "expert_major"
 METADATA_KEY = "peft_moe_lora"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+# what PEFT writes before the path of a module
+PEFT_PREFIX = "base_model.model."
 
 Description = dict[str, Any]
 
@@ -172,16 +174,34 @@ def complete_adapter_file(folder: FilePath, description: Description) -> None:
 def _check_same(weights: Path, description: Description) -> None:
     """Check that a file has no description yet, or one that says nothing else than this one."""
     with weights.open("rb") as file:
-        metadata = read_header(file).get("__metadata__") or {}
-    present = read_description(str(weights), metadata)
+        header = read_header(file)
+    present = read_description(str(weights), header.get("__metadata__") or {})
     # files of earlier releases say less
     said = {name: value for name, value in present.items() if name != "format_version"}
-    if any(description.get(name) != value for name, value in said.items()):
+    says_the_same = all(description.get(name) == value for name, value in said.items())
+    if not says_the_same or not _has_ranks(header, description):
         raise ValueError(
             f"{weights} holds another adapter: it has other modules, ranks or scalings than the "
             "one whose configuration is being saved there. Nothing was written; give a folder "
             "that holds the same adapter, or a new one."
         )
+
+
+def _has_ranks(header: Mapping[str, Any], description: Description) -> bool:
+    """Whether every A of a file that a description names has as many rows as it says."""
+    modules = description.get("experts", {})
+    for layer, numbers in description.get("trained", {}).items():
+        path, _, projection = layer.rpartition(".")
+        rows = numbers["r"]
+        name = f"{layer}.lora_A.weight"
+        module = modules.get(path)
+        if module is not None:
+            rows *= len(module.get("experts") or range(module["num_experts"]))
+            name = f"{path}.lora_A.{projection}"
+        A = header.get(PEFT_PREFIX + name)
+        if A is not None and A["shape"][0] != rows:
+            return False
+    return True
 
 
 def described_module(num_experts: int, experts: Sequence[int] | None) -> Description:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import MoELoraConfig
 from ..experts.layout import is_experts
-from ..files.adapter_file import Trained, described, described_module
+from ..files.adapter_file import PEFT_PREFIX, Trained, described, described_module
 from ..files.patterns import value_of, without_order
 from ..files.scaling import alpha_of, is_same, scaling_of
 from ..layers.layer import MoELoraLayer
@@ -23,8 +23,6 @@ from ..layers.router import MoELoraRouter
 from ..parallel import zero
 from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded, path_without_wrappers, whole
 from .ties import called
-
-PEFT_PREFIX = "base_model.model."
 
 logger = logging.getLogger(__name__)
 

@@ -117,6 +117,15 @@ def test_w1_is_the_first_product_of_experts_without_a_gate(nemotron, tmp_path):
             assert_close(found[path][projection], update, TOLERANCE, f"{path}, {projection}")
 
 
+@pytest.mark.parametrize("parameter", ["up_proj", "down_proj"])
+def test_a_named_projection_of_experts_without_a_gate_is_that_one(nemotron, parameter, tmp_path):
+    """By its shapes it could be either: one is the other with in and out swapped."""
+    theirs = save_pefts(nemotron.base, tmp_path / "in", target_parameters=[f"experts.{parameter}"])
+    to_ours(tmp_path, nemotron)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(nemotron.base), tmp_path / "out").eval()
+    assert_close(outputs(loaded), outputs(theirs), TOLERANCE, "logits")
+
+
 @pytest.mark.parametrize("names", [{"up_proj": "w3"}, {"up_proj": "gate_proj"}], ids=str)
 def test_a_part_that_the_experts_do_not_have_is_refused(nemotron, names, tmp_path):
     written_again(nemotron, tmp_path, renamed(nemotron.each, **names))

@@ -250,6 +250,15 @@ def test_all_is_on_the_disk_before_it_takes_its_place(saves, monkeypatch):
     assert events[-1] == saves.folder.stat().st_ino
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="lists open files on Linux")
+def test_no_file_stays_open(tmp_path):
+    before = os.listdir("/proc/self/fd")
+    with written_files(tmp_path) as new:
+        (new / "one").mkdir()
+        (new / "one" / FILE).write_text("new")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 def test_a_folder_in_the_place_of_a_file_is_named_before_anything_moves(saves):
     saves.start()
     (saves.folder / CARD).unlink()

@@ -182,6 +182,7 @@ NEAREST = {
         "files/test_saved_means_trained.py",
         "files/test_checked_before_loading.py",
         "tuner/test_choosing.py",
+        "tuner/test_beside_adapters.py",
     ),
     "tuner/combining.py": ("tuner/test_weighted_adapters.py", "tuner/test_weighted_models.py"),
     "layers/dispatch.py": (

@@ -170,6 +170,24 @@ def test_what_cannot_be_counted_is_an_error():
         holder(torch.randn(2, 32), torch.randn(2, 2), torch.randn(2, 2))
 
 
+class ExpertsAlone(torch.nn.Module):
+    """A model that has nothing to say about its mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = build_experts("qwen3_moe", "Qwen3MoeExperts")
+
+    def forward(self, hidden_states, attention_mask):
+        return self.experts(*random_rows(T=hidden_states.shape[0] * hidden_states.shape[1]))
+
+
+@pytest.mark.parametrize("shape", [(BATCH, LENGTH - 1), (2, LENGTH)], ids=["shorter", "fewer"])
+def test_a_mask_of_other_tokens_is_an_error(shape):
+    model, mask = ExpertsAlone(), torch.ones(shape, dtype=torch.long)
+    with RoutingWatch(model), pytest.raises(ValueError, match=r"got 21 tokens, but attention_mask"):
+        model(torch.randn(BATCH, LENGTH, 32), attention_mask=mask)
+
+
 # ---- while training ------------------------------------------------------------------------------
 
 
@@ -338,6 +356,16 @@ def test_a_sample_counts_as_one_whatever_its_length():
         torch.testing.assert_close(weighted[path], right)
         rows = torch.tensor(counted(index, batch["attention_mask"]), dtype=torch.float64)
         assert (weighted[path] / weighted[path].sum() - rows / rows.sum()).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_a_sample_counts_as_one_without_a_mask_too(given):
+    base, ids = tiny_model(), token_ids(BATCH, LENGTH)
+    arguments = {"input_ids": ids, "inputs_embeds": base.get_input_embeddings()(ids).detach()}
+    with RoutingWatch(base, "tokens") as watch, torch.no_grad():
+        base(**{given: arguments[given]})
+    for sums in watch.take().values():
+        assert float(sums.sum()) == pytest.approx(BATCH)
 
 
 @pytest.mark.parametrize("measure", ["tokens", "gates"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers import (
     FP32,
@@ -166,6 +166,30 @@ def test_another_adapter_is_no_initial_state(other, message, tmp_path):
             tmp_path / "delta", path_initial_model_for_weight_conversion=str(tmp_path / "start")
         )
     assert_unchanged(model, before)
+    assert not (tmp_path / "delta" / FILE).exists()
+
+
+@pytest.mark.parametrize("r", [2, R])
+def test_an_initial_file_of_an_earlier_release_is_known_by_its_ranks(r, tmp_path):
+    """It does not describe its adapter, and PEFT saves the configuration there first."""
+    _, _, model = trained(tmp_path / "right")
+    trained(tmp_path / "start", r=r, lora_alpha=2 * r)
+    file = tmp_path / "start" / FILE
+    save_file(load_file(file), file, {"format": "pt"})
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+
+    def save():
+        model.save_pretrained(
+            tmp_path / "delta", path_initial_model_for_weight_conversion=str(file.parent)
+        )
+
+    if r == R:
+        save()
+        assert (tmp_path / "delta" / FILE).exists()
+        return
+    with pytest.raises(ValueError, match="holds another adapter"):
+        save()
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
     assert not (tmp_path / "delta" / FILE).exists()
 
 
