@@ -9,13 +9,21 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def run(command, ok=True, **options):
-    """What `command` printed and returned; it must succeed, or fail if `ok` is False."""
+def run(command, ok=True, variables=None, **options):
+    """What `command` printed and returned; it must succeed, or fail if `ok` is False.
+
+    Args:
+        command: the arguments of Python.
+        ok: whether it must succeed.
+        variables: further variables of the environment.
+        options: of subprocess.run.
+    """
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(ROOT),
+        **(variables or {}),
     }
     # these are meant for the pytest that runs this test, not for one that it starts
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
