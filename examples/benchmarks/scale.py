@@ -254,7 +254,7 @@ class Step:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer | None = None
         if self.trained:
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, foreach=True)
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=self.ids.is_cuda)
 
     def __call__(self) -> None:
         self.backward()
