@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_grad
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from helpers import adapter_parameters, moe_lora, tiny_model, token_ids
 
@@ -49,8 +50,9 @@ def base(family, folder, partitioned=None, dtype=torch.float32):
     if dist.get_rank() == 0 and not path.exists():
         tiny_model(family).save_pretrained(path)
     dist.barrier()
-    # transformers loads in parts as long as this object lives
+    # transformers loads in parts as long as a configuration lives, this one or an earlier Trainer's
     kept = None
+    unset_hf_deepspeed_config()
     if partitioned is not None:
         kept = HfDeepSpeedConfig(partitioned)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -58,9 +60,13 @@ def base(family, folder, partitioned=None, dtype=torch.float32):
     return model
 
 
-def adapted(model, family, **config):
+def adapted(model, family, checkpointing=False, **config):
     config.setdefault("target_modules", ["experts", ROUTERS.get(family, "gate"), "o_proj"])
-    return moe_lora(model, **config).train()
+    model = moe_lora(model, **config).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def optimizer_of(model):
@@ -214,7 +220,7 @@ def merges(family, stage):
         model = adapted(base(family, folder), family)
         engine = started(model, settings(stage))
         logits(engine)
-        model.merge_adapter()
+        model.merge_adapter(safe_merge=stage == 3)
         merged = logits(engine)
         refused = None
         if stage == 3:
@@ -278,6 +284,27 @@ def trains_experts_alone(rank, folder):
     return {"found": train(started(model, settings(3)), rank), "expected": expected}
 
 
+def trains_in_bf16(stage):
+    """DeepSpeed casts A and B to bf16, and trains copies in fp32."""
+
+    def scenario(rank, folder):
+        expected = train_alone(adapted(base("qwen3_moe", folder), "qwen3_moe"))
+        model = adapted(base("qwen3_moe", folder, dtype=torch.bfloat16), "qwen3_moe")
+        engine = started(model, settings(stage, bf16={"enabled": True}))
+        found = train(engine, rank)
+        out = folder / f"bf16_{stage}"
+        model.save_pretrained(out)
+        dist.barrier()
+        loaded = PeftModel.from_pretrained(base("qwen3_moe", folder), out)
+        return {
+            "found": found,
+            "expected": expected,
+            "saved": (values(adapter_parameters(loaded)), found["ends"]),
+        }
+
+    return scenario
+
+
 def adapts_a_trained_model(stage):
     def scenario(rank, folder):
         model = adapted(base("qwen3_moe", folder), "qwen3_moe")
@@ -285,17 +312,3 @@ def adapts_a_trained_model(stage):
         model.add_adapter("second", model.peft_config["default"])
 
     return scenario
-
-
-SCENARIOS = {
-    "qwen3_moe ZeRO-2": trains("qwen3_moe", 2),
-    "qwen3_moe ZeRO-3": trains("qwen3_moe", 3),
-    "qwen3_moe ZeRO-3, loaded in parts": trains("qwen3_moe", 3, loaded_in_parts=True),
-    "experts alone": trains_experts_alone,
-    "loses gradients": loses_gradients,
-    **{f"merges, stage {stage}": merges("qwen3_moe", stage) for stage in (2, 3)},
-    "by accelerate": saves_a_state_dict_of_the_first_process,
-    **{f"loads, stage {stage}": loads_and_trains_on(stage) for stage in (2, 3)},
-    **{f"resumes, stage {stage}": resumes(stage) for stage in (2, 3)},
-    **{f"adapts, stage {stage}": adapts_a_trained_model(stage) for stage in (2, 3)},
-}
