@@ -284,9 +284,13 @@ def test_other_files_and_the_card_that_a_user_wrote_stay(saves):
 
 def test_only_the_main_process_writes(saves):
     saves.start()
+    (saves.folder / "README.md").write_text("a card of the user")
     before = tree(saves.folder)
+    files = {path: path.stat().st_ino for path in saves.folder.iterdir()}
     saves.models["new"].save_pretrained(saves.folder, is_main_process=False)
     assert tree(saves.folder) == before
+    # not even the card is put back
+    assert {path: path.stat().st_ino for path in saves.folder.iterdir()} == files
 
 
 # ---- new metadata in a file ----------------------------------------------------------------------

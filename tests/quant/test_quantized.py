@@ -35,7 +35,7 @@ from peft_moe_lora import dequantize_experts, quantize_experts
 from peft_moe_lora.experts.layout import read_layout
 from peft_moe_lora.experts.stored import UnsupportedExperts, stored_weight
 from peft_moe_lora.ops.quantize import BLOCKSIZES, quantize, quantize_like
-from peft_moe_lora.ops.quantized import QuantizedWeight
+from peft_moe_lora.ops.quantized import QuantizedWeight, _power_of_2
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="the extra [bitsandbytes] is not installed"
@@ -158,6 +158,13 @@ def test_requantizing_what_was_decoded_changes_nothing(setting):
     assert again.shape == weight.shape == (4, 64, 16)
     assert_close(again.dense(), weight.dense(), 1e-2)
     assert again.nbytes == weight.nbytes
+
+
+def test_a_scale_of_8_bits_is_a_power_of_2():
+    """The smallest, 2**-127, is no normal number of fp32; 255 is no number."""
+    exponents = torch.arange(255, dtype=torch.uint8)
+    expected = torch.full((255,), 2.0, dtype=torch.float64) ** (exponents.double() - 127)
+    assert torch.equal(_power_of_2(exponents).double(), expected)
 
 
 def test_four_bits_are_four_bits():
