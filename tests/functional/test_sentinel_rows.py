@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers import assert_close
 from peft_moe_lora.functional import Projection, experts
-from peft_moe_lora.ops import Activation
+from peft_moe_lora.ops import Activation, reference
 
 T, E, TOP_K, H, INNER, R = 12, 3, 2, 32, 16, 4
 
@@ -121,3 +121,18 @@ def test_every_gradient_is_that_of_the_routed_rows(code, compiled, device):
     for i, (gradient, wanted) in enumerate(zip(found, expected, strict=True)):
         assert wanted.abs().max() > 0
         assert_close(gradient, wanted, what=f"gradient of input {i}")
+
+
+def test_rows_are_sorted_by_expert_and_sentinels_come_last():
+    top_k_index = torch.tensor([[2, 0], [0, -1], [5, 2]])
+    expected = {
+        "expert_offsets": [0, 2, 2, 4],
+        "row_slot": [1, 2, 0, 5, 3, 4],
+        "row_token": [0, 1, 0, 2, 1, 2],
+        "slot_row": [2, 0, 1, -1, -1, 3],
+    }
+    routing = reference.route(top_k_index, 3)
+    for name, values in expected.items():
+        found = getattr(routing, name)
+        assert found.dtype == torch.int32, name
+        assert found.tolist() == values, name

@@ -34,6 +34,7 @@ from helpers import (
 from peft_moe_lora import dequantize_experts, quantize_experts
 from peft_moe_lora.experts.layout import read_layout
 from peft_moe_lora.experts.stored import UnsupportedExperts, stored_weight
+from peft_moe_lora.ops import reference
 from peft_moe_lora.ops.quantize import BLOCKSIZES, quantize, quantize_like
 from peft_moe_lora.ops.quantized import QuantizedWeight, _power_of_2
 
@@ -185,6 +186,17 @@ def test_four_bits_are_four_bits():
 def test_what_cannot_be_quantized_is_said(stack, options, said):
     with pytest.raises(ValueError, match=said):
         quantize(stack, **options)
+
+
+def test_the_twin_decodes_the_experts_that_have_rows_and_no_others():
+    weight = quantize(torch.randn(6, 8, 64), "nf4")
+    # experts 1 and 4 have no rows
+    offsets = torch.tensor([0, 2, 2, 5, 6, 6, 9], dtype=torch.int32)
+    out = torch.full((3, 8, 64), float("nan"))
+    assert reference.dequantize(weight, offsets, 2, out) is out
+    assert torch.equal(out[0], weight[2])
+    assert torch.equal(out[1], weight[3])
+    assert out[2].isnan().all()
 
 
 # ---- adapters ------------------------------------------------------------------------------------
