@@ -4,8 +4,8 @@
         --model NAME --data FILE.jsonl
     accelerate launch --config_file CONFIG examples/distributed/train.py --tiny
 
-CONFIG is a file of this folder: accelerate_fsdp2.yaml. The adapter is written to OUTPUT/adapter.
-Started again, it goes on from the last checkpoint in OUTPUT.
+CONFIG is a file of this folder: accelerate_fsdp2.yaml or accelerate_zero3.yaml. The adapter is
+written to OUTPUT/adapter. Started again, it goes on from the last checkpoint in OUTPUT.
 """
 
 import torch
@@ -39,6 +39,8 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(args.model, **load_options(args))
     # before the Trainer, which shards the model with the adapter in it
     model = get_peft_model(base, adapter_config(args))
+    # ZeRO-3 would lose the gradients of the first experts if their input needed none
+    model.enable_input_require_grads()
     trainer = Trainer(model, arguments, train_dataset=blocks(args))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.output)))
     trainer.save_model(str(args.output / "adapter"))

@@ -21,9 +21,10 @@ has_ep_size = "ep_size" in {field.name for field in fields(DistributedConfig)}
 pytestmark = pytest.mark.timeout(600)
 
 
-def command_of(script):
+def command_of(script, config=""):
     """The command that the README gives for a script, for two processes and the tiny model."""
-    (command,) = re.findall(rf"`([^`]* examples/distributed/{script} [^`]*)`", _readme())
+    words = rf"`([^`]*{config} [^`]*examples/distributed/{script} [^`]*)`"
+    (command,) = re.findall(words, _readme())
     command = command.replace("--model NAME --data FILE.jsonl", f"--tiny --steps {STEPS}")
     return shlex.split(re.sub(r"(--num_processes|--nproc_per_node) 8", r"\1 2", command))
 
@@ -44,6 +45,7 @@ def ran(command, output):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
     }
     done = run([*command, "--output", output], variables=variables, cwd=ROOT)
     return done.stdout, load_file(output / "adapter" / "adapter_model.safetensors")
@@ -56,17 +58,24 @@ def assert_same(found, expected):
         assert_close(found[key], tensor, TOLERANCE, key)
 
 
-def test_fsdp2_by_accelerate_trains_what_one_process_trains(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "engine"),
+    [
+        ("accelerate_fsdp2.yaml", "FSDP"),
+        pytest.param("accelerate_zero3.yaml", "DEEPSPEED", marks=pytest.mark.long),
+    ],
+)
+def test_the_trainer_by_accelerate_trains_what_one_process_trains(config, engine, tmp_path):
     script = "examples/distributed/train.py"
-    words = command_of("train.py")
+    words = command_of("train.py", config)
     assert words[:2] == ["accelerate", "launch"]
     at = words.index(script)
-    # accelerate leaves FSDP out on a CPU, and bf16 would round
+    # accelerate leaves both engines out on a CPU, and bf16 would round
     on_cpu = ["--main_process_port", free_port(), "--mixed_precision", "no"]
     on_cpu += ["--module", "parallel.on_cpu"]
     command = ["-m", "accelerate.commands.launch", *words[2:at], *on_cpu, *words[at:]]
     said, found = ran(command, tmp_path / "two")
-    assert "FSDP, 2 processes" in said
+    assert f"{engine}, 2 processes" in said
     _, expected = ran(words[at:], tmp_path / "one")
     assert_same(found, expected)
 

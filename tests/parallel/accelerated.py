@@ -34,6 +34,14 @@ def fsdp_on_cpu():
 
 
 @contextmanager
+def deepspeed_on_cpu():
+    """Within this context accelerate counts the processes of DeepSpeed on a CPU, too."""
+    backend = ("gloo", DistributedType.MULTI_CPU)
+    with mock.patch.object(PartialState, "_prepare_backend", return_value=backend):
+        yield
+
+
+@contextmanager
 def launched(**settings):
     """Within this context the environment is that of `accelerate launch`.
 

@@ -46,6 +46,8 @@ def settings(stage, **changes):
 
 def base(family, folder, partitioned=None, dtype=torch.float32):
     """A tiny model; with the settings of ZeRO-3 in `partitioned`, loaded in parts."""
+    # DeepSpeed asks for what its launcher would set
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     path = folder / f"base_{family}"
     if dist.get_rank() == 0 and not path.exists():
         tiny_model(family).save_pretrained(path)
@@ -75,8 +77,6 @@ def optimizer_of(model):
 
 
 def started(model, config):
-    # DeepSpeed asks for what its launcher would set
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
     return engine
 
@@ -236,7 +236,9 @@ def merges(family, stage):
         unloaded = model.merge_and_unload()
         state = values(dict(unloaded.named_parameters()))
         plain = base(family, folder)
-        plain.load_state_dict(state)
+        assert state.keys() == dict(plain.named_parameters()).keys()
+        # beside parameters there are buffers, which nothing changes
+        plain.load_state_dict({**plain.state_dict(), **state})
         return {
             "merged": (merged, with_adapter),
             "unmerged": (unmerged, without),

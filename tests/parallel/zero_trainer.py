@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from helpers import adapter_parameters
+from parallel.accelerated import deepspeed_on_cpu
 from parallel.trainer import KEEPS_THE_SECOND, adapted, losses_of, trainer_of
 from parallel.zero import base, settings, values
 
@@ -69,11 +69,7 @@ def _with_name(key):
 
 @contextmanager
 def launched():
-    """Within this context the environment is that of a launcher.
-
-    accelerate knows DeepSpeed on accelerators alone: without one it counts a single process. So it
-    is told which backend there is.
-    """
+    """Within this context the environment is that of a launcher."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     environment = {
@@ -84,9 +80,5 @@ def launched():
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
     }
-    backend = ("gloo", DistributedType.MULTI_CPU)
-    with (
-        mock.patch.dict(os.environ, environment),
-        mock.patch.object(PartialState, "_prepare_backend", return_value=backend),
-    ):
+    with mock.patch.dict(os.environ, environment), deepspeed_on_cpu():
         yield
