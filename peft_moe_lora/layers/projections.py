@@ -32,9 +32,10 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
     if not active:
         return base
     dropout_p = _common_dropout(layer, active)
-    if len(active) > 1 or _is_divided_by_experts(layer):
+    only, *others = active
+    some_of_divided = _is_divided_by_experts(layer) and layer.experts[only] is not None
+    if others or some_of_divided:
         return replace(_with_several(layer, base, active, name), dropout_p=dropout_p)
-    (only,) = active
     A, B, _ = _pair_here(layer, base, only, name)
     return replace(
         base,

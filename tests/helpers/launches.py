@@ -79,6 +79,7 @@ def record_launches(monkeypatch, gpu=HOPPER):
         monkeypatch.setattr(module, "driver", Driver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", {})
+    monkeypatch.setattr(replay, "_compiled", set())
     for module in (whole, steps):
         monkeypatch.setattr(module, "ops_for", lambda backend, device: kernels)
     return found

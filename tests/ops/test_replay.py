@@ -56,6 +56,7 @@ def kernel(monkeypatch):
         monkeypatch.setattr(module, "driver", NoDriver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", {})
+    monkeypatch.setattr(replay, "_compiled", set())
     return Add()
 
 
@@ -115,6 +116,28 @@ def test_another_kind_is_composed_anew(add):
         assert out.shape == x.shape
         assert (out.flatten() == 1 + n).all()
     assert len(composed) == 3 * len(kinds)
+
+
+def test_kernels_are_asked_for_once_for_about_as_many_rows(add):
+    composed = []
+
+    def compose(x, y, n):
+        composed.append((*x.shape, *y.shape, n))
+        return (add(x, x, n),)
+
+    def calls(rows, columns=4, more=16, n=1.0):
+        """How often a call of a new kind is composed."""
+        composed.clear()
+        x = torch.ones(rows, columns)
+        (out,) = replayed(compose, x, torch.ones(more), n)
+        assert (out == 2 + n).all()
+        return len(composed)
+
+    assert calls(33) == 2
+    assert calls(40) == calls(63) == 1
+    assert calls(64) == 2
+    # other widths, numbers of other rows and values need other kernels
+    assert calls(40, columns=8) == calls(40, more=32) == calls(40, n=2.0) == 2
 
 
 def test_arguments_off_sixteen_bytes_are_composed(add):

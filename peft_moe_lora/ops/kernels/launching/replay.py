@@ -4,7 +4,8 @@ In such a call the host chooses the kernels, their grids and block sizes, and th
 buffer. These choices depend only on the arguments' dtypes, shapes and strides and on plain values;
 a choice that depends on data is made on the device. So the host chooses once for each kind of call:
 
-    first call: all its kernels are compiled in parallel, then the function runs
+    first call: all its kernels are compiled in parallel, unless a call with about as many rows has
+        compiled them; then the function runs
     second call: the function runs, and its allocations and launches are recorded
     later calls: results and a workspace are allocated, and the recorded launches are repeated.
         If the same addresses came before, one CUDA graph repeats them.
@@ -55,6 +56,8 @@ _ALLOCATIONS = frozenset(
 _HARMLESS = frozenset({torch.ops.aten.promote_types.default})
 # {kind: the number of calls so far, or its _Replay, or None if it cannot be replayed}
 _kinds: "dict[tuple, int | _Replay | None]" = {}
+# the kinds, without exact numbers of rows, whose kernels were compiled ahead
+_compiled: set[tuple] = set()
 
 
 def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
@@ -64,7 +67,8 @@ def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
         function: calls operations of this package and computes nothing else. It returns a tuple of
             new tensors, and of values that depend only on the kind of its arguments. If its
             recording shows that it does more, it is never replayed but always called directly.
-            Before its first call it is called one additional time, and its launches are skipped.
+            Before a first call with about as many rows it is called one additional time, and its
+            launches are skipped.
         arguments: first a tensor; then tensors, quantized weights, None or hashable values. If a
             value is not hashable, the function is called directly.
     """
@@ -84,7 +88,12 @@ def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
         forget()
     if plan == 0:
         _kinds[key] = 1
-        launch.compile_ahead(function, *arguments)
+        about = _without_rows(key)
+        # batches of ever new sizes need no new kernels, and asking for them takes the host as long
+        # as the call itself
+        if about not in _compiled:
+            _compiled.add(about)
+            launch.compile_ahead(function, *arguments)
         return function(*arguments)
     recording = _Recording(tensors)
     with recording:
@@ -111,6 +120,18 @@ def _kind_and_tensors(
         else:
             kind.append(argument)
     return tuple(kind), tensors
+
+
+def _without_rows(kind: tuple) -> tuple:
+    """A kind with the lengths of first dimensions as their numbers of bits."""
+    return tuple(_without_rows_of(part) for part in kind)
+
+
+def _without_rows_of(part: Any) -> Any:
+    if not isinstance(part, tuple) or not part or not isinstance(part[0], torch.dtype):
+        return part
+    dtype, shape, _ = part
+    return dtype, tuple(n.bit_length() for n in shape[:1]), shape[1:]
 
 
 def forget() -> None:
