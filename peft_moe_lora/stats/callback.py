@@ -1,13 +1,14 @@
 """Expert loads of a training run, logged through the Trainer."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from ..parallel.batches import sum_over_batches
 from .load import ExpertLoad
 from .watch import RoutingWatch
 
@@ -26,7 +27,7 @@ class ExpertLoadCallback(TrainerCallback):
 
     The rows of all training micro-batches are counted. Evaluation, padding and forwards that
     gradient checkpointing recomputes are not counted. The counts of all processes are summed once
-    per log.
+    per log; a batch that several processes share counts once.
 
     Args:
         trainer: the Trainer that logs the metrics.
@@ -42,6 +43,7 @@ class ExpertLoadCallback(TrainerCallback):
         self.last: ExpertLoad | None = None
         self.total: ExpertLoad | None = None
         self._watch: RoutingWatch | None = None
+        self._add: Callable[[torch.Tensor], None] | None = None
 
     def on_train_begin(
         self,
@@ -57,6 +59,7 @@ class ExpertLoadCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.remove()
         self._watch = RoutingWatch(model, when=lambda: model.training)
+        self._add = sum_over_batches(model)
 
     def on_step_end(
         self,
@@ -96,16 +99,10 @@ class ExpertLoadCallback(TrainerCallback):
     def _take(self) -> ExpertLoad:
         """The load of all processes since the last call, also added to `total`."""
         assert self._watch is not None, "on_train_begin creates the watch"
-        load = ExpertLoad(self._watch.take(sum_over_processes))
+        load = ExpertLoad(self._watch.take(self._add))
         self.last = load
         if self.total is None:
             self.total = load
         else:
             self.total = self.total + load
         return load
-
-
-def sum_over_processes(counts: torch.Tensor) -> None:
-    """Add the counts of all other processes, in place."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)

@@ -87,7 +87,9 @@ def expert_load(model: nn.Module, batches: Iterable[Batch]) -> ExpertLoad:
         model: a model with experts, with or without adapters.
         batches: dicts of the model's arguments, or [batch, length] input_ids; they are moved to the
             model's device. Tokens with attention_mask 0 are not counted.
-    Returns: the loads of this process.
+    Returns: the loads of this process's batches. If the model is divided among processes or wrapped
+        for DDP, all processes must call this, and the loads are those of all of their batches; a
+        batch that several processes share counts once.
     Raises:
         ValueError: if the model has no experts, or no token was counted.
     """

@@ -34,7 +34,8 @@ def select_experts(
         threshold: in (0, 1]; in each layer, select the fewest experts whose scores sum to at least
             this. Give either threshold or top.
         top: in each layer, select this many experts with the highest scores.
-    Returns: path of each experts module in the base model -> ascending ids.
+    Returns: path of each experts module in the base model -> ascending ids. If the model is divided
+        among processes or wrapped for DDP, all processes must call this, and they select the same.
     Raises:
         ValueError: if an argument is out of range, or a layer got no token.
     Source: Wang et al. 2024, "Let the Expert Stick to His Last", arXiv:2407.01906: ESFT-Token and

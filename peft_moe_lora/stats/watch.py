@@ -19,6 +19,7 @@ from torch import nn
 from ..experts.layout import is_experts
 from ..experts.stored import shape_of
 from ..layers.layer import MoELoraLayer
+from ..parallel.batches import every_process_runs, sum_over_batches
 
 Batch = Mapping[str, Any] | torch.Tensor
 # parts of a path that wrappers around the base model add
@@ -186,6 +187,9 @@ class RoutingWatch:
 def measured(model: nn.Module, batches: Iterable[Batch], measure: str) -> dict[str, torch.Tensor]:
     """The sums of a `RoutingWatch` over some batches, in eval mode; the model is left as it was.
 
+    If the model is divided among processes, or wrapped for DDP, all processes must call this, and
+    the sums are those of all of their batches.
+
     Args:
         model: a model with experts, with or without adapters.
         batches: dicts of the model's arguments, or [batch, length] input_ids.
@@ -195,13 +199,16 @@ def measured(model: nn.Module, batches: Iterable[Batch], measure: str) -> dict[s
         ValueError: if the model has no experts, or no token was counted.
     """
     modes = {module: module.training for module in model.modules()}
+    reduce = None
+    if every_process_runs(model):
+        reduce = sum_over_batches(model)
     device = next(model.parameters()).device
     try:
         model.eval()
         with RoutingWatch(model, measure) as watch, torch.no_grad():
             for batch in batches:
                 model(**_arguments(batch, device))
-        found = watch.take()
+        found = watch.take(reduce)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -290,6 +297,9 @@ def _num_experts(module: nn.Module) -> int:
     if isinstance(module, MoELoraLayer):
         return module.layout.num_experts
     E = getattr(module, "num_experts", None)
+    if getattr(module, "_is_expert_parallel", False):
+        # transformers has set it to the number of this process's experts
+        E = None
     # the attribute is read first, because reading a quantized weight would decode it
     if isinstance(E, int):
         return E

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers import UNFUSED_FAMILIES, adapter_parameters, moe_lora, tiny_model, token_ids
 from peft_moe_lora.layers.layer import MoELoraLayer
-from peft_moe_lora.stats.callback import sum_over_processes
+from peft_moe_lora.parallel.batches import sum_over_batches
 from peft_moe_lora.stats.watch import RoutingWatch
 
 # many experts for few tokens: on each rank most get no rows
@@ -123,7 +123,7 @@ def main(rank, world_size, folder, backend):
         )
         parameters = adapter_parameters(model)
         first = train(parallel, parameters, device, [rank], **scenario)
-        load = watch.take(sum_over_processes)
+        load = watch.take(sum_over_batches(model))
         results[name] = {"gradients": first, "parameters": parameters, "rows": counts, "load": load}
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
