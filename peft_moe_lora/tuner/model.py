@@ -368,6 +368,7 @@ class MoELoraModel(LoraModel):
         )
         # in this dict, because PEFT reads the trained tensors beside A and B from it
         saving.fill_with_whole(model, state_dict)
+        saving.add_keys_of_wrapped(model, state_dict)
         keyed = saving.keyed_by_path(model, state_dict)
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, keyed, unwanted_adapter_names
@@ -377,6 +378,12 @@ class MoELoraModel(LoraModel):
         if is_written():
             check_whole(model, adapter_name, tensors)
         return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT leaves them in the keys of modules that are trained whole
+        without_wrappers = key.replace(sharding.CHECKPOINT_WRAPPER, "")
+        return super()._remove_adapter_name_from_key(without_wrappers, adapter_name)
 
     @classmethod
     def _convert_state_dict_for_initial_model(

@@ -157,6 +157,17 @@ def keyed_by_path(
     return keyed
 
 
+def add_keys_of_wrapped(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Add, in place, what PEFT takes beside A and B, under the keys where PEFT looks for it.
+
+    These keys have the names of checkpoint wrappers, which a state dict leaves out.
+    """
+    starts = _beside(model)
+    for key, tensor in keyed_by_path(model, state_dict).items():
+        if CHECKPOINT_WRAPPER in key and key.startswith(starts):
+            state_dict[key] = tensor
+
+
 def gather_beside(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """Gather, in place, what PEFT will take out of a state dict beside A and B.
 

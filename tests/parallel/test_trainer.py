@@ -4,10 +4,14 @@ import functools
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
-from helpers import adapter_parameters, assert_close, tiny_model
+from helpers import adapter_parameters, assert_close, moe_lora, outputs, tiny_model
 from parallel import supervised, trained, trained_long
+from parallel.fully_sharded import is_block
 from parallel.own_loop import loop
 from parallel.processes import run
 from parallel.trainer import alone
@@ -148,3 +152,15 @@ def test_the_first_fsdp_is_refused_before_the_first_step(results):
     for outcome in results["FSDP1"]:
         assert outcome.startswith("ValueError")
         assert "use FSDP2" in outcome
+
+
+def test_a_module_trained_whole_within_a_checkpoint_wrapper_is_saved(tmp_path):
+    model = moe_lora(tiny_model(), modules_to_save=["q_proj"])
+    expected = get_peft_model_state_dict(model)
+    apply_activation_checkpointing(model, check_fn=is_block)
+    found = get_peft_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert_close(outputs(loaded), outputs(model.eval()), TOLERANCE)
