@@ -18,7 +18,7 @@ from ..functional import per_expert
 from ..ops import QuantizedWeight
 from ..parallel import zero
 from ..parallel.fsdp import is_fully_sharded, reshard
-from ..parallel.sharding import anywhere, selected, shard_of, whole
+from ..parallel.sharding import anywhere, is_sharded, selected, shard_of, whole
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -96,9 +96,10 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         safe: first check that every merged weight is finite.
     Raises:
         ValueError: with `safe`, if a merged weight is not finite; if the base weights are in a
-            quantized format that this package can only read.
+            quantized format that this package can only read, or quantized and sharded.
     """
     reshard(layer)
+    check_codes_are_whole(layer, adapter_name)
     if safe:
         check_finite(layer, adapter_name)
     projections = layer.adapted_projections(adapter_name)
@@ -115,6 +116,22 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         part.weight.copy_(part.weight + part.delta)
     layer.merged_adapters.append(adapter_name)
     layer.merged_scaling[adapter_name] = float(layer.scaling[adapter_name])
+
+
+def check_codes_are_whole(layer: "MoELoraLayer", adapter_name: str) -> None:
+    """Check that this process holds all codes of the quantized weights that an adapter adapts.
+
+    Raises:
+        ValueError: if they are sharded.
+    """
+    projections = layer.adapted_projections(adapter_name)
+    quantized = any(_quantized(layer, name) is not None for name in projections)
+    if quantized and any(is_sharded(parameter) for parameter in layer.base_layer.parameters()):
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be merged into quantized experts that FSDP2 has "
+            "sharded, because blocks of their codes are divided among processes; save the "
+            "adapter, and merge it in one process."
+        )
 
 
 def check_may_unmerge(layer: BaseTunerLayer) -> None:

@@ -3,13 +3,13 @@
 FSDP2 gathers the parameters of a module for its forward, and may keep them gathered afterwards.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from .sharding import is_sharded
+from .sharding import is_divided, is_sharded
 
 _REMEDY = "Or add the adapter first, and then shard the model with fully_shard."
 
@@ -48,16 +48,27 @@ def _fully_sharded_around_or_in(module: nn.Module) -> Iterator[Any]:
             yield sharded
 
 
-def check_may_be_copied(modules: Mapping[str, nn.Module]) -> None:
-    """Check that modules which an adapter trains whole can be copied.
+def check_beside(
+    model: nn.Module, modules: Mapping[str, nn.Module], tokens: Collection[str]
+) -> None:
+    """Check that a sharded model can get what an adapter trains beside its targets.
 
     Args:
-        modules: path -> module.
+        model: the model.
+        modules: path -> module, of the modules that it trains whole.
+        tokens: paths of the embeddings of which it trains rows.
     Raises:
-        ValueError: if one was given to `fully_shard` itself.
+        ValueError: if rows of a sharded embedding are to be trained, or if a module that would be
+            copied was given to `fully_shard` itself.
     """
-    if not dist.is_available():
+    if not is_fully_sharded(model):
         return
+    if tokens:
+        raise ValueError(
+            f"trainable_token_indices: FSDP2 has sharded {next(iter(tokens))}, but PEFT reads the "
+            "rows of the whole embedding. Add the adapter first, and then shard the model with "
+            "fully_shard."
+        )
     from torch.distributed.fsdp import FSDPModule
 
     for path, module in modules.items():
@@ -72,12 +83,14 @@ def mesh_of(model: nn.Module) -> Any:
     """The mesh over which FSDP2 has sharded a model; None if it has not.
 
     Raises:
-        ValueError: if a parameter is not sharded, if there are several meshes, or if the mesh has
-            an axis over which batches are not divided.
+        ValueError: if FSDP1 has sharded the model, if a parameter is not sharded, if there are
+            several meshes, or if the mesh has an axis over which batches are not divided.
     """
     if not is_fully_sharded(model):
         return None
     reshard(model)
+    if not is_divided(model):
+        raise ValueError("FSDP1 has sharded the model, but an adapter needs FSDP2. " + _REMEDY)
     mesh: Any = None
     for path, parameter in model.named_parameters():
         if not is_sharded(parameter):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .gradients import Sum, local
@@ -98,8 +98,10 @@ def _is_replicated(tensor: Any) -> bool:
 def _enter(layer: nn.Module, args: Any) -> None:
     """Put plain tensors in place of a layer's parameters."""
     replaced = [(slot, slot.value) for slot in _slots(layer) if _is_replicated(slot.value)]
+    dtypes = _dtypes_of_originals(layer)
     for slot, parameter in replaced:
-        slot.put(local(parameter, _mean(parameter)))
+        tensor = local(parameter, _mean(parameter))
+        slot.put(tensor.to(dtypes.get(slot, tensor.dtype)))
     # a layer may be called within its own call
     layer.__dict__.setdefault("_replaced", []).append(replaced)
 
@@ -108,6 +110,21 @@ def _leave(layer: nn.Module, args: Any, out: Any) -> None:
     """Put the parameters back."""
     for slot, parameter in layer.__dict__["_replaced"].pop():
         slot.put(parameter)
+
+
+def _dtypes_of_originals(layer: nn.Module) -> dict[Slot, torch.dtype]:
+    """For copies of modules that are trained whole: the dtypes of the weights that they replace.
+
+    During a forward, a MixedPrecisionPolicy of FSDP2 has cast these.
+    """
+    dtypes: dict[Slot, torch.dtype] = {}
+    if not isinstance(layer, ModulesToSaveWrapper):
+        return dtypes
+    for copy in layer.modules_to_save.values():
+        for module, original in zip(copy.modules(), layer.original_module.modules(), strict=True):
+            for name, parameter in original.named_parameters(recurse=False):
+                dtypes[Slot(module, name)] = parameter.dtype
+    return dtypes
 
 
 def _mean(parameter: Any) -> Sum:

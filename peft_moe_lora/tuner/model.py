@@ -30,6 +30,7 @@ from .combining import Combination
 from .initial import minus_initial
 from .loading import check_over_existing
 from .peft_model import install_around
+from .shards import reshard_to_merge
 from .summary import summarize
 from .ties import check_may_merge, untie
 from .weighted import Mixture
@@ -289,10 +290,12 @@ class MoELoraModel(LoraModel):
         Every process must call this if the model is sharded.
 
         Raises:
-            ValueError: if an adapter changes a weight that the embedding and the head share.
+            ValueError: if an adapter changes a weight that the embedding and the head share, or
+                cannot be merged into shards.
         """
-        check_may_merge(self.model, adapter_names or self.active_adapters)
-        fsdp.reshard(self.model)
+        names = adapter_names or self.active_adapters
+        check_may_merge(self.model, names)
+        reshard_to_merge(self.model, names)
         if zero.partitions(self.model):
             self._check_merge_allowed()
             self._to_gathered(lambda layer: layer.merge(safe_merge, adapter_names))
@@ -314,9 +317,10 @@ class MoELoraModel(LoraModel):
         if zero.partitions(self.model):
             self.merge_adapter(adapter_names, safe_merge)
             return self.unload()
-        fsdp.reshard(self.model)
+        names = adapter_names or self.active_adapters
+        reshard_to_merge(self.model, names)
         safe_merge = still_unchecked(self.model, safe_merge, adapter_names)
-        untie(self.model, adapter_names or self.active_adapters)
+        untie(self.model, names)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:

@@ -52,7 +52,7 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
         bases = {key: base for key, (base, _) in others.items()}
         divided.check_settings(model, config, bases)
     beside = Beside(model, config)
-    fsdp.check_may_be_copied(beside.saved)
+    fsdp.check_beside(model, beside.saved, beside.tokens)
     load = current_load()
     file = read_with(config, load)
     beside.check({key: target.layout for key, target in experts.items()}, others)

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from helpers import fill_adapter, tiny_model, token_ids
 from parallel.expert_parallel import configured
 from parallel.fully_sharded import ROUTERS, logits, shard
-from peft_moe_lora.parallel.sharding import whole
+from peft_moe_lora.parallel.sharding import path_without_wrappers, whole
 
 STEPS = 3
 
@@ -30,7 +30,9 @@ def base(family="qwen3_moe", dtype=torch.float64, **options):
 
 
 def trainable(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        path_without_wrappers(name): p for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def train(model, numbers, micro_batches=1):
@@ -216,6 +218,14 @@ def two_meshes(model):
     )
 
 
+def by_first_fsdp(model):
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = FullyShardedDataParallel(
+            layer, use_orig_params=True, device_id=torch.device("cpu")
+        )
+    return model
+
+
 def head_alone(model):
     fully_shard(model.lm_head)
     return shard(model)
@@ -267,6 +277,7 @@ TRAINED = {
 REFUSED = {
     "only layers": (refuses(only_layers), "has sharded a part of the model, but not model.embed"),
     "head alone": (refuses(head_alone, modules_to_save=["lm_head"]), "modules_to_save: lm_head"),
+    "FSDP1": (refuses(by_first_fsdp), "FSDP1 has sharded the model"),
     "two meshes": (refuses(two_meshes), "needs one mesh"),
 }
 SCENARIOS = {
