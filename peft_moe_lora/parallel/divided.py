@@ -10,7 +10,9 @@ from torch import nn
 from ..config import MATERIALIZE, MoELoraConfig
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import is_router
+from ..experts.stored import UnsupportedExperts
 from ..files.text import quoted
+from ..ops.quantized import QuantizedWeight
 from . import expert_parallel, linears, tensor_parallel
 from .share import Share
 
@@ -54,6 +56,13 @@ def check_experts(model: nn.Module, path: str, module: nn.Module, layout: Expert
     Raises:
         UnsupportedExperts: if it cannot.
     """
+    weights = [weight for name in layout.projections for weight in layout.parts(module, name)]
+    if any(isinstance(weight, QuantizedWeight) for weight in weights):
+        raise UnsupportedExperts(
+            f"{path}: quantized experts get no adapter under {_engine(model)}, because they are "
+            "stored whole. Load the model without distributed_config, and train one whole model in "
+            "each process (DDP)."
+        )
     if expert_parallel.is_divided_by_experts(model):
         expert_parallel.check_experts(model, path, module, layout)
     if tensor_parallel.is_divided_by_features(model):

@@ -10,6 +10,7 @@ from ..experts.stored import Weight, stored_weight
 from ..layers.layer import MoELoraLayer
 from ..ops import QuantizedWeight
 from ..ops.quantize import quantize
+from ..parallel.sharding import is_sharded
 from .checkpoint import experts_not_finite, first_of
 
 
@@ -36,8 +37,8 @@ def quantize_experts(
     Returns: the model.
     Raises:
         ValueError: if the model has no experts, or if some experts are in an unsupported form, are
-            quantized already, are on the meta device, are not finite, or have an adapter merged in.
-            The model is left unchanged.
+            quantized already, are sharded or on the meta device, are not finite, or have an adapter
+            merged in. The model is left unchanged.
     """
     modules = _experts(model)
     for path, module in modules.items():
@@ -45,6 +46,12 @@ def quantize_experts(
             if isinstance(weight, QuantizedWeight):
                 raise ValueError(
                     f"{path} is stored in {weight.format} already; load the model unquantized."
+                )
+            if is_sharded(weight):
+                raise ValueError(
+                    f"{path} is divided among processes, but stacks of experts are quantized "
+                    "whole; quantize the model before it is sharded, and not one that was loaded "
+                    "with distributed_config."
                 )
             if weight.is_meta:
                 raise ValueError(

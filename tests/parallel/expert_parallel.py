@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.distributed import DistributedConfig
 
 from helpers import adapter_parameters, fill_adapter, tiny_model, token_ids
-from peft_moe_lora import MoELoraConfig
+from peft_moe_lora import MoELoraConfig, quantize_experts
 from peft_moe_lora.layers.layer import MoELoraLayer
 from peft_moe_lora.parallel.sharding import whole
 
@@ -214,6 +214,36 @@ def refuses_off_the_interface(rank, folder):
     get_peft_model(model, MoELoraConfig(target_modules=["experts"]))
 
 
+def refuses_to_quantize(rank, folder):
+    quantize_experts(base("qwen3_moe", folder, torch.float32, **MODES["all_reduce"]))
+
+
+def refuses_quantized_experts(rank, folder):
+    model = base("qwen3_moe", folder, torch.float32, **MODES["all_reduce"])
+    alone = quantize_experts(base("qwen3_moe", folder, torch.float32))
+    model.model.layers[1].mlp.experts = alone.model.layers[1].mlp.experts
+    get_peft_model(model, configured("qwen3_moe"))
+
+
+def optimizer_of(mode):
+    """Bytes of A, B and AdamW's state in each process, and in one process."""
+
+    def scenario(rank, folder):
+        sizes = []
+        for divided in ({}, mode):
+            model = get_peft_model(base("qwen3_moe", folder, **divided), configured("qwen3_moe"))
+            parameters = list(adapter_parameters(model).values())
+            optimizer = torch.optim.AdamW(parameters)
+            model.train()(input_ids=batch(0, 0), labels=batch(0, 0)).loss.backward()
+            optimizer.step()
+            state = [value for entry in optimizer.state.values() for value in entry.values()]
+            held = [t for t in (*parameters, *state) if t.ndim > 0]
+            sizes.append(sum(getattr(t, "_local_tensor", t).nbytes for t in held))
+        return {"bytes": sizes}
+
+    return scenario
+
+
 REFUSED = {
     "backend": {"backend": "materialize"},
     "target_modules": {"target_modules": "all-linear"},
@@ -229,6 +259,10 @@ for name, adapter in ADAPTERS.items():
 for name, mode in MODES.items():
     SCENARIOS[f"fp32 {name}"] = trains("qwen3_moe", mode, torch.float32)
 SCENARIOS["merges"] = merges(MODES["all_reduce"])
+for name, mode in MODES.items():
+    SCENARIOS[f"optimizer {name}"] = optimizer_of(mode)
+SCENARIOS["quantizing"] = refuses_to_quantize
+SCENARIOS["quantized"] = refuses_quantized_experts
 SCENARIOS["undivided"] = refuses_undivided_experts
 SCENARIOS["off the interface"] = refuses_off_the_interface
 for name, changes in REFUSED.items():

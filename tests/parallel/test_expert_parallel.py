@@ -116,3 +116,23 @@ def test_experts_that_are_not_divided_as_expected_are_refused(name, results):
     for outcome in results[name]:
         assert outcome.startswith("UnsupportedExperts: model.layers.")
         assert "has not divided" in outcome
+
+
+@pytest.mark.engine(
+    "Expert parallelism, all_reduce", "quantized experts", "refused: they are stored whole"
+)
+@pytest.mark.engine(
+    "Expert parallelism, all_to_all", "quantized experts", "refused: they are stored whole"
+)
+def test_quantized_experts_are_refused(results):
+    for outcome in results["quantized"]:
+        assert outcome.startswith("UnsupportedExperts: model.layers.1.mlp.experts: quantized")
+    for outcome in results["quantizing"]:
+        assert outcome.startswith("ValueError: model.layers.0.mlp.experts is divided among")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_of_a_process_falls_with_the_number_of_processes(mode, results):
+    for outcome in results[f"optimizer {mode}"]:
+        whole, held = outcome["bytes"]
+        assert held * 2 == whole
