@@ -442,6 +442,7 @@ def test_heatmap_shows_loads_relative_to_the_mean():
     drawn = torch.tensor(axes.images[0].get_array().filled(-1.0))
     assert drawn.tolist() == [[3.0, 1.0, 0.0, 0.0], [1.0, 1.0, -1.0, -1.0]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["3", "5"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
     assert plot_expert_load(load, axes) is figure
 
 
