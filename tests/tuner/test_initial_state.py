@@ -24,6 +24,7 @@ from helpers import (
 )
 
 FILE = "adapter_model.safetensors"
+KEY = "base_model.model.model.layers.1.mlp.experts.lora_B.down"
 EVERYWHERE = {
     "qwen3_moe": ["experts", "gate", "q_proj", "embed_tokens"],
     "gpt_oss": ["experts", "router", "q_proj", "embed_tokens"],
@@ -190,6 +191,20 @@ def test_an_initial_file_of_an_earlier_release_is_known_by_its_ranks(r, tmp_path
     with pytest.raises(ValueError, match="holds another adapter"):
         save()
     assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+    assert not (tmp_path / "delta" / FILE).exists()
+
+
+@pytest.mark.parametrize("change", [lambda B: {}, lambda B: {KEY: B[1:].clone()}], ids=["-", "<"])
+def test_an_initial_file_without_a_whole_tensor_is_refused(change, tmp_path):
+    _, _, model = trained(tmp_path / "start")
+    file = tmp_path / "start" / FILE
+    tensors = load_file(file)
+    B = tensors.pop(KEY)
+    save_file(tensors | change(B), file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"needs .*layers\.1\.mlp\.experts\.lora_B\.down of shape"):
+        model.save_pretrained(
+            tmp_path / "delta", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+        )
     assert not (tmp_path / "delta" / FILE).exists()
 
 
