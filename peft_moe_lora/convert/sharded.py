@@ -10,9 +10,10 @@ pickle; classes other than its own are refused there.
 """
 
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ def _open_deepspeed(folder: Path, adapter_name: str | None) -> ShardedTensors:
             f"{folder} is a checkpoint of DeepSpeed, which reads it, but DeepSpeed cannot be "
             f"imported ({shown(error)}): pip install deepspeed."
         ) from error
-    with _reported(folder):
+    # DeepSpeed prints what it does, but results alone go to stdout
+    with _reported(folder), redirect_stdout(sys.stderr):
         state = get_fp32_state_dict_from_zero_checkpoint(
             str(folder), exclude_frozen_parameters=True
         )

@@ -1,5 +1,6 @@
 """The checkpoint of a sharded training becomes the adapter that was trained, or an error."""
 
+import json
 import pickle
 import shutil
 import sys
@@ -124,6 +125,7 @@ def test_deepspeed_reads_its_own_checkpoints(trained, checkpoint, tmp_path, monk
 
     def read(folder, exclude_frozen_parameters):
         asked.append((folder, exclude_frozen_parameters))
+        print("Processing")
         return {
             name: parameter.data for name, parameter in adapter_parameters(trained.model).items()
         }
@@ -133,7 +135,8 @@ def test_deepspeed_reads_its_own_checkpoints(trained, checkpoint, tmp_path, monk
     modules[names[-1]].get_fp32_state_dict_from_zero_checkpoint = read
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    consolidate_checkpoint(checkpoint, tmp_path / "out")
+    done = command(checkpoint, tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["modules"] == 2
     assert asked == [(str(checkpoint), True)]
     trained.assert_is(tmp_path / "out")
 

@@ -91,6 +91,9 @@ def test_tensors_loaded_after_the_start_reach_the_optimizer(stage, results):
 @stages
 def test_a_checkpoint_of_deepspeed_goes_on_as_if_it_never_stopped(stage, results):
     assert_trained(results[f"resumes, stage {stage}"])
+    found, expected = results[f"resumes, stage {stage}"][0]["consolidated"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.engine("DeepSpeed ZeRO-2", "attach afterwards", "refused: after initialize")

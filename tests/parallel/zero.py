@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from helpers import adapter_parameters, moe_lora, tiny_model, token_ids
+from peft_moe_lora import consolidate_checkpoint
 
 STEPS = 3
+WEIGHTS = "adapter_model.safetensors"
 # a norm below that of the first gradients, so that they are clipped
 CLIPPED_TO = 0.5
 ROUTERS = {"gpt_oss": "router"}
@@ -198,15 +201,23 @@ def resumes(stage):
     """A checkpoint of DeepSpeed after two steps, loaded for the third."""
 
     def scenario(rank, folder):
-        engine = started(adapted(base("qwen3_moe", folder), "qwen3_moe"), settings(stage))
+        trained = adapted(base("qwen3_moe", folder), "qwen3_moe")
+        engine = started(trained, settings(stage))
         train(engine, rank, range(2))
         out = folder / f"checkpoint_{stage}"
         engine.save_checkpoint(out, exclude_frozen_parameters=True)
+        whole = folder / f"adapter_{stage}"
+        trained.save_pretrained(whole)
         expected = train(engine, rank, range(2, 3))
         model = adapted(base("qwen3_moe", folder), "qwen3_moe", randomize=False)
         again = started(model, settings(stage))
         again.load_checkpoint(out, load_module_strict=False)
-        return {"found": train(again, rank, range(2, 3)), "expected": expected}
+        results = {"found": train(again, rank, range(2, 3)), "expected": expected}
+        if rank == 0:
+            consolidated = folder / f"consolidated_{stage}"
+            consolidate_checkpoint(out, consolidated, config=whole)
+            results["consolidated"] = [load_file(path / WEIGHTS) for path in (consolidated, whole)]
+        return results
 
     return scenario
 
