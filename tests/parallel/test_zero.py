@@ -196,9 +196,17 @@ def test_every_family_trains_as_in_one_process(kind, family, long_results):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["some experts", "recompute", "materialize"])
+@pytest.mark.parametrize("name", ["some experts", "recompute", "materialize", "modules_to_save"])
 def test_every_setting_trains_as_in_one_process(name, long_results):
     assert_trained(long_results[f"{name}, loaded in parts"])
+
+
+@pytest.mark.engine("DeepSpeed ZeRO-2", "quantized experts", "exact")
+@pytest.mark.engine("DeepSpeed ZeRO-3", "quantized experts", "exact")
+@pytest.mark.long
+@stages
+def test_quantized_experts_train_as_in_one_process(stage, long_results):
+    assert_trained(long_results[f"quantized, stage {stage}"])
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from helpers import adapter_parameters, moe_lora, tiny_model, token_ids
-from peft_moe_lora import consolidate_checkpoint
+from peft_moe_lora import consolidate_checkpoint, quantize_experts
 
 STEPS = 3
 WEIGHTS = "adapter_model.safetensors"
@@ -61,11 +61,14 @@ def base(family, folder, partitioned=None, dtype=torch.float32):
     if partitioned is not None:
         kept = HfDeepSpeedConfig(partitioned)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    del kept
+    # PEFT asks for it when the model gets an adapter
+    model.kept = kept
     return model
 
 
-def adapted(model, family, checkpointing=False, **config):
+def adapted(model, family, checkpointing=False, quantized=False, **config):
+    if quantized:
+        quantize_experts(model)
     config.setdefault("target_modules", ["experts", ROUTERS.get(family, "gate"), "o_proj"])
     model = moe_lora(model, **config).train()
     if checkpointing:
@@ -135,7 +138,7 @@ def train_alone(model, steps=range(STEPS)):
         loss.backward()
         if first is None:
             first = {name: p.grad.clone() for name, p in parameters.items()}
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIPPED_TO))
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPED_TO))
         optimizer.step()
         losses.append(loss.detach())
     ends = {name: p.detach().clone() for name, p in parameters.items()}
@@ -163,12 +166,13 @@ def trains(family, stage, loaded_in_parts=False, **config):
         model = adapted(base(family, folder, partitioned), family, **config)
         engine = started(model, settings(stage))
         found = train(engine, rank)
-        out = folder / f"saved_{family}_{stage}_{loaded_in_parts}_{len(config)}"
+        out = folder / f"saved_{family}_{stage}_{loaded_in_parts}_{'_'.join(config)}"
         model.save_pretrained(out)
         dist.barrier()
-        loaded = PeftModel.from_pretrained(
-            base(family, folder, partitioned), out, is_trainable=True
-        )
+        whole = base(family, folder, partitioned)
+        if config.get("quantized"):
+            quantize_experts(whole)
+        loaded = PeftModel.from_pretrained(whole, out, is_trainable=True)
         if loaded_in_parts:
             # its parts are gathered by hooks, which this sets
             loaded = started(loaded, settings(stage))

@@ -8,8 +8,11 @@ SETTINGS = {
     "some experts": {"expert_indices": {"experts": [1, 4]}},
     "recompute": {"recompute": True},
     "materialize": {"backend": "materialize"},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
 }
 SCENARIOS = {"bf16, stage 2": trains_in_bf16(2)}
+for stage in (2, 3):
+    SCENARIOS[f"quantized, stage {stage}"] = trains("qwen3_moe", stage, quantized=True)
 for name, changes in SETTINGS.items():
     SCENARIOS[f"{name}, loaded in parts"] = trains("qwen3_moe", 3, True, **changes)
 for family in FAMILIES:
