@@ -1,4 +1,4 @@
-"""PEFT's linear LoRA layer in a model that transformers has divided among processes."""
+"""PEFT's linear LoRA layer in a model that is divided among processes."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,7 +14,18 @@ from .factor import replace_factors
 from .merging import check_may_unmerge
 
 
-class DividedLinear(lora.Linear):
+class ShardedLinear(lora.Linear):
+    """A linear layer's LoRA, where FSDP2 has sharded the weight over a mesh of any names.
+
+    PEFT takes a shard for the whole weight, unless the mesh is called "fsdp" or has no name.
+    """
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Linear), "only linear layers are wrapped"
+        return module.in_features, module.out_features
+
+
+class DividedLinear(ShardedLinear):
     """A linear layer's LoRA, of which every process holds A and B whole and uses its part.
 
     PEFT's own layer takes a part of the weight for a whole one: each process would train an A or a
@@ -28,10 +39,6 @@ class DividedLinear(lora.Linear):
         # read by `update_layer`, which the constructor calls
         self.factors = factors
         super().__init__(*args, **kwargs)
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, nn.Linear), "only linear layers are wrapped"
-        return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)

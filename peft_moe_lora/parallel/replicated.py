@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -43,7 +44,10 @@ def replicate(model: nn.Module, adapter_name: str, mesh: Any) -> None:
         model: the model with the adapter.
         adapter_name: the adapter.
         mesh: of the processes that train it, each on batches of its own.
+    Raises:
+        ValueError: if PEFT has taken a shard of a linear layer for the whole.
     """
+    _check_features(model)
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     placements = [Replicate()] * mesh.ndim
@@ -62,6 +66,21 @@ def replicate(model: nn.Module, adapter_name: str, mesh: Any) -> None:
         if slots and _enter not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_enter)
             layer.register_forward_hook(_leave, always_call=True)
+
+
+def _check_features(model: nn.Module) -> None:
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear):
+            continue
+        if (layer.in_features, layer.out_features) != (base.in_features, base.out_features):
+            raise ValueError(
+                f"PEFT takes a shard of {path} for the whole layer, because FSDP2 has sharded it "
+                "over a mesh with names; call fully_shard without a mesh, or add the adapter first "
+                "and then shard the model with fully_shard."
+            )
 
 
 def _adapted(model: nn.Module) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ from ..experts.layout import is_experts
 from ..experts.routers import is_router
 from ..layers.checked import still_unchecked
 from ..layers.layer import MoELoraLayer
-from ..layers.linear import DividedLinear
+from ..layers.linear import DividedLinear, ShardedLinear
 from ..layers.merging import check_shards_are_unmerged
 from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
@@ -148,12 +148,12 @@ class MoELoraModel(LoraModel):
                 f"modules_to_save=[{target_name!r}], or take it out of target_modules."
             )
         layer: nn.Module
+        # PEFT annotates an int, but accepts any number
+        lora_alpha: Any = alpha
         if is_experts(target):
             share = divided.share_of(self.model, target)
             layer = MoELoraLayer(target, adapter_name, config, r, alpha, chosen, share)
         elif is_router(target, parent):
-            # PEFT annotates an int, but accepts any number
-            lora_alpha: Any = alpha
             layer = MoELoraRouter(
                 target,
                 adapter_name,
@@ -171,6 +171,8 @@ class MoELoraModel(LoraModel):
                 lora_alpha=alpha,
                 factors=divided.factors_of(self.model, target),
             )
+        elif type(target) is nn.Linear and sharding.is_sharded(target.weight):
+            layer = ShardedLinear(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
         else:
             super()._create_and_replace(
                 config,

@@ -212,6 +212,10 @@ def hsdp(copies, shards):
     return sharded
 
 
+def over_named_mesh(model):
+    return shard(model, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("data",)))
+
+
 def offloaded(model):
     return shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
@@ -249,6 +253,7 @@ def refuses(when, **options):
 
 OTHER = {
     "copies": {"shards": hsdp(2, 1)},
+    "named mesh": {"shards": over_named_mesh},
     "offloaded": {"shards": offloaded},
     "quantized": {"built": quantized},
     "saved whole": BESIDE["saved whole"],
