@@ -156,15 +156,27 @@ def merges(mode):
         state = get_peft_model_state_dict(alone)
         set_peft_model_state_dict(divided, {key: value.clone() for key, value in state.items()})
         ids = token_ids()
+        out = folder / f"of_one_process_{'_'.join(map(str, mode.values()))}"
+        if rank == 0:
+            alone.save_pretrained(out)
+        dist.barrier()
+        loaded = base("qwen3_moe", folder, torch.float32, **mode)
+        loaded = PeftModel.from_pretrained(loaded, out).eval()
         with torch.no_grad():
             wanted = alone(input_ids=ids, use_cache=False).logits
-            divided.merge_adapter()
+            from_file = whole(loaded(input_ids=ids, use_cache=False).logits)
+            divided.merge_adapter(safe_merge=True)
             merged = whole(divided(input_ids=ids, use_cache=False).logits)
             with alone.disable_adapter():
                 unadapted = alone(input_ids=ids, use_cache=False).logits
+            divided.unmerge_adapter()
             with divided.disable_adapter():
                 unmerged = whole(divided(input_ids=ids, use_cache=False).logits)
-        return {"merged": (merged, wanted), "unmerged": (unmerged, unadapted)}
+        return {
+            "loaded": (from_file, wanted),
+            "merged": (merged, wanted),
+            "unmerged": (unmerged, unadapted),
+        }
 
     return scenario
 
@@ -258,7 +270,8 @@ for name, adapter in ADAPTERS.items():
         SCENARIOS[f"qwen3_moe {mode_name}, {name}"] = trains("qwen3_moe", mode, **adapter)
 for name, mode in MODES.items():
     SCENARIOS[f"fp32 {name}"] = trains("qwen3_moe", mode, torch.float32)
-SCENARIOS["merges"] = merges(MODES["all_reduce"])
+for name, mode in MODES.items():
+    SCENARIOS[f"merges {name}"] = merges(mode)
 for name, mode in MODES.items():
     SCENARIOS[f"optimizer {name}"] = optimizer_of(mode)
 SCENARIOS["quantizing"] = refuses_to_quantize

@@ -1,6 +1,6 @@
 """What each of four processes of test_expert_parallel.py runs: copies of experts, tp and fsdp."""
 
-from parallel.expert_parallel import ADAPTERS, trains
+from parallel.expert_parallel import ADAPTERS, merges, trains
 
 MODES_OF_FOUR = {
     "two copies of each expert": {"fsdp_size": 4, "ep_size": 2},
@@ -14,3 +14,5 @@ SCENARIOS = {
     for adapter, changes in ADAPTERS.items()
     if adapter != "recompute"
 }
+for name, mode in MODES_OF_FOUR.items():
+    SCENARIOS[f"merges {name}"] = merges(mode)

@@ -12,6 +12,7 @@ if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
     pytest.skip("this release of transformers has no ep_size", allow_module_level=True)
 
 from parallel.expert_parallel import ADAPTERS, MODES, NUMBER_OF_EXPERTS, REFUSED, R
+from parallel.expert_parallel_of_four import MODES_OF_FOUR
 from parallel.expert_parallel_of_four import SCENARIOS as SCENARIOS_OF_FOUR
 
 TOLERANCE = 1e-9
@@ -43,11 +44,24 @@ def test_losses_gradients_norms_and_weights_are_those_of_one_process(name, resul
 @pytest.mark.engine("Expert parallelism over FSDP2", "train", "exact")
 @pytest.mark.engine("Expert parallelism over FSDP2", "save", "exact")
 @pytest.mark.long
-@pytest.mark.parametrize("name", SCENARIOS_OF_FOUR)
+@pytest.mark.parametrize("name", [n for n in SCENARIOS_OF_FOUR if not n.startswith("merges")])
 def test_four_processes_train_as_one(name, results_of_four):
     assert_trained(results_of_four[name])
     for outcome in results_of_four[name]:
         assert_close(*outcome["loaded"], TOLERANCE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", MODES_OF_FOUR)
+def test_four_processes_load_and_merge(mode, results_of_four):
+    assert_as_in_one_process(results_of_four[f"merges {mode}"])
+
+
+def assert_as_in_one_process(outcomes):
+    for outcome in outcomes:
+        assert isinstance(outcome, dict), outcome
+        for what, pair in outcome.items():
+            assert_close(*pair, FP32_TOLERANCE, what)
 
 
 def assert_trained(outcomes):
@@ -95,12 +109,15 @@ def test_a_process_holds_the_ranks_of_its_own_experts(mode, results):
         assert outcome["held"] == (4 * R, 4 * R)
 
 
+@pytest.mark.engine("Expert parallelism, all_reduce", "load", "exact")
+@pytest.mark.engine("Expert parallelism, all_to_all", "load", "exact")
+@pytest.mark.engine("Expert parallelism over FSDP2", "load", "exact")
 @pytest.mark.engine("Expert parallelism, all_reduce", "merge, unmerge", "exact")
-def test_merging_writes_into_every_processs_experts(results):
-    for outcome in results["merges"]:
-        assert isinstance(outcome, dict), outcome
-        for what, pair in outcome.items():
-            assert_close(*pair, FP32_TOLERANCE, what)
+@pytest.mark.engine("Expert parallelism, all_to_all", "merge, unmerge", "exact")
+@pytest.mark.engine("Expert parallelism over FSDP2", "merge, unmerge", "exact")
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_loads_and_merges_into_every_processs_experts(mode, results):
+    assert_as_in_one_process(results[f"merges {mode}"])
 
 
 @pytest.mark.parametrize("name", REFUSED)
