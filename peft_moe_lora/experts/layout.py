@@ -98,6 +98,15 @@ class ExpertsLayout:
         """Whether the first projection is stored as [E, K, N]."""
         return self.first.transposed
 
+    @property
+    def projection_of(self) -> dict[str, str]:
+        """Name of each parameter that holds weights -> its projection."""
+        return {
+            weight: name
+            for name, projection in self.projections.items()
+            for weight in projection.weights
+        }
+
     def projection(self, name: str) -> ProjectionLayout:
         return self.projections[name]
 
