@@ -10,6 +10,7 @@ from .convert.inspect import inspect_adapter
 from .convert.load import load_peft_adapter
 from .convert.merge import merge_adapter
 from .convert.verify import verify_adapter
+from .interop.apply import apply_to_peft
 from .quant.in_place import dequantize_experts, quantize_experts
 from .quant.loading import load_quantized
 from .registration import register
@@ -24,6 +25,7 @@ __all__ = [
     "ExpertLoadCallback",
     "MoELoraConfig",
     "MoELoraModel",
+    "apply_to_peft",
     "consolidate_checkpoint",
     "convert_adapter",
     "dequantize_experts",

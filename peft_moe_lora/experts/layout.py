@@ -110,6 +110,17 @@ class ExpertsLayout:
     def projection(self, name: str) -> ProjectionLayout:
         return self.projections[name]
 
+    def projection_storing(self, parameter: str) -> str | None:
+        """The name of the projection that a parameter belongs to; None if it belongs to none.
+
+        Args:
+            parameter: name of a parameter of the experts module, as "gate_up_proj".
+        """
+        for name, projection in self.projections.items():
+            if parameter in projection.weights:
+                return name
+        return None
+
     def targeted(self, target_projections: list[str]) -> list[str]:
         """The projections that get an adapter.
 

@@ -8,7 +8,7 @@ that, `check_contract` compares both outputs on the first tokens.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +29,20 @@ _CONTRACT_TOLERANCE = 0.05
 _CONTRACT_TOKENS = 4
 
 
+class ComputesExperts(Protocol):
+    """What computes the output of an experts module, with its adapters."""
+
+    def is_at_work(self) -> bool: ...
+
+    def compute(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor: ...
+
+
 class AdaptedExpertsConfig:
     """A view of a model's config, for one adapted experts module.
 
@@ -38,13 +52,13 @@ class AdaptedExpertsConfig:
 
     Args:
         config: the shared config; all other attributes are read from it and written to it.
-        layer: the layer that adapts the module.
+        layer: the layer that adapts the module, or what computes one call in its place.
     """
 
     _shared: Any
-    _layer: "MoELoraLayer"
+    _layer: ComputesExperts
 
-    def __init__(self, config: Any, layer: "MoELoraLayer") -> None:
+    def __init__(self, config: Any, layer: ComputesExperts) -> None:
         object.__setattr__(self, "_shared", config)
         object.__setattr__(self, "_layer", layer)
 
@@ -110,7 +124,7 @@ def moe_lora_experts_forward(
     """The experts implementation that is registered with transformers.
 
     Args:
-        module: the base module of a `MoELoraLayer`.
+        module: an experts module whose config is an `AdaptedExpertsConfig`.
         hidden_states: [T, H] float.
         top_k_index: [T, top_k] integer expert ids; ids outside 0..E-1 are skipped.
         top_k_weights: [T, top_k] float.

@@ -121,6 +121,7 @@ NEAREST = {
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
     ),
+    "interop": ("interop",),
     "ops": (
         "functional/test_functional.py",
         "functional/test_composed.py",

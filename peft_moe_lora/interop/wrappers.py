@@ -1,0 +1,323 @@
+"""One call of experts whose parameters PEFT's `ParamWrapper`s adapt: W[e] + scaling * B[e] A[e].
+
+PEFT wraps an experts module once for each targeted parameter, so the wrappers are nested. PEFT's
+own forward writes W + scaling * B A for all experts. `read_call` collects A and B of all wrappers
+instead, and `ExpertsCall.run` computes the module with them.
+
+Legend:
+    E experts; r rank of one update; K in- and N out-features of a projection
+    lora_A: [r*E, K] in PEFT as here, expert-major: rows e*r up to (e + 1)*r are A[e].
+    lora_B: [N, r*E]; in PEFT rank-major: column j*E + e is column j of B[e].
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..experts.activation import own_activation
+from ..experts.decoding import parametrizations
+from ..experts.layout import ExpertsLayout, is_experts, read_layout
+from ..experts.stored import UnsupportedExperts, shape_of
+from ..functional import Projection, experts
+from ..layers.dispatch import AdaptedExpertsConfig, shared_config
+from ..ops import QuantizedWeight
+
+# experts module -> its layout, which takes too long to read in each call
+_layouts: WeakKeyDictionary[nn.Module, ExpertsLayout] = WeakKeyDictionary()
+
+
+class LeftToPeft(Exception):
+    """PEFT's own code has to compute a call.
+
+    Args:
+        reason: why, for the log.
+        level: level of the log line; `logging.NOTSET` for none.
+    """
+
+    def __init__(self, reason: str, level: int = logging.WARNING) -> None:
+        super().__init__(reason)
+        self.level = level
+
+
+@dataclass
+class ExpertsCall:
+    """One call of an experts module with the active adapters of its wrappers.
+
+    Attributes:
+        module: the experts module.
+        layout: layout of the module.
+        projections: name -> the projection with its A and B.
+        computed: whether the module's forward has asked for the output.
+    """
+
+    module: nn.Module
+    layout: ExpertsLayout
+    projections: Mapping[str, Projection]
+    computed: bool = False
+
+    def run(self, *rows: torch.Tensor) -> torch.Tensor:
+        """Call the module, so that its hooks run too; its forward calls `compute`.
+
+        Args:
+            rows: hidden_states [T, H], top_k_index [T, top_k] and top_k_weights [T, top_k].
+        Returns: [T, H], dtype of hidden_states.
+        Raises:
+            LeftToPeft: if the module computed its output without `compute`.
+        """
+        # nn.Module annotates every attribute as a tensor or a module
+        module: Any = self.module
+        config = shared_config(module, self.layout)
+        module.config = AdaptedExpertsConfig(config, self)
+        try:
+            out = module(*rows)
+        finally:
+            module.config = config
+        if not self.computed:
+            raise LeftToPeft(
+                f"{type(module).__name__}.forward was replaced, and no longer looks up an experts "
+                "implementation"
+            )
+        return out
+
+    def is_at_work(self) -> bool:
+        return True
+
+    def compute(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `MoELoraLayer.compute`."""
+        self.computed = True
+        post_norm = None
+        if getattr(module, "has_post_expert_norm", False):
+            post_norm = cast(nn.Module, module.post_expert_norm)
+        return experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.projections["gate_up"],
+            self.projections["down"],
+            self.layout.activation or own_activation(module, self.layout.gated),
+            post_norm=post_norm,
+        )
+
+
+def read_call(wrapper: ParamWrapper, *rows: Any, **others: Any) -> ExpertsCall:
+    """The call that the outermost wrapper of a module was given.
+
+    Args:
+        wrapper: the outermost wrapper.
+        rows: positional arguments of the call.
+        others: its keyword arguments.
+    Raises:
+        LeftToPeft: if PEFT's own code has to compute it.
+    """
+    wrappers, module = _nested(wrapper)
+    _check_is_whole(module)
+    _check_at_work(wrappers)
+    try:
+        layout = _layout_of(module)
+        _check_rows(module, rows, others)
+        return _call_of(wrappers, module, layout, rows[0])
+    except UnsupportedExperts as error:
+        raise LeftToPeft(str(error)) from error
+
+
+def _call_of(
+    wrappers: list[ParamWrapper], module: nn.Module, layout: ExpertsLayout, x: torch.Tensor
+) -> ExpertsCall:
+    projections = {}
+    for name in layout.projections:
+        projections[name] = _base(module, layout, name, x)
+    for wrapper in wrappers:
+        stored = layout.projection_storing(wrapper.parameter_name)
+        if stored is None:
+            raise LeftToPeft(
+                f"{wrapper.parameter_name} of {type(module).__name__} is no projection's weight"
+            )
+        projections[stored] = _adapted(projections[stored], wrapper, layout, stored)
+    if all(projection.lora_A is None for projection in projections.values()):
+        raise LeftToPeft("no adapter of these experts is active", logging.INFO)
+    return ExpertsCall(module, layout, projections)
+
+
+def rank_to_expert_major(lora_B: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """PEFT's B in the order of this package; gradients return the same way.
+
+    Args:
+        lora_B: [N, r*E], rank-major: column j*E + e is column j of B[e].
+        num_experts: E.
+    Returns: [N, E, r], so that column e*r + j of the flattened tensor is column j of B[e].
+    """
+    return lora_B.reshape(lora_B.shape[0], -1, num_experts).transpose(1, 2)
+
+
+def _nested(wrapper: ParamWrapper) -> tuple[list[ParamWrapper], nn.Module]:
+    """A wrapper and those in it, and the module that they wrap."""
+    wrappers = []
+    inner: nn.Module = wrapper
+    while isinstance(inner, ParamWrapper):
+        wrappers.append(inner)
+        inner = inner.base_layer
+    if inner is not wrapper.get_base_layer():
+        raise LeftToPeft(f"the experts have another adapter too, in a {type(inner).__name__}")
+    if not is_experts(inner):
+        raise LeftToPeft(
+            f"{wrapper.parameter_name} of {type(inner).__name__} is no weight of experts",
+            logging.INFO,
+        )
+    return wrappers, inner
+
+
+def _check_is_whole(module: nn.Module) -> None:
+    """Raise if PEFT's own code has added an update to a weight of the module.
+
+    It does so while it computes a call, and then the wrapper outside has logged the reason.
+    """
+    if not parametrize.is_parametrized(module):
+        return
+    for name in cast(nn.ModuleDict, module.parametrizations):
+        first, *others = parametrizations(module, name)
+        if _is_of_peft(first):
+            raise LeftToPeft("the wrapper outside is left to PEFT", logging.NOTSET)
+        if any(_is_of_peft(other) for other in others):
+            # peft 0.21; drop when PEFT removes its _LoraFactorsProxy from quantized weights
+            raise LeftToPeft(
+                f"PEFT has computed {type(module).__name__} before, and left its update in the "
+                f"quantized {name}, where it counts again in every call: load the model again, and "
+                "call apply_to_peft() before the first forward"
+            )
+
+
+def _is_of_peft(parametrization: nn.Module) -> bool:
+    return type(parametrization).__module__ == ParamWrapper.__module__
+
+
+def _check_at_work(wrappers: list[ParamWrapper]) -> None:
+    if any(wrapper.disable_adapters for wrapper in wrappers):
+        raise LeftToPeft("the adapters are disabled", logging.INFO)
+    if any(wrapper.merged for wrapper in wrappers):
+        raise LeftToPeft("the adapters are merged", logging.INFO)
+
+
+def _layout_of(module: nn.Module) -> ExpertsLayout:
+    layout = _layouts.get(module)
+    if layout is None:
+        layout = read_layout(module)
+        _layouts[module] = layout
+    if not layout.decorated:
+        raise LeftToPeft(f"{type(module).__name__} is not on transformers' experts interface")
+    if layout.num_experts == 1:
+        raise LeftToPeft("there is a single expert, which PEFT adapts as a linear layer")
+    return layout
+
+
+def _check_rows(module: nn.Module, rows: tuple[Any, ...], others: Mapping[str, Any]) -> None:
+    """Raise unless a call has the three positional tensors of transformers' experts interface."""
+    is_usual = len(rows) == 3 and not others and all(isinstance(t, torch.Tensor) for t in rows)
+    if not is_usual or rows[0].ndim != 2:
+        raise LeftToPeft(
+            f"{type(module).__name__} was not called as "
+            "experts(hidden_states [T, H], top_k_index, top_k_weights)"
+        )
+
+
+def _base(module: nn.Module, layout: ExpertsLayout, name: str, x: torch.Tensor) -> Projection:
+    """A projection without an adapter, if its weight is one that PEFT adds its update to."""
+    weight = layout.weight(module, name)
+    bias = layout.bias(module, name)
+    parameter = layout.projection(name).weight
+    where = f"{type(module).__name__}.{parameter}"
+    if isinstance(weight, QuantizedWeight):
+        if not parametrize.is_parametrized(module, parameter):
+            raise LeftToPeft(f"{where} holds {weight.format} codes, to which PEFT adds its update")
+    elif type(weight) not in (torch.Tensor, nn.Parameter):
+        raise LeftToPeft(f"{where} is a {type(weight).__name__}")
+    if weight.device != x.device:
+        raise LeftToPeft(f"{where} is on {weight.device}, its input on {x.device}")
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise LeftToPeft(f"{where} is {weight.dtype}, its input {x.dtype}")
+    expected = layout.projection(name)
+    size = (layout.num_experts, expected.out_features, expected.in_features)
+    if shape_of(weight) != size or tuple(weight.shape) != size:
+        raise LeftToPeft(f"{where} is divided among processes")
+    trained = [t for t in (weight, bias) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if trained and torch.is_grad_enabled():
+        raise LeftToPeft(f"{where} or its bias is trained itself")
+    return Projection(weight, bias)
+
+
+def _adapted(
+    base: Projection, wrapper: ParamWrapper, layout: ExpertsLayout, name: str
+) -> Projection:
+    """A projection with the active adapters of its wrapper.
+
+    Several adapters are concatenated along their ranks: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+    """
+    active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
+    if not active:
+        return base
+    E = layout.num_experts
+    As = []
+    Bs = []
+    for adapter in active:
+        A, B = _pair(wrapper, adapter, layout, name, base.weight.device)
+        # [r*E, K] -> [E, r, K]
+        As.append(A.reshape(E, -1, A.shape[1]))
+        # [N, E, r]
+        Bs.append(rank_to_expert_major(B, E))
+    scalings = [float(wrapper.scaling[adapter]) for adapter in active]
+    if len(active) == 1:
+        return replace(
+            base, lora_A=As[0].flatten(0, 1), lora_B=Bs[0].flatten(1), scaling=scalings[0]
+        )
+    scaled = [scaling * B for scaling, B in zip(scalings, Bs, strict=True)]
+    return replace(
+        base,
+        lora_A=torch.cat(As, dim=1).flatten(0, 1),
+        lora_B=torch.cat(scaled, dim=2).flatten(1),
+    )
+
+
+def _pair(
+    wrapper: ParamWrapper, adapter: str, layout: ExpertsLayout, name: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r*E, K] and B [N, r*E], rank-major, if the adapter is plain LoRA of the projection."""
+    projection = layout.projection(name)
+    B_layer = cast(nn.Linear, wrapper.lora_B[adapter])
+    A = cast(nn.Linear, wrapper.lora_A[adapter]).weight
+    B = B_layer.weight
+    is_plain = (
+        adapter not in wrapper.lora_variant
+        and B_layer.bias is None
+        and isinstance(wrapper.lora_dropout[adapter], nn.Identity)
+    )
+    if not is_plain:
+        raise LeftToPeft(f"adapter {adapter!r} is more than B A: it has a variant, bias or dropout")
+    # releases of PEFT without this attribute exchange the sides of a weight [E, N, K]
+    swapped = getattr(wrapper, "_did_swap_in_out_features", None)
+    ranks = wrapper.r[adapter] * layout.num_experts
+    expected = ((ranks, projection.in_features), (projection.out_features, ranks))
+    if swapped != (not projection.transposed) or (A.shape, B.shape) != expected:
+        raise LeftToPeft(
+            f"A {list(A.shape)} and B {list(B.shape)} of {wrapper.parameter_name} are not those of "
+            f"{layout.num_experts} experts with K={projection.in_features} and "
+            f"N={projection.out_features}"
+        )
+    for side, tensor in (("A", A), ("B", B)):
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:
+            raise LeftToPeft(
+                f"{side} of {wrapper.parameter_name} is a {type(tensor).__name__} on "
+                f"{tensor.device}, the experts are on {device}"
+            )
+    return A, B
