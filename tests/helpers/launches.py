@@ -19,13 +19,20 @@ HOPPER = ((9, 0), 132)
 class Driver:
     """A Triton driver that has one stream."""
 
-    active = type("", (), {"get_current_stream": staticmethod(lambda device: 0)})
+    active = type(
+        "",
+        (),
+        {
+            "get_current_stream": staticmethod(lambda device: 0),
+            "launcher_cls": staticmethod(lambda src, metadata: None),
+        },
+    )
 
 
 class Compiled:
     """What a launch compiles: it does not run, and notes its arguments."""
 
-    function = packed_metadata = None
+    function = packed_metadata = src = metadata = None
 
     def __init__(self, name, launches):
         self.name = name

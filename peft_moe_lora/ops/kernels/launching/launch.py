@@ -28,6 +28,11 @@ Rest = Callable[[], tuple[tuple, dict[str, Any]]]
 
 # {(key, device): (compiled kernel, its run method, the arguments after `sizes`)}
 _plans: dict[tuple[tuple, int], tuple[CompiledKernel, Callable, tuple]] = {}
+# held while a thread loads the C function that passes the arguments to a kernel. Triton loads each
+# as a Python module, all of one name. When CPython loads such a file for a second time, it writes
+# the functions into the module of that name which was loaded last. If threads load at once, one may
+# get the function of another's kernel: the launch fails, or passes the arguments in a wrong order
+_loading = threading.RLock()
 # state of each thread. `current`: the recording of the thread's launches, or None. `ahead`: {key:
 # launch}, the launches whose kernels `compile_ahead` will compile, or None outside of it. `bound`:
 # whether the thread has a CUDA context
@@ -89,7 +94,8 @@ def launch(
         recording.fail("launches a kernel by Triton's own launcher")
     fixed, constants = rest()
     operands = (*descriptors, *tensors, *sizes, *fixed)
-    compiled = kernel[grid](*operands, **constants)
+    with _loading:
+        compiled = kernel[grid](*operands, **constants)
     # in the interpreter nothing is compiled, and `compiled` is None
     if compiled is not None and aligned:
         constexprs = [constants[name] for name in kernel.arg_names[len(operands) :]]
@@ -135,22 +141,30 @@ def compile_ahead(function: Callable, *arguments: Any) -> None:
 def _compile_at_once(launches: list[tuple], device: int) -> None:
     """Compile and load the kernel of each (kernel, grid, operands, rest)."""
 
-    def load(kernel: Any) -> None:
+    def build(kernel: Any) -> CompiledKernel | None:
         compiled = kernel
         if hasattr(kernel, "result"):
             compiled = kernel.result(ignore_errors=True)
         if compiled is not None:
-            # reading `run` compiles the C function that passes the arguments to the kernel
+            # compiles the C function into Triton's cache; what is loaded here may be a function of
+            # another kernel, and is dropped
             with torch.cuda.device(device):
-                _ = compiled.run
+                driver.active.launcher_cls(compiled.src, compiled.metadata)
+        return compiled
 
-    with ThreadPoolExecutor() as pool:
-        with triton.AsyncCompileMode(pool, ignore_errors=True):
-            kernels = []
-            for kernel, grid, operands, rest in launches:
-                fixed, constants = rest()
-                kernels.append(kernel.warmup(*operands, *fixed, grid=grid, **constants))
-        list(pool.map(load, kernels))
+    with _loading:
+        with ThreadPoolExecutor() as pool:
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
+                kernels = []
+                for kernel, grid, operands, rest in launches:
+                    fixed, constants = rest()
+                    kernels.append(kernel.warmup(*operands, *fixed, grid=grid, **constants))
+            built = list(pool.map(build, kernels))
+        # one after the other, from the cache
+        with torch.cuda.device(device):
+            for compiled in built:
+                if compiled is not None:
+                    _ = compiled.run
 
 
 def forget() -> None:
