@@ -1,10 +1,9 @@
 """MoELoraConfig: the user's settings, checked before any model is changed."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field, fields
-from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
+from .experts.families import STACKS_OF
 from .experts.layout import PROJECTIONS, ExpertsLayout
 from .files.adapter_file import (
     CHOSEN_EXPERTS_VERSION,
@@ -29,14 +29,15 @@ from .files.config_fields import (
     HIGHEST_RANK,
     LOWEST_ALPHA,
     check_fields,
-    check_pattern,
+    checked_indices,
     is_alpha,
     is_rank,
 )
 from .files.patterns import value_of
+from .files.peft_words import names_all_linear, said_in_peft, taken_from
 from .files.scaling import scaling_of
 from .files.tensor_file import read_json
-from .files.text import quoted
+from .files.text import nearest, quoted
 from .files.writing import written_files
 from .functional import BACKENDS
 
@@ -47,7 +48,6 @@ MATERIALIZE = "materialize"
 _NOT_ON_EXPERTS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias on B",
-    "target_parameters": "targeting parameters; name the experts modules in target_modules instead",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow routing",
@@ -86,7 +86,11 @@ class MoELoraConfig(LoraConfig):
     Args:
         r: rank of each expert's update, at least 1.
         target_modules: names of experts modules and of ordinary layers; None for every experts
-            module of the model.
+            module of the model, or for no module if target_parameters is given. "all-linear", also
+            in a list, is every linear layer but the head, and every experts module unless
+            target_parameters is given.
+        target_parameters: parameters of experts ("experts.down_proj"), as in PEFT. When the adapter
+            is added to a model, they become target_modules and target_projections.
         expert_indices: which experts get an adapter, as a dict from experts modules to lists of ids
             0..E-1; None for every expert. A key is the path of a module, the end of a path or a
             regular expression, as in rank_pattern; the first key that matches a module is used. A
@@ -149,6 +153,7 @@ class MoELoraConfig(LoraConfig):
         self.target_projections = list(self.target_projections)
         self._check_numbers()
         self._check_projections(self.target_projections)
+        self._check_words(self.target_projections)
         self._check_backend()
         self._check_file_format()
         if self.expert_indices is not None:
@@ -207,8 +212,26 @@ class MoELoraConfig(LoraConfig):
         if not (names and known and once):
             raise ValueError(
                 f"target_projections must name one or more of {PROJECTIONS}, each at most once; "
-                f"got {quoted(names)}."
+                f"got {quoted(names)}.{_nearest_projection(names)}"
             )
+
+    def _check_words(self, projections: list[str]) -> None:
+        """Check that PEFT's words do not contradict the fields beside them."""
+        if self.target_parameters and set(projections) != set(PROJECTIONS):
+            raise ValueError(
+                f"target_projections={quoted(projections)}: target_parameters names the "
+                "projections already; leave one of the two unset."
+            )
+        for name, is_given in {
+            "target_parameters": self.target_parameters,
+            "target_modules": names_all_linear(self.target_modules),
+        }.items():
+            if is_given and self.layers_to_transform not in (None, []):
+                raise ValueError(
+                    f"layers_to_transform={quoted(self.layers_to_transform)}: it does not choose "
+                    f"layers of {name}={quoted(getattr(self, name))}; name the layers in {name} "
+                    '("layers.0.mlp.experts..."), and leave layers_to_transform unset.'
+                )
 
     def _check_backend(self) -> None:
         backends = (*BACKENDS, MATERIALIZE)
@@ -304,6 +327,33 @@ class MoELoraConfig(LoraConfig):
         )
 
     @classmethod
+    def from_lora_config(cls, config: LoraConfig, **changes: Any) -> "MoELoraConfig":
+        """The configuration of per-expert LoRA that means what a LoraConfig means.
+
+        "all-linear" without target_parameters also means the experts, which PEFT leaves out.
+
+        Args:
+            config: a configuration of PEFT's LoRA; it is left unchanged.
+            changes: fields that get another value, or that a LoraConfig does not have.
+        Raises:
+            ValueError: if experts do not support a field, or if the meaning of a field is not
+                known. The message names the field.
+        """
+        return cls(**{**taken_from(config), **changes})
+
+    def to_lora_config(self) -> LoraConfig:
+        """The LoraConfig by which PEFT adapts the same layers, experts by their parameters.
+
+        `backend` and `recompute` are left out: they say how the experts run, not what is trained.
+
+        Raises:
+            ValueError: if a LoraConfig cannot say what a field says. The message names the field.
+        """
+        projections = self.target_projections or list(PROJECTIONS)
+        parameters = [name for projection in projections for name in STACKS_OF[projection]]
+        return LoraConfig(**said_in_peft(self, parameters))
+
+    @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read adapter_config.json; called by PEFT's `from_pretrained`.
 
@@ -371,49 +421,8 @@ class MoELoraConfig(LoraConfig):
         path.write_text(json.dumps(content, indent=2))
 
 
-def checked_indices(indices: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
-    """expert_indices with ascending lists of plain integers.
-
-    Raises:
-        ValueError: if it is not a dict from patterns to lists of ids, if a list repeats an id, or
-            if no expert is chosen at all.
-    """
-    if not isinstance(indices, Mapping):
-        raise ValueError(
-            "expert_indices must be a dict from layer patterns to lists of expert ids, got "
-            f"{quoted(indices)}."
-        )
-    checked = {}
-    for pattern, experts in indices.items():
-        check_pattern("expert_indices", pattern)
-        checked[pattern] = _checked_ids(pattern, experts)
-    if not any(checked.values()):
-        raise ValueError(
-            f"expert_indices={quoted(indices)} chooses no expert; leave it unset for every expert."
-        )
-    return checked
-
-
-def _checked_ids(pattern: str, experts: Iterable[int]) -> list[int]:
-    given: list[int] = []
-    is_list = isinstance(experts, Iterable) and not isinstance(experts, str)
-    if is_list:
-        given = list(experts)
-    if not is_list or not all(_is_integer(expert) for expert in given):
-        raise ValueError(
-            f"expert_indices[{quoted(pattern)}] must be a list of expert ids, got "
-            f"{quoted(experts)}."
-        )
-    ids = sorted(index(expert) for expert in given)
-    repeated = len(set(ids)) < len(ids)
-    if repeated or any(expert < 0 for expert in ids):
-        raise ValueError(
-            f"expert_indices[{quoted(pattern)}] must name experts from 0 up, each once, got "
-            f"{quoted(experts)}."
-        )
-    return ids
-
-
-def _is_integer(value: object) -> bool:
-    """Whether the value is an integer of Python or numpy, or a tensor that holds one integer."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+def _nearest_projection(names: Iterable[str]) -> str:
+    unknown = [name for name in names if name not in PROJECTIONS]
+    if not unknown:
+        return ""
+    return nearest(unknown[0], PROJECTIONS)

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import checked_indices
 from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME, Trained, check_trained
 from ..files.config_fields import (
     HIGHEST_ALPHA,
     HIGHEST_RANK,
     LOWEST_ALPHA,
     check_fields,
+    checked_indices,
     is_alpha,
     is_rank,
 )

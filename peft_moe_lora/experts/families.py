@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Names of the parameters that hold one matrix for each expert; `layout` and the loader of quantized
 # models look for them. An experts module has `gate_up_proj` if it is gated, else `up_proj`.
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
+# Projection -> the names that its parameter has in one family or the other.
+STACKS_OF = {"gate_up": ("gate_up_proj", "up_proj"), "down": ("down_proj",)}
 
 # Class of an experts module that cannot be adapted yet -> the reason, for the error of `layout`.
 # fmt: off

@@ -5,7 +5,8 @@ adapter's kind are checked where they are used.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import index
 from typing import Any, TypeGuard
 
 from .expressions import check_expression
@@ -58,6 +59,54 @@ def check_pattern(name: str, pattern: str) -> None:
     check_expression(name, pattern)
     # PEFT matches a key behind any prefix, where flags such as (?i) are not allowed
     check_expression(name, pattern, r"(.*\.)?({})$")
+
+
+def checked_indices(indices: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
+    """expert_indices with ascending lists of plain integers.
+
+    Raises:
+        ValueError: if it is not a dict from patterns to lists of ids, if a list repeats an id, or
+            if no expert is chosen at all.
+    """
+    if not isinstance(indices, Mapping):
+        raise ValueError(
+            "expert_indices must be a dict from layer patterns to lists of expert ids, got "
+            f"{quoted(indices)}."
+        )
+    checked = {}
+    for pattern, experts in indices.items():
+        check_pattern("expert_indices", pattern)
+        checked[pattern] = _checked_ids(pattern, experts)
+    if not any(checked.values()):
+        raise ValueError(
+            f"expert_indices={quoted(indices)} chooses no expert; leave it unset for every expert."
+        )
+    return checked
+
+
+def _checked_ids(pattern: str, experts: Iterable[int]) -> list[int]:
+    given: list[int] = []
+    is_list = isinstance(experts, Iterable) and not isinstance(experts, str)
+    if is_list:
+        given = list(experts)
+    if not is_list or not all(_is_index(expert) for expert in given):
+        raise ValueError(
+            f"expert_indices[{quoted(pattern)}] must be a list of expert ids, got "
+            f"{quoted(experts)}."
+        )
+    ids = sorted(index(expert) for expert in given)
+    repeated = len(set(ids)) < len(ids)
+    if repeated or any(expert < 0 for expert in ids):
+        raise ValueError(
+            f"expert_indices[{quoted(pattern)}] must name experts from 0 up, each once, got "
+            f"{quoted(experts)}."
+        )
+    return ids
+
+
+def _is_index(value: object) -> bool:
+    """Whether the value is an integer of Python or numpy, or a tensor that holds one integer."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def is_rank(value: object) -> TypeGuard[int]:

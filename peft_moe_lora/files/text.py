@@ -6,6 +6,8 @@ an address with a password or a token in it, which is left out.
 """
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 # longest text that is quoted in a message, and longest name that a tensor or module may have
 QUOTED = 200
@@ -67,6 +69,21 @@ def without_credentials(text: str) -> str:
     text = _USER.sub(lambda match: match["scheme"] or "", text)
     text = _PARAMETER.sub(r"\1...", text)
     return _TOKEN.sub("...", text)
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """A question that names what a misspelt name may mean; empty if nothing is near.
+
+    Args:
+        given: the name, or the end of a path.
+        known: names, or whole paths, of which as many parts are compared as were given.
+    """
+    parts = given.count(".") + 1
+    names = sorted({".".join(path.split(".")[-parts:]) for path in known})
+    found = get_close_matches(given[:LONGEST_NAME], names, n=1)
+    if not found:
+        return ""
+    return f" Did you mean {quoted(found[0])}?"
 
 
 def is_plain(name: str) -> bool:

@@ -11,6 +11,7 @@ from ..config import MATERIALIZE, MoELoraConfig
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import is_router
 from ..experts.stored import UnsupportedExperts
+from ..files.peft_words import names_all_linear
 from ..files.text import quoted
 from ..ops.quantized import QuantizedWeight
 from . import expert_parallel, linears, tensor_parallel
@@ -86,7 +87,7 @@ def check_settings(
         "trainable_token_indices": config.trainable_token_indices,
         "bias": config.bias != "none",
         "backend": config.backend == MATERIALIZE,
-        "target_modules": config.target_modules == "all-linear",
+        "target_modules": names_all_linear(config.target_modules),
     }.items():
         if value:
             raise ValueError(

@@ -25,7 +25,7 @@ from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
 from ..parallel import divided, fsdp, sharding, zero
 from ..parallel.replicated import cast_up, replicate
-from . import checkpoint, saving, targets, weighted
+from . import checkpoint, saving, targets, weighted, words
 from .combining import Combination
 from .initial import minus_initial
 from .loading import check_over_existing
@@ -65,10 +65,7 @@ class MoELoraModel(LoraModel):
     ) -> MoELoraConfig:
         """Check all targets and the adapter file before PEFT changes the model."""
         config = _own(peft_config)
-        if config.target_modules is None:
-            # PEFT annotates a list, but stores a set
-            names: Any = targets.every_experts_module(self.model)
-            config.target_modules = names
+        words.resolve(self, config)
         targets.check(self, config)
         return config
 

@@ -1,6 +1,6 @@
 """The modules of a model that a configuration targets, checked before the model is changed."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from ..config import MoELoraConfig
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..files.adapter_file import AdapterFile
-from ..files.text import quoted
+from ..files.patterns import last_name
+from ..files.peft_words import names_all_linear
+from ..files.text import nearest, quoted
 from ..layers.layer import MoELoraLayer
 from ..parallel import divided, fsdp, sharding, zero
 from . import checkpoint
@@ -37,16 +39,16 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
         sharding.check_may_be_adapted(model)
     experts = {}
     others = {}
-    for key, module in _targets(tuner, config).items():
+    for key, module in targets_of(tuner, config).items():
         r = config.rank_of(key)
         if holds_experts(module):
             layout = layout_of(module)
             if is_divided:
-                divided.check_experts(model, key, _base(module), layout)
+                divided.check_experts(model, key, base_of(module), layout)
             chosen = config.experts_of(key, layout.num_experts)
             experts[key] = checkpoint.ExpertsTarget(layout, r, chosen)
         else:
-            others[key] = (_base(module), r)
+            others[key] = (base_of(module), r)
     config.check_every_entry_matches(experts)
     if is_divided:
         bases = {key: base for key, (base, _) in others.items()}
@@ -84,22 +86,27 @@ def _renamed(
 
 def every_experts_module(model: nn.Module) -> set[str]:
     """Names that match all experts modules of the model and nothing else."""
-    experts = [key for key, module in _base_modules(model) if is_experts(module)]
+    experts = [key for key, module in base_modules(model) if is_experts(module)]
     if not experts:
         raise ValueError(
             "target_modules=None targets every experts module, but the model has none; name "
             "the modules to adapt in target_modules."
         )
+    return names_of(model, experts)
+
+
+def names_of(model: nn.Module, paths: Collection[str]) -> set[str]:
+    """Names that match the modules at these paths and no others: their last names, or the paths."""
     # if no other module has these last names ("experts"), they are enough, and they stay short
     # for any number of layers
-    short = {_last_name(key) for key in experts}
-    matched = [key for key, _ in model.named_modules() if _last_name(key) in short]
-    if sorted(matched) == sorted(experts):
+    short = {last_name(path) for path in paths}
+    matched = [key for key, _ in model.named_modules() if last_name(key) in short]
+    if sorted(matched) == sorted(paths):
         return short
-    return set(experts)
+    return set(paths)
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) for the modules of the model without adapters.
 
     Modules inside an adapted layer are left out; an adapted experts module is replaced by its
@@ -117,18 +124,18 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield key, module
 
 
-def _targets(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
+def targets_of(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
     """Path -> module of every target of the configuration, which may be adapted already.
 
-    Empty for "all-linear", which PEFT resolves.
+    Empty for "all-linear" in a divided model, which refuses it.
 
     Raises:
         ValueError: if an entry of target_modules matches no module. The message names the
             entry.
     """
-    if config.target_modules == "all-linear":
+    if names_all_linear(config.target_modules):
         return {}
-    modules = {key: module for key, module in _base_modules(tuner.model) if key}
+    modules = {key: module for key, module in base_modules(tuner.model) if key}
     current = dict(tuner.model.named_modules())
     targets = {
         key: current[key]
@@ -139,13 +146,13 @@ def _targets(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
         return targets
     for entry in sorted(config.target_modules or ()):
         if not any(key == entry or key.endswith(f".{entry}") for key in modules):
-            names = {_last_name(key) for key, module in modules.items() if is_experts(module)}
+            names = {last_name(key) for key, module in modules.items() if is_experts(module)}
             available = "the model has no experts modules"
             if names:
                 available = f"its experts modules are called {sorted(names)}"
             raise ValueError(
-                f"target_modules: {quoted(entry)} matches no module of the model; {available}. "
-                "Correct the entry, or remove it."
+                f"target_modules: {quoted(entry)} matches no module of the model; {available}."
+                f"{nearest(entry, modules)} Correct the entry, or remove it."
             )
     return targets
 
@@ -162,11 +169,7 @@ def layout_of(module: nn.Module) -> ExpertsLayout:
     return read_layout(module)
 
 
-def _last_name(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _base(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module) -> nn.Module:
     if isinstance(module, BaseTunerLayer):
         return module.get_base_layer()
     return module

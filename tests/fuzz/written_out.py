@@ -36,6 +36,7 @@ def meaning(fields, names):
     faults = list(_faults(fields, names, targeted))
     if faults:
         raise Refused("|".join(faults))
+    fields = _by_module(fields, names, targeted)
     meant = {path: _meant(fields, path, _chosen(fields, path, names)) for path in targeted}
     return {path: value for path, value in meant.items() if value.chosen != ()}
 
@@ -66,6 +67,43 @@ def _faults(fields, names, targeted):
         yield "expert_indices"
     elif chosen and max(chosen) >= names.experts[experts[0]]["down"].num_experts:
         yield "expert_indices"
+
+
+def _by_module(fields, names, targeted):
+    """Fields without entries of rank_pattern and alpha_pattern that name parameters of experts.
+
+    Raises:
+        Refused: if the parameters of one module have different values.
+    """
+    found = dict(fields)
+    projections = fields.get("target_projections") or ["gate_up", "down"]
+    for name, default in {"rank_pattern": fields["r"], "alpha_pattern": 8}.items():
+        pattern = fields.get(name) or {}
+        default = fields.get("lora_alpha", default) if name == "alpha_pattern" else default
+        values = {}
+        for path in targeted:
+            stacks = names.experts.get(path, {})
+            given = [
+                _first_of_two(pattern, path, f"{path}.{stacks[projection].parameter}", targeted)
+                for projection in projections
+                if stacks
+            ] or [_first(pattern, path)]
+            different = {pattern.get(key, default) for key in given}
+            if len(different) > 1:
+                raise Refused(name)
+            (values[f"^{re.escape(path)}"],) = different
+        found[name] = values
+    return found
+
+
+def _first_of_two(pattern, module, parameter, targeted):
+    """The first key that matches the module, or its parameter if it matches no target."""
+    for key in pattern:
+        if _first([key], module):
+            return key
+        if _first([key], parameter) and not any(_first([key], path) for path in targeted):
+            return key
+    return None
 
 
 def _chosen(fields, path, names):
@@ -115,7 +153,7 @@ def _is_target(path, fields, names):
     if targets is None:
         return path in names.experts and _is_in_layers(path, fields)
     if targets == "all-linear":
-        return path in names.all_linear and _is_in_layers(path, fields)
+        return path in names.all_linear or path in names.experts
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     if path in targets:

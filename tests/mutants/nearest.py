@@ -107,6 +107,7 @@ NEAREST = {
     ),
     "files/expressions.py": ("files/test_expressions.py", "tuner/test_choosing.py"),
     "files/folders.py": ("convert/test_folders.py", "convert/test_interruptions.py"),
+    "files/peft_words.py": ("tuner/test_lora_config.py", "tuner/test_pefts_words.py"),
     "files/tensor_file.py": (
         "convert/test_bad_adapters.py",
         "files/test_damaged_json.py",
@@ -270,6 +271,11 @@ NEAREST = {
         "tuner/test_choosing.py",
         "tuner/test_beside_adapters.py",
         "tuner/test_second_adapter.py",
+    ),
+    "tuner/words.py": (
+        "tuner/test_pefts_words.py",
+        "tuner/test_lora_config.py",
+        "tuner/test_peft_api.py",
     ),
     "tuner/ties.py": ("tuner/test_beside_adapters.py",),
     "tuner/whole.py": ("files/test_whole_before_writing.py",),

@@ -58,7 +58,7 @@ BAD_FIELDS = [
     ("format_version", 0),
     ("use_dora", True),
     ("lora_bias", True),
-    ("target_parameters", ["experts.gate_up_proj"]),
+    ("target_parameters", "experts.gate_up_proj"),
     ("init_lora_weights", "pissa"),
     ("init_lora_weights", "olora"),
     ("init_lora_weights", "eva"),

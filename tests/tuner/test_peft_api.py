@@ -299,12 +299,12 @@ def test_a_string_is_a_pattern_for_the_whole_path(pattern, paths):
     assert wrapped == [f"base_model.model.{path}" for path in paths]
 
 
-def test_all_linear_is_every_linear_layer_but_the_head():
+def test_all_linear_is_every_linear_layer_but_the_head_and_the_experts():
     model = moe_lora(tiny_model(), target_modules="all-linear")
     wrapped = {
         n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)
     }
-    assert wrapped == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert wrapped == {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}
 
 
 def test_target_projections_may_be_one_word():
