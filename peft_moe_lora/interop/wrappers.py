@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from ..experts.activation import own_activation
 from ..experts.decoding import parametrizations
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
-from ..experts.stored import UnsupportedExperts, shape_of
+from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, experts
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
 from ..ops import QuantizedWeight
@@ -234,27 +234,39 @@ def _check_rows(module: nn.Module, rows: tuple[Any, ...], others: Mapping[str, A
 
 def _base(module: nn.Module, layout: ExpertsLayout, name: str, x: torch.Tensor) -> Projection:
     """A projection without an adapter, if its weight is one that PEFT adds its update to."""
+    _check_stored(module, layout, name)
     weight = layout.weight(module, name)
     bias = layout.bias(module, name)
-    parameter = layout.projection(name).weight
-    where = f"{type(module).__name__}.{parameter}"
-    if isinstance(weight, QuantizedWeight):
-        if not parametrize.is_parametrized(module, parameter):
-            raise LeftToPeft(f"{where} holds {weight.format} codes, to which PEFT adds its update")
-    elif type(weight) not in (torch.Tensor, nn.Parameter):
-        raise LeftToPeft(f"{where} is a {type(weight).__name__}")
+    where = f"{type(module).__name__}.{layout.projection(name).weight}"
     if weight.device != x.device:
         raise LeftToPeft(f"{where} is on {weight.device}, its input on {x.device}")
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise LeftToPeft(f"{where} is {weight.dtype}, its input {x.dtype}")
-    expected = layout.projection(name)
-    size = (layout.num_experts, expected.out_features, expected.in_features)
-    if shape_of(weight) != size or tuple(weight.shape) != size:
-        raise LeftToPeft(f"{where} is divided among processes")
     trained = [t for t in (weight, bias) if isinstance(t, torch.Tensor) and t.requires_grad]
     if trained and torch.is_grad_enabled():
         raise LeftToPeft(f"{where} or its bias is trained itself")
     return Projection(weight, bias)
+
+
+def _check_stored(module: nn.Module, layout: ExpertsLayout, name: str) -> None:
+    """Raise unless this process holds the whole weight, dense or quantized as a parametrization."""
+    projection = layout.projection(name)
+    stored = layout.stored(module, projection.weight)
+    where = f"{type(module).__name__}.{projection.weight}"
+    if isinstance(stored, QuantizedWeight):
+        if not parametrize.is_parametrized(module, projection.weight):
+            raise LeftToPeft(f"{where} holds {stored.format} codes, to which PEFT adds its update")
+        return
+    if type(stored) not in (torch.Tensor, nn.Parameter):
+        raise LeftToPeft(f"{where} is a {type(stored).__name__}")
+    rows = (projection.out_features, projection.in_features)
+    if projection.transposed:
+        rows = rows[::-1]
+    if tuple(stored.shape) != (layout.num_experts, *rows):
+        raise LeftToPeft(
+            f"{where} {list(stored.shape)} is a part of {[layout.num_experts, *rows]}, which "
+            "several processes share"
+        )
 
 
 def _adapted(

@@ -20,6 +20,7 @@ from helpers import (
     relative_error,
     tiny_model,
     token_ids,
+    train,
 )
 from interop.models import (
     FAMILIES,
@@ -137,6 +138,18 @@ def test_three_steps_of_training_are_pefts(family, computed):
     after = adapter_parameters(own)
     for name, parameter in adapter_parameters(ours).items():
         assert_close(parameter, after[name], TOLERANCE, name)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "olmoe"])
+def test_ten_steps_from_a_new_adapter_have_pefts_losses(family, computed):
+    own = with_peft_lora(tiny_model(family), randomize=False).train()
+    ours = copy.deepcopy(own)
+    losses = train(own, token_ids(), steps=10)
+    with apply_to_peft():
+        found = train(ours, token_ids(), steps=10)
+    assert computed
+    assert losses[-1] < 0.7 * losses[0]
+    assert_close(torch.tensor(found), torch.tensor(losses), 1e-6, "losses")
 
 
 def steps(model):

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from helpers import (
+    E,
     HandWrittenExperts,
     Holder,
     R,
@@ -20,8 +21,9 @@ from helpers import (
     random_rows,
     tiny_model,
 )
-from interop.models import peft_model
+from interop.models import peft_model, with_peft_lora, wrapped
 from peft_moe_lora import apply_to_peft
+from peft_moe_lora.interop.wrappers import LeftToPeft, read_call
 
 
 def trained_bias():
@@ -71,11 +73,22 @@ def disabled():
     return model
 
 
-def a_variant():
+def dropout():
     model = peft_model()
     for module in model.modules():
         if hasattr(module, "lora_variant"):
             module.lora_dropout["default"] = nn.Dropout(0.0)
+    return model
+
+
+def one_expert():
+    return with_peft_lora(tiny_model(num_experts=1, num_experts_per_tok=1))
+
+
+def a_lora_variant():
+    model = peft_model()
+    for wrapper in wrapped(model).values():
+        wrapper.lora_variant["default"] = object()
     return model
 
 
@@ -84,7 +97,9 @@ REASONS = [
     (trained_weight, logging.WARNING, "trained itself"),
     (a_bias_adapted, logging.WARNING, "is no projection's weight"),
     (a_module_whose_forward_was_replaced, logging.WARNING, "forward was replaced"),
-    (a_variant, logging.WARNING, "more than B A"),
+    (dropout, logging.WARNING, "more than B A"),
+    (a_lora_variant, logging.WARNING, "more than B A"),
+    (one_expert, logging.WARNING, "a single expert"),
     (nothing_of_the_experts, logging.INFO, "no weight of experts"),
     (merged, logging.INFO, "merged"),
     (disabled, logging.INFO, "disabled"),
@@ -156,3 +171,79 @@ def test_adapters_of_a_batch_are_refused_as_by_peft():
         model(**call)
     with apply_to_peft(), pytest.raises(ValueError, match=message):
         model(**call)
+
+
+def one_layer():
+    """Experts in their wrappers, and rows for them."""
+    base = tiny_model(num_hidden_layers=1)
+    model = with_peft_lora(base)
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    return layer, layer.get_base_layer(), random_rows()
+
+
+def reason_of(layer, *rows):
+    with pytest.raises(LeftToPeft) as left:
+        read_call(layer, *rows)
+    return str(left.value)
+
+
+def test_weights_that_are_parts_or_elsewhere():
+    layer, experts, rows = one_layer()
+    read_call(layer, *rows)
+    whole = experts.gate_up_proj
+    for part in (whole[:2], whole[:, :, :5], whole.new_empty(0)):
+        experts.gate_up_proj = nn.Parameter(part.detach(), requires_grad=False)
+        # as DeepSpeed's ZeRO-3 leaves it
+        experts.gate_up_proj.ds_shape = whole.shape
+        assert "which several processes share" in reason_of(layer, *rows)
+    experts.gate_up_proj = nn.Parameter(whole.to("meta"), requires_grad=False)
+    assert "is on meta, its input on cpu" in reason_of(layer, *rows)
+    subclass = whole.detach().as_subclass(type("Sharded", (torch.Tensor,), {}))
+    experts._parameters["gate_up_proj"] = subclass
+    assert "is a Sharded" in reason_of(layer, *rows)
+
+
+def test_a_and_b_that_do_not_fit_or_are_elsewhere():
+    layer, _, rows = one_layer()
+    B = layer.lora_B["default"]
+    whole = B.weight
+    B.weight = nn.Parameter(whole[:, :-E].detach())
+    assert "are not those of" in reason_of(layer, *rows)
+    B.weight = nn.Parameter(whole.to("meta"))
+    assert "on meta, the experts are on cpu" in reason_of(layer, *rows)
+    B.weight = whole
+    read_call(layer, *rows)
+    # earlier releases of PEFT exchange the two sides of [E, N, K]
+    layer._did_swap_in_out_features = False
+    assert "are not those of" in reason_of(layer, *rows)
+
+
+def test_fp8_codes_are_left_to_peft():
+    layer, experts, rows = one_layer()
+    codes = experts.gate_up_proj.detach().to(torch.float8_e4m3fn)
+    experts.gate_up_proj = nn.Parameter(codes, requires_grad=False)
+    assert "without scales in a known place" in reason_of(layer, *rows)
+    experts.gate_up_proj_scale_inv = nn.Parameter(torch.ones(E, 1, 1), requires_grad=False)
+    assert "holds fp8 codes" in reason_of(layer, *rows)
+
+
+def test_experts_with_an_adapter_of_another_kind_too():
+    layer, experts, rows = one_layer()
+    inner = layer.base_layer
+    inner.base_layer = Between(experts)
+    assert "another adapter too, in a Between" in reason_of(layer, *rows)
+
+
+class Between(nn.Module):
+    """A layer of another tuner, as PEFT nests them."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+
+def test_without_an_active_adapter():
+    layer, _, rows = one_layer()
+    for wrapper in (layer, layer.base_layer):
+        wrapper._active_adapter = ["another"]
+    assert "no adapter of these experts is active" in reason_of(layer, *rows)
