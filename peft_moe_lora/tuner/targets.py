@@ -1,6 +1,6 @@
 """The modules of a model that a configuration targets, checked before the model is changed."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MoELoraConfig
+from ..experts.families import STACKS
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..files.adapter_file import AdapterFile
 from ..files.patterns import last_name
@@ -150,11 +151,25 @@ def targets_of(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
             available = "the model has no experts modules"
             if names:
                 available = f"its experts modules are called {sorted(names)}"
+            hint = nearest(entry, modules)
+            if _names_parameter(entry, modules):
+                hint = " It names a parameter of experts: name it in target_parameters."
             raise ValueError(
                 f"target_modules: {quoted(entry)} matches no module of the model; {available}."
-                f"{nearest(entry, modules)} Correct the entry, or remove it."
+                f"{hint} Correct the entry, or remove it."
             )
     return targets
+
+
+def _names_parameter(entry: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether an entry of target_modules is the name of a parameter of experts."""
+    return any(
+        f".{key}.{name}".endswith(f".{entry}")
+        for key, module in modules.items()
+        if is_experts(module)
+        for name in STACKS
+        if hasattr(module, name)
+    )
 
 
 def holds_experts(module: nn.Module) -> bool:

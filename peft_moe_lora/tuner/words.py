@@ -110,13 +110,10 @@ def _every_linear_layer(model: nn.Module, config: MoELoraConfig) -> set[str]:
     asked = copy(config)
     asked.target_modules = ALL_LINEAR
     _maybe_include_all_linear_layers(asked, model)
-    modules = dict(base_modules(model))
-    experts = [f"{key}." for key, module in modules.items() if is_experts(module)]
     found = set()
     for path in asked.target_modules or ():
         parent, _, name = path.rpartition(".")
-        is_called = READ_NOT_CALLED.get(type(model.get_submodule(parent)).__name__) != name
-        if is_called and not path.startswith(tuple(experts)):
+        if READ_NOT_CALLED.get(type(model.get_submodule(parent)).__name__) != name:
             found.add(path)
     return found
 

@@ -11,6 +11,7 @@ import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 
+from families.off_interface import off_interface_model
 from helpers import (
     R,
     assert_close,
@@ -117,6 +118,14 @@ PEFTS = {
             "alpha_pattern": {r"0\.mlp\.experts\.(gate_up|down)_proj": 5},
         },
     ),
+    "a rank of a parameter and of a layer": (
+        "nemotron_h",
+        {
+            "target_parameters": [DOWN],
+            "target_modules": ["shared_experts.down_proj"],
+            "rank_pattern": {"down_proj": 2},
+        },
+    ),
     "a rank of one of two layers": (
         "qwen3_moe",
         {
@@ -169,12 +178,19 @@ def test_a_configuration_that_is_saved_before_its_first_model_keeps_the_words(tm
             r"names \['gate_up'\] of model.layers.0.mlp.experts",
         ),
         ({"target_parameters": [DOWN], "target_modules": ["experts"]}, "target_modules names too"),
-        ({"target_parameters": [DOWN], "exclude_modules": ["experts"]}, "exclude_modules"),
-        ({"target_parameters": [DOWN], "modules_to_save": ["experts"]}, "modules_to_save"),
+        (
+            {"target_parameters": [DOWN], "exclude_modules": ["0.mlp.experts"]},
+            "but exclude_modules",
+        ),
+        (
+            {"target_parameters": [DOWN], "modules_to_save": ["experts"]},
+            "but exclude_modules or modules_to",
+        ),
         ({"target_parameters": [DOWN], "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_parameters": [DOWN], "target_projections": ["down"]}, "target_projections"),
         ({"target_modules": ["all-linear"], "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": ["expert"]}, "mean 'experts'"),
+        ({"target_modules": ["gate_up_proj"]}, "name it in target_parameters"),
         ({"target_modules": ["self_atn.q_proj"]}, "mean 'self_attn.q_proj'"),
         ({"target_projections": ["gate_up_proj"]}, "mean 'gate_up'"),
         (
@@ -196,6 +212,44 @@ def test_what_an_adapter_cannot_hold_is_refused_by_name(fields, named):
 def test_a_bias_of_experts_is_no_projection():
     message = refusal(tiny_model("gpt_oss"), target_parameters=["experts.gate_up_proj_bias"])
     assert "gate_up_proj_bias, which holds no projection" in message
+
+
+def test_peft_warns_of_an_entry_that_names_nothing():
+    ranks = {"experts.down_proj": 2, "no.such.name": 3}
+    with pytest.warns(RuntimeWarning, match=r"\['no.such.name'\]"):
+        model = adapted(tiny_model(), target_parameters=[DOWN], rank_pattern=ranks)
+    assert all(2 in layer.r.values() for layer in model.modules() if hasattr(layer, "r"))
+
+
+def test_the_first_entry_that_names_a_module_or_its_parameter_counts():
+    ranks = {"1.mlp.experts": 3, "experts.(gate_up|down)_proj": 2}
+    model = adapted(tiny_model(), randomize=False, target_modules=["experts"], rank_pattern=ranks)
+    found = {
+        path: model.base_model.model.get_submodule(path).r for path in experts_paths(tiny_model())
+    }
+    assert [r["default"] for r in found.values()] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters", "summary"),
+    [
+        ("dbrx", ["mlp.w1", "mlp.v1"], "2 experts modules, 10 experts, 10 projections adapted"),
+        (
+            "jetmoe",
+            ["input_linear.weight"],
+            "4 experts modules, 20 experts, 20 projections adapted",
+        ),
+    ],
+)
+def test_parameters_off_the_interface_have_their_own_names(family, parameters, summary):
+    base = off_interface_model(family)
+    model = adapted(base, randomize=False, target_parameters=parameters)
+    assert model.base_model.summary() == summary
+
+
+def test_a_projection_of_two_parameters_is_named_by_both():
+    message = refusal(off_interface_model("dbrx"), target_parameters=["mlp.w1"])
+    assert "name ['mlp.v1'] too" in message
 
 
 # ---- "all-linear" --------------------------------------------------------------------------------
@@ -222,6 +276,13 @@ def test_the_parameters_that_are_named_say_which_experts_all_linear_leaves_out()
     assert "1 experts modules, 5 experts, 5 projections adapted; 8 other" in (
         model.base_model.summary()
     )
+
+
+def test_all_linear_leaves_out_what_is_read_but_never_called():
+    """The classifier of LongCat's router: a LoRA on it has no effect, and is an error by name."""
+    model = adapted(off_interface_model("longcat_flash"), target_modules="all-linear")
+    assert "2 experts modules" in model.base_model.summary()
+    assert "classifier" not in model.base_model.summary()
 
 
 def test_what_is_excluded_is_left_out_of_all_linear():
