@@ -171,11 +171,6 @@ def _nested(wrapper: ParamWrapper) -> tuple[list[ParamWrapper], nn.Module]:
         inner = inner.base_layer
     if inner is not wrapper.get_base_layer():
         raise LeftToPeft(f"the experts have another adapter too, in a {type(inner).__name__}")
-    if not is_experts(inner):
-        raise LeftToPeft(
-            f"{wrapper.parameter_name} of {type(inner).__name__} is no weight of experts",
-            logging.INFO,
-        )
     return wrappers, inner
 
 
@@ -213,6 +208,8 @@ def _check_at_work(wrappers: list[ParamWrapper]) -> None:
 def _layout_of(module: nn.Module) -> ExpertsLayout:
     layout = _layouts.get(module)
     if layout is None:
+        if not is_experts(module):
+            raise LeftToPeft(f"{type(module).__name__} is no experts module", logging.INFO)
         layout = read_layout(module)
         _layouts[module] = layout
     if not layout.decorated:
@@ -272,27 +269,34 @@ def _check_stored(module: nn.Module, layout: ExpertsLayout, name: str) -> None:
 def _adapted(
     base: Projection, wrapper: ParamWrapper, layout: ExpertsLayout, name: str
 ) -> Projection:
-    """A projection with the active adapters of its wrapper.
-
-    Several adapters are concatenated along their ranks: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
-    """
+    """A projection with the active adapters of its wrapper."""
     active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
     if not active:
         return base
-    E = layout.num_experts
-    As = []
-    Bs = []
-    for adapter in active:
-        A, B = _pair(wrapper, adapter, layout, name, base.weight.device)
-        # [r*E, K] -> [E, r, K]
-        As.append(A.reshape(E, -1, A.shape[1]))
-        # [N, E, r]
-        Bs.append(rank_to_expert_major(B, E))
+    pairs = [_pair(wrapper, adapter, layout, name, base.weight.device) for adapter in active]
+    # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
     scalings = [float(wrapper.scaling[adapter]) for adapter in active]
-    if len(active) == 1:
-        return replace(
-            base, lora_A=As[0].flatten(0, 1), lora_B=Bs[0].flatten(1), scaling=scalings[0]
-        )
+    if len(active) > 1:
+        return _with_several(base, pairs, scalings, layout.num_experts)
+    ((A, B),) = pairs
+    B = rank_to_expert_major(B, layout.num_experts).flatten(1)
+    return replace(base, lora_A=A, lora_B=B, scaling=scalings[0])
+
+
+def _with_several(
+    base: Projection,
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    scalings: list[float],
+    num_experts: int,
+) -> Projection:
+    """A projection with several adapters, concatenated along their ranks.
+
+    [B1 B2] [A1; A2] = B1 A1 + B2 A2. The scaling of each is multiplied into its B.
+    """
+    # [r*E, K] -> [E, r, K]
+    As = [A.reshape(num_experts, -1, A.shape[1]) for A, _ in pairs]
+    # [N, E, r]
+    Bs = [rank_to_expert_major(B, num_experts) for _, B in pairs]
     scaled = [scaling * B for scaling, B in zip(scalings, Bs, strict=True)]
     return replace(
         base,

@@ -18,6 +18,7 @@ from helpers import (
     grads_of,
     outputs,
     relative_error,
+    tiny_families,
     tiny_model,
     token_ids,
     train,
@@ -56,7 +57,7 @@ def assert_same_numbers(model, computed):
         assert_close(found, right, TOLERANCE, f"d {name}")
 
 
-@every_family
+@pytest.mark.parametrize("family", tiny_families())
 def test_outputs_and_gradients_are_pefts(family, computed):
     assert_same_numbers(peft_model(family), computed)
 

@@ -100,7 +100,7 @@ REASONS = [
     (dropout, logging.WARNING, "more than B A"),
     (a_lora_variant, logging.WARNING, "more than B A"),
     (one_expert, logging.WARNING, "a single expert"),
-    (nothing_of_the_experts, logging.INFO, "no weight of experts"),
+    (nothing_of_the_experts, logging.INFO, "Qwen3MoeTopKRouter is no experts module"),
     (merged, logging.INFO, "merged"),
     (disabled, logging.INFO, "disabled"),
 ]
