@@ -21,7 +21,7 @@ ALL_LINEAR = "all-linear"
 EXPERTS = "experts"
 
 # names that PEFT 0.21 replaces by the experts' parameters in models that transformers 5 has changed
-_OF_TRANSFORMERS_4 = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+OF_TRANSFORMERS_4 = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 # fields of LoraConfig that mean the same here, or that the configuration here checks itself
 _TAKEN = frozenset(
@@ -202,7 +202,7 @@ def _check_layers(target_modules: str | Collection[str]) -> None:
     if isinstance(target_modules, str):
         return
     for name in sorted(target_modules):
-        if last_name(name) in _OF_TRANSFORMERS_4:
+        if last_name(name) in OF_TRANSFORMERS_4:
             raise ValueError(
                 f"target_modules: {quoted(name)} is a linear layer here, but in many models PEFT "
                 "reads this name as the experts of transformers 4; leave it out."

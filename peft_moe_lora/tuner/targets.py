@@ -12,7 +12,7 @@ from ..experts.families import STACKS
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..files.adapter_file import AdapterFile
 from ..files.patterns import last_name
-from ..files.peft_words import names_all_linear
+from ..files.peft_words import OF_TRANSFORMERS_4, names_all_linear
 from ..files.text import nearest, quoted
 from ..layers.layer import MoELoraLayer
 from ..parallel import divided, fsdp, sharding, zero
@@ -151,14 +151,24 @@ def targets_of(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
             available = "the model has no experts modules"
             if names:
                 available = f"its experts modules are called {sorted(names)}"
-            hint = nearest(entry, modules)
-            if _names_parameter(entry, modules):
-                hint = " It names a parameter of experts: name it in target_parameters."
+            hint = _hint(entry, modules)
             raise ValueError(
                 f"target_modules: {quoted(entry)} matches no module of the model; {available}."
                 f"{hint} Correct the entry, or remove it."
             )
     return targets
+
+
+def _hint(entry: str, modules: Mapping[str, nn.Module]) -> str:
+    """What an entry of target_modules that matches no module may mean."""
+    if _names_parameter(entry, modules):
+        return " It names a parameter of experts: name it in target_parameters."
+    if last_name(entry) in OF_TRANSFORMERS_4 and any(map(is_experts, modules.values())):
+        return (
+            " If it was a layer of one expert in transformers 4: transformers 5 holds all experts "
+            "in one module, which target_modules names, and target_projections a part of it."
+        )
+    return nearest(entry, modules)
 
 
 def _names_parameter(entry: str, modules: Mapping[str, nn.Module]) -> bool:

@@ -191,6 +191,8 @@ def test_a_configuration_that_is_saved_before_its_first_model_keeps_the_words(tm
         ({"target_modules": ["all-linear"], "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": ["expert"]}, "mean 'experts'"),
         ({"target_modules": ["gate_up_proj"]}, "name it in target_parameters"),
+        ({"target_modules": ["w1"]}, r"called \['experts'\].*transformers 4"),
+        ({"target_modules": ["gate_proj", "up_proj"]}, "'gate_proj' matches no.*transformers 4"),
         ({"target_modules": ["self_atn.q_proj"]}, "mean 'self_attn.q_proj'"),
         ({"target_projections": ["gate_up_proj"]}, "mean 'gate_up'"),
         (
