@@ -54,12 +54,14 @@ class ExpertsCall:
         module: the experts module.
         layout: layout of the module.
         projections: name -> the projection with its A and B.
+        parameters: the parameters that the module had when its projections were read.
         computed: whether the module's forward has asked for the output.
     """
 
     module: nn.Module
     layout: ExpertsLayout
     projections: Mapping[str, Projection]
+    parameters: Mapping[str, nn.Parameter | None]
     computed: bool = False
 
     def run(self, *rows: torch.Tensor) -> torch.Tensor:
@@ -69,7 +71,8 @@ class ExpertsCall:
             rows: hidden_states [T, H], top_k_index [T, top_k] and top_k_weights [T, top_k].
         Returns: [T, H], dtype of hidden_states.
         Raises:
-            LeftToPeft: if the module computed its output without `compute`.
+            LeftToPeft: if the module computed its output without `compute`, or with other weights
+                than those that were read.
         """
         # nn.Module annotates every attribute as a tensor or a module
         module: Any = self.module
@@ -98,6 +101,9 @@ class ExpertsCall:
     ) -> torch.Tensor:
         """As `MoELoraLayer.compute`."""
         self.computed = True
+        # what divides or fetches weights may run around the module's forward
+        if any(module._parameters.get(name) is not p for name, p in self.parameters.items()):
+            raise LeftToPeft(f"a hook changes the weights of {type(module).__name__} in each call")
         post_norm = None
         if getattr(module, "has_post_expert_norm", False):
             post_norm = cast(nn.Module, module.post_expert_norm)
@@ -148,7 +154,7 @@ def _call_of(
         projections[stored] = _adapted(projections[stored], wrapper, layout, stored)
     if all(projection.lora_A is None for projection in projections.values()):
         raise LeftToPeft("no adapter of these experts is active", logging.INFO)
-    return ExpertsCall(module, layout, projections)
+    return ExpertsCall(module, layout, projections, dict(module._parameters))
 
 
 def rank_to_expert_major(lora_B: torch.Tensor, num_experts: int) -> torch.Tensor:

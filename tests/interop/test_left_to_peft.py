@@ -24,6 +24,7 @@ from helpers import (
 from interop.models import peft_model, with_peft_lora, wrapped
 from peft_moe_lora import apply_to_peft
 from peft_moe_lora.interop.wrappers import LeftToPeft, read_call
+from peft_moe_lora.layers.dispatch import AdaptedExpertsConfig
 
 
 def trained_bias():
@@ -201,6 +202,16 @@ def test_weights_that_are_parts_or_elsewhere():
     subclass = whole.detach().as_subclass(type("Sharded", (torch.Tensor,), {}))
     experts._parameters["gate_up_proj"] = subclass
     assert "is a Sharded" in reason_of(layer, *rows)
+
+
+def test_weights_that_a_hook_changes():
+    layer, experts, rows = one_layer()
+    call = read_call(layer, *rows)
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().clone(), requires_grad=False)
+    with pytest.raises(LeftToPeft, match="a hook changes the weights"):
+        call.run(*rows)
+    assert not isinstance(experts.config, AdaptedExpertsConfig)
+    assert read_call(layer, *rows).run(*rows).shape == rows[0].shape
 
 
 def test_a_and_b_that_do_not_fit_or_are_elsewhere():
