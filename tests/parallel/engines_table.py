@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 DOCS = Path(__file__).parents[2] / "docs" / "scale.md"
 BEGIN, END = "<!-- made by tests/parallel/engines_table.py -->\n", "<!-- end -->\n"
 
@@ -56,7 +56,7 @@ class Mark(NamedTuple):
 
 def marks() -> list[Mark]:
     """The marks of all tests, in the order of files and lines."""
-    return [mark for path in sorted(TESTS.glob("test_*.py")) for mark in _marks_of(path)]
+    return [mark for path in sorted(TESTS.rglob("test_*.py")) for mark in _marks_of(path)]
 
 
 def _marks_of(path: Path) -> list[Mark]:

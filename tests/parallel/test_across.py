@@ -29,6 +29,8 @@ def results(tmp_path_factory):
     return run("parallel.across", tmp_path_factory.mktemp("across"))
 
 
+@pytest.mark.engine("DDP", "attach first", "exact")
+@pytest.mark.engine("DDP", "save", "exact")
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_saves(name, results):
     for outcome in results[f"{name} saves"]:
@@ -36,6 +38,8 @@ def test_every_engine_saves(name, results):
         assert_close(outcome["found"], outcome["expected"], TOLERANCE)
 
 
+@pytest.mark.engine("DDP", "load", "exact")
+@pytest.mark.engine("Expert parallelism over FSDP2", "attach afterwards", "exact")
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_loads_what_each_has_saved(name, results):
     for outcome in results[f"{name} loads"]:

@@ -323,6 +323,7 @@ def zero_b(replica):
     assert found
 
 
+@pytest.mark.engine("nn.DataParallel", "train", "works")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replica_runs_on_its_own_a_and_b(family, replicas):
     model = adapted(family)
