@@ -9,6 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+# DeepSpeed warns where it has to find out that there is no accelerator, also in examples that never
+# use it: accelerate imports it wherever it is installed
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 # tests of these files take up to 45 s each: whole models under torch.compile, fp64 twins
 LONG_ON_A_GPU = {
     "test_act_backward_outer.py",

@@ -118,7 +118,8 @@ def test_deepspeed_reads_its_own_checkpoints(trained, checkpoint, tmp_path, monk
     """DeepSpeed is imitated here: it gives whole fp32 tensors under the names of parameters."""
     shutil.rmtree(checkpoint / SHARDS)
     (checkpoint / "global_step4").mkdir()
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name in ("deepspeed", "deepspeed.utils.zero_to_fp32"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RefusedError, match="pip install deepspeed"):
         consolidate_checkpoint(checkpoint, tmp_path / "out")
     asked = []
