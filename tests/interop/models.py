@@ -1,5 +1,6 @@
 """Tiny models with PEFT's own `LoraConfig(target_parameters=...)` on their experts."""
 
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 
@@ -51,3 +52,10 @@ def pairs(model):
     for _, wrapper in sorted(wrapped(model).items()):
         found += [wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight]
     return found
+
+
+def copy_pairs(source, target):
+    """Give `target` the A and B of `source`."""
+    with torch.no_grad():
+        for theirs, mine in zip(pairs(source), pairs(target), strict=True):
+            mine.copy_(theirs)

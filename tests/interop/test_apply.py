@@ -25,6 +25,7 @@ from helpers import (
 )
 from interop.models import (
     FAMILIES,
+    copy_pairs,
     lora_config,
     pairs,
     peft_model,
@@ -33,6 +34,7 @@ from interop.models import (
     wrapped,
 )
 from peft_moe_lora import apply_to_peft, dequantize_experts, quantize_experts
+from peft_moe_lora.experts.stored import stored_weight
 from peft_moe_lora.interop.wrappers import rank_to_expert_major
 
 # fp32, two layers, two orders of summation
@@ -251,9 +253,7 @@ def test_quantized_experts(family, computed, caplog):
     # PEFT's own code loses updates of quantized weights, so the decoded ones are compared
     own = with_peft_lora(decoded)
     # PEFT nests the wrappers of quantized weights in another order
-    with torch.no_grad():
-        for mine, theirs in zip(pairs(model), pairs(own), strict=True):
-            mine.copy_(theirs)
+    copy_pairs(own, model)
 
     def numbers(model):
         return grads_of(lambda: outputs(model), pairs(model))
@@ -272,6 +272,30 @@ def test_quantized_experts(family, computed, caplog):
     after = {key.replace(".base_layer", ""): t for key, t in model.state_dict().items()}
     for name, tensor in before.items():
         assert torch.equal(after[f"base_model.model.{name}"], tensor)
+
+
+def test_experts_that_bitsandbytes_quantized(computed):
+    quantization = pytest.importorskip(
+        "bitsandbytes.nn.parametrize", reason="the extra [bitsandbytes] is not installed"
+    )
+    base = tiny_model(num_hidden_layers=1)
+    decoded = copy.deepcopy(base)
+    (path,) = experts_paths(base)
+    experts = base.get_submodule(path)
+    for name in stacks_of(decoded):
+        quantization.replace_parameter_4bit(experts, name, quant_type="nf4")
+        weight = stored_weight(experts, name).dense()
+        decoded.get_submodule(path).get_parameter(name).data.copy_(weight)
+    model = with_peft_lora(base)
+    own = with_peft_lora(decoded)
+    copy_pairs(own, model)
+    right, gradients = grads_of(lambda: outputs(own), pairs(own))
+    with apply_to_peft():
+        ours, our_gradients = grads_of(lambda: outputs(model), pairs(model))
+    assert len(computed) == 1
+    assert_close(ours, right, TOLERANCE)
+    for found, expected in zip(our_gradients, gradients, strict=True):
+        assert_close(found, expected, TOLERANCE)
 
 
 @pytest.mark.filterwarnings("ignore:Could not find any LoRA parametrization")
