@@ -35,6 +35,7 @@ from interop.models import (
 )
 from peft_moe_lora import apply_to_peft, dequantize_experts, quantize_experts
 from peft_moe_lora.experts.stored import stored_weight
+from peft_moe_lora.interop import wrappers
 from peft_moe_lora.interop.wrappers import rank_to_expert_major
 
 # fp32, two layers, two orders of summation
@@ -87,9 +88,9 @@ def test_ranks_and_alphas_by_pattern(computed):
     model = peft_model(
         rank_pattern={"layers.0.*down_proj": 2}, alpha_pattern={"layers.0.*gate_up_proj": 5}
     )
-    wrappers = wrapped(model).values()
-    assert {wrapper.r["default"] for wrapper in wrappers} == {2, R}
-    assert len({wrapper.scaling["default"] for wrapper in wrappers}) > 1
+    found = wrapped(model).values()
+    assert {wrapper.r["default"] for wrapper in found} == {2, R}
+    assert len({wrapper.scaling["default"] for wrapper in found}) > 1
     assert_same_numbers(model, computed)
 
 
@@ -344,13 +345,21 @@ def test_autocast(computed):
     assert_close(ours, right, 0.05)
 
 
-def test_torch_compile_breaks_the_graph_and_gives_the_same(computed):
+def test_torch_compile_breaks_the_graph_and_gives_the_same(monkeypatch):
     model = with_peft_lora(tiny_model(num_hidden_layers=1))
     right = outputs(model)
+    traced = []
+    experts = wrappers.experts
+
+    def noted(*args, **options):
+        traced.append(torch.compiler.is_compiling())
+        return experts(*args, **options)
+
+    monkeypatch.setattr(wrappers, "experts", noted)
     with apply_to_peft():
         compiled = torch.compile(model, backend="eager")
         assert_close(outputs(compiled), right, TOLERANCE)
-    assert len(computed) == 1
+    assert traced == [False]
     torch._dynamo.reset()
 
 
@@ -401,6 +410,16 @@ def test_what_replaced_the_method_since_has_to_go_first(monkeypatch):
         with pytest.raises(RuntimeError, match="replaced again"):
             handle.remove()
     handle.remove()
+
+
+def test_it_can_be_applied_again_after_others_restored_peft():
+    own = vars(ParamWrapper)["forward"]
+    apply_to_peft()
+    ParamWrapper.forward = own
+    handle = apply_to_peft()
+    assert vars(ParamWrapper)["forward"] is not own
+    handle.remove()
+    assert vars(ParamWrapper)["forward"] is own
 
 
 def test_copies_made_meanwhile_are_pefts(computed):
