@@ -52,12 +52,13 @@ def base(family, folder, partitioned=None, dtype=torch.float32):
     # DeepSpeed asks for what its launcher would set
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     path = folder / f"base_{family}"
+    # transformers makes and loads models in parts as long as a configuration lives, this one or an
+    # earlier Trainer's
+    kept = None
+    unset_hf_deepspeed_config()
     if dist.get_rank() == 0 and not path.exists():
         tiny_model(family).save_pretrained(path)
     dist.barrier()
-    # transformers loads in parts as long as a configuration lives, this one or an earlier Trainer's
-    kept = None
-    unset_hf_deepspeed_config()
     if partitioned is not None:
         kept = HfDeepSpeedConfig(partitioned)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
