@@ -124,9 +124,11 @@ def check_codes_are_whole(layer: "MoELoraLayer", adapter_name: str) -> None:
     Raises:
         ValueError: if they are sharded.
     """
+    # first, because DeepSpeed's ZeRO-3 leaves empty weights, which have no parts
+    if not any(is_sharded(parameter) for parameter in layer.base_layer.parameters()):
+        return
     projections = layer.adapted_projections(adapter_name)
-    quantized = any(_quantized(layer, name) is not None for name in projections)
-    if quantized and any(is_sharded(parameter) for parameter in layer.base_layer.parameters()):
+    if any(_quantized(layer, name) is not None for name in projections):
         raise ValueError(
             f"adapter {adapter_name!r} cannot be merged into quantized experts that FSDP2 has "
             "sharded, because blocks of their codes are divided among processes; save the "
