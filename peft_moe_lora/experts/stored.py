@@ -108,7 +108,7 @@ def _stack_shape(module: nn.Module, name: str, quantized: tuple[int, ...]) -> tu
     if len(quantized) == 3:
         return _three(quantized)
     E = getattr(module, "num_experts", None)
-    if len(quantized) == 2 and isinstance(E, int) and quantized[0] % E == 0:
+    if len(quantized) == 2 and isinstance(E, int) and E > 0 and quantized[0] % E == 0:
         # codes and scales have the order of the values, which flattening keeps
         return E, quantized[0] // E, quantized[1]
     raise UnsupportedExperts(

@@ -446,7 +446,7 @@ def test_experts_that_were_flattened_before_bitsandbytes_quantized_them():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("num_experts", [None, 7])
+@pytest.mark.parametrize("num_experts", [None, 0, 7])
 def test_a_flattened_stack_needs_the_number_of_experts(num_experts):
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
