@@ -5,6 +5,8 @@
 # make gpu-test-long  every test that needs a CUDA device
 # make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
 # make mutants        breaks the package on purpose and lists what no test notices: SAMPLE breaks, of PATHS
+# make clean          removes .venv and what the examples wrote
+# make help           prints these lines
 #
 # Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
 #   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 PYTHON=python3.12
@@ -44,7 +46,7 @@ DEEPSPEED_WITHOUT_KERNELS = DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # whether torch is a build that requires triton, as an exit code
 REQUIRES_TRITON = import importlib.metadata as m; raise SystemExit('triton' not in str(m.requires('torch')))
 
-.PHONY: demo test test-long gpu-test gpu-test-long lint mutants clean
+.PHONY: demo test test-long gpu-test gpu-test-long lint mutants clean help
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -76,6 +78,9 @@ SAMPLE ?= 100
 SEED ?= 0
 mutants: $(TEST_READY) $(MUTANTS_READY)
 	OMP_NUM_THREADS=1 nice $(BIN)/python tests/mutants/run.py --sample $(SAMPLE) --seed $(SEED) $(PATHS)
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 clean:
 	rm -rf $(VENV) moe-lora-demo moe-lora-trl

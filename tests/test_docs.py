@@ -275,8 +275,7 @@ def test_only_kernels_that_exist_are_named():
 
 # ---- names ---------------------------------------------------------------------------------------
 
-DOORS = ("registration", "cli")
-ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | set(DOORS)
+ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {"registration"}
 
 
 def quoted(path):

@@ -64,3 +64,10 @@ def test_triton_is_left_to_a_torch_that_requires_one(folder):
     check, _, installs = line.partition("||")
     assert "requires('torch')" in check
     assert "pip install" in installs
+
+
+def test_help_lists_every_target():
+    command = ["make", "--silent", "help"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"^make (\S+)  ", told, re.MULTILINE)) == set(targets.split())

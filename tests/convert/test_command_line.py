@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -113,7 +111,7 @@ def test_every_outcome_has_its_exit_code(qwen, tmp_path):
     fails(3, "inspect", tmp_path)
     fails(3, "convert", qwen.ours, tmp_path / "x", "--base-config", tmp_path)
     assert "--base-config" in fails(4, "convert", qwen.ours, tmp_path / "x")
-    assert "per_expert" in fails(4, "convert", qwen.ours, tmp_path / "x", "--to", "gguf", *config)
+    assert "per_expert" in fails(2, "convert", qwen.ours, tmp_path / "x", "--to", "gguf", *config)
     assert not list(tmp_path.iterdir())
     assert run("convert", qwen.ours, tmp_path / "x", "--to", "peft", *config).exit_code == 0
     assert "--force" in fails(5, "convert", qwen.ours, tmp_path / "x", "--to", "peft", *config)
@@ -146,16 +144,6 @@ def test_unsloth_names_the_option(qwen, tmp_path):
         qwen.config,
     )
     assert run(*again, "--b-layout", "rank_major").exit_code == 0
-
-
-def test_it_is_a_module_too_and_says_what_is_missing():
-    """`python -m peft_moe_lora.cli` is the console script; without typer it says how to get it."""
-    code = "import sys; sys.modules['typer'] = None; import peft_moe_lora.cli"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 1
-    assert "pip install 'peft-moe-lora[cli]'" in done.stderr
 
 
 # ---- the card ------------------------------------------------------------------------------------

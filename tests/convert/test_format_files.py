@@ -12,10 +12,10 @@ from peft_moe_lora.convert.formats import DEFAULT_FORMAT, FORMATS, READERS
 PACKAGE = Path(peft_moe_lora.__file__).parent
 OTHERS = [
     path
-    for folder in ("convert", "files")
+    for folder in ("convert", "files", "cli")
     for path in sorted((PACKAGE / folder).rglob("*.py"))
     if path.parent.name != "formats"
-] + [PACKAGE / "cli.py"]
+]
 
 
 def names_decided_by(node):

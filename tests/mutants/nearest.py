@@ -8,6 +8,7 @@ from pathlib import Path
 
 # path in the package -> test files or folders, or tests as pytest names them
 NEAREST = {
+    "cli": ("cli", "convert/test_command_line.py"),
     "convert": (
         "convert/test_formats.py",
         "convert/test_reading.py",

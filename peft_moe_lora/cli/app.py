@@ -1,0 +1,47 @@
+"""The commands of `peft-moe-lora`, in the order of its help."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from .adapters import consolidate, convert, inspect, merge, verify
+from .answers import answers
+from .environment import env
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LoRA adapters on the experts of Mixture-of-Experts models: inspect, convert, "
+    "consolidate, merge and verify them.",
+)
+
+app.command()(answers(env))
+app.command()(answers(inspect))
+app.command()(answers(convert, progress="converting"))
+app.command()(answers(consolidate, progress="consolidating"))
+app.command()(answers(merge, progress="merging"))
+app.command()(answers(verify, progress="verifying"))
+
+
+def main() -> None:
+    """Run the command line, as `peft-moe-lora` however it was started."""
+    app(prog_name="peft-moe-lora")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(version("peft-moe-lora"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """The options before a command's name."""
