@@ -3,10 +3,15 @@
 Each shape is stated here once; every benchmark takes it from here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+from expert_modules import qwen3_experts
+from peft_moe_lora.experts.layout import read_layout
 
 MIB = 2**20
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,6 +34,8 @@ GPU_SHAPES = {
     "gptoss-shape": Shape(32, 2880, 2880, 4),
     "dsv3-slice": Shape(64, 7168, 2048, 8),
     "mixtral": Shape(8, 4096, 14336, 2),
+    "qwen3-next": Shape(512, 2048, 512, 10),
+    "llama4-like": Shape(16, 5120, 8192, 1),
 }
 CPU_SHAPES = {
     "many-small": Shape(32, 512, 256, 4),
@@ -133,6 +140,8 @@ class Case:
         dtype: of the base weights and the activations; the adapter is fp32.
         skew: share of the rows that go to one expert; 0 routes uniformly.
         device: where the tensors are.
+        dropout: probability that an element is dropped before A.
+        experts: is given the shape's four sizes, and makes the experts module on the meta device.
     """
 
     name: str
@@ -145,6 +154,8 @@ class Case:
     dtype: torch.dtype
     skew: float
     device: torch.device
+    dropout: float = 0.0
+    experts: Callable[[int, int, int, int], nn.Module] = qwen3_experts
 
     @property
     def label(self) -> str:
@@ -152,12 +163,14 @@ class Case:
         label = f"{self.name} T={self.T} r={self.r}"
         if self.skew:
             label += f" skew={self.skew:g}"
+        if self.dropout:
+            label += f" dropout={self.dropout:g}"
         return label
 
     @property
     def goal(self) -> Goal | None:
         """What moe_lora is held to here; None where there is no goal."""
-        if self.r != 16 or self.dtype != torch.bfloat16 or self.skew:
+        if self.r != 16 or self.dtype != torch.bfloat16 or self.skew or self.dropout:
             return None
         return GOALS.get((self.name, self.T))
 
@@ -172,8 +185,12 @@ class Problem:
         top_k_index: [T, top_k] int64.
         top_k_weights: [T, top_k] leaf, dtype of x.
         dout: [T, H], the gradient of the output.
-        weights: {"gate_up": [E, 2I, H], "down": [E, H, I]}, frozen.
-        adapter: {"lora_A.gate_up": [r*E, H], "lora_B.gate_up": [2I, r*E], ...}, fp32, expert-major:
+        experts: the experts module on the meta device.
+        layout: how it stores its weights.
+        weights: {"gate_up": [E, N, H], "down": [E, H, I]}, frozen; N = 2I where gated, else I.
+            Views of transposed tensors where the module stores them as [E, K, N].
+        biases: {"gate_up": [E, N], "down": [E, H]}, frozen; empty where the module has none.
+        adapter: {"lora_A.gate_up": [r*E, H], "lora_B.gate_up": [N, r*E], ...}, fp32, expert-major:
             rows of A and columns of B e*r up to (e + 1)*r are expert e.
         scaling: lora_alpha / r.
     """
@@ -196,13 +213,29 @@ class Problem:
         self.top_k_index[uniform(case.T, case.top_k) < case.skew] = case.E // 2
         logits = normal(case.T, case.top_k, dtype=torch.float32)
         self.top_k_weights = logits.softmax(-1).to(case.dtype).requires_grad_()
+        self.experts = case.experts(case.E, case.H, case.I, case.top_k)
+        self.layout = read_layout(self.experts)
         self.weights = {}
+        self.biases = {}
         self.adapter = {}
-        for name, N, K in (("gate_up", 2 * case.I, case.H), ("down", case.H, case.I)):
-            self.weights[name] = normal(case.E, N, K, std=K**-0.5)
+        for name, projection in self.layout.projections.items():
+            N = projection.out_features
+            K = projection.in_features
+            if projection.transposed:
+                self.weights[name] = normal(case.E, K, N, std=K**-0.5).transpose(1, 2)
+            else:
+                self.weights[name] = normal(case.E, N, K, std=K**-0.5)
+            if projection.bias:
+                self.biases[name] = normal(case.E, N, std=0.5)
             rank = case.r * case.E
             A = normal(rank, K, std=K**-0.5, dtype=torch.float32)
             std_B = 0.5 * case.r**-0.5 / self.scaling
             B = normal(N, rank, std=std_B, dtype=torch.float32)
             self.adapter[f"lora_A.{name}"] = A
             self.adapter[f"lora_B.{name}"] = B
+
+    def activation(self, pre: torch.Tensor) -> torch.Tensor:
+        """What the experts module itself computes between the projections: [M, N] -> [M, I]."""
+        if self.layout.gated:
+            return self.experts._apply_gate(pre)
+        return self.experts.act_fn(pre)

@@ -4,9 +4,9 @@ import math
 import time
 
 import torch
-import torch.nn.functional as F
 
-from cases import PROJECTIONS, Problem
+from cases import PROJECTIONS, Case, Problem
+from peft_moe_lora.ops.dropout import Dropout, dropout_mask
 from routes import Route, renew, step, to_expert_major
 from timing import synchronize
 
@@ -15,6 +15,8 @@ from timing import synchronize
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 # rows of one expert that the reference takes at a time
 ROWS = 4096
+# of the generator that draws the seeds of dropout's masks
+SEED = 1
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,6 +61,7 @@ def first_step(problem: Problem, route: Route) -> tuple[float, dict[str, torch.T
     """
     case = problem.case
     renew(problem, route)
+    torch.manual_seed(SEED)
     synchronize(case.device)
     start = time.perf_counter()
     out = step(problem, route)
@@ -111,23 +114,31 @@ def reference(problem: Problem, scaling: float) -> Tensors:
     total |= {f"d {name}": zeros(*p.shape) for name, p in problem.adapter.items()}
     slots = problem.top_k_index.flatten().argsort(stable=True)
     counts = problem.top_k_index.flatten().bincount(minlength=case.E).tolist()
+    dropouts = _dropouts(case)
     for e, slots_of_expert in enumerate(slots.split(counts)):
-        _add_expert(total, problem, scaling, e, slots_of_expert)
+        _add_expert(total, problem, scaling, dropouts, e, slots_of_expert)
     return total
 
 
 def _add_expert(
-    total: Tensors, problem: Problem, scaling: float, e: int, slots: torch.Tensor
+    total: Tensors,
+    problem: Problem,
+    scaling: float,
+    dropouts: dict[str, Dropout],
+    e: int,
+    slots: torch.Tensor,
 ) -> None:
     """Add what one expert contributes to the reference, at most ROWS rows at a time.
 
     Args:
         total: the tensors that `reference` returns.
+        dropouts: by projection; empty without dropout.
         slots: flat (token, slot) indices routed to expert e.
     """
     case = problem.case
     dtype = total["out"].dtype
     base = {name: weight[e].to(dtype) for name, weight in problem.weights.items()}
+    biases = {name: bias[e].to(dtype) for name, bias in problem.biases.items()}
     pairs = _pairs_of_expert(problem.adapter, e, case.r)
     pairs = {name: p.to(dtype).requires_grad_() for name, p in pairs.items()}
     d_adapter = {name: total[f"d {name}"] for name in pairs}
@@ -138,11 +149,15 @@ def _add_expert(
         row_weight = problem.top_k_weights.detach().flatten()[part].to(dtype).requires_grad_()
         y = x
         for name in PROJECTIONS:
-            update = y @ pairs[f"lora_A.{name}"].T @ pairs[f"lora_B.{name}"].T
+            kept = y
+            if name in dropouts:
+                kept = y * dropout_mask(dropouts[name], part, y.shape[1])
+            update = kept @ pairs[f"lora_A.{name}"].T @ pairs[f"lora_B.{name}"].T
             y = y @ base[name].T + scaling * update
+            if name in biases:
+                y = y + biases[name]
             if name == "gate_up":
-                gate, up = y.chunk(2, dim=-1)
-                y = F.silu(gate) * up
+                y = problem.activation(y)
         y = row_weight[:, None] * y
         inputs = [x, row_weight, *pairs.values()]
         dx, d_weight, *gradients = torch.autograd.grad(y, inputs, problem.dout[token].to(dtype))
@@ -151,6 +166,16 @@ def _add_expert(
         total["d top_k_weights"].view(-1)[part] = d_weight
         for name, gradient in zip(pairs, gradients, strict=True):
             d_pairs[name].add_(gradient)
+
+
+def _dropouts(case: Case) -> dict[str, Dropout]:
+    """The dropout of each projection, with the seeds that a layer draws in `first_step`."""
+    if not case.dropout:
+        return {}
+    torch.manual_seed(SEED)
+    # as peft_moe_lora.functional.draw_seeds does
+    seeds = torch.randint(2**31 - 1, (2, 2), device=case.device)
+    return {name: Dropout(case.dropout, seeds[i, :1]) for i, name in enumerate(PROJECTIONS)}
 
 
 def _pairs_of_expert(adapter: Tensors, e: int, r: int) -> Tensors:

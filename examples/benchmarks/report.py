@@ -73,6 +73,13 @@ def format_cells(row: dict[str, Any], columns: dict[str, Column]) -> list[str]:
     return cells
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown, one row a line."""
+    rule = ["---"] * len(header)
+    lines = [header, rule, *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 # ---- files -------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ Every route works on the inputs and the frozen base weights of a `Problem`, and 
 values of its adapter.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cases import MIB, PROJECTIONS, Problem
 from peft_moe_lora import MoELoraConfig
@@ -146,19 +145,17 @@ class Block(nn.Module):
 
 
 def transformers_block(problem: Problem) -> Block:
-    """transformers' Qwen3-MoE experts on the problem's own weights, frozen, on grouped_mm."""
-    case = problem.case
-    config = Qwen3MoeConfig(
-        num_experts=case.E,
-        hidden_size=case.H,
-        moe_intermediate_size=case.I,
-        num_experts_per_tok=case.top_k,
-    )
-    config._experts_implementation = "grouped_mm"
-    with torch.device("meta"):
-        experts = Qwen3MoeExperts(config)
-    for name, weight in problem.weights.items():
-        setattr(experts, f"{name}_proj", nn.Parameter(weight, requires_grad=False))
+    """transformers' experts on the problem's own weights, frozen, on grouped_mm."""
+    experts = copy.deepcopy(problem.experts)
+    experts.config._experts_implementation = "grouped_mm"
+    for name, projection in problem.layout.projections.items():
+        stored = problem.weights[name]
+        if projection.transposed:
+            stored = stored.transpose(1, 2)
+        setattr(experts, projection.weight, nn.Parameter(stored, requires_grad=False))
+        if projection.bias:
+            bias = nn.Parameter(problem.biases[name], requires_grad=False)
+            setattr(experts, projection.bias, bias)
     return Block(experts)
 
 
@@ -171,7 +168,13 @@ def moe_lora_route(problem: Problem, **settings: object) -> Route:
     """peft_moe_lora as a user gets it; `settings` are further fields of its configuration."""
     r = problem.case.r
     alpha = problem.scaling * r
-    config = MoELoraConfig(r=r, lora_alpha=alpha, target_modules=["experts"], **settings)
+    config = MoELoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=problem.case.dropout,
+        target_modules=["experts"],
+        **settings,
+    )
     model = get_peft_model(transformers_block(problem), config)
     adapter = of_the_experts(moe_lora_parameters(model), problem)
     with torch.no_grad():

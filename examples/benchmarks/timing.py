@@ -103,6 +103,17 @@ def seconds_per_call(call: Callable[[], object], device: torch.device, repeat: i
     return (time.perf_counter() - start) / repeat
 
 
+def host_seconds_per_call(call: Callable[[], object], device: torch.device, repeat: int) -> float:
+    """The mean time in which the host issues a call, of `repeat` calls in a row."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    seconds = time.perf_counter() - start
+    synchronize(device)
+    return seconds / repeat
+
+
 def held_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Bytes allocated by a call and not yet free when it returns, its result among them."""
     gc.collect()

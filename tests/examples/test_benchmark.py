@@ -248,7 +248,10 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["layer", "quantized", "train_step", "tune_kernels"])
+SCRIPTS = ["goals", "layer", "quantized", "train_step", "tune_kernels"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_starts_from_any_folder(script, tmp_path):
     path = Path(layer.__file__).with_name(f"{script}.py")
     done = run_script([path, "--help"], cwd=tmp_path)
