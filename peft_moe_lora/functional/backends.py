@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import sys
 from functools import cache
 
 import torch
@@ -17,8 +18,6 @@ BACKENDS = ("auto", "triton", "torch")
 def select_backend(backend: str, device: torch.device) -> str:
     """The backend that runs on a device, "triton" or "torch", for one of BACKENDS.
 
-    The choice of "auto" is logged once.
-
     Raises:
         RuntimeError: if the backend is "triton" and it cannot run on the device.
     """
@@ -31,16 +30,21 @@ def select_backend(backend: str, device: torch.device) -> str:
                 f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "torch".'
             )
         return "triton"
-    chosen = "torch"
     if device.type == "cuda" and not obstacle:
-        chosen = "triton"
-    _log_auto(chosen, device.type, obstacle)
-    return chosen
+        return "triton"
+    return "torch"
 
 
 def ops_for(backend: str, device: torch.device) -> Operations:
-    """The operations that run on a device, for one of BACKENDS."""
-    if select_backend(backend, device) == "torch":
+    """The operations that run on a device, for one of BACKENDS.
+
+    The choice of "auto" is shown once for each kind of device.
+    """
+    chosen = select_backend(backend, device)
+    # a line that is written while torch.compile traces would break the graph
+    if backend == "auto" and not torch.compiler.is_compiling():
+        _show_choice(chosen, device.type, _triton_obstacle(device.type, device.index))
+    if chosen == "torch":
         return reference
     from ..ops import kernels
 
@@ -66,8 +70,13 @@ def _triton_obstacle(device_type: str, index: int | None) -> str:
 
 
 @cache
-def _log_auto(chosen: str, device_type: str, obstacle: str) -> None:
-    if device_type == "cuda" and obstacle:
+def _show_choice(chosen: str, device_type: str, obstacle: str) -> None:
+    """One line: a warning where a GPU runs no kernel, else for whoever did not set up logging."""
+    if device_type == "cuda" and chosen == "torch":
         logger.warning('backend="auto" falls back to "torch" on cuda: %s.', obstacle)
+        return
+    line = f'peft_moe_lora: backend="auto" picked "{chosen}" on {device_type}.'
+    if logger.hasHandlers():
+        logger.info(line)
     else:
-        logger.info('backend="auto" picked "%s" on %s.', chosen, device_type)
+        print(line, file=sys.stderr)

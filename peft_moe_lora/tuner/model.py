@@ -31,7 +31,7 @@ from .initial import minus_initial
 from .loading import check_over_existing
 from .peft_model import install_around
 from .shards import reshard_to_merge
-from .summary import summarize
+from .summary import Summary, summarize
 from .ties import check_may_merge, untie
 from .weighted import Mixture
 from .whole import check_whole, is_written
@@ -203,8 +203,10 @@ class MoELoraModel(LoraModel):
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         logger.info("adapter %r: %s", adapter_name, self.summary(adapter_name))
 
-    def summary(self, adapter_name: str | None = None) -> str:
+    def summary(self, adapter_name: str | None = None) -> Summary:
         """Count what an adapter adapts: experts, routers, other layers, modules saved whole.
+
+        The result is a string of one line. A notebook shows it as a table.
 
         Args:
             adapter_name: the adapter; by default the active ones.

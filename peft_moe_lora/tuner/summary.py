@@ -1,9 +1,10 @@
-"""One line of text that lists what an adapter adapts, and counts of parameters.
+"""One line of text that lists what an adapter adapts.
 
-`MoELoraModel.summary` returns the line. Adding an adapter logs it, and
-`print_trainable_parameters` prints it below PEFT's counts.
+`MoELoraModel.summary` returns the line, which a notebook shows as a table. Adding an adapter logs
+it, and `print_trainable_parameters` prints it below PEFT's counts.
 """
 
+import html
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -19,7 +20,21 @@ _OTHER_LAYERS = "other layers"
 _SAVED_WHOLE = "modules saved whole"
 
 
-def summarize(model: nn.Module, adapter_names: Collection[str]) -> str:
+class Summary(str):
+    """The line; its parts are separated by "; "."""
+
+    def _repr_html_(self) -> str:
+        """A table of one row a part, for a notebook."""
+        rows = []
+        for part in self.split("; "):
+            name, colon, rest = part.partition(": ")
+            if not colon:
+                name, _, rest = part.partition(", ")
+            rows.append(f"<tr><th>{html.escape(name)}</th><td>{html.escape(rest)}</td></tr>")
+        return f"<table>{''.join(rows)}</table>"
+
+
+def summarize(model: nn.Module, adapter_names: Collection[str]) -> Summary:
     """The line for some adapters: experts, routers, other layers and modules saved whole."""
     layers: list[MoELoraLayer] = []
     others: dict[str, Counter[str]] = {
@@ -37,7 +52,7 @@ def summarize(model: nn.Module, adapter_names: Collection[str]) -> str:
         if counts:
             listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
             parts.append(f"{counts.total()} {kind}: {listed}")
-    return "; ".join(parts)
+    return Summary("; ".join(parts))
 
 
 def _adapters_on(module: nn.Module) -> set[str]:

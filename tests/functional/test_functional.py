@@ -186,3 +186,25 @@ def test_rocm_runs_in_plain_pytorch_and_refuses_the_kernels_by_name(monkeypatch)
 
 def test_auto_on_cpu_is_torch():
     assert select_backend("auto", torch.device("cpu")) == "torch"
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_what_auto_picked_is_shown_once(configured, monkeypatch, capsys, caplog):
+    """On stderr, or in the log of whoever set up logging; never while torch.compile traces."""
+    from peft_moe_lora.functional import backends
+
+    monkeypatch.setattr(backends.logger, "hasHandlers", lambda: configured)
+    caplog.set_level("INFO", logger=backends.__name__)
+    backends._show_choice.cache_clear()
+    cpu = torch.device("cpu")
+    with monkeypatch.context() as tracing:
+        tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+        backends.ops_for("auto", cpu)
+    backends.ops_for("torch", cpu)
+    backends.select_backend("auto", cpu)
+    assert not capsys.readouterr().err + caplog.text
+    for _ in range(3):
+        backends.ops_for("auto", cpu)
+    printed = capsys.readouterr().err
+    assert printed.count('backend="auto" picked "torch" on cpu') == (not configured)
+    assert caplog.text.count('backend="auto" picked "torch" on cpu') == configured

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import re
 
 import pytest
 import torch
@@ -147,6 +148,18 @@ def test_attaching_says_what_got_an_adapter(caplog):
         model = moe_lora(tiny_model(), target_modules=["experts", "q_proj"])
     assert counts in caplog.text
     assert counts in model.base_model.summary()
+
+
+def test_a_notebook_shows_the_summary_as_a_table(capsys):
+    model = moe_lora(tiny_model(), target_modules=["experts", "q_proj"])
+    table = model.base_model.summary()._repr_html_()
+    rows = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", table)
+    assert rows == [
+        ("2 experts modules", f"{2 * E} experts, {4 * E} projections adapted"),
+        ("2 other layers", "2 self_attn.q_proj"),
+    ]
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.count("experts modules") == 1
 
 
 def test_status_functions_of_peft_work():
