@@ -116,6 +116,12 @@ def shape_of(name: str) -> Shape:
     return Shape(*map(int, sizes))
 
 
+def shrunk(shape: Shape) -> Shape:
+    """A shape of the same kind that a CPU computes in milliseconds."""
+    top_k = min(shape.top_k, 2)
+    return Shape(6, 32 + shape.H % 16, 16 + shape.I % 16, top_k)
+
+
 def default_device() -> str:
     """The first GPU where there is one."""
     if torch.cuda.is_available():

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from cases import SHAPES, Case, Shape
+from cases import SHAPES, Case, Shape, shrunk
 from expert_modules import gpt_oss_experts, nemotron_experts, qwen3_experts
 from turns import Layer
 
@@ -69,12 +69,6 @@ class Situation:
             experts=self.experts,
         )
         return Layer(case, self.recompute, self.call)
-
-
-def shrunk(shape: Shape) -> Shape:
-    """A shape of the same kind that a CPU computes in milliseconds."""
-    top_k = min(shape.top_k, 2)
-    return Shape(6, 32 + shape.H % 16, 16 + shape.I % 16, top_k)
 
 
 SITUATIONS = [

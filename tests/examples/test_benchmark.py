@@ -248,7 +248,7 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-SCRIPTS = ["goals", "layer", "quantized", "train_step", "tune_kernels"]
+SCRIPTS = ["goals", "layer", "quantized", "sweep", "train_step", "tune_kernels"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
