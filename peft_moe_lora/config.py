@@ -103,6 +103,8 @@ class MoELoraConfig(LoraConfig):
             call, and runs the model's own experts implementation on it.
         recompute: do not keep the pre-activation for backward; backward computes the gate_up
             product again.
+        keep_implementation: while the adapter is disabled or merged, run the experts implementation
+            that the model's config names, and not this package's kernels.
         layout: order of the tensors in the adapter file. It is written when an adapter is saved
             and checked when it is loaded; users should not set it.
         format_version: version of the adapter file; users should not set it either.
@@ -133,6 +135,13 @@ class MoELoraConfig(LoraConfig):
     recompute: bool = field(
         default=False,
         metadata={"help": "Keep no pre-activation for backward: less memory, one more product."},
+    )
+    keep_implementation: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the model's own experts implementation while the adapter is disabled or "
+            "merged, not this package's kernels."
+        },
     )
     layout: str = field(default=LAYOUT, metadata={"help": "Order of the adapter tensors on disk."})
     format_version: int = field(default=1, metadata={"help": "Version of the adapter file format."})

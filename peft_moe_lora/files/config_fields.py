@@ -227,6 +227,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "inference_mode": _BOOL,
     "ensure_weight_tying": _BOOL,
     "recompute": _BOOL,
+    "keep_implementation": _BOOL,
     "lora_dropout": (is_finite, "a finite number"),
     "loftq_config": _SETTINGS,
     "eva_config": _SETTINGS,

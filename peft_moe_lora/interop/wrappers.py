@@ -21,11 +21,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..experts.activation import own_activation
 from ..experts.decoding import parametrizations
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.stored import UnsupportedExperts
-from ..functional import Projection, experts
+from ..functional import Projection
+from ..layers import own
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
 from ..ops import QuantizedWeight
 
@@ -89,7 +89,7 @@ class ExpertsCall:
             )
         return out
 
-    def is_at_work(self) -> bool:
+    def replaces_own(self) -> bool:
         return True
 
     def compute(
@@ -104,17 +104,12 @@ class ExpertsCall:
         # what divides or fetches weights may run around the module's forward
         if any(module._parameters.get(name) is not p for name, p in self.parameters.items()):
             raise LeftToPeft(f"a hook changes the weights of {type(module).__name__} in each call")
-        post_norm = None
-        if getattr(module, "has_post_expert_norm", False):
-            post_norm = cast(nn.Module, module.post_expert_norm)
-        return experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
+        return own.compute(
+            module,
+            self.layout,
+            (hidden_states, top_k_index, top_k_weights),
             self.projections["gate_up"],
             self.projections["down"],
-            self.layout.activation or own_activation(module, self.layout.gated),
-            post_norm=post_norm,
         )
 
 

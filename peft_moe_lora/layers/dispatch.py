@@ -2,9 +2,12 @@
 
 A module on transformers' experts interface looks up its implementation by a name in its config.
 When the module is adapted, its config is replaced by a view that names `moe_lora_experts_forward`,
-and that function calls the adapter's layer. A module that is not on the interface does not look up
-an implementation: its layer computes the output, and the module's own forward does not run. Before
-that, `check_contract` compares both outputs on the first tokens.
+and that function calls the adapter's layer. A model's own config may name it too, and then the
+function computes the modules without an adapter.
+
+A module that is not on the interface does not look up an implementation: its layer computes the
+output, and the module's own forward does not run. Before that, `check_contract` compares both
+outputs on the first tokens.
 """
 
 from collections.abc import Mapping
@@ -17,6 +20,7 @@ from ..experts.activation import own_activation
 from ..experts.layout import PROJECTIONS, ExpertsLayout
 from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, experts
+from .frozen import compute_frozen
 from .implementations import IMPLEMENTATION
 
 if TYPE_CHECKING:
@@ -30,9 +34,9 @@ _CONTRACT_TOKENS = 4
 
 
 class ComputesExperts(Protocol):
-    """What computes the output of an experts module, with its adapters."""
+    """What computes the output of an experts module, with the adapters that are at work."""
 
-    def is_at_work(self) -> bool: ...
+    def replaces_own(self) -> bool: ...
 
     def compute(
         self,
@@ -47,8 +51,8 @@ class AdaptedExpertsConfig:
     """A view of a model's config, for one adapted experts module.
 
     All modules of a model share one config, which holds the name of the experts implementation.
-    Only this name differs in the view. So one module dispatches to its adapter while the adapter is
-    active, and the user may still set another implementation on the shared config.
+    Only this name differs in the view. So an adapted module dispatches to its layer, and the user
+    may still set another implementation for the other modules.
 
     Args:
         config: the shared config; all other attributes are read from it and written to it.
@@ -73,7 +77,7 @@ class AdaptedExpertsConfig:
 
     @property
     def _experts_implementation(self) -> str | None:
-        if self._layer.is_at_work():
+        if self._layer.replaces_own():
             return IMPLEMENTATION
         return self._shared._experts_implementation
 
@@ -124,15 +128,16 @@ def moe_lora_experts_forward(
     """The experts implementation that is registered with transformers.
 
     Args:
-        module: an experts module whose config is an `AdaptedExpertsConfig`.
+        module: an experts module, adapted or not.
         hidden_states: [T, H] float.
         top_k_index: [T, top_k] integer expert ids; ids outside 0..E-1 are skipped.
         top_k_weights: [T, top_k] float.
     Returns: [T, H], dtype of hidden_states.
     """
     config = module.config
-    assert isinstance(config, AdaptedExpertsConfig), "only adapted modules name this implementation"
-    return config._layer.compute(module, hidden_states, top_k_index, top_k_weights)
+    if isinstance(config, AdaptedExpertsConfig):
+        return config._layer.compute(module, hidden_states, top_k_index, top_k_weights)
+    return compute_frozen(module, (hidden_states, top_k_index, top_k_weights))
 
 
 @torch.no_grad()

@@ -13,22 +13,18 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..config import MATERIALIZE, MoELoraConfig
-from ..experts.activation import own_activation
 from ..experts.decoding import decoders
 from ..experts.layout import ExpertsLayout, read_layout
 from ..experts.stored import UnsupportedExperts
-from ..functional import Projection, draw_seeds, experts, per_expert, rows_linear
+from ..functional import Projection, draw_seeds, per_expert, rows_linear
 from ..ops import QuantizedWeight
 from ..parallel import zero
 from ..parallel.sharding import is_sharded
 from ..parallel.share import Share, drawn_whole
-from . import merging
+from . import merging, own
 from .dispatch import attach, check_contract, detach, shared_config
-from .implementations import (
-    check_gradients,
-    check_implementation,
-    run_implementation,
-)
+from .frozen import compute_frozen
+from .implementations import check_gradients, check_implementation, run_implementation
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
@@ -108,6 +104,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.merge_errors: dict[str, float] = {}
         self.backend = config.backend
         self.recompute = config.recompute
+        # "materialize" runs the model's own implementation with an adapter, and so it does without
+        self.keep_implementation = self.backend == MATERIALIZE
         # no check is needed if transformers' interface or `FAMILIES` defines what the module
         # computes, or if the module's own forward runs
         self._contract_holds = (
@@ -143,6 +141,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
                 run here.
         """
         self._check_backend(config)
+        self.keep_implementation |= config.keep_implementation
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.experts[adapter_name] = experts
@@ -303,6 +302,10 @@ class MoELoraLayer(nn.Module, LoraLayer):
             return False
         return any(name in self.lora_A for name in self.active_adapters)
 
+    def replaces_own(self) -> bool:
+        """Whether this layer computes its module, and not the model's own implementation."""
+        return self.is_at_work() or not self.keep_implementation
+
     def compute(
         self,
         module: nn.Module,
@@ -310,7 +313,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the experts' output with the active adapters.
+        """Compute the experts' output with the adapters that are at work, if any.
 
         Args:
             module: the experts module, whose parameters are plain local tensors during this call.
@@ -319,6 +322,9 @@ class MoELoraLayer(nn.Module, LoraLayer):
             top_k_weights: [T, top_k] float.
         Returns: [T, H], dtype of hidden_states.
         """
+        rows = (hidden_states, top_k_index, top_k_weights)
+        if not self.is_at_work():
+            return self._compute_frozen(module, rows)
         with fetched([*self._active_parameters(), *decoders(module)]):
             zero.check_gradients_arrive(self._trained_parameters(), hidden_states)
             up = projection_of(self, module, "gate_up")
@@ -326,22 +332,28 @@ class MoELoraLayer(nn.Module, LoraLayer):
             for projection in (up, down):
                 if isinstance(projection.weight, QuantizedWeight):
                     projection.weight.check_device(hidden_states.device)
-            rows = (hidden_states, top_k_index, top_k_weights)
             if self.backend == MATERIALIZE:
                 return self._compute_materialized(module, up, down, *rows)
-            post_norm = None
-            if getattr(module, "has_post_expert_norm", False):
-                post_norm = cast(nn.Module, module.post_expert_norm)
-            return experts(
-                *rows,
+            return own.compute(
+                module,
+                self.layout,
+                rows,
                 up,
                 down,
-                self.layout.activation or own_activation(module, self.layout.gated),
-                post_norm=post_norm,
                 backend=self.backend,
                 recompute=self.recompute,
                 seeds=self._seeds(hidden_states.device, up, down),
             )
+
+    def _compute_frozen(
+        self, module: nn.Module, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """The output of the module without an adapter."""
+        backend = self.backend
+        if backend == MATERIALIZE:
+            backend = "auto"
+        named = self._shared_implementation()
+        return compute_frozen(module, rows, layout=self.layout, named=named, backend=backend)
 
     def _seeds(self, device: torch.device, *projections: Projection) -> torch.Tensor | None:
         """The seeds of the masks of dropout, where several processes share the experts."""

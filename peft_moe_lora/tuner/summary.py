@@ -1,5 +1,7 @@
 """One line of text that lists what an adapter adapts.
 
+It also names experts that the kernels compute only while an adapter is at work.
+
 `MoELoraModel.summary` returns the line, which a notebook shows as a table. Adding an adapter logs
 it, and `print_trainable_parameters` prints it below PEFT's counts.
 """
@@ -52,7 +54,20 @@ def summarize(model: nn.Module, adapter_names: Collection[str]) -> Summary:
         if counts:
             listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
             parts.append(f"{counts.total()} {kind}: {listed}")
+    parts += _off_interface(layers)
     return Summary("; ".join(parts))
+
+
+def _off_interface(layers: Sequence[MoELoraLayer]) -> list[str]:
+    """A sentence on the experts that the kernels compute only while an adapter is at work."""
+    counts = Counter(
+        type(layer.base_layer).__name__ for layer in layers if not layer.layout.decorated
+    )
+    return [
+        f"{count} {name} are not on transformers' experts interface: the model's own code computes "
+        "them while adapters are disabled or merged"
+        for name, count in sorted(counts.items())
+    ]
 
 
 def _adapters_on(module: nn.Module) -> set[str]:

@@ -196,7 +196,7 @@ def test_disabled_adapter_is_the_plain_module(case):
     if hasattr(plain, "config"):
         plain.config._experts_implementation = "grouped_mm"
     expected = plain(*rows)
-    model = wrap(copy.deepcopy(plain))
+    model = wrap(copy.deepcopy(plain), keep_implementation=True)
     assert_share_of_order_one(model(*rows), expected)
     with model.disable_adapter():
         assert torch.equal(model(*rows), expected)

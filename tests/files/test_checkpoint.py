@@ -270,7 +270,7 @@ def test_transformers_load_adapter_gives_the_saved_model(family, tmp_path):
     assert_share_of_order_one(outputs(base), plain)
     assert_close(outputs(base), outputs(model), SAME)
     base.disable_adapters()
-    assert torch.equal(outputs(base), plain)
+    assert_close(outputs(base), plain, 1e-5)
     base.enable_adapters()
     assert_close(outputs(base), outputs(model), SAME)
 

@@ -34,13 +34,13 @@ def with_peft_lora(family, name, dtype):
 @pytest.mark.parametrize(("family", "name"), FAMILIES)
 def test_kernels_are_as_exact_as_pefts_own_code(family, name, dtype, monkeypatch):
     devices = []
-    experts = wrappers.experts
+    compute = wrappers.own.compute
 
-    def counted(x, *others, **options):
-        devices.append(x.device.type)
-        return experts(x, *others, **options)
+    def counted(module, layout, rows, *others, **options):
+        devices.append(rows[0].device.type)
+        return compute(module, layout, rows, *others, **options)
 
-    monkeypatch.setattr(wrappers, "experts", counted)
+    monkeypatch.setattr(wrappers.own, "compute", counted)
     model, layer = with_peft_lora(family, name, dtype)
     args = inputs(dtype)
     own = step(model, layer, *args)

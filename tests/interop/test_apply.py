@@ -349,13 +349,13 @@ def test_torch_compile_breaks_the_graph_and_gives_the_same(monkeypatch):
     model = with_peft_lora(tiny_model(num_hidden_layers=1))
     right = outputs(model)
     traced = []
-    experts = wrappers.experts
+    compute = wrappers.own.compute
 
     def noted(*args, **options):
         traced.append(torch.compiler.is_compiling())
-        return experts(*args, **options)
+        return compute(*args, **options)
 
-    monkeypatch.setattr(wrappers, "experts", noted)
+    monkeypatch.setattr(wrappers.own, "compute", noted)
     with apply_to_peft():
         compiled = torch.compile(model, backend="eager")
         assert_close(outputs(compiled), right, TOLERANCE)

@@ -346,7 +346,7 @@ def test_whole_routers_train_are_saved_loaded_and_merged(family, router, tmp_pat
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert torch.equal(outputs(loaded), trained)
     with loaded.disable_adapter():
-        assert torch.equal(outputs(loaded), outputs(base))
+        assert_close(outputs(loaded), outputs(base))
     assert f"{len(router_paths(base))} modules saved whole" in loaded.base_model.summary()
     assert_close(outputs(loaded.merge_and_unload()), trained)
 

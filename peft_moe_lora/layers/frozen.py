@@ -1,0 +1,150 @@
+"""An experts module without an adapter: its own frozen weights, computed by this package's kernels.
+
+`model.set_experts_implementation("moe_lora")` asks for it on any model on transformers' experts
+interface. An adapted module asks for it while its adapters are disabled or merged. The kernels
+compute no gradient of the weights: a module that trains its own weights runs an implementation of
+transformers.
+"""
+
+import logging
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..experts.activation import ALPHA_NAMES, LIMIT_NAMES
+from ..experts.decoding import decoders
+from ..experts.families import STACKS
+from ..experts.layout import ExpertsLayout, read_layout
+from ..experts.stored import UnsupportedExperts
+from ..functional import Projection
+from ..ops import QuantizedWeight
+from . import own
+from .implementations import IMPLEMENTATION
+from .offload import fetched
+
+logger = logging.getLogger(__name__)
+
+# what transformers chooses where nobody names an implementation
+_DEFAULT = "grouped_mm"
+
+
+class _Known(NamedTuple):
+    """A layout, and what it was read from.
+
+    It is an attribute of its module, because torch.compile does not trace a dict by modules.
+    """
+
+    facts: tuple[Any, ...]
+    layout: ExpertsLayout
+
+
+def compute_frozen(
+    module: nn.Module,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
+    layout: ExpertsLayout | None = None,
+    named: str | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Compute an experts module on transformers' interface without an adapter.
+
+    Args:
+        module: the experts module, whose parameters are plain local tensors during this call.
+        rows: hidden_states [T, H] float, top_k_index [T, top_k] integer, where ids outside 0..E-1
+            are skipped, and top_k_weights [T, top_k] float.
+        layout: layout of the module; read from it if None.
+        named: the implementation that the model's config names; it runs if the module's own weights
+            are trained. transformers' default runs instead of None and of "moe_lora".
+        backend: one of BACKENDS.
+    Returns: [T, H], dtype of hidden_states.
+    Raises:
+        UnsupportedExperts: if the weights are stored in an unknown way, or are not here.
+    """
+    if layout is None:
+        layout = _layout_of(module)
+    with fetched(decoders(module)):
+        up = _projection(module, layout, "gate_up", rows[0])
+        down = _projection(module, layout, "down", rows[0])
+        if _is_trained(module, up, down):
+            if named in (None, IMPLEMENTATION):
+                named = _DEFAULT
+            _log_trained(type(module).__name__, named)
+            return own.implementation(named, module)(module, *rows)
+        return own.compute(module, layout, rows, up, down, backend=backend)
+
+
+def _projection(module: nn.Module, layout: ExpertsLayout, name: str, x: torch.Tensor) -> Projection:
+    """A projection of the module, if its weight is whole and on the device of x."""
+    weight = layout.weight(module, name)
+    where = f"{type(module).__name__}.{layout.projection(name).weight}"
+    if isinstance(weight, QuantizedWeight):
+        weight.check_device(x.device)
+    elif type(weight) not in (torch.Tensor, nn.Parameter) or weight.device != x.device:
+        raise UnsupportedExperts(
+            f'experts_implementation="{IMPLEMENTATION}" needs {where} as a plain tensor on the '
+            f"device of its input, {x.device}, but it is a {type(weight).__name__} on "
+            f"{weight.device}. Call the model, not its experts alone, or choose another "
+            "implementation with model.set_experts_implementation(...)."
+        )
+    return Projection(weight, layout.bias(module, name))
+
+
+def _is_trained(module: nn.Module, up: Projection, down: Projection) -> bool:
+    """Whether the module trains weights of its own.
+
+    A module in training counts under no_grad too, where gradient checkpointing computes it first.
+    """
+    if not (torch.is_grad_enabled() or module.training):
+        return False
+    tensors = (up.weight, up.bias, down.weight, down.bias)
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
+def _layout_of(module: nn.Module) -> ExpertsLayout:
+    """The layout of a module, read again if its shapes or its activation have changed."""
+    known: Any = getattr(module, "_moe_lora_layout", None)
+    if known is None or known.facts != _facts(module):
+        _remember(module)
+        known = module._moe_lora_layout
+    return known.layout
+
+
+@torch.compiler.disable(reason="it reads the layout of experts: call the model once before")
+def _remember(module: nn.Module) -> None:
+    """Read the layout of a module into an attribute of it."""
+    # not an assignment, because nn.Module looks for modules and parameters in each
+    module.__dict__["_moe_lora_layout"] = _Known(_facts(module), read_layout(module))
+
+
+def _facts(module: nn.Module) -> tuple[Any, ...]:
+    """The facts of a module that training or pruning may change, and that its layout depends on."""
+    facts: list[Any] = [getattr(module, "act_fn", None)]
+    for name in (*LIMIT_NAMES, *ALPHA_NAMES):
+        facts.append(getattr(module, name, None))
+    for name in STACKS:
+        # a parametrized weight would be decoded by getattr
+        parameter = module._parameters.get(name)
+        facts.append(None if parameter is None else tuple(parameter.shape))
+    return tuple(facts)
+
+
+# torch.compile calls it while it traces
+@torch.compiler.assume_constant_result
+def _log_trained(cls: str, named: str) -> bool:
+    """Say, once for each class in a process, that an implementation of transformers runs."""
+    _warn_trained(cls, named)
+    return True
+
+
+@cache
+def _warn_trained(cls: str, named: str) -> None:
+    logger.warning(
+        'experts_implementation="%s" computes no gradient of the experts\' own weights, and %s '
+        'trains them: "%s" runs instead. Freeze them with requires_grad_(False) to use the '
+        "kernels.",
+        IMPLEMENTATION,
+        cls,
+        named,
+    )
