@@ -5,6 +5,7 @@ Each shape is stated here once; every benchmark takes it from here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -162,6 +163,11 @@ class Case:
     device: torch.device
     dropout: float = 0.0
     experts: Callable[[int, int, int, int], nn.Module] = qwen3_experts
+
+    @cached_property
+    def gated(self) -> bool:
+        """Whether gate_up has a gate half and an up half, or is up alone."""
+        return read_layout(self.experts(self.E, self.H, self.I, self.top_k)).gated
 
     @property
     def label(self) -> str:

@@ -3,6 +3,7 @@
     python examples/benchmarks/layer.py            the goals' shapes on a GPU, small ones on a CPU
     python examples/benchmarks/layer.py --json speed.json --plot speed.png
     python examples/benchmarks/layer.py --shapes qwen3-30b 64,4096,1024,6 --tokens 2048 --rank 16
+    python examples/benchmarks/layer.py --models openai/gpt-oss-20b ./my-model --tokens 2048
 
 Routes, all in one run on one machine, on the same inputs, frozen base weights and fp32 adapters:
     moe_lora              `get_peft_model(model, MoELoraConfig(...))` on transformers' experts
@@ -33,9 +34,10 @@ from typing import Any
 
 import torch
 
-from cases import CPU_CASES, DTYPES, GPU_CASES, SHAPES, Case, default_device, shape_of
+from cases import CPU_CASES, DTYPES, GPU_CASES, SHAPES, Case, default_device
 from comparison import Setup, run_case
 from layer_row import LEGEND, Row
+from model_layers import ModelLayer, layers_of, named_layer
 from options import parse
 from report import Column, describe_machine, format_table, machine_line, plot, write_json
 from roofline import FORMULA, Ceilings, Probe, measure_ceilings
@@ -74,6 +76,13 @@ class Arguments:
     shapes: list[str] | None = field(
         default=None,
         metadata={"metavar": "SHAPE", "help": f"E,H,I,top_k or of: {', '.join(SHAPES)}"},
+    )
+    models: list[str] | None = field(
+        default=None,
+        metadata={
+            "metavar": "MODEL",
+            "help": "folder with a config.json, or name on the hub: the layers of this model",
+        },
     )
     tokens: list[int] | None = field(
         default=None, metadata={"metavar": "T", "help": "tokens (default: 8192, on a CPU 256)"}
@@ -160,30 +169,42 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     if not 0 <= args.rest < math.inf:
         parser.error(f"--rest must be a number of seconds, got {args.rest}")
     try:
-        for name in args.shapes or []:
-            shape_of(name)
+        list_cases(args)
     except ValueError as error:
-        parser.error(f"--shapes: {error}")
+        parser.error(f"--shapes, --models: {error}")
     return args
 
 
 def list_cases(args: Arguments) -> list[Case]:
-    """The default cases, or the product of what the command line names."""
+    """The default cases, or the product of what the command line names.
+
+    Raises:
+        ValueError: if a shape is unknown, or a model's layers cannot be measured.
+    """
+    dtype = DTYPES[args.dtype]
+    device = torch.device(args.device)
+    return [
+        Case(layer.name, *layer.shape, T, r, dtype, args.skew, device, experts=layer.experts)
+        for layer, T in layers_and_tokens(args)
+        for r in args.rank
+    ]
+
+
+def layers_and_tokens(args: Arguments) -> list[tuple[ModelLayer, int]]:
+    """Each layer that is timed, with its tokens."""
     pairs = CPU_CASES
     tokens = [256]
     if args.on_gpu:
         pairs = GPU_CASES
         tokens = [8192]
-    if args.shapes or args.tokens:
-        names = args.shapes or list(dict(pairs))
-        pairs = [(name, T) for name in names for T in args.tokens or tokens]
-    dtype = DTYPES[args.dtype]
-    device = torch.device(args.device)
-    return [
-        Case(name, *shape_of(name), T, r, dtype, args.skew, device)
-        for name, T in pairs
-        for r in args.rank
-    ]
+    if not (args.shapes or args.models or args.tokens):
+        return [(named_layer(name), T) for name, T in pairs]
+    layers = [named_layer(name) for name in args.shapes or []]
+    for model in args.models or []:
+        layers += layers_of(model)
+    if not layers:
+        layers = [named_layer(name) for name in dict(pairs)]
+    return [(layer, T) for layer in layers for T in args.tokens or tokens]
 
 
 @contextmanager

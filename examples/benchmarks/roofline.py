@@ -5,7 +5,8 @@
     forward   FLOPs 2M*3IH + 2Mr(2H + 3I)     bytes W + 2s*TH + 4s*MI
     backward  FLOPs 2M*3IH + 4Mr(2H + 3I)     bytes W + 4s*TH + 6s*MI
 
-M = T*top_k rows, s bytes per element, W = s*min(E, M)*3*I*H bytes of weights. peak is that of a
+M = T*top_k rows, s bytes per element, W = s*min(E, M)*3*I*H bytes of weights. Without a gate, 3IH
+is 2IH, 3I is 2I, and 4s*MI and 6s*MI are 3s*MI. peak is that of a
 large matrix product on random data (8192^3 on a GPU), bandwidth that of a large copy (2 GiB on a
 GPU), whose bytes read and bytes written are both counted; both are measured in the same run.
 """
@@ -51,13 +52,17 @@ def compulsory_work(case: Case) -> tuple[Work, Work]:
     """The work of forward and of backward."""
     M = case.T * case.top_k
     s = case.dtype.itemsize
-    base = 2 * M * 3 * case.I * case.H
-    lora = 2 * M * case.r * (2 * case.H + 3 * case.I)
-    weights = s * min(case.E, M) * 3 * case.I * case.H
+    # halves of I columns: of all weights; of the pre-activation and its passes
+    halves, forward_passes, backward_passes = 3, 4, 6
+    if not case.gated:
+        halves, forward_passes, backward_passes = 2, 3, 3
+    base = 2 * M * halves * case.I * case.H
+    lora = 2 * M * case.r * (2 * case.H + halves * case.I)
+    weights = s * min(case.E, M) * halves * case.I * case.H
     tokens = s * case.T * case.H
     rows = s * M * case.I
-    forward = Work(base + lora, weights + 2 * tokens + 4 * rows)
-    backward = Work(base + 2 * lora, weights + 4 * tokens + 6 * rows)
+    forward = Work(base + lora, weights + 2 * tokens + forward_passes * rows)
+    backward = Work(base + 2 * lora, weights + 4 * tokens + backward_passes * rows)
     return forward, backward
 
 

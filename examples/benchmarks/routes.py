@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from cases import MIB, PROJECTIONS, Problem
+from cases import MIB, Problem
 from peft_moe_lora import MoELoraConfig
 from timing import held_bytes, peak_bytes
 
@@ -186,15 +186,21 @@ def moe_lora_route(problem: Problem, **settings: object) -> Route:
 def peft_route(problem: Problem) -> Route:
     """PEFT's own: a ParamWrapper for each of the two parameters."""
     r = problem.case.r
+    projections = problem.layout.projections.values()
     config = LoraConfig(
         r=r,
         lora_alpha=problem.scaling * r,
         target_modules=[],
-        target_parameters=[f"experts.{name}_proj" for name in PROJECTIONS],
+        target_parameters=[f"experts.{projection.weight}" for projection in projections],
         lora_dropout=0.0,
     )
     model = get_peft_model(transformers_block(problem), config)
-    adapter = of_the_experts(peft_parameters(model), problem)
+    found = peft_parameters(model)
+    adapter = {}
+    for side in ("lora_A", "lora_B"):
+        for name, projection in problem.layout.projections.items():
+            stem = projection.weight.removesuffix("_proj")
+            adapter[f"{side}.{name}"] = found[f"experts.{side}.{stem}"]
     with torch.no_grad():
         for name, parameter in adapter.items():
             value = problem.adapter[name]
@@ -226,10 +232,15 @@ def torch_route(problem: Problem) -> Route:
     case = problem.case
     adapter = {name: p.clone().requires_grad_() for name, p in problem.adapter.items()}
 
-    def linear(rows: torch.Tensor, name: str, ends: torch.Tensor) -> torch.Tensor:
+    def linear(
+        rows: torch.Tensor, name: str, expert: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
         weight = problem.weights[name].transpose(1, 2)
         update = low_rank(rows, adapter[f"lora_A.{name}"], adapter[f"lora_B.{name}"], ends)
-        return F.grouped_mm(rows, weight, offs=ends) + problem.scaling * update
+        y = F.grouped_mm(rows, weight, offs=ends) + problem.scaling * update
+        if name in problem.biases:
+            y = y + problem.biases[name][expert]
+        return y
 
     def forward(
         x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -237,8 +248,8 @@ def torch_route(problem: Problem) -> Route:
         expert, order = top_k_index.flatten().sort()
         experts = torch.arange(case.E, device=x.device)
         ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
-        gate, up = linear(x[order // case.top_k], "gate_up", ends).chunk(2, dim=-1)
-        y = linear(F.silu(gate) * up, "down", ends) * top_k_weights.flatten()[order, None]
+        act = problem.activation(linear(x[order // case.top_k], "gate_up", expert, ends))
+        y = linear(act, "down", expert, ends) * top_k_weights.flatten()[order, None]
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=x.device)
         return y[inverse].view(*top_k_index.shape, -1).sum(1)
