@@ -161,12 +161,21 @@ def targets_of(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
 
 def _hint(entry: str, modules: Mapping[str, nn.Module]) -> str:
     """What an entry of target_modules that matches no module may mean."""
+    names = sorted({last_name(key) for key, module in modules.items() if is_experts(module)})
+    if not names:
+        return nearest(entry, modules)
+    if last_name(entry) in names:
+        return f" Write {quoted(last_name(entry))}."
     if _names_parameter(entry, modules):
-        return " It names a parameter of experts: name it in target_parameters."
-    if last_name(entry) in OF_TRANSFORMERS_4 and any(map(is_experts, modules.values())):
+        return (
+            " It names a parameter of experts: name it in target_parameters, or write "
+            f"{quoted(names[0])} in target_modules for every projection of the experts."
+        )
+    if last_name(entry) in OF_TRANSFORMERS_4:
         return (
             " If it was a layer of one expert in transformers 4: transformers 5 holds all experts "
-            "in one module, which target_modules names, and target_projections a part of it."
+            f"in one module. Write {quoted(names[0])} in target_modules for that module, and "
+            "target_projections for a part of it."
         )
     return nearest(entry, modules)
 

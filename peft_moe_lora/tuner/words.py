@@ -2,12 +2,14 @@
 
     target_parameters             parameters of experts: their modules, and target_projections
     "all-linear"                  every linear layer but the head, and every experts module
+    "experts", a string           the modules of this name, if no path matches it as an expression
     rank_pattern, alpha_pattern   the name of a parameter: its module
 
 `resolve` writes the meaning into the configuration, as PEFT does with target_modules. From then on,
 the configuration names modules and projections, so its saved form needs none of these words.
 """
 
+import logging
 from collections.abc import Collection, Mapping
 from copy import copy
 from typing import Any, NamedTuple
@@ -18,10 +20,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import MoELoraConfig
-from ..experts.families import READ_NOT_CALLED, STACKS_OF
+from ..experts.families import READ_NOT_CALLED, STACKS, STACKS_OF
 from ..experts.layout import PROJECTIONS, ExpertsLayout, is_experts
-from ..files.patterns import Value, value_of, without_order
-from ..files.peft_words import ALL_LINEAR, names_all_linear
+from ..files.patterns import Value, last_name, value_of, without_order
+from ..files.peft_words import ALL_LINEAR, OF_TRANSFORMERS_4, names_all_linear
 from ..files.text import nearest, quoted
 from ..parallel import divided
 from .loading import current_load
@@ -35,6 +37,11 @@ from .targets import (
     names_of,
     targets_of,
 )
+
+logger = logging.getLogger(__name__)
+
+# names of one expert's layers in transformers 4, and of the experts' parameters in transformers 5
+_OF_EXPERTS_ELSEWHERE = frozenset((*OF_TRANSFORMERS_4, *STACKS))
 
 
 class _Parameter(NamedTuple):
@@ -63,6 +70,8 @@ def resolve(tuner: LoraModel, config: MoELoraConfig) -> None:
         # a divided model refuses it when the targets are checked
         return
     is_pefts = bool(config.target_parameters)
+    if isinstance(config.target_modules, str) and _is_plain_name(tuner, config):
+        _set_targets(config, {config.target_modules})
     if config.target_parameters:
         _resolve_parameters(tuner, config)
     elif config.target_modules is None:
@@ -71,6 +80,8 @@ def resolve(tuner: LoraModel, config: MoELoraConfig) -> None:
         experts = [key for key, module in base_modules(model) if is_experts(module)]
         _set_targets(config, _named(tuner, config) | names_of(model, experts))
     config.target_parameters = None
+    if _is_new(config):
+        _say_that_experts_are_left_out(tuner, config)
     if (is_pefts or _is_new(config)) and (config.rank_pattern or config.alpha_pattern):
         _resolve_patterns(tuner, config, both=is_pefts)
 
@@ -87,6 +98,38 @@ def _set_targets(config: MoELoraConfig, names: Collection[str]) -> None:
 
 
 # ---- target_modules ------------------------------------------------------------------------------
+
+
+def _is_plain_name(tuner: LoraModel, config: MoELoraConfig) -> bool:
+    """Whether target_modules, a string, is a name as in a list, and matches no path by itself.
+
+    PEFT reads a string as a regular expression. TRL's command line makes a string of a list with
+    one name.
+    """
+    given = config.target_modules
+    if not isinstance(given, str) or names_all_linear(given):
+        return False
+    named = any(_ends_with(key, given) for key, _ in base_modules(tuner.model) if key)
+    return named and not targets_of(tuner, config)
+
+
+def _say_that_experts_are_left_out(tuner: LoraModel, config: MoELoraConfig) -> None:
+    """Warn if names that mean experts elsewhere have matched only dense layers."""
+    given = config.target_modules or ()
+    if isinstance(given, str) or names_all_linear(given):
+        return
+    elsewhere = sorted(name for name in given if last_name(name) in _OF_EXPERTS_ELSEWHERE)
+    experts = [key for key, module in base_modules(tuner.model) if is_experts(module)]
+    if not elsewhere or not experts:
+        return
+    if any(is_target(config, key) for key in experts):
+        return
+    logger.warning(
+        "target_modules: %s name dense layers of this model, and no expert gets an adapter. Its "
+        "experts are stored as one module for each layer; to adapt them too, add %s.",
+        elsewhere,
+        sorted({last_name(key) for key in experts}),
+    )
 
 
 def _named(tuner: LoraModel, config: MoELoraConfig) -> set[str]:

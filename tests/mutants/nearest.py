@@ -195,6 +195,8 @@ NEAREST = {
         "test_integrations.py",
     ),
     "tuner/initial.py": ("tuner/test_initial_state.py",),
+    "layers/frozen.py": ("layers/test_by_name.py",),
+    "layers/own.py": ("layers/test_by_name.py", "families/test_every_class.py"),
     "layers/implementations.py": ("layers/test_materialize.py", "layers/test_contract.py"),
     "layers/layer.py": (
         "tuner/test_peft_api.py",
@@ -275,6 +277,7 @@ NEAREST = {
     ),
     "tuner/words.py": (
         "tuner/test_pefts_words.py",
+        "tuner/test_names_people_try.py",
         "tuner/test_lora_config.py",
         "tuner/test_peft_api.py",
     ),
