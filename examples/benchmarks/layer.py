@@ -3,6 +3,8 @@
     python examples/benchmarks/layer.py            the goals' shapes on a GPU, small ones on a CPU
     python examples/benchmarks/layer.py --json speed.json --plot speed.png
     python examples/benchmarks/layer.py --shapes qwen3-30b 64,4096,1024,6 --tokens 2048 --rank 16
+    python examples/benchmarks/layer.py --shapes qwen3-30b --tokens 2048 8192 --rank 16 32 64 \\
+        --markdown speed.md                    the published table, with other projects' columns
     python examples/benchmarks/layer.py --models openai/gpt-oss-20b ./my-model --tokens 2048
 
 Routes, all in one run on one machine, on the same inputs, frozen base weights and fp32 adapters:
@@ -39,6 +41,7 @@ from comparison import Setup, run_case
 from layer_row import LEGEND, Row
 from model_layers import ModelLayer, layers_of, named_layer
 from options import parse
+from published import published
 from report import Column, describe_machine, format_table, machine_line, plot, write_json
 from roofline import FORMULA, Ceilings, Probe, measure_ceilings
 from routes import ROUTES
@@ -136,6 +139,13 @@ class Arguments:
     )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "write every number here"}
+    )
+    markdown: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "write times and errors here, beside other projects' from peers.json",
+        },
     )
     plot: Path | None = field(
         default=None,
@@ -280,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     table = [{**asdict(row), "worst": row.worst} for row in rows]
     print(title)
     print(format_table(table, COLUMNS))
+    if args.markdown:
+        args.markdown.write_text(published(f"{machine_line(machine)}; {started:%Y-%m-%d}", table))
     if args.plot:
         plot(table, args.plot, title)
     return int(any(row.failed for row in rows))
