@@ -95,7 +95,7 @@ $(DEMO_READY): Makefile pyproject.toml | $(BIN)/python
 	$(PIP) $(TORCH)
 	$(BIN)/python -c "$(REQUIRES_TRITON)" || $(PIP) '$(TRITON); platform_system == "Linux"'
 	printf '%s\n' $(PINS) > $(VENV)/constraints.txt
-	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[examples]'
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[cli,examples]'
 	touch '$@'
 
 $(TEST_READY): $(DEMO_READY)

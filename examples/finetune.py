@@ -4,10 +4,11 @@
     python examples/finetune.py --model NAME --data FILE.jsonl  a real one, on a GPU
 
 Both do the same: measure the loss on held-out text, attach the adapter, train it, measure again,
-save it, load it into a fresh model and compare the logits, merge it and compare once more. The tiny
-model is pretrained on CPython's documentation and fine-tuned on the standard library's source. Each
-line of a JSONL file has "text", or "messages" for the model's chat template. After an interruption,
-the same command with --resume goes on from the last checkpoint.
+save it, load it into a fresh model and compare the logits, merge it and compare once more. The last
+lines are a verdict; the exit code is 1 if it is FAIL. The tiny model is pretrained on CPython's
+documentation and fine-tuned on the standard library's source. Each line of a JSONL file has "text",
+or "messages" for the model's chat template. After an interruption, the same command with --resume
+goes on from the last checkpoint.
 """
 
 import json
@@ -21,8 +22,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -31,6 +34,14 @@ from arguments import Arguments, parse
 from peft_moe_lora import MoELoraConfig
 from texts import Block, documentation, hold_out, pack, read_jsonl, standard_library
 from tiny import make_base
+from verdict import (
+    Check,
+    continuation,
+    next_command,
+    plot_losses,
+    print_checks,
+    print_losses,
+)
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
 warnings.filterwarnings(
@@ -68,8 +79,16 @@ WHAT_IS = {
     "base": "the tiny model, as pretrained",
     "adapter": "the adapter: PeftModel.from_pretrained(base, this)",
     "merged": "the model with the adapter merged in: AutoModelForCausalLM.from_pretrained(this)",
+    "loss.png": "the training loss",
     "results.json": "the numbers above",
 }
+TINY_PLAN = """\
+This takes less than two minutes on two CPU cores, and needs no GPU and no network. It will
+  1. pretrain a tiny Mixture-of-Experts model on CPython's documentation, {pretrain_steps} steps;
+  2. train a LoRA of its experts and attention on the standard library's source, {steps} steps;
+  3. save the adapter, load it into a fresh model, and compare the logits;
+  4. merge the adapter into the model, and compare the logits again.
+"""
 
 Losses = dict[str, float]
 
@@ -138,7 +157,7 @@ def training_arguments(args: Arguments, **more: Any) -> TrainingArguments:
     """What the Trainer is told; `more` are further settings of an example."""
     logging_steps = 10
     if args.tiny:
-        logging_steps = 50
+        logging_steps = 20
     checkpointing = {
         CHECKPOINTING: not args.tiny,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
@@ -161,18 +180,38 @@ def training_arguments(args: Arguments, **more: Any) -> TrainingArguments:
     )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training found.
+
+    Attributes:
+        before, after: held-out losses by text, in nats per token.
+        prompt: the start of a held-out text.
+        samples: how the model goes on, before and after.
+        logits: of the trained model, for `check`.
+        history: what the Trainer logged.
+    """
+
+    before: Losses
+    after: Losses
+    prompt: str
+    samples: tuple[str, str]
+    logits: torch.Tensor
+    history: list[dict[str, Any]]
+
+
 def train(
     args: FinetuneArguments,
+    tokenizer: PreTrainedTokenizerBase,
     blocks: list[Block],
     held_out: dict[str, list[Block]],
     checkpoint: str | None,
-) -> tuple[Losses, Losses, torch.Tensor]:
-    """Attach an adapter, train it, save it.
+) -> Trained:
+    """Attach an adapter, train it, save it with the tokenizer.
 
     Args:
-        held_out: blocks by text.
+        held_out: blocks by text; the last text is the one that is trained on.
         checkpoint: folder of a checkpoint to go on from.
-    Returns: the held-out losses before and after by text, and the trained model's logits.
     """
     config = MoELoraConfig(
         r=args.r, lora_alpha=2 * args.r, target_modules=args.target_modules, task_type="CAUSAL_LM"
@@ -185,45 +224,68 @@ def train(
             name: held_out_loss(model, unseen, args.batch_size) for name, unseen in held_out.items()
         }
 
+    shown = list(held_out.values())[-1][0]
     before = losses()
+    prompt, sample_before = continuation(model, tokenizer, shown)
     saving: dict[str, Any] = {"save_strategy": "no"}
     if args.save_steps:
         saving = {"save_strategy": "steps", "save_steps": args.save_steps, "save_total_limit": 2}
-    settings = training_arguments(args, gradient_accumulation_steps=args.accumulate, **saving)
-    Trainer(model, settings, train_dataset=blocks).train(resume_from_checkpoint=checkpoint)
+    trainer = Trainer(
+        model,
+        training_arguments(args, gradient_accumulation_steps=args.accumulate, **saving),
+        train_dataset=blocks,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.save_pretrained(args.output / "adapter")
-    return before, losses(), logits_of(model, held_out["documentation"])
+    tokenizer.save_pretrained(args.output / "adapter")
+    _, sample_after = continuation(model, tokenizer, shown)
+    return Trained(
+        before,
+        losses(),
+        prompt,
+        (sample_before, sample_after),
+        logits_of(model, held_out["documentation"]),
+        trainer.state.log_history,
+    )
 
 
-def check(args: FinetuneArguments, blocks: list[Block], trained: torch.Tensor) -> dict[str, float]:
+def check(
+    args: FinetuneArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: list[Block],
+    trained: torch.Tensor,
+) -> tuple[dict[str, float], list[Check]]:
     """Load the saved adapter into a fresh model, then merge it, and compare the logits each time.
 
-    Returns: |logits - trained| / |trained| of the base, the reloaded and the merged model.
-    Raises:
-        SystemExit: if the reloaded or the merged model differs by more than rounding.
+    Returns: |logits - trained| / |trained| of the base, the reloaded and the merged model, and
+        whether that of the base is larger and those of the others are rounding.
     """
-    distances = {}
-
-    def measure(name: str, model: torch.nn.Module) -> None:
-        distances[name] = distance(logits_of(model, blocks), trained)
-        print(f"  {name:<10} {distances[name]:.1e}")
-
-    print("Distance of the logits from the trained model's:")
+    print("Loading the adapter into a fresh model, and merging it")
     model = load_base(args)
-    measure("base", model)
+    tolerances = TOLERANCE[model.dtype]
+    distances = {"base": distance(logits_of(model, blocks), trained)}
     model = PeftModel.from_pretrained(model, args.output / "adapter")
-    measure("reloaded", model)
+    distances["reloaded"] = distance(logits_of(model, blocks), trained)
     model = model.merge_and_unload(safe_merge=True)
-    measure("merged", model)
-    for name, tolerance in TOLERANCE[model.dtype].items():
-        if not distances[name] <= tolerance:
-            raise SystemExit(
-                f"The {name} model is not the trained one: its logits differ by "
-                f"{distances[name]:.1e}, and rounding allows {tolerance:.0e}."
-            )
+    distances["merged"] = distance(logits_of(model, blocks), trained)
     if args.tiny or args.save_merged:
         model.save_pretrained(args.output / "merged")
-    return distances
+        tokenizer.save_pretrained(args.output / "merged")
+    changed = Check(
+        f"the adapter changes the logits, by {distances['base']:.1e}",
+        distances["base"] > distances["reloaded"],
+    )
+    same = [
+        Check(
+            f"the {name} model gives the trained model's logits: they differ by "
+            f"{distances[name]:.1e}, rounding allows {tolerance:.0e}",
+            distances[name] <= tolerance,
+        )
+        for name, tolerance in tolerances.items()
+    ]
+    return distances, [changed, *same]
 
 
 def find_checkpoint(args: FinetuneArguments) -> str | None:
@@ -247,6 +309,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     set_seed(0)
     if args.tiny:
+        print(TINY_PLAN.format(pretrain_steps=args.pretrain_steps, steps=args.steps))
         make_base(args.output / "base", args.pretrain_steps)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     data = "standard library"
@@ -265,18 +328,38 @@ def main() -> None:
     if checkpoint:
         print(f"Going on from {checkpoint}")
     blocks = pack(texts, tokenizer, args.length)
-    before, after, trained = train(args, blocks, held_out, checkpoint)
-    print(f"\n{'held-out loss, nats per token':<32} before   after")
-    for name in held_out:
-        print(f"{name:<32} {before[name]:6.3f}  {after[name]:6.3f}")
-    print()
-    distances = check(args, held_out["documentation"], trained)
-
-    results = {"before": before, "after": after, "distance_from_trained": distances}
+    trained = train(args, tokenizer, blocks, held_out, checkpoint)
+    distances, checks = check(args, tokenizer, held_out["documentation"], trained.logits)
+    results = {
+        "before": trained.before,
+        "after": trained.after,
+        "distance_from_trained": distances,
+    }
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    pictured = plot_losses(trained.history, args.output / "loss.png")
+    report(args, trained, data, checks)
+    if not pictured:
+        print("For a picture of the loss: pip install 'peft-moe-lora[examples]'")
+
+
+def report(args: FinetuneArguments, trained: Trained, data: str, checks: list[Check]) -> None:
+    """Print what was found, the verdict, what is where, and the next command."""
+    print_losses(trained.before, trained.after)
+    before, after = trained.samples
+    print(f"\nHow {trained.prompt!r} goes on")
+    print(f"  before  {before}")
+    print(f"  after   {after}")
+    learned = Check(
+        f"{data} was learned: its held-out loss fell from {trained.before[data]:.3f} to "
+        f"{trained.after[data]:.3f}",
+        trained.after[data] < trained.before[data],
+    )
+    print_checks([learned, *checks])
     print(f"\nEverything is in {args.output}:")
     for path in sorted(args.output.iterdir()):
         print(f"  {path.name:<16} {WHAT_IS.get(path.name, 'a checkpoint to --resume from')}")
+    print("\nNext, the adapter in the form that vLLM and SGLang read:")
+    print(f"  {next_command(args.output, args.base)}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     set_seed,
 )
@@ -83,9 +84,13 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def train(
-    args: QloraArguments, blocks: list[Block], held_out: list[Block], probe: list[Block]
+    args: QloraArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: list[Block],
+    held_out: list[Block],
+    probe: list[Block],
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Attach an adapter, train it, save it.
+    """Attach an adapter, train it, save it with the tokenizer.
 
     Returns: the model's bytes and its held-out losses, and its logits on `probe`.
     """
@@ -104,6 +109,7 @@ def train(
     settings = training_arguments(args, save_strategy="no")
     Trainer(model, settings, train_dataset=blocks).train()
     model.save_pretrained(args.output / "adapter")
+    tokenizer.save_pretrained(args.output / "adapter")
     after = held_out_loss(model, held_out, args.batch_size)
     print(f"Held-out loss, nats per token: {before:.3f} before, {after:.3f} after")
     return {"bytes": size, "before": before, "after": after}, logits_of(model, probe)
@@ -158,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     _, unseen_documentation = hold_out(documentation())
     probe = pack(unseen_documentation, tokenizer, args.length)
 
-    found, trained = train(args, blocks, held_out, probe)
+    found, trained = train(args, tokenizer, blocks, held_out, probe)
     results = {"experts": args.experts, **found, **check_reloaded(args, probe, trained)}
     if args.tiny or args.merge:
         results["merged"] = merge(args, probe, trained)

@@ -2,18 +2,27 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
 import texts
+import verdict
 from arguments import parse
 from finetune import REAL, TINY, FinetuneArguments
-from helpers.scripts import run_example
+from helpers.scripts import ROOT, run_example
+from peft_moe_lora.cli import app
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -41,9 +50,55 @@ def test_the_demo_learns_the_new_text_and_keeps_what_it_learned(demo):
     assert 0 <= distance["reloaded"] < 1e-4
     assert 0 <= distance["merged"] < 1e-4
     assert f"{after['standard library']:.3f}" in done.stdout
-    for name in ("base", "adapter", "merged", "results.json"):
+    for name in ("base", "adapter", "merged", "loss.png", "results.json"):
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
         assert (output / name).exists()
+
+
+def test_the_demo_says_what_it_will_do_and_ends_with_a_verdict(demo):
+    output, done = demo
+    lines = done.stdout.splitlines()
+    assert "less than two minutes" in lines[0]
+    assert lines[1:5] == [line for line in lines if re.match(r"  \d\. ", line)]
+    assert "200 steps" in lines[1]
+    assert "100 steps" in lines[2]
+    assert sum(line.startswith("PASS  ") for line in lines) == 4
+    assert "Verdict: PASS, all 4 checks hold." in lines
+    before, after = (
+        next(line for line in lines if line.startswith(f"  {word}  "))
+        for word in ("before", "after ")
+    )
+    assert before.split(maxsplit=1)[1] != after.split(maxsplit=1)[1]
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_next_command_runs_as_it_is_printed(demo, monkeypatch):
+    """On a copy, so that the folder of the other tests stays as the demo left it."""
+    output, done = demo
+    command = shlex.split(done.stdout.splitlines()[-1])
+    assert Path(command[0]).samefile(sys.executable)
+    assert command[1:3] == ["-m", "peft_moe_lora"]
+    monkeypatch.chdir(ROOT)
+    ran = CliRunner().invoke(app, command[3:])
+    assert ran.exit_code == 0, ran.output
+    shutil.rmtree(output / "adapter-serving")
+
+
+def test_a_failed_check_is_the_verdict_and_the_exit_code(capsys):
+    checks = [verdict.Check("the first holds", True), verdict.Check("the second does not", False)]
+    with pytest.raises(SystemExit, match="FAIL, 1 of 2 checks") as stopped:
+        verdict.print_checks(checks)
+    assert stopped.value.code not in (0, None)
+    assert "PASS  the first holds\nFAIL  the second does not" in capsys.readouterr().out
+
+
+def test_tokenizers_are_saved_with_models(demo):
+    output, _ = demo
+    base, *others = (
+        AutoTokenizer.from_pretrained(output / name) for name in ("base", "adapter", "merged")
+    )
+    for other in others:
+        assert other("def main():")["input_ids"] == base("def main():")["input_ids"]
 
 
 def test_the_demo_shows_its_progress_and_no_warning(demo):
