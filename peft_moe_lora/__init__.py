@@ -11,6 +11,7 @@ from .convert.load import load_peft_adapter
 from .convert.merge import merge_adapter
 from .convert.verify import verify_adapter
 from .interop.apply import apply_to_peft
+from .planning.plan import Plan, plan
 from .quant.in_place import dequantize_experts, quantize_experts
 from .quant.loading import load_quantized
 from .registration import register
@@ -25,6 +26,7 @@ __all__ = [
     "ExpertLoadCallback",
     "MoELoraConfig",
     "MoELoraModel",
+    "Plan",
     "apply_to_peft",
     "consolidate_checkpoint",
     "convert_adapter",
@@ -34,6 +36,7 @@ __all__ = [
     "load_peft_adapter",
     "load_quantized",
     "merge_adapter",
+    "plan",
     "plot_expert_load",
     "quantize_experts",
     "select_experts",

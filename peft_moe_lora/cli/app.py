@@ -8,15 +8,17 @@ import typer
 from .adapters import consolidate, convert, inspect, merge, verify
 from .answers import answers
 from .environment import env
+from .planning import plan
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="LoRA adapters on the experts of Mixture-of-Experts models: inspect, convert, "
-    "consolidate, merge and verify them.",
+    help="LoRA adapters on the experts of Mixture-of-Experts models: plan a training; inspect, "
+    "convert, consolidate, merge and verify adapters.",
 )
 
 app.command()(answers(env))
+app.command()(answers(plan))
 app.command()(answers(inspect))
 app.command()(answers(convert, progress="converting"))
 app.command()(answers(consolidate, progress="consolidating"))

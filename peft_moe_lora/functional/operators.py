@@ -1,8 +1,8 @@
 """Runs one implementation of a computation both in eager mode and under torch.compile.
 
 In eager mode the computation is plain Python inside one `torch.autograd.Function`. Under
-torch.compile it is one custom operator, and so one node of the graph. Both run without autocast, in
-backward too.
+torch.compile it is one custom operator, and so one node of the graph. On the meta device the
+operator gives shapes. Both run without autocast, in backward too.
 
 Legend:
     group: a named tuple or a frozen dataclass of arguments that are passed together. Its
@@ -78,7 +78,8 @@ def _holds_tensors(kind: type[Any]) -> bool:
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Disable autocast: operations choose their own dtypes; autocast would round inside them."""
-    if not torch.is_autocast_enabled(device_type):
+    # the meta device has no autocast, and raises when it is asked
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -147,7 +148,7 @@ class Operator:
 
     def __call__(self, *groups: Any) -> Any:
         """Compute the results, without gradients."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or groups[0][0].is_meta:
             return self.compiled(*groups)
         return self.run(*groups)
 
@@ -238,7 +239,7 @@ def differentiable(
     Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]
 
     def call(inputs: Any, *others: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or inputs[0].is_meta:
             return forward_operator.compiled(inputs, *others)[0]
         return Eager.apply(*inputs, others)
 

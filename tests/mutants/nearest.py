@@ -155,6 +155,7 @@ NEAREST = {
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
     ),
+    "planning": ("planning",),
     "quant": ("quant",),
     "stats": ("stats",),
     "config.py": (
