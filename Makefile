@@ -3,6 +3,7 @@
 # make test-long      every test that needs no GPU
 # make gpu-test       the tests that need a CUDA device, and the kernels' tests on it; without slow duplicates
 # make gpu-test-long  every test that needs a CUDA device
+# make test-readers   loads adapters with the programs that read them: vLLM and SGLang, at one release each
 # make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
 # make mutants        breaks the package on purpose and lists what no test notices: SAMPLE breaks, of PATHS
 # make clean          removes .venv and what the examples wrote
@@ -23,6 +24,17 @@ PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.
        deepspeed==0.19.8 hjson==3.1.0
 LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 MUTANTS = mutmut==3.8.1
+# programs that read adapters. They are installed without what they depend on, which is CUDA and other releases of torch: only
+# their loading code runs, on a CPU. READERS_IMPORT is what that code imports.
+READERS = vllm==0.33.0 sglang==0.5.23
+READERS_IMPORT = torchvision==0.28.0 gguf==0.19.0 compressed-tensors==0.20.1 mistral_common==1.13.1 tiktoken==0.14.0 sentencepiece==0.2.3 \
+       xgrammar==0.2.9 apache-tvm-ffi==0.1.15.post2 llguidance==1.9.1 interegular==0.3.3 partial-json-parser==0.2.1.1.post7 \
+       openai==3.57.0 openai-harmony==0.0.8 fastapi==0.165.0 starlette==1.10.0 uvicorn==0.54.0 uvloop==0.23.0 watchfiles==1.3.0 \
+       aiohttp==3.14.5 aiohappyeyeballs==2.7.1 aiosignal==1.4.0 frozenlist==1.8.0 multidict==7.2.1 propcache==0.5.4 yarl==1.25.1 \
+       requests==2.34.2 urllib3==2.8.0 certifi==2026.10.19.post1 charset-normalizer==3.5.3 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 \
+       blake3==1.0.11 cachetools==8.0.2 cbor2==6.3.0 cloudpickle==3.1.3 depyf==0.20.0 astor==0.8.1 einops==0.8.2 ijson==3.6.0 \
+       loguru==0.7.3 msgspec==0.23.0 opentelemetry-api==1.45.2 orjson==3.13.0 prometheus_client==0.26.0 py-cpuinfo==9.0.0 \
+       pybase64==1.5.1 pycountry==26.2.16 pydantic-extra-types==2.11.1 python-json-logger==4.2.0 setproctitle==1.3.8 zstandard==0.25.0
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 WORKERS ?= 2
@@ -37,6 +49,8 @@ PINNED := $(firstword $(shell printf '%s' '$(TORCH) $(TRITON) $(PINS)' | cksum))
 DEMO_READY = $(VENV)/ready-demo_$(PINNED)
 TEST_READY = $(VENV)/ready-test_$(PINNED)
 LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
+READERS_VENV = $(VENV)/readers
+READERS_READY = $(VENV)/ready-readers_$(firstword $(shell printf '%s' '$(READERS) $(READERS_IMPORT)' | cksum))
 MUTANTS_READY = $(VENV)/ready-mutants_$(subst ==,-,$(MUTANTS))
 
 # DeepSpeed has no wheels. Its build imports hjson and torch: those of this environment, where an isolated build would fetch
@@ -46,7 +60,7 @@ DEEPSPEED_WITHOUT_KERNELS = DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # whether torch is a build that requires triton, as an exit code
 REQUIRES_TRITON = import importlib.metadata as m; raise SystemExit('triton' not in str(m.requires('torch')))
 
-.PHONY: demo test test-long gpu-test gpu-test-long lint mutants clean help
+.PHONY: demo test test-long test-readers gpu-test gpu-test-long lint mutants clean help
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -55,11 +69,17 @@ demo: $(DEMO_READY)
 # that what they share is made once (xdist 3.8 does not group by mark under pytest 9.2). The kernels' tests go alone:
 # without a GPU they run in Triton's interpreter, which must be chosen before Triton is first imported.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKED)" -n $(WORKERS)
-test: MARKED = not gpu and not long
-test-long: MARKED = not gpu
+test: MARKED = not gpu and not long and not readers
+test-long: MARKED = not gpu and not readers
 test test-long: $(TEST_READY)
 	$(PYTEST) --dist loadfile --ignore tests/ops
 	$(PYTEST) tests/ops
+
+# one process a reader: each keeps a process group and settings of its own
+test-readers: $(READERS_READY)
+	for test in tests/readers/test_*.py; do \
+		OMP_NUM_THREADS=1 $(READERS_VENV)/bin/python -m pytest --timeout 900 $$test || exit 1; \
+	done
 
 gpu-test: MARKED = gpu and not long
 gpu-test-long: MARKED = gpu
@@ -102,6 +122,14 @@ $(TEST_READY): $(DEMO_READY)
 	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[test]'
 	$(PIP) --constraint $(VENV)/constraints.txt hjson
 	$(DEEPSPEED_WITHOUT_KERNELS) $(PIP) --constraint $(VENV)/constraints.txt --use-pep517 --no-build-isolation deepspeed
+	touch '$@'
+
+# its own environment finds the packages of this one behind its own
+$(READERS_READY): $(TEST_READY)
+	$(BIN)/python -m venv $(READERS_VENV)
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
+		> "$$($(READERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/tests.pth"
+	$(READERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(READERS_IMPORT) $(READERS)
 	touch '$@'
 
 $(LINT_READY): Makefile | $(BIN)/python

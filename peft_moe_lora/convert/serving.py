@@ -7,19 +7,27 @@ adapter. They say what the loaders of vLLM 0.33 and SGLang 0.5.23 do.
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ..experts.families import VLLM_3D, VLLM_NO_EXPERT_BY_EXPERT
+from ..experts.families import SGLANG_NO_QUERY, VLLM_3D, VLLM_NO_EXPERT_BY_EXPERT
 from ..files.servers import SGLANG, VLLM
 from .base import BaseModel
 from .model import Adapter
 
+# projections that SGLang stacks: those that it needs, and those that may be missing
+_STACKED = ((("q_proj", "v_proj"), ("k_proj",)), (("q_a_proj", "kv_a_proj_with_mqa"), ()))
 _MERGE = "merge it into the base model instead (peft-moe-lora merge)"
 
 
-def vllm_refuses(adapter: Adapter) -> str | None:
-    """What vLLM refuses in every format."""
+def vllm_refuses(adapter: Adapter, base: BaseModel) -> str | None:
+    """What vLLM refuses or ignores in every format."""
     held = adapter.without_lora()
     if held:
         return _lora_alone(VLLM.name, held[0])
+    router = _first_router(adapter)
+    if router is not None and not _is_gated(adapter, base):
+        return (
+            f"vLLM ignores LoRA on the routers of {base.architecture}, whose experts have no gate, "
+            f"but this adapter adapts {router}; {_MERGE}"
+        )
     rank = max(layer.r for layer in adapter.layers())
     if VLLM.allocated(rank) is None:
         return (
@@ -31,7 +39,7 @@ def vllm_refuses(adapter: Adapter) -> str | None:
 def vllm_refuses_stacks(adapter: Adapter, base: BaseModel) -> str | None:
     """What vLLM refuses or misreads with all experts in one tensor (3-D)."""
     if base.architecture in VLLM_3D:
-        return vllm_refuses(adapter)
+        return vllm_refuses(adapter, base)
     if base.hub_names.block != "mlp":
         return (
             f"vLLM names the experts of {base.architecture} {base.hub_names.block}.experts and "
@@ -42,7 +50,7 @@ def vllm_refuses_stacks(adapter: Adapter, base: BaseModel) -> str | None:
             f"vLLM misreads this format for {base.architecture}, whose experts have no gate; "
             "convert to per_expert instead"
         )
-    return vllm_refuses(adapter)
+    return vllm_refuses(adapter, base)
 
 
 def vllm_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
@@ -52,7 +60,7 @@ def vllm_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
             f"vLLM does not find the experts of {base.architecture} in this format; convert to "
             "vllm_3d for it"
         )
-    return vllm_refuses(adapter)
+    return vllm_refuses(adapter, base)
 
 
 def vllm_needs_mixed(base: BaseModel, stacked: bool) -> str | None:
@@ -68,19 +76,22 @@ def vllm_needs_mixed(base: BaseModel, stacked: bool) -> str | None:
     )
 
 
-def sglang_refuses(adapter: Adapter) -> str | None:
+def sglang_refuses(adapter: Adapter, base: BaseModel) -> str | None:
     """What SGLang refuses in every format."""
     held = adapter.without_lora()
     if held:
         return _lora_alone(SGLANG.name, held[0])
-    for path, layer in adapter.linears.items():
-        if layer.is_router:
-            return f"SGLang has no LoRA on routers, but this adapter adapts {path}; {_MERGE}"
-    lonely = _query_without_value(adapter.linears)
-    if lonely is not None:
+    router = _first_router(adapter)
+    if router is not None:
+        return f"SGLang has no LoRA on routers, but this adapter adapts {router}; {_MERGE}"
+    if base.architecture in SGLANG_NO_QUERY and _adapts(adapter, "q_proj"):
         return (
-            f"SGLang does not load q_proj without v_proj, but {lonely} has q_proj alone; {_MERGE}"
+            f"SGLang refuses LoRA on q_proj of {base.architecture}, of which it expects half the "
+            f"rows; {_MERGE}"
         )
+    incomplete = _incomplete_stack(adapter.linears)
+    if incomplete is not None:
+        return f"SGLang loads {incomplete}; {_MERGE}"
     return None
 
 
@@ -91,7 +102,7 @@ def sglang_refuses_stacks(adapter: Adapter, base: BaseModel) -> str | None:
             f"SGLang takes the rows of gate_up as [gate; up], but {base.model_type} alternates "
             "them; convert to per_expert instead"
         )
-    return sglang_refuses(adapter)
+    return sglang_refuses(adapter, base)
 
 
 def sglang_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
@@ -101,7 +112,7 @@ def sglang_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
         return (
             f"SGLang does not take {base.architecture} in this format; convert to sglang_3d for it"
         )
-    return sglang_refuses(adapter)
+    return sglang_refuses(adapter, base)
 
 
 def _lora_alone(server: str, key: str) -> str:
@@ -115,13 +126,26 @@ def _is_gated(adapter: Adapter, base: BaseModel) -> bool:
     return all(base.experts[path].gated for path in adapter.experts)
 
 
-def _query_without_value(paths: Iterable[str]) -> str | None:
-    """The first block whose q_proj is adapted but not its v_proj."""
+def _first_router(adapter: Adapter) -> str | None:
+    """The first router that the adapter adapts."""
+    return next((path for path, layer in adapter.linears.items() if layer.is_router), None)
+
+
+def _adapts(adapter: Adapter, name: str) -> bool:
+    """Whether the adapter adapts a linear layer of this last name."""
+    return any(path.endswith(f".{name}") for path in adapter.linears)
+
+
+def _incomplete_stack(paths: Iterable[str]) -> str | None:
+    """The first block that adapts a part of what SGLang stacks, in words."""
     names_of_block: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         block, _, name = path.rpartition(".")
         names_of_block[block].add(name)
     for block, names in names_of_block.items():
-        if "q_proj" in names and "v_proj" not in names:
-            return block
+        for needed, stacked in _STACKED:
+            held = names & {*needed, *stacked}
+            if held and not held.issuperset(needed):
+                both = " and ".join(needed)
+                return f"{both} together only, but {block} has {', '.join(sorted(held))}"
     return None

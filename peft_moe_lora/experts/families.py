@@ -270,3 +270,7 @@ VLLM_3D = frozenset(
 )
 # Those of which vLLM reads no 2-D tensors either, because it looks for them under other names.
 VLLM_NO_EXPERT_BY_EXPERT = frozenset({"GptOssForCausalLM"})
+
+# Architectures of which SGLang 0.5.23 has no class of its own. It takes transformers' class, and
+# the sizes of a q_proj without the gate that is in the other half of its rows.
+SGLANG_NO_QUERY = frozenset({"Qwen3_5MoeForCausalLM"})

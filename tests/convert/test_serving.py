@@ -116,6 +116,27 @@ def test_sglang_has_no_lora_on_routers(qwen, tmp_path):
     assert "vllm serve" in card
 
 
+@pytest.mark.parametrize(
+    ("family", "names", "held"),
+    [
+        ("qwen3_moe", ["q_proj", "k_proj"], "k_proj, q_proj"),
+        ("qwen3_moe", ["v_proj"], "v_proj"),
+        ("qwen3_moe", ["k_proj"], "k_proj"),
+        ("deepseek_v3", ["q_a_proj", "o_proj"], "q_a_proj"),
+        ("deepseek_v3", ["kv_a_proj_with_mqa"], "kv_a_proj_with_mqa"),
+    ],
+    indirect=["family"],
+)
+def test_sglang_loads_what_it_stacks_together(family, names, held, tmp_path):
+    save_ours(family.base, tmp_path / "in", target_modules=["experts", *names])
+    case = SimpleNamespace(ours=tmp_path / "in", config=family.config)
+    with pytest.raises(RefusedError, match=rf"together only, but \S+ has {held};"):
+        converted(case, tmp_path / "out", "sglang_3d")
+    notes, card = converted(case, tmp_path / "out", "per_expert")
+    assert "SGLang loads" in notes
+    assert "sglang.launch_server" not in card
+
+
 def test_a_file_that_nobody_reads_is_not_written(made, tmp_path):
     """gpt_oss per expert: PEFT ignores it, and with a module saved whole the servers refuse it."""
     oss = made("gpt_oss")

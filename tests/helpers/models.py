@@ -179,12 +179,18 @@ def causal_families():
     return [family for family in tiny_families() if family != "muse_spark"]
 
 
+def config_settings(family, **changes):
+    """The arguments of a tiny config of a family."""
+    _, settings = {**_TINY, **_BESIDE}[family]
+    settings = {**_COMMON, **settings, **changes}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def tiny_model(family="qwen3_moe", dtype=torch.float32, seed=0, **changes):
     """A whole random model of a family, in eval mode; its experts shape much of its output."""
-    name, settings = {**_TINY, **_BESIDE}[family]
-    settings = {**_COMMON, **settings, **changes}
+    name, _ = {**_TINY, **_BESIDE}[family]
     module = modeling_module(family)
-    config = getattr(module, name)(**{k: v for k, v in settings.items() if v is not None})
+    config = getattr(module, name)(**config_settings(family, **changes))
     torch.manual_seed(seed)
     if family == "muse_spark":
         model = module.MuseSparkTextModel(config)

@@ -1,7 +1,7 @@
 """SGLang's 3-D format: `<experts>.gate_up_proj|down_proj.lora_A/B.weight`, [E, r, K] and [E, N, r].
 
 SGLang supports only the scaling lora_alpha / r, and reads gate_up as [gate; up]. It does not load
-modules that are saved whole, or q_proj without v_proj.
+modules that are saved whole, or q_proj and v_proj one without the other.
 """
 
 import re

@@ -1,0 +1,208 @@
+"""The adapters that every reader is given: families, and what is adapted beside their experts."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from convert.adapters import rewrite
+from helpers import R, experts_paths, fill, moe_lora, tiny_model
+from helpers.models import config_settings
+from peft_moe_lora import convert_adapter
+from peft_moe_lora.convert.base import read_base
+from peft_moe_lora.convert.convert import write_adapter
+from peft_moe_lora.convert.fit import fill_in, make_uniform
+from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.convert.reading import open_adapter
+from peft_moe_lora.experts.layout import PROJECTIONS
+from peft_moe_lora.files.tensor_file import RefusedError
+from readers.deltas import Deltas, our_deltas
+
+# of the images that a model with images reads; no adapter is on them
+_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+}
+# published configs have this: vLLM reads `factor` of gpt_oss, and SGLang has no other rotary
+# embedding for DeepSeek on a CPU
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "rope_theta": 10000.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 16,
+}
+_DEEPSEEK = {
+    "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "moe_layer_freq": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+_MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+
+
+def _qwen3_5_moe_with_images() -> nn.Module:
+    config = transformers.Qwen3_5MoeConfig(
+        text_config=config_settings("qwen3_5_moe", full_attention_interval=2),
+        vision_config=_VISION,
+        tie_word_embeddings=False,
+    )
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
+def _qwen3_vl_moe() -> nn.Module:
+    text = {**config_settings("qwen3_moe"), "norm_topk_prob": True, "rope_parameters": _MROPE}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text,
+        vision_config={**_VISION, "deepstack_visual_indexes": [0]},
+        tie_word_embeddings=False,
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
+def _with_images(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = build()
+    for seed, path in enumerate(experts_paths(model)):
+        fill(model.get_submodule(path), seed=seed)
+    return model.eval()
+
+
+# architecture -> its tiny model; full_attention_interval and norm_topk_prob are in published
+# configs, and the readers ask for them
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "Qwen3MoeForCausalLM": lambda: tiny_model("qwen3_moe"),
+    "Qwen3_5MoeForCausalLM": lambda: tiny_model("qwen3_5_moe", full_attention_interval=2),
+    "Qwen3_5MoeForConditionalGeneration": lambda: _with_images(_qwen3_5_moe_with_images),
+    "Qwen3VLMoeForConditionalGeneration": lambda: _with_images(_qwen3_vl_moe),
+    "MixtralForCausalLM": lambda: tiny_model("mixtral"),
+    "OlmoeForCausalLM": lambda: tiny_model("olmoe"),
+    "DeepseekV3ForCausalLM": lambda: tiny_model("deepseek_v3", **_DEEPSEEK),
+    "Glm4MoeForCausalLM": lambda: tiny_model("glm4_moe"),
+    "GptOssForCausalLM": lambda: tiny_model("gpt_oss", rope_parameters=_YARN),
+    "NemotronHForCausalLM": lambda: tiny_model("nemotron_h"),
+}
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+ATTENTION = {"DeepseekV3ForCausalLM": _LATENT_ATTENTION}
+ROUTER = {"GptOssForCausalLM": "router"}
+# what an adapter is on beside the experts
+KINDS = ("experts", "attention", "router")
+
+
+# defects that the comparison must see: two experts exchanged, gate and up exchanged
+SWAPS = ("experts swapped", "gate and up swapped")
+
+
+def swapped_names(kind: str) -> list[tuple[int, str]]:
+    """The deltas that a defect changes, in a model of two layers whose experts have a gate."""
+    projections = {"experts swapped": PROJECTIONS, "gate and up swapped": ("gate_up",)}[kind]
+    return sorted((layer, name) for layer in range(2) for name in projections)
+
+
+def targets(architecture: str, kind: str) -> list[str]:
+    """The target_modules of a kind of adapter."""
+    more = {
+        "experts": (),
+        "attention": ATTENTION.get(architecture, _ATTENTION),
+        "router": (ROUTER.get(architecture, "gate"),),
+    }
+    return ["experts", *more[kind]]
+
+
+class Case:
+    """One architecture: its base, and an adapter of each kind in each format.
+
+    A and B are random, and every update is about as large as the layer's own output.
+
+    Attributes:
+        base: folder with the base's config.json.
+        base_model: what conversions know of the base.
+    """
+
+    def __init__(self, architecture: str, folder: Path) -> None:
+        self.architecture = architecture
+        self.base = folder / "base"
+        self._folder = folder
+        self._model = BASES[architecture]()
+        self._model.config.architectures = [architecture]
+        self._model.config.save_pretrained(self.base)
+        if architecture == "NemotronHForCausalLM":
+            _use_published_words(self.base / "config.json")
+        self.base_model = read_base(self.base)
+
+    def ours(self, kind: str) -> Path:
+        """The folder of an adapter of one of `KINDS` or `SWAPS`, in our own format."""
+        folder = self._folder / kind
+        if not folder.exists() and kind in SWAPS:
+            shutil.copytree(self.ours("experts"), folder)
+            rewrite(folder, lambda state: _swapped(state, kind))
+        elif not folder.exists():
+            self.save(folder, targets(self.architecture, kind))
+        return folder
+
+    def save(self, folder: Path, target_modules: list[str]) -> None:
+        """Write an adapter in our own format."""
+        moe_lora(copy.deepcopy(self._model), target_modules=target_modules).save_pretrained(folder)
+
+    def right(self, kind: str) -> Deltas:
+        """Our deltas of an adapter."""
+        return our_deltas(self.ours(kind), self.base)
+
+    def written(self, kind: str, to: str) -> Path:
+        """The folder of an adapter in a format."""
+        out = self._folder / f"{kind}-{to}"
+        if not out.exists():
+            try:
+                convert_adapter(self.ours(kind), out, to=to, base_config=self.base)
+            except RefusedError:
+                write_unchecked(self.ours(kind), self.base, to, out)
+        return out
+
+
+def _use_published_words(config: Path) -> None:
+    """transformers 5.23 writes "full_attention" where published configs say "attention"."""
+    config.write_text(config.read_text().replace('"full_attention"', '"attention"'))
+
+
+def _swapped(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of our format with a defect of `SWAPS`."""
+    changed = dict(state)
+    for name, tensor in state.items():
+        if kind == "gate and up swapped" and name.endswith("lora_B.gate_up"):
+            changed[name] = torch.cat(tensor.chunk(2)[::-1])
+        elif kind == "experts swapped" and ".experts.lora_A." in name:
+            changed[name] = torch.cat([tensor[R : 2 * R], tensor[:R], tensor[2 * R :]])
+        elif kind == "experts swapped" and ".experts.lora_B." in name:
+            columns = [tensor[:, R : 2 * R], tensor[:, :R], tensor[:, 2 * R :]]
+            changed[name] = torch.cat(columns, 1)
+    return changed
+
+
+def write_unchecked(ours: Path, base: Path, to: str, out: Path) -> None:
+    """Write an adapter in a format also where a conversion refuses it.
+
+    So a reader itself shows what it does with such a file.
+    """
+    form = FORMATS[to]
+    adapter = make_uniform(fill_in(open_adapter(ours, base), PROJECTIONS, to), to)
+    out.mkdir()
+    write_adapter(adapter, form, out)

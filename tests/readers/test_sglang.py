@@ -1,0 +1,81 @@
+"""SGLang's own loader ends up with our deltas, or does what the table says it does."""
+
+import importlib.metadata
+import re
+
+import pytest
+
+from readers.cases import SWAPS, swapped_names, write_unchecked
+from readers.deltas import wrong
+from readers.verdicts import EXACT, MISREAD, SGLANG_0_5_23
+
+pytest.importorskip("sglang", reason="SGLang is not installed here; make test-readers installs it")
+
+from readers.drive_sglang import load
+
+pytestmark = pytest.mark.readers
+
+CELLS = [
+    (architecture, to, verdict)
+    for architecture, row in SGLANG_0_5_23.rows.items()
+    for to, verdict in row.formats.items()
+]
+READ = [(architecture, to) for architecture, to, verdict in CELLS if verdict == EXACT]
+
+
+def check(case, kind, to, verdict):
+    """Run one cell of the table."""
+    adapter = case.written(kind, to)
+    if verdict.startswith("refused: "):
+        # SGLang raises whatever came: NotImplementedError, ValueError, Exception
+        with pytest.raises(Exception, match=re.escape(verdict.removeprefix("refused: "))):
+            load(case.base, adapter)
+        return
+    errors = wrong(load(case.base, adapter), case.right(kind))
+    if verdict == EXACT:
+        assert not errors
+    else:
+        assert verdict == MISREAD
+        assert errors
+
+
+def test_the_release_is_the_tables():
+    assert importlib.metadata.version("sglang") == SGLANG_0_5_23.version
+
+
+@pytest.mark.parametrize(("architecture", "to", "verdict"), CELLS)
+def test_experts(cases, architecture, to, verdict):
+    check(cases(architecture), "experts", to, verdict)
+
+
+@pytest.mark.parametrize(("architecture", "to"), READ)
+@pytest.mark.parametrize("kind", ["attention", "router"])
+def test_what_is_adapted_beside_the_experts(cases, architecture, to, kind):
+    check(cases(architecture), kind, to, getattr(SGLANG_0_5_23.rows[architecture], kind))
+
+
+@pytest.mark.parametrize("to", ["per_expert", "sglang_3d"])
+@pytest.mark.parametrize("kind", SWAPS)
+def test_a_swap_is_seen(cases, to, kind):
+    case = cases("Qwen3MoeForCausalLM")
+    found = load(case.base, case.written(kind, to))
+    assert sorted(wrong(found, case.right("experts"))) == swapped_names(kind)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("Qwen3MoeForCausalLM", ["q_proj", "k_proj"]),
+        ("Qwen3MoeForCausalLM", ["v_proj"]),
+        ("Qwen3MoeForCausalLM", ["k_proj"]),
+        ("DeepseekV3ForCausalLM", ["q_a_proj", "o_proj"]),
+        ("DeepseekV3ForCausalLM", ["kv_a_proj_with_mqa"]),
+    ],
+)
+def test_a_part_of_what_it_stacks_is_not_loaded(cases, architecture, names, tmp_path):
+    """SGLang raises whatever came, and says nothing that a user understands."""
+    case = cases(architecture)
+    case.save(tmp_path / "in", ["experts", *names])
+    write_unchecked(tmp_path / "in", case.base, "sglang_3d", tmp_path / "out")
+    with pytest.raises(Exception, match=r"proj|shape|parallel"):
+        load(case.base, tmp_path / "out")

@@ -1,0 +1,76 @@
+"""Our conversions say of every reader, family and format what the reader itself did.
+
+No reader is needed here: what each did is written in `verdicts.py`.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from peft_moe_lora.convert.convert import prepare
+from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.convert.reading import open_adapter
+from peft_moe_lora.experts.families import VLLM_3D
+from peft_moe_lora.files.servers import VLLM
+from peft_moe_lora.files.tensor_file import RefusedError
+from readers.readers_table import tables, written
+from readers.verdicts import EXACT, MIXED, READERS, VLLM_0_33
+
+CELLS = [
+    (reader, architecture, to, kind)
+    for reader in READERS
+    for architecture, row in reader.rows.items()
+    for to in row.formats
+    for kind in ("experts", "attention", "router")
+]
+
+
+def verdict_of(reader, architecture, to, kind):
+    row = reader.rows[architecture]
+    if row.formats[to] in (EXACT, MIXED) and kind != "experts" and getattr(row, kind) != EXACT:
+        return getattr(row, kind)
+    return row.formats[to]
+
+
+def answer(adapter, reader, to):
+    """Whether a conversion promises that the reader reads the result, and what it notes."""
+    form = FORMATS[to]
+    assert reader.server in form.card.served_by
+    try:
+        prepared = prepare(adapter, form)
+    except RefusedError as error:
+        return False, str(error)
+    notes = " ".join(note for note in prepared.notes if reader.server.name in note)
+    return reader.server not in form.refusals(prepared), notes
+
+
+@pytest.mark.parametrize(
+    ("reader", "architecture", "to", "kind"),
+    [pytest.param(*cell, id="-".join([cell[0].package, *cell[1:]])) for cell in CELLS],
+)
+def test_a_conversion_promises_what_the_reader_did(cases, reader, architecture, to, kind):
+    case = cases(architecture)
+    promised, notes = answer(open_adapter(case.ours(kind), case.base_model), reader, to)
+    verdict = verdict_of(reader, architecture, to, kind)
+    assert promised == (verdict in (EXACT, MIXED)), notes
+    if reader.server is VLLM and promised:
+        assert ("--enable-mixed-moe-lora-format" in notes) == (verdict == MIXED)
+    if not promised:
+        assert reader.server.name in notes
+
+
+def test_the_3d_architectures_are_those_that_were_run():
+    stacked = {name for name, row in VLLM_0_33.rows.items() if row.formats["vllm_3d"] == EXACT}
+    assert stacked == VLLM_3D
+
+
+def test_an_unknown_architecture_is_promised_the_layout_of_most(cases):
+    case = cases("Qwen3MoeForCausalLM")
+    base = replace(case.base_model, architecture="SomebodysMoeForCausalLM")
+    promised, notes = answer(open_adapter(case.ours("experts"), base), VLLM_0_33, "vllm_3d")
+    assert promised
+    assert "--enable-mixed-moe-lora-format" in notes
+
+
+def test_the_documents_have_this_table():
+    assert written() == tables(), "run python tests/readers/readers_table.py"
