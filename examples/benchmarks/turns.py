@@ -7,6 +7,7 @@ gradients are dropped, and A and B get new versions, as an optimizer step gives 
 
 import gc
 import os
+import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -25,8 +26,11 @@ from few_rows import captured_forward, forward_without_gradients
 from routes import Route, measure_memory, moe_lora_route, renew, step
 from timing import host_seconds_per_call, seconds_per_call
 
-# calls ahead of each group; replayed launches become a CUDA graph at the third
-WARM = 3
+# calls ahead of each group; replayed launches become a CUDA graph at the third with the same
+# addresses
+WARM = 5
+# processes that compile ahead; each needs memory of the device
+PROCESSES = 8
 
 
 # ---- what is called ----------------------------------------------------------------------------
@@ -238,13 +242,19 @@ def clean(device: torch.device) -> None:
 
 
 def compile_ahead(layers: Sequence[Layer]) -> None:
-    """Run every layer once, in several processes that share Triton's cache on disk.
+    """Run every layer on a GPU once, in several processes that share Triton's cache on disk.
 
     A layer compiles its kernels in threads, but the part of it that is Python runs in one thread at
-    a time. So one process for every two cores shares the layers.
+    a time. So the layers are shared by one process for every two cores, up to PROCESSES. Neighbours
+    in the list often need the same kernels, which two processes would both compile: the order is a
+    random one.
     """
     layers = [layer for layer in layers if layer.case.device.type == "cuda"]
-    processes = min(len(layers), (os.cpu_count() or 1) // 2)
+    # only Linux has the GPU's kernels, and this count of cores
+    if not layers:
+        return
+    random.Random(0).shuffle(layers)
+    processes = min(len(layers), len(os.sched_getaffinity(0)) // 2, PROCESSES)
     if processes < 2:
         return
     try:
