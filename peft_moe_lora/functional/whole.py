@@ -64,7 +64,8 @@ class Plan(NamedTuple):
 
     Attributes:
         backend: one of BACKENDS.
-        recompute: whether backward computes the pre-activation again; if not, forward keeps it.
+        recompute: whether backward, if it comes, computes the pre-activation again; if not,
+            forward keeps it.
         up_scaling, up_dropout, up_experts: as in `Projection`; the same for down.
     """
 
@@ -164,7 +165,8 @@ def fused_experts(
     )
     plan = Plan(
         backend,
-        recompute,
+        # without gradients no backward comes, and nothing is kept
+        recompute or not torch.is_grad_enabled(),
         up.scaling,
         down.scaling,
         up.dropout_p,
@@ -182,10 +184,7 @@ def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, pla
     """`_forward`, also for adapters of only some experts."""
     whole = _of_all_experts(inputs, plan)
     ops = ops_for(plan.backend, inputs.x.device)
-    results = Results(*ops.replayed(_forward, *whole, selected.top_k_index, activation, plan))
-    if plan.recompute:
-        return results._replace(pre=None)
-    return results
+    return Results(*ops.replayed(_forward, *whole, selected.top_k_index, activation, plan))
 
 
 def _forward(*values: Any) -> Results:
@@ -216,6 +215,7 @@ def _forward(*values: Any) -> Results:
         xa=xa,
         lora_B=up_B,
         gather=True,
+        keep_pre=not plan.recompute,
     )
     if down_A is not None:
         ha = ops.expert_shrink(act, down_A, routing, plan.down_scaling, dropout=down_dropout)

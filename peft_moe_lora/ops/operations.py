@@ -119,8 +119,14 @@ class Operations(Protocol):
         xa: torch.Tensor | None = None,
         lora_B: torch.Tensor | None = None,
         gather: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """pre = `expert_linear`, act = activation(pre).  Returns: pre [M, N], act [M, I]."""
+        keep_pre: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """pre = `expert_linear`, act = activation(pre).
+
+        Args:
+            keep_pre: whether pre is wanted.
+        Returns: pre [M, N], None without keep_pre; act [M, I].
+        """
 
     def expert_act_backward(
         self,

@@ -122,10 +122,15 @@ def expert_linear_act(
     xa: torch.Tensor | None = None,
     lora_B: torch.Tensor | None = None,
     gather: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """pre = `expert_linear`, act = activation(pre).  Returns: pre [M, N], act [M, I]."""
+    keep_pre: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """pre = `expert_linear`, act = activation(pre).
+
+    Returns: pre [M, N], None without keep_pre; act [M, I].
+    """
     pre = expert_linear(x, weight, routing, bias=bias, xa=xa, lora_B=lora_B, gather=gather)
-    return pre, activation(pre)
+    act = activation(pre)
+    return pre if keep_pre else None, act
 
 
 def expert_act_backward(

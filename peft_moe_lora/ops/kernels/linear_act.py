@@ -64,26 +64,29 @@ def _linear_act_tile(
     )  # fmt: skip
     mask_m = (offs_m < end)[:, None]
     rows_out = offs_m.to(tl.int64)[:, None]
-    dtype = pre_ptr.dtype.element_ty
+    dtype = act_ptr.dtype.element_ty
     offs_i = n * BLOCK_I + tl.arange(0, BLOCK_I)
     I = N // 2 if GATED else N  # noqa: E741
     mask_i = mask_m & (offs_i < I)[None, :]
     act_ptrs = act_ptr + rows_out * I + offs_i[None, :]
     if not GATED:
-        mask_pre = mask_m & mask_n[None, :]
-        pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
-        tl.store(pre_ptrs, acc.to(dtype), mask=mask_pre)
-        tl.store(act_ptrs, activate_plain(acc, KIND, ALPHA).to(dtype), mask=mask_i)
-    else:
-        if INTERLEAVED:
+        if pre_ptr is not None:
             mask_pre = mask_m & mask_n[None, :]
             pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
             tl.store(pre_ptrs, acc.to(dtype), mask=mask_pre)
+        tl.store(act_ptrs, activate_plain(acc, KIND, ALPHA).to(dtype), mask=mask_i)
+    else:
+        if INTERLEAVED:
+            if pre_ptr is not None:
+                mask_pre = mask_m & mask_n[None, :]
+                pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
+                tl.store(pre_ptrs, acc.to(dtype), mask=mask_pre)
             gate, up = tl.split(acc.reshape(BLOCK_M, BLOCK_I, 2))
         else:
             gate, up = halves(acc, BLOCK_M, BLOCK_I)
-            tl.store(pre_ptr + rows_out * N + offs_i[None, :], gate.to(dtype), mask=mask_i)
-            tl.store(pre_ptr + rows_out * N + (I + offs_i)[None, :], up.to(dtype), mask=mask_i)
+            if pre_ptr is not None:
+                tl.store(pre_ptr + rows_out * N + offs_i[None, :], gate.to(dtype), mask=mask_i)
+                tl.store(pre_ptr + rows_out * N + (I + offs_i)[None, :], up.to(dtype), mask=mask_i)
         # act is computed from the rounded values that are stored: fp32 values need more registers
         gate = gate.to(dtype).to(tl.float32)
         up = up.to(dtype).to(tl.float32)
@@ -155,7 +158,8 @@ def expert_linear_act(
     xa: torch.Tensor | None = None,
     lora_B: torch.Tensor | None = None,
     gather: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_pre: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """pre = `expert_linear`, act = activation(pre).
 
     Args:
@@ -166,13 +170,14 @@ def expert_linear_act(
         xa: [M, r], dtype of x.
         lora_B: [E, N, r], any strides and float dtype; given with xa.
         gather: whether row m reads token row_token[m].
-    Returns: pre [M, N], act [M, I], dtype of x.
+        keep_pre: whether pre is wanted; if not, it is not written to memory.
+    Returns: pre [M, N], or None without keep_pre, and act [M, I]; dtype of x.
     Twin: `reference.expert_linear_act`.
     """
     routing = with_tiles(routing)
     M = routing.num_rows
     N = weight.shape[1]
-    pre = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    pre = torch.empty(M, N, dtype=x.dtype, device=x.device) if keep_pre else None
     act = torch.empty(M, activation.width(N), dtype=x.dtype, device=x.device)
     if M > 0:
         for experts, part_weight, part in parts(weight, routing):
@@ -191,10 +196,10 @@ def _linear_act(
     xa: torch.Tensor | None,
     lora_B: torch.Tensor | None,
     gather: bool,
-    pre: torch.Tensor,
+    pre: torch.Tensor | None,
     act: torch.Tensor,
 ) -> None:
-    """Write the rows of pre and act that belong to the routing's tiles."""
+    """Write the rows of pre, if given, and of act that belong to the routing's tiles."""
     packed = not isinstance(weight, torch.Tensor)
     if not packed and by_roles(x, weight, routing, bias, xa, lora_B, pre, gather, activation, act):
         return
@@ -217,7 +222,7 @@ def _linear_act(
 
     key = (
         "linear_act", facts(x, weight, bias, xa, lora_B), N, K, r, activation, gather, precision,
-        routing.block_m, weight_desc is None, *codes.values(),
+        routing.block_m, weight_desc is None, pre is None, *codes.values(),
     )  # fmt: skip
     tensors = x, *weight_tensors, bias, xa, lora_B, pre, act, routing.row_token, routing.tiles
     lines = routing.tiles.shape[0]

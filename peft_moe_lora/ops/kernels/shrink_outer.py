@@ -5,7 +5,7 @@ right[m, j].
 import torch
 
 from ..routing import Routing
-from .launching.table import device_facts, lookup
+from .launching.table import chunk_block_m, device_facts, lookup
 from .sm90.in_gluon import in_gluon
 
 
@@ -36,7 +36,8 @@ def expert_shrink_outer(
     Twin: `composed.expert_shrink_outer` with the operations of `reference`.
     """
     arch, multiprocessors = device_facts(x.device)
-    blocks = lookup("shrink_outer", arch, x.element_size(), routing.block_m)
+    block_m = min(routing.block_m, chunk_block_m(routing.num_rows, routing.num_experts))
+    blocks = lookup("shrink_outer", arch, x.element_size(), block_m)
     # a program has one chunk. With fewer programs than two for three multiprocessors, the two
     # operations take less time
     if not blocks or 3 * num_chunks(routing, blocks) < 2 * multiprocessors:

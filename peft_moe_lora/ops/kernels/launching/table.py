@@ -112,8 +112,8 @@ TABLE = (
     # 4-byte elements: IEEE fp32 products run on the FMA units, so tiles are small
     _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
-    _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
-    _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
+    _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS | {"TAIL": True}),
+    _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS | {"TAIL": True}),
     _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
     # 2-byte elements, from 9.0 on: the weight is loaded by tensor descriptor
@@ -154,10 +154,18 @@ TABLE = (
 
 
 def block_m_for(num_rows: int, num_experts: int, arch: int) -> int:
-    """Rows of a tile, 16 to 128: about half the rows that an expert has when routing is even."""
+    """Rows of a tile, 16 to 128, by the rows that an expert has when routing is even.
+
+    On compute capability 9.0 large tiles are used early: they read a weight at the same speed, and
+    only they have the kernels of `EXACT` (NVIDIA H200, 2026-11-29; docs/performance.md).
+    """
     rows = num_rows / num_experts
     if arch == 0:
         return 32 if rows >= 16 else 16
+    if arch == 90:
+        if rows >= 64:
+            return 128
+        return 64 if rows >= 12 else 16
     if rows >= 192:
         return 128
     if rows >= 48:
@@ -165,6 +173,14 @@ def block_m_for(num_rows: int, num_experts: int, arch: int) -> int:
     if rows >= 24:
         return 32
     return 16
+
+
+def chunk_block_m(num_rows: int, num_experts: int) -> int:
+    """The block_m of the rows of "shrink_outer" that are used.
+
+    A chunk should hold all rows of most experts, and not many more.
+    """
+    return 128 if num_rows > 144 * num_experts else 64
 
 
 def _serves(row: Row, op: str, arch: int, itemsize: int, block_m: int) -> bool:

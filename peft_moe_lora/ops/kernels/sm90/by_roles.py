@@ -15,7 +15,7 @@ def by_roles(
     bias: torch.Tensor | None,
     xa: torch.Tensor | None,
     lora_B: torch.Tensor | None,
-    y: torch.Tensor,
+    y: torch.Tensor | None,
     gather: bool = False,
     activation: Activation | None = None,
     act: torch.Tensor | None = None,

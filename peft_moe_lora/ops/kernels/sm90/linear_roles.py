@@ -32,7 +32,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -43,7 +42,7 @@ from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, padded_rank
 from ..tiles.activation import activation_constants
-from ..tiles.descriptors import make_descriptor, operand_descriptors
+from ..tiles.descriptors import operand_descriptors
 from ..tiles.tile import strides_or_zeros
 from .linear_roles_load import produce
 from .linear_roles_store import store_half, store_tail
@@ -103,7 +102,7 @@ def _multiply_step(
 
 @gluon.jit
 def _consume(
-    output, box, stages, messages, N, K, HALF: gl.constexpr, TAILS: gl.constexpr,
+    output, stages, messages, N, K, dtype: gl.constexpr, HALF: gl.constexpr, TAILS: gl.constexpr,
     GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr,
     K_UNIT: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
     LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
@@ -158,14 +157,15 @@ def _consume(
             mbarrier.arrive(empty.index(stage_of(step - 1, STAGES)))
             if TAILS and tail_end > end:
                 store_tail(
-                    left, right, y, act, bias, box, e, end, tail_end, n, N, HALF, HALVES, KIND,
+                    left, right, y, act, bias, e, end, tail_end, n, N, dtype, HALF, HALVES, KIND,
                     GATED, LIMIT, ALPHA, UP_SHIFT,
                 )  # fmt: skip
             if bias_ptr is not None:
                 acc += gl.convert_layout(values, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
             store_half(
-                acc, y, act, box, first_row, end, n, N, HALVES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT
-            )
+                acc, y, act, first_row, end, n, N, dtype, HALVES, KIND, GATED, LIMIT, ALPHA,
+                UP_SHIFT,
+            )  # fmt: skip
         else:
             # this half has no rows, and nothing was loaded for it: release its stages at once
             for _ in range(k_steps + R_STEPS):
@@ -174,15 +174,14 @@ def _consume(
                 step += 1
         message += 1
         e, first_row, end, n = receive(messages, message)
-    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["lines"])
 def _linear_roles_kernel(
-    x_desc, weight_desc, xa_desc, lora_B_desc, y_desc, act_desc, y_ptr, act_ptr, x_ptr, bias_ptr,
-    row_token_ptr, tiles_ptr, lines, N, K, stride_xm, stride_biase, stride_biasn,
-    GATHER: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, GROUP: gl.constexpr,
-    BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr, PRODUCER: gl.constexpr,
+    x_desc, weight_desc, xa_desc, lora_B_desc, y_ptr, act_ptr, x_ptr, bias_ptr, row_token_ptr,
+    tiles_ptr, lines, N, K, stride_xm, stride_biase, stride_biasn,
+    GATHER: gl.constexpr, EVEN_K: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr, PRODUCER: gl.constexpr,
     CONSUMER: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr,
     LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
@@ -193,35 +192,32 @@ def _linear_roles_kernel(
     HALVES: gl.constexpr = 2 if GATED and not INTERLEAVED else 1
     # no tails if the activation needs the registers: if it is ungated, or gelu of interleaved pairs
     TAILS: gl.constexpr = KIND is None or (GATED and not (INTERLEAVED and KIND == "gelu"))
-    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    dtype: gl.constexpr = y_ptr.dtype.element_ty if act_ptr is None else act_ptr.dtype.element_ty
     row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], WIDE)
     row_tails = gl.allocate_shared_memory(dtype, [STAGES, BOX_M, BLOCK_K], WIDE)
     columns = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], WIDE
     )
-    # each consumer stores through a box of its own
-    box0 = gl.allocate_shared_memory(dtype, [HALF_M, 64], WIDE)
-    box1 = gl.allocate_shared_memory(dtype, [HALF_M, 64], WIDE)
     # arrivals that make a stage full: one for TMA and, if rows are gathered, one of each thread
     full, empty = make_barriers(STAGES, 129 if GATHER else 1, 2)
     stages = (row_halves, row_tails), columns, full, empty
     messages = make_messages(2)
     operands = x_desc, weight_desc, xa_desc, lora_B_desc
     x = x_ptr, row_token_ptr, stride_xm
-    output = (y_desc, y_ptr), (act_desc, act_ptr), (bias_ptr, stride_biase, stride_biasn)
+    output = y_ptr, act_ptr, (bias_ptr, stride_biase, stride_biasn)
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    output, box0, stages, messages, N, K, 0, TAILS, GATHER, HALVES, R_STEPS,
+                    output, stages, messages, N, K, dtype, 0, TAILS, GATHER, HALVES, R_STEPS,
                     R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
             (
                 _consume,
                 (
-                    output, box1, stages, messages, N, K, 1, TAILS, GATHER, HALVES, R_STEPS,
+                    output, stages, messages, N, K, dtype, 1, TAILS, GATHER, HALVES, R_STEPS,
                     R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
@@ -229,7 +225,7 @@ def _linear_roles_kernel(
                 produce,
                 (
                     operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP, TAILS, GATHER,
-                    HALVES, R_STEPS, K_UNIT, STAGES,
+                    EVEN_K, HALVES, R_STEPS, K_UNIT, STAGES,
                 ),
             ),
         ],
@@ -246,15 +242,17 @@ def _descriptor(
     return TensorDescriptor(t, shape, strides, box, layout)
 
 
-def _output_descriptor(y: torch.Tensor, parts: int) -> TensorDescriptor | None:
-    """A descriptor to store chunks [64, 64] of y [M, N], or None if address or strides forbid it.
+def _stored_by_16_bytes(*outputs: torch.Tensor | None, parts: int) -> bool:
+    """Whether each part of a row of the outputs can be stored eight elements at a time.
 
     Args:
-        parts: number of parts into which N is cut. Past the end of a part, a box stores nothing.
+        outputs: [M, N] each, contiguous; the first has `parts` parts, others have one.
     """
-    M, N = y.shape
-    box = [1, HALF_M.value, 64]
-    return make_descriptor(y, [parts, M, N // parts], [N // parts, N, 1], box, _descriptor)
+    for t in outputs:
+        if t is not None and (t.shape[1] % (8 * parts) or t.data_ptr() % 16):
+            return False
+        parts = 1
+    return True
 
 
 def _descriptors(
@@ -262,33 +260,19 @@ def _descriptors(
     weight: torch.Tensor,
     xa: torch.Tensor | None,
     lora_B: torch.Tensor | None,
-    y: torch.Tensor,
     gather: bool,
-    activation: Activation | None,
-    act: torch.Tensor | None,
+    parts: int,
 ) -> tuple | None:
-    """Descriptors (x, weight, xa, B, y, act), or None if one of them cannot be made.
+    """Descriptors (x, weight, xa, B), or None if one of them cannot be made.
 
     In the tuple, None stands for x if it is gathered, and for a tensor that is None.
     """
-    parts = 1
-    if activation is not None:
-        parts = activation.halves
-    y_desc = _output_descriptor(y, parts)
-    act_desc = None
-    if act is not None:
-        act_desc = _output_descriptor(act, 1)
-    if y_desc is None or (act is not None and act_desc is None):
-        return None
     box = BOX_M.value, BLOCK_N.value, BLOCK_K.value
     k_unit = weight.stride(2) == 1
     rows = None
     if not gather:
         rows = x
-    operands = operand_descriptors(rows, weight, xa, lora_B, k_unit, parts, *box, _descriptor)
-    if operands is None:
-        return None
-    return *operands, y_desc, act_desc
+    return operand_descriptors(rows, weight, xa, lora_B, k_unit, parts, *box, _descriptor)
 
 
 def _low_rank_steps(xa: torch.Tensor | None) -> tuple[int, int]:
@@ -300,10 +284,10 @@ def _low_rank_steps(xa: torch.Tensor | None) -> tuple[int, int]:
 
 
 def _gathers(x: torch.Tensor) -> bool:
-    """Whether rows of x can be gathered by copies of 16 bytes, without a mask."""
-    if x.shape[1] % BLOCK_K.value or x.stride(1) != 1:
+    """Whether rows of x can be gathered by copies of 16 bytes."""
+    if x.shape[1] % 8 or x.stride(1) != 1:
         return False
-    return x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    return x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 def linear_roles(
@@ -315,7 +299,7 @@ def linear_roles(
     bias: torch.Tensor | None,
     xa: torch.Tensor | None,
     lora_B: torch.Tensor | None,
-    y: torch.Tensor,
+    y: torch.Tensor | None,
     gather: bool = False,
     activation: Activation | None = None,
     act: torch.Tensor | None = None,
@@ -327,18 +311,31 @@ def linear_roles(
         x: [M, K] rows in expert order, or [T, K] tokens with gather.
         weight: [E, N, K]. bias: [E, N]. xa: [M, r], with lora_B [E, N, r].
         routing: with tiles.
-        y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles.
+        y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles. None if only
+            act is wanted.
         act: [M, I], like y; None without an activation.
-    Returns: whether y was written. If strides or alignment do not allow TMA, nothing is written.
+    Returns: whether the outputs were written. If strides or alignment do not allow TMA or stores of
+        16 bytes, nothing is written.
     """
     if gather and not _gathers(x):
         return False
-    descriptors = _descriptors(x, weight, xa, lora_B, y, gather, activation, act)
+    parts = 1
+    if activation is not None:
+        parts = activation.halves
+    if not _stored_by_16_bytes(y, act, parts=parts):
+        return False
+    descriptors = _descriptors(x, weight, xa, lora_B, gather, parts)
     if descriptors is None:
         return False
     _, N, K = weight.shape
     r_steps, r_width = _low_rank_steps(xa)
-    constants = {"GATHER": gather, "R_STEPS": r_steps, "R_WIDTH": r_width, **blocks}
+    constants = {
+        "GATHER": gather,
+        "EVEN_K": K % BLOCK_K.value == 0,
+        "R_STEPS": r_steps,
+        "R_WIDTH": r_width,
+        **blocks,
+    }
     if activation is None:
         constants |= NO_ACTIVATION
     else:
@@ -351,7 +348,7 @@ def linear_roles(
         stride_xm = x.stride(0)
     key = (
         "linear_roles", facts(bias), N, K, x.dtype, r_steps, r_width, blocks["K_UNIT"],
-        blocks["GROUP"], gather, stride_xm, activation,
+        blocks["GROUP"], gather, stride_xm, activation, y is None,
     )  # fmt: skip
     launch(
         key,

@@ -17,3 +17,14 @@ COLUMN_BYTES = gl.constexpr(256 * 64 * 2)
 BOX_BYTES = gl.constexpr(32 * 64 * 2)
 # layout of four warps that copy or store rows of 64 elements, 16 bytes a thread
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+# layout in which four warps store a chunk [64, 64] of a consumer's sums, 16 bytes a thread. Each
+# warp has the same 16 rows as in wgmma's layout, so that only its own threads exchange values
+STORED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 64],
+    )
+)
