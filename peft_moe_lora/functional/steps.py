@@ -4,7 +4,7 @@ gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). Routing, ga
 combine are one operator each. act and post_norm are the model's own code and run between them.
 It sees zeros in the rows of sentinels, which nobody computes, and so do its gradients.
 
-Legend: xa [M, r] = scaling * A[e] drop(x); yb [M, r] = scaling * B[e]^T dy.
+Legend: xa [M, R] = scaling * A[e] drop(x), zeros past rank r; yb [M, R] = scaling * B[e]^T dy.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops import Dropout, QuantizedWeight, Routing, composed
+from ..ops.ranks import stored_rank
 from .backends import ops_for
 from .operators import Gradient, Operator, as_stored, differentiable
 from .projection import (
@@ -169,7 +170,7 @@ class Plan(NamedTuple):
 
 
 class Results(NamedTuple):
-    """y [M, N], and xa [M, r], None without an adapter."""
+    """y [M, N], and xa [M, R], None without an adapter."""
 
     y: torch.Tensor
     xa: torch.Tensor | None
@@ -248,7 +249,7 @@ def _fake_linear(inputs: Inputs, routing: Routing, plan: Plan) -> Results:
     M = routing.row_token.shape[0]
     xa = None
     if inputs.lora_A is not None:
-        xa = x.new_empty(M, rank_of(inputs.lora_A, E, plan.experts))
+        xa = x.new_empty(M, stored_rank(rank_of(inputs.lora_A, E, plan.experts)))
     return Results(x.new_empty(M, N), xa)
 
 

@@ -6,8 +6,9 @@ inputs, the pre-activation (unless it is recomputed), two rank-r tensors and the
 Legend:
     up, down: the gate_up and the down projection
     pre [M, N], act [M, I]: the rows before and after the activation
-    xa [M, r] = up_scaling * A[e] drop(x), ha [M, r] = down_scaling * A[e] drop(act)
-    yb [M, r] = scaling * B[e]^T dy, of up or of down, where dy is the gradient of its output
+    R columns of rows of rank r: those past r are zeros (`ops.ranks`)
+    xa [M, R] = up_scaling * A[e] drop(x), ha [M, R] = down_scaling * A[e] drop(act)
+    yb [M, R] = scaling * B[e]^T dy, of up or of down, where dy is the gradient of its output
     draw [M, I]: gradient of act before it is multiplied by the routing weight
     dpre [M, N]: gradient of pre
 """
@@ -19,6 +20,7 @@ import torch
 
 from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed
 from ..ops.composed import RankRows
+from ..ops.ranks import stored_rank
 from .backends import ops_for
 from .operators import Gradient, Operator, as_stored, differentiable, flatten, unflatten
 from .projection import Projection, gathered, pair_like, per_expert, rank_of, transposed, whole_pair
@@ -246,7 +248,7 @@ def _fake_forward(
     def rank_r(lora_A: torch.Tensor | None, experts: tuple[int, ...] | None) -> torch.Tensor | None:
         if lora_A is None:
             return None
-        return x.new_empty(M, rank_of(lora_A, E, experts))
+        return x.new_empty(M, stored_rank(rank_of(lora_A, E, experts)))
 
     def index(length: int) -> torch.Tensor:
         return x.new_empty(length, dtype=torch.int32)

@@ -30,12 +30,12 @@ def expert_shrink_outer(
         ops: the operations to compose.
         x: [M, K] rows, or [T, K] tokens with gather.
         lora_A: [E, r, K]; None if nothing is to be computed.
-        right: [M, r], dtype of x; read only to compute `out`.
+        right: [M, R] rows of rank r, dtype of x; read only to compute `out`.
         scaling: factor of xa, not of out.
         out: [E, K, r] fp32 (fp64 for fp64), any strides; gets zeros for an expert without rows;
             None if it is not needed.
         row_weights: [T, top_k] float, weights of the rows in the outer product; None for ones.
-    Returns: xa [M, r], dtype of x; None without lora_A.
+    Returns: xa [M, R], dtype of x; None without lora_A.
     """
     if lora_A is None:
         return None
@@ -75,7 +75,7 @@ def expert_act_backward_outer(
             overwritten.
         rows: the rows of rank r, and the gradients to write.
         dropout: the mask that is applied to act in dA.
-    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre (None without lora_B), and
+    Returns: dpre [M, N], yb [M, R] = scaling * B^T dpre (None without lora_B), and
         d_top_k_weights [T, top_k] fp32.
     """
     if rows.dA is not None and rows.dB is not None:

@@ -2,6 +2,7 @@
 
 Legend:
     T tokens; M = T * top_k rows in expert order; E experts; K and N in- and out-features; r rank
+    R columns of rows of rank r: those past r are zeros (`ranks`)
     x: [M, K] rows; or [T, K] tokens with `gather`, and then row m reads token row_token[m]
     weight: [E, N, K], any strides, or quantized
     lora_A [E, r, K], lora_B [E, N, r]: views of the expert-major parameters, any strides; they are
@@ -26,10 +27,10 @@ class RankRows(NamedTuple):
     dB = dpre^T xa.
 
     Attributes:
-        down_yb: [M, r] rows; None without an adapter on down.
+        down_yb: [M, R] rows; None without an adapter on down.
         dA: [E, r, I] fp32, any strides, is overwritten with the gradient of down's A; None if it is
             not needed.
-        xa: [M, r] rows.
+        xa: [M, R] rows.
         lora_B: [E, N, r], B of up; None if yb is not needed.
         scaling: factor of yb.
         dB: [E, N, r] fp32, any strides, is overwritten with the gradient of up's B; None if it is
@@ -85,7 +86,7 @@ class Operations(Protocol):
         gather: bool = False,
         dropout: Dropout | None = None,
     ) -> torch.Tensor:
-        """xa[m] = scaling * A[e] drop(x[m]).  Returns: [M, r], dtype of x."""
+        """xa[m] = scaling * A[e] drop(x[m]).  Returns: [M, R], dtype of x."""
 
     def expert_linear(
         self,
@@ -103,7 +104,7 @@ class Operations(Protocol):
 
         Args:
             bias: [E, N].
-            xa: [M, r], dtype of x; needs lora_B [E, N, r].
+            xa: [M, R], dtype of x; needs lora_B [E, N, r].
             dropout: the mask of the low-rank term, for the input gradient of a layer with dropout.
         Returns: [M, N], dtype of x.
         """

@@ -13,6 +13,7 @@ from .dropout import Dropout, dropout_mask
 from .grouped import grouped_addmm_, grouped_mm, grouped_outer
 from .operations import RankRows
 from .quantized import QuantizedWeight
+from .ranks import as_stored_rank, of_rank
 from .routing import Routing
 
 __all__ = [
@@ -83,9 +84,10 @@ def expert_shrink(
     gather: bool = False,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """xa[m] = scaling * A[e] drop(x[m]).  Returns: [M, r], dtype of x."""
+    """xa[m] = scaling * A[e] drop(x[m]).  Returns: [M, R] rows of rank r, dtype of x."""
     x = _dropped(_rows(x, routing, gather), routing, dropout)
-    return grouped_mm(x, lora_A.to(x.dtype).transpose(1, 2), routing.expert_offsets).mul_(scaling)
+    A = lora_A.to(x.dtype).transpose(1, 2)  # [E, K, r]
+    return as_stored_rank(grouped_mm(x, A, routing.expert_offsets).mul_(scaling))
 
 
 def expert_linear(
@@ -105,6 +107,7 @@ def expert_linear(
         y += bias[_row_expert(routing)]
     if xa is not None and lora_B is not None:
         B = lora_B.to(xa.dtype).transpose(1, 2)  # [E, r, N]
+        xa = of_rank(xa, lora_B.shape[2])
         if dropout is None:
             grouped_addmm_(y, xa, B, routing.expert_offsets)
         else:
@@ -204,6 +207,9 @@ def expert_outer(
     right = _dropped(_rows(right, routing, gather_right), routing, dropout)
     if row_weights is not None:
         left = left * row_weights.reshape(-1)[routing.row_slot.long()].to(left.dtype)[:, None]
+    # the columns past a rank are zeros, and have no sums in out
+    left = left[:, : out.shape[1]]
+    right = right[:, : out.shape[2]]
     return grouped_outer(left, right, routing.expert_offsets, out)
 
 

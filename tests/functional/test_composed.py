@@ -8,6 +8,7 @@ import torch
 from helpers import assert_close
 from peft_moe_lora.ops import Activation, Dropout, composed, reference
 from peft_moe_lora.ops.composed import RankRows
+from peft_moe_lora.ops.ranks import as_stored_rank, of_rank
 
 T, E, TOP_K, K, INNER, R = 7, 3, 2, 6, 5, 2
 ROUTING = reference.route(
@@ -39,6 +40,11 @@ def operations(asked_for, one_pass):
     return SimpleNamespace(**TWINS | own)
 
 
+def rank_rows():
+    """Random rows of rank R as they are stored."""
+    return as_stored_rank(torch.randn(M, R))
+
+
 def of_experts(rows, right, weights):
     """[E, K, r]: sums over the rows of each expert, one row after the other."""
     out = torch.zeros(E, rows.shape[1], right.shape[1])
@@ -55,7 +61,7 @@ def of_experts(rows, right, weights):
 def test_a_shrink_and_an_outer_product_of_the_same_rows(one_pass, gather, weighted):
     x = torch.randn(T if gather else M, K)
     rows = x[ROUTING.row_token.long()] if gather else x
-    A, right, out = torch.randn(E, R, K), torch.randn(M, R), torch.empty(E, K, R)
+    A, right, out = torch.randn(E, R, K), rank_rows(), torch.empty(E, K, R)
     found = []
     ops = operations(found, one_pass)
     alone = composed.expert_shrink_outer(ops, x, A, None, ROUTING, 0.7, None, gather=gather)
@@ -75,10 +81,10 @@ def test_a_shrink_and_an_outer_product_of_the_same_rows(one_pass, gather, weight
     valid = int(ROUTING.expert_offsets[-1])
     for m in range(valid):
         e = int(torch.searchsorted(ROUTING.expert_offsets, m, right=True)) - 1
-        assert_close(xa[m], 0.7 * A[e] @ rows[m])
+        assert_close(of_rank(xa, R)[m], 0.7 * A[e] @ rows[m])
     assert_close(alone[:valid], xa[:valid])
     ones = torch.ones(T, TOP_K)
-    assert_close(out, of_experts(rows, right, WEIGHTS if weighted else ones))
+    assert_close(out, of_experts(rows, of_rank(right, R), WEIGHTS if weighted else ones))
 
 
 @asked
@@ -90,7 +96,7 @@ def test_the_gradient_of_an_activation_and_its_low_rank_products(one_pass, wante
     dA = torch.empty(E, R, INNER) if "dA" in wanted else None
     dB = torch.empty(E, 2 * INNER, R) if "dB" in wanted else None
     B = torch.randn(E, 2 * INNER, R)
-    down_yb, xa = torch.randn(M, R), torch.randn(M, R)
+    down_yb, xa = rank_rows(), rank_rows()
     found = []
     dropout = Dropout(0.5, torch.tensor([3]))
     # the gradient of the routing weights counts the bias of the projection after the activation
@@ -127,13 +133,13 @@ def test_the_gradient_of_an_activation_and_its_low_rank_products(one_pass, wante
     for m in range(valid):
         e = int(torch.searchsorted(ROUTING.expert_offsets, m, right=True)) - 1
         expected[m] = 0.7 * B[e].T @ exact[m]
-    assert_close(yb[:valid], expected[:valid])
+    assert_close(of_rank(yb, R)[:valid], expected[:valid])
     if dA is not None:
         sums = torch.empty_like(dA)
         reference.expert_outer(down_yb, act, ROUTING, sums, row_weights=WEIGHTS, dropout=dropout)
         assert_close(dA, sums)
     if dB is not None:
-        assert_close(dB, of_experts(exact, xa, torch.ones(T, TOP_K)))
+        assert_close(dB, of_experts(exact, of_rank(xa, R), torch.ones(T, TOP_K)))
 
 
 def test_without_a_low_rank_term_there_are_no_rows_of_rank_r():

@@ -175,10 +175,11 @@ def launch_layer(
 def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):
     """Products of ordered rows, in both orders of the weight, with and without a bias; on meta."""
     from peft_moe_lora.ops import kernels
+    from peft_moe_lora.ops.ranks import stored_rank
 
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
     x, bias = empty(T * top_k, K, dtype=dtype), empty(E, N, dtype=dtype)
-    xa = empty(T * top_k, r, dtype=dtype) if r else None
+    xa = empty(T * top_k, stored_rank(r), dtype=dtype) if r else None
     lora_B = empty(N, r * E, dtype=torch.float32).view(N, E, r).permute(1, 0, 2) if r else None
     for weight in (empty(E, N, K, dtype=dtype), empty(E, K, N, dtype=dtype).transpose(1, 2)):
         for b in (None, bias):
@@ -206,9 +207,11 @@ def launch_gathered(
         forms: (gated, interleaved) of an activation.
     """
     from peft_moe_lora.ops import Activation, kernels
+    from peft_moe_lora.ops.ranks import stored_rank
 
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
-    x, xa = empty(T, K, dtype=dtype), empty(T * top_k, r, dtype=dtype) if r else None
+    x = empty(T, K, dtype=dtype)
+    xa = empty(T * top_k, stored_rank(r), dtype=dtype) if r else None
     activations = [
         Activation(kind, gated, inter, limit=limit) for kind in kinds for gated, inter in forms
     ]
@@ -292,6 +295,7 @@ def launch_products_of_codes(T, dtype, E=8, top_k=2, H=2048, I=768, r=16):  # no
     """
     from peft_moe_lora.ops import Activation, kernels
     from peft_moe_lora.ops.kernels.codes import product_4bit as product
+    from peft_moe_lora.ops.ranks import stored_rank
 
     # every tile size that has a row in the table
     product.MAX_BLOCK_M = 32
@@ -299,7 +303,7 @@ def launch_products_of_codes(T, dtype, E=8, top_k=2, H=2048, I=768, r=16):  # no
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
     x, xa, pre, act = (
         empty(n, width, dtype=dtype)
-        for n, width in ((T, H), (T * 2, r), (T * 2, 2 * I), (T * 2, I))
+        for n, width in ((T, H), (T * 2, stored_rank(r)), (T * 2, 2 * I), (T * 2, I))
     )
     up_B, down_B = (
         empty(n, r * E, dtype=torch.float32).view(n, E, r).permute(1, 0, 2) for n in (2 * I, H)

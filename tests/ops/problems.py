@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peft_moe_lora.ops import Activation, reference
+from peft_moe_lora.ops.ranks import as_stored_rank
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -115,7 +116,7 @@ class Problem:
         )
         self.up_A, self.up_B = self.lora(2 * shape.I, shape.H)
         self.down_A, self.down_B = self.lora(shape.H, shape.I)
-        self.xa = self.rows(r)
+        self.xa = self.rank_rows(r)
 
     def matrix(self, N, K):
         return random(self.shape.E, N, K, dtype=self.dtype, scale=K**-0.5)
@@ -131,6 +132,17 @@ class Problem:
         rows = random(self.M, width, dtype=self.dtype)
         rows[self.valid :] = float("nan")
         return rows
+
+    def rank_rows(self, r):
+        """[M, R] rows of rank r in expert order; unrouted rows are NaN."""
+        rows = rank_rows(self.M, r, self.dtype)
+        rows[self.valid :] = float("nan")
+        return rows
+
+
+def rank_rows(M, r, dtype=torch.float32):
+    """Random rows [M, R] of rank r, as kernels store them: zeros follow the r columns."""
+    return as_stored_rank(random(M, r, dtype=dtype))
 
 
 def wide(value):

@@ -247,18 +247,19 @@ def test_outer_is_its_twin(kernels, shape, dtype):
     problem = Problem(shape, dtype)
     E, r = shape.E, shape.r
     routing = kernels.route(problem.index, E)
-    yb, xa, act, dpre = (problem.rows(width) for width in (r, r, shape.I, 2 * shape.I))
+    yb, xa = problem.rank_rows(r), problem.rank_rows(r)
+    act, dpre = problem.rows(shape.I), problem.rows(2 * shape.I)
     calls = [
-        (yb, problem.x, {"gather_right": True}),
-        (dpre, xa, {}),
-        (yb, act, {"row_weights": problem.weights}),
-        (problem.x, xa, {"gather_left": True, "row_weights": problem.weights}),
+        (yb, problem.x, (r, shape.H), {"gather_right": True}),
+        (dpre, xa, (2 * shape.I, r), {}),
+        (yb, act, (r, shape.I), {"row_weights": problem.weights}),
+        (problem.x, xa, (shape.H, r), {"gather_left": True, "row_weights": problem.weights}),
     ]
-    for left, right, options in calls:
+    for left, right, (P, Q), options in calls:
         # the second layout is that of the gradient of an expert-major [N, r * E]
         for out in (
-            torch.empty(E, left.shape[1], right.shape[1], device=DEVICE),
-            torch.empty(left.shape[1], E, right.shape[1], device=DEVICE).permute(1, 0, 2),
+            torch.empty(E, P, Q, device=DEVICE),
+            torch.empty(P, E, Q, device=DEVICE).permute(1, 0, 2),
         ):
             actual = kernels.expert_outer(left, right, routing, out, **options)
             assert actual is out

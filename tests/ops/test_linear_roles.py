@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from ops.problems import ACTIVATIONS, check, hopper, random
+from ops.problems import ACTIVATIONS, check, hopper, random, rank_rows
 from peft_moe_lora.ops import Activation
 
 # ---- the choice ----------------------------------------------------------------------------------
@@ -102,7 +102,8 @@ class Product:
         self.tokens[self.routing.row_token[self.valid :].long()] = float("nan")
         self.xa, self.lora_B = None, None
         if r:
-            self.xa = self.rows(r)
+            self.xa = rank_rows(self.M, r, dtype)
+            self.xa[self.valid :] = float("nan")
             self.lora_B = random(N, r * E, scale=r**-0.5).view(N, E, r).permute(1, 0, 2)
 
     def rows(self, width):

@@ -15,6 +15,7 @@ from ops.problems import (
     hopper,
     out_of,
     random,
+    rank_rows,
     shapes,
     wide,
 )
@@ -57,7 +58,7 @@ class Pair:
         ids = torch.cat([torch.full((n,), e) for e, n in enumerate([*rows, 37])])
         self.routing = kernels.route(ids[torch.randperm(len(ids))][:, None].to(DEVICE), 96)
         self.valid, M = sum(rows), len(ids)
-        self.x, self.right = random(M, K, dtype=dtype), random(M, r, dtype=dtype)
+        self.x, self.right = random(M, K, dtype=dtype), rank_rows(M, r, dtype)
         nobody = self.routing.row_token[self.valid :].long() if gather else slice(self.valid, None)
         self.x[nobody], self.right[self.valid :] = float("nan"), float("nan")
         self.lora_A = random(K, r * 96, scale=K**-0.5).view(K, 96, r).permute(1, 2, 0)

@@ -29,7 +29,7 @@ def expert_act_backward_outer(
             be overwritten.
         rows: the rank-r rows and the gradients to write; no field is None.
         dropout: masks act in dA; not supported here.
-    Returns: dpre [M, N], yb [M, r] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32; None
+    Returns: dpre [M, N], yb [M, R] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32; None
         if no kernel supports this call, and then nothing is written.
     Twin: `composed.expert_act_backward_outer` with the operations of `reference`.
     """

@@ -135,7 +135,7 @@ def expert_linear(
         weight: [E, N, K], quantized or in the dtype of x. Any strides; fast if the stride of N or
             of K is 1.
         bias: [E, N].
-        xa: [M, r], dtype of x.
+        xa: [M, R] rows of rank r, dtype of x.
         lora_B: [E, N, r], any strides and float dtype; given with xa.
         gather: whether row m reads token row_token[m].
         dropout: masks the low-rank term of the output. Backward uses it for the gradient of an
@@ -174,7 +174,7 @@ def _linear(
         if not gather and linear_ordered(x, weight, routing, bias, xa, lora_B, y):
             return
     _, N, K = weight.shape
-    r = rank_of(xa)
+    r = rank_of(xa, lora_B)
     precision = dot_precision(x.dtype)
     if packed:
         op = "linear_4bit"

@@ -167,7 +167,7 @@ def expert_linear_act(
         weight: [E, N, K], quantized or in the dtype of x. Any strides; fast if the stride of N or
             of K is 1.
         bias: [E, N].
-        xa: [M, r], dtype of x.
+        xa: [M, R] rows of rank r, dtype of x.
         lora_B: [E, N, r], any strides and float dtype; given with xa.
         gather: whether row m reads token row_token[m].
         keep_pre: whether pre is wanted; if not, it is not written to memory.
@@ -204,7 +204,7 @@ def _linear_act(
     if not packed and by_roles(x, weight, routing, bias, xa, lora_B, pre, gather, activation, act):
         return
     _, N, K = weight.shape
-    r = rank_of(xa)
+    r = rank_of(xa, lora_B)
     precision = dot_precision(x.dtype)
     op = "linear_act"
     if packed:

@@ -97,7 +97,7 @@ def linear_ordered(
     descriptors = operand_descriptors(x, weight, xa, lora_B, k_unit, 1, *box)
     if descriptors is None:
         return False
-    r_steps = ceil_div(rank_of(xa), blocks["BLOCK_K"])
+    r_steps = ceil_div(rank_of(xa, lora_B), blocks["BLOCK_K"])
 
     def rest() -> tuple[tuple, dict]:
         return (N, K, *strides_or_zeros(bias, 2)), {"R_STEPS": r_steps, **blocks}

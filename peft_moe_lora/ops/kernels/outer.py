@@ -34,7 +34,7 @@ def _of_rows(ptr, rows, end):
 @triton.jit
 def _outer_kernel(
     small_ptr, wide_ptr, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
-    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s,
+    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, STORED, WIDE, num_s,
     stride_sm, stride_ss, stride_wm, stride_ww, stride_oe, stride_os, stride_ow,
     CHUNK: tl.constexpr, E_PADDED: tl.constexpr, GATHER_SMALL: tl.constexpr,
     GATHER_WIDE: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def _outer_kernel(
 
     offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
     offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    mask_s = offs_s < SMALL
+    stored_s = offs_s < STORED
     mask_w = offs_w < WIDE
     rows = start + tl.arange(0, BLOCK_M)
     # tokens, slots and weights are loaded one block ahead of the rows that they select. Otherwise
@@ -86,7 +86,9 @@ def _outer_kernel(
         wide_rows = wide_rows.to(tl.int64)
         small_ptrs = small_ptr + small_rows[:, None] * stride_sm + offs_s[None, :] * stride_ss
         wide_ptrs = wide_ptr + wide_rows[:, None] * stride_wm + offs_w[None, :] * stride_ww
-        small = tl.load(small_ptrs, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [M, small]
+        small = tl.load(
+            small_ptrs, mask=mask_m[:, None] & stored_s[None, :], other=0.0
+        )  # [M, small]
         wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_w[None, :], other=0.0)  # [M, wide]
         if row_weights_ptr is not None:
             small = small.to(tl.float32) * w.to(tl.float32)[:, None]
@@ -104,7 +106,7 @@ def _outer_kernel(
             next_slots = _of_rows(row_slot_ptr, next_rows + BLOCK_M, end)
         rows = next_rows
 
-    mask = mask_w[:, None] & mask_s[None, :]
+    mask = mask_w[:, None] & (offs_s < SMALL)[None, :]
     if one_chunk:
         # int64: an expert index times a stride passes 2**31
         out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
@@ -118,13 +120,17 @@ def _outer_kernel(
 
 
 class _Sides(NamedTuple):
-    """left and right, named by their width, and the strides of out along expert, small and wide."""
+    """left and right, named by their width, and the strides of out along expert, small and wide.
+
+    rank: columns of the small side that have sums in out; the others are zeros.
+    """
 
     small: torch.Tensor
     wide: torch.Tensor
     gather_small: bool
     gather_wide: bool
     strides: tuple[int, int, int]
+    rank: int
 
 
 def _sides(
@@ -135,12 +141,17 @@ def _sides(
     gather_right: bool,
     dropout: Dropout | None,
 ) -> _Sides:
-    """Find which of left and right is the small side, and which is the wide side."""
+    """Find which of left and right is the small side, and which is the wide side.
+
+    Only the small side may have more columns than out, as rows of rank r have.
+    """
     stride_e, stride_p, stride_q = out.stride()
     # the kernel masks the wide side, and dropout masks right: so right is the wide side
     if dropout is not None or left.shape[1] <= right.shape[1]:
-        return _Sides(left, right, gather_left, gather_right, (stride_e, stride_p, stride_q))
-    return _Sides(right, left, gather_right, gather_left, (stride_e, stride_q, stride_p))
+        strides = stride_e, stride_p, stride_q
+        return _Sides(left, right, gather_left, gather_right, strides, out.shape[1])
+    strides = stride_e, stride_q, stride_p
+    return _Sides(right, left, gather_right, gather_left, strides, out.shape[2])
 
 
 def _block_sizes(sides: _Sides, arch: int) -> dict:
@@ -169,7 +180,8 @@ def expert_outer(
 
     Args:
         left: [M, P] rows, or [T, P] tokens with gather_left.
-        right: [M, Q] rows, or [T, Q] tokens with gather_right; dtype of left.
+        right: [M, Q] rows, or [T, Q] tokens with gather_right; dtype of left. The narrower of the
+            two may be rows of rank r, with zeros past r.
         out: [E, P, Q] fp32, any strides. Every element is written; an expert without rows gets
             zeros.
         row_weights: [T, top_k] float; None for ones.
@@ -193,10 +205,9 @@ def _outer(
     dropout: Dropout | None,
 ) -> None:
     """Launch the kernel and, if an expert may have several chunks, the sum over the chunks."""
-    small, wide, gather_small, gather_wide, strides = sides
+    small, wide, gather_small, gather_wide, strides, SMALL = sides
     M = routing.num_rows
     E = out.shape[0]
-    SMALL = small.shape[1]
     WIDE = wide.shape[1]
     arch, _ = device_facts(small.device)
     blocks = _block_sizes(sides, arch)
@@ -220,7 +231,8 @@ def _outer(
             "E_PADDED": power_of_2(E),
             **blocks,
         }
-        return (E, SMALL, WIDE, num_s, *small.stride(), *wide.stride(), *strides), constants
+        sizes = E, SMALL, small.shape[1], WIDE, num_s
+        return (*sizes, *small.stride(), *wide.stride(), *strides), constants
 
     key = (
         "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"],

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..dropout import Dropout
+from ..ranks import stored_rank
 from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import device_facts, dot_precision, find, padded_rank
@@ -21,7 +22,8 @@ SHORT_K = 2048
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, lora_A_ptr, xa_ptr, seed_ptr, row_token_ptr, row_slot_ptr, tiles_ptr, K, r, scaling,
+    x_ptr, lora_A_ptr, xa_ptr, seed_ptr, row_token_ptr, row_slot_ptr, tiles_ptr, K, r, width,
+    scaling,
     stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
     PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -63,9 +65,10 @@ def _shrink_kernel(
         acc = tl.dot(x, lora_A, acc, input_precision=PRECISION)  # [M, K] @ [K, R] -> [M, R]
         x_ptrs += BLOCK_K * stride_xk
         lora_A_ptrs += BLOCK_K * stride_ak
-    xa_ptrs = xa_ptr + offs_m.to(tl.int64)[:, None] * r + offs_r[None, :]
-    xa = (acc * scaling).to(xa_ptr.dtype.element_ty)
-    tl.store(xa_ptrs, xa, mask=(offs_m < end)[:, None] & (offs_r < r)[None, :])
+    xa_ptrs = xa_ptr + offs_m.to(tl.int64)[:, None] * width + offs_r[None, :]
+    # zeros past rank r, also in a row that is not finite
+    xa = tl.where((offs_r < r)[None, :], acc * scaling, 0.0).to(xa_ptr.dtype.element_ty)
+    tl.store(xa_ptrs, xa, mask=(offs_m < end)[:, None] & (offs_r < width)[None, :])
 
 
 def expert_shrink(
@@ -86,13 +89,14 @@ def expert_shrink(
         scaling: lora_alpha / r.
         gather: whether row m reads token row_token[m].
         dropout: masks x.
-    Returns: [M, r], dtype of x.
+    Returns: [M, R], dtype of x, with R of `ranks.stored_rank`; zeros past rank r.
     Twin: `reference.expert_shrink`.
     """
     routing = with_tiles(routing)
     M = routing.num_rows
     _, r, K = lora_A.shape
-    xa = torch.empty(M, r, dtype=x.dtype, device=x.device)
+    width = stored_rank(r)
+    xa = torch.empty(M, width, dtype=x.dtype, device=x.device)
     if M == 0:
         return xa
     op = "shrink"
@@ -120,7 +124,7 @@ def expert_shrink(
             "EVEN_K": K % blocks["BLOCK_K"] == 0,
             **blocks,
         }
-        return (K, r, scaling, *x.stride(), *lora_A.stride()), constants
+        return (K, r, width, scaling, *x.stride(), *lora_A.stride()), constants
 
     key = "shrink", facts(x, lora_A), K, r, scaling, gather, p, precision, routing.block_m
     tensors = x, lora_A, xa, seed, routing.row_token, routing.row_slot, routing.tiles

@@ -26,12 +26,12 @@ def expert_shrink_outer(
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
         lora_A: [E, r, K], any strides and float dtype; the kernel casts its tiles to the dtype of
             x, and no cast copy is made.
-        right: [M, r], dtype of x.
+        right: [M, R] rows of rank r, dtype of x.
         scaling: applies to xa, not to out.
         out: [E, K, r] fp32, any strides; every element is written. An expert without rows gets
             zeros.
         row_weights: [T, top_k] float, for the outer product; None for ones.
-    Returns: xa [M, r], dtype of x; None if no kernel supports this call, and then nothing is
+    Returns: xa [M, R], dtype of x; None if no kernel supports this call, and then nothing is
         written.
     Twin: `composed.expert_shrink_outer` with the operations of `reference`.
     """

@@ -23,7 +23,8 @@ Legend: chunks as in `tiles.chunks`
     sides: the two blocks of 64 columns of pre from which a quarter's 64 columns of act are
         computed. They are the gate and the up columns. If these are interleaved, they are the
         (gate, up) pairs of the first 32 columns and of the last 32 columns.
-    partial_yb_ptr [panels, M, r], partial_dw_ptr [2 * panels, M] fp32
+    width: columns of xa, right and yb in memory, of which those past rank r are zeros
+    partial_yb_ptr [panels, M, width], partial_dw_ptr [2 * panels, M] fp32
     partial_A_ptr [max_chunks, I, r], partial_B_ptr [max_chunks, N, r] fp32: the sums of each chunk;
         used only for experts with several chunks
 """
@@ -45,7 +46,7 @@ from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
 from ..tiles.activation import activate_backward, activation_constants
 from ..tiles.chunks import chunk_rows, sum_chunks
-from .pieces import NARROW, RANKS, WIDE, barrier, chunk_of, load_rows
+from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
 from .sum_panels import HALF_PANEL, sum_panels
 
 # triton 3.6: _reinterpret; drop when the floor is 3.9
@@ -69,8 +70,6 @@ BY_ROW = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 STAGES = gl.constexpr(3)
 STAGED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-# layout of wgmma's sums: each of the two groups of four warps has all rows and 8 of the 16 ranks
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 8, 16]))
 
 
 @gluon.jit
@@ -146,7 +145,7 @@ def _activate_side(
 
 @gluon.jit
 def _activate_quarter(
-    staged, s, w_smem, dw_ptrs, dpre_ptrs, left, h, c, col, I, M,  # noqa: E741
+    staged, s, w_smem, dw_ptr, dpre_ptrs, left, h, c, col, I, M,  # noqa: E741
     side0_smem, side1_smem, act_smem, INTERLEAVED: gl.constexpr,
     KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
@@ -189,19 +188,20 @@ def _activate_quarter(
         side0_smem.store(dgate)
         side1_smem.store(dup)
         act_smem.store(act.to(dtype))
-    gl.store(dw_ptrs + (c * M + h * HALF), dw, mask=mask_m)
+    gl.store(dw_ptr + c * M + rows, dw, mask=mask_m)
 
 
 @gluon.jit
-def _load_ranks(ptrs, left, r):
-    """Load the rank-r rows of a step, as int32 that hold two elements each."""
+def _load_ranks(ptr, first, left, width, RANKS: gl.constexpr):
+    """Load the rank-r rows of a step that begins at row `first`, as int32 of two elements each."""
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, BY_EIGHT_PAIRS))
     pairs = gl.arange(0, RANKS // 2, gl.SliceLayout(0, BY_EIGHT_PAIRS))
-    return gl.load(ptrs, mask=(rows < left)[:, None] & (pairs < r // 2)[None, :], other=0)
+    ptrs = ptr + (first + rows).to(gl.int64)[:, None] * (width // 2) + pairs[None, :]
+    return gl.load(ptrs, mask=(rows < left)[:, None] & (pairs < width // 2)[None, :], other=0)
 
 
 @gluon.jit
-def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk):
+def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk, RANKS: gl.constexpr):
     """Load rows `first` up to first + 64 of an expert's B [N, r]; zeros unless `inside`."""
     offs_n = first + gl.arange(0, COLS, gl.SliceLayout(1, BY_FOUR))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_FOUR))
@@ -216,8 +216,8 @@ def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk):
 @gluon.jit
 def _store_sums(out_ptrs, acc, first, inside, r, stride_k, stride_r):
     """Store the sums [64, RANKS] of columns `first` up to first + 64, if `inside`."""
-    offs_k = first + gl.arange(0, COLS, gl.SliceLayout(1, SUMS))
-    offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
+    offs_k = first + gl.arange(0, COLS, gl.SliceLayout(1, acc.type.layout))
+    offs_r = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
     ptrs = (
         out_ptrs + offs_k.to(gl.int64)[:, None] * stride_k + offs_r.to(gl.int64)[None, :] * stride_r
     )
@@ -267,7 +267,8 @@ def _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at):
     side11 = halves1.index(at + 1)
     x = xa.index(at)
     y = right.index(at)
-    yb = gl.zeros([ROWS, RANKS], gl.float32, SUMS)
+    SUMS: gl.constexpr = dA0.type.layout
+    yb = gl.zeros([ROWS, dA0.shape[1]], gl.float32, SUMS)
     # [M, K] @ [K, R] -> [M, R]
     yb = warpgroup_mma(side00, B0.index(at), yb, is_async=True)
     yb = warpgroup_mma(side01, B0.index(at + 1), yb, is_async=True)
@@ -290,17 +291,22 @@ def _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at):
 def _act_backward_outer_kernel(
     draw_ptr, pre_ptr, top_k_weights_ptr, right_ptr, xa_ptr, lora_B_ptr, row_slot_ptr,
     expert_offsets_ptr, dpre_ptr, partial_dw_ptr, partial_yb_ptr, partial_A_ptr, dA_ptr,
-    partial_B_ptr, dB_ptr, M, E, I, r,  # noqa: E741
+    partial_B_ptr, dB_ptr, M, E, I, r, width,  # noqa: E741
     stride_prem, stride_be, stride_bk, stride_br, stride_ae, stride_ar, stride_ak, stride_de,
     stride_dk, stride_dr,
     CHUNK: gl.constexpr, PANELS: gl.constexpr, E_PADDED: gl.constexpr, INTERLEAVED: gl.constexpr,
-    KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+    RANKS: gl.constexpr, KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
+    UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Grid [max_chunks * PANELS].
 
     The sums of an expert with one chunk or without rows are written to dA and dB directly.
     """
     dtype: gl.constexpr = pre_ptr.dtype.element_ty
+    NARROW: gl.constexpr = narrow(RANKS)
+    # layout of wgmma's sums: each of the two groups of four warps has all rows, and half of the
+    # ranks
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, RANKS // 2, 16])
     chunk = gl.program_id(0) // PANELS
     panel = gl.program_id(0) % PANELS
     e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED, BY_ROW)
@@ -350,38 +356,32 @@ def _act_backward_outer_kernel(
     right = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     ws = gl.allocate_shared_memory(gl.float32, [2, HALF], FLAT)
     ws_flat = _reinterpreted(ws, gl.float32, [ROWS], FLAT)
-    # all loads before all stores to shared memory, so that their latencies overlap
     rows = gl.arange(0, ROWS, BY_ROW)
     slots = gl.load(row_slot_ptr + start + rows, mask=start + rows < end, other=0)
     next_slots = gl.load(
         row_slot_ptr + start + ROWS + rows, mask=start + ROWS + rows < end, other=0
     )
-    lora_B_ptrs = lora_B_ptr + e * stride_be
-    b00 = _load_B(lora_B_ptrs, n00, True, r, stride_br, stride_bk)
-    b01 = _load_B(lora_B_ptrs, n01, other, r, stride_br, stride_bk)
-    b10 = _load_B(lora_B_ptrs, n10, True, r, stride_br, stride_bk)
-    b11 = _load_B(lora_B_ptrs, n11, other, r, stride_br, stride_bk)
     w = gl.load(top_k_weights_ptr + slots, mask=start + rows < end, other=0.0)
+    lora_B_ptrs = lora_B_ptr + e * stride_be
+    # loads before stores to shared memory, so that their latencies overlap; but all four parts of B
+    # at once would take too many registers
+    b00 = _load_B(lora_B_ptrs, n00, True, r, stride_br, stride_bk, RANKS)
+    b01 = _load_B(lora_B_ptrs, n01, other, r, stride_br, stride_bk, RANKS)
     B0.index(0).store(b00.to(dtype))
     B0.index(1).store(b01.to(dtype))
+    b10 = _load_B(lora_B_ptrs, n10, True, r, stride_br, stride_bk, RANKS)
+    b11 = _load_B(lora_B_ptrs, n11, other, r, stride_br, stride_bk, RANKS)
     B1.index(0).store(b10.to(dtype))
     B1.index(1).store(b11.to(dtype))
     ws_flat.store(w.to(gl.float32))
 
     ints = gl.pointer_type(gl.int32)
-    dw_ptrs = partial_dw_ptr + (panel.to(gl.int64) * 2 * M + offs_m)
-    ranks_m = start + gl.arange(0, ROWS, gl.SliceLayout(1, BY_EIGHT_PAIRS))
-    ranks_r = gl.arange(0, RANKS // 2, gl.SliceLayout(0, BY_EIGHT_PAIRS))
-    ranks = ranks_m.to(gl.int64)[:, None] * (r // 2) + ranks_r[None, :]
+    dw_ptr = partial_dw_ptr + panel.to(gl.int64) * 2 * M + start
     xa_pairs = xa_ptr.to(ints, bitcast=True)
     right_pairs = right_ptr.to(ints, bitcast=True)
     yb_m = gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
     yb_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
-    yb_ptrs = (
-        partial_yb_ptr
-        + (panel.to(gl.int64) * M + start + yb_m.to(gl.int64))[:, None] * r
-        + yb_r[None, :]
-    )
+    yb_ptr = partial_yb_ptr + panel.to(gl.int64) * M * width
 
     zeros = gl.zeros([COLS, RANKS], gl.float32, SUMS)
     # sums of dB at columns n00, n01, n10 and n11, and of dA at columns col and col + 64
@@ -393,8 +393,10 @@ def _act_backward_outer_kernel(
         next_slots = gl.load(
             row_slot_ptr + end - left + 2 * ROWS + rows, mask=rows < left - 2 * ROWS, other=0
         )
-        step_xa = _load_ranks(xa_pairs + ranks, left, r)
-        step_right = _load_ranks(right_pairs + ranks, left, r)
+        # few ranks are loaded early, which hides their latency; more would take too many registers
+        if RANKS == 16:
+            step_xa = _load_ranks(xa_pairs, end - left, left, width, RANKS)
+            step_right = _load_ranks(right_pairs, end - left, left, width, RANKS)
         # a last step of at most 32 rows computes two quarters. The other two still hold rows of the
         # previous step; they add nothing to the sums, because their rows of xa and right are zeros
         quarters = gl.where((step > 0) & (left <= HALF), 2, 4)
@@ -410,10 +412,13 @@ def _act_backward_outer_kernel(
             async_copy.wait_group(2)
             q = 2 * c + h
             _activate_quarter(
-                staged, s, ws.index(h), dw_ptrs, dpre_ptrs, left, h, c, col, I, M, sides0.index(q),
+                staged, s, ws.index(h), dw_ptr, dpre_ptrs, left, h, c, col, I, M, sides0.index(q),
                 sides1.index(q), acts.index(q), INTERLEAVED, KIND, LIMIT, ALPHA, UP_SHIFT,
             )  # fmt: skip
             s = gl.where(s == 2, 0, s + 1)
+        if RANKS > 16:
+            step_xa = _load_ranks(xa_pairs, end - left, left, width, RANKS)
+            step_right = _load_ranks(right_pairs, end - left, left, width, RANKS)
         weighted = _split_pairs(step_right, dtype, [ROWS, RANKS], BY_EIGHT).to(gl.float32)
         weighted *= ws_flat.load(gl.SliceLayout(1, BY_EIGHT))[:, None]
         xa.index(0).store(_split_pairs(step_xa, dtype, [ROWS, RANKS], BY_EIGHT))
@@ -425,14 +430,15 @@ def _act_backward_outer_kernel(
         yb, sums = _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at)
         # all products have read their operands, so the next step may overwrite them
         barrier()
-        gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < r)[None, :])
+        # addresses are computed anew in every step: held in registers, they would be spilled
+        yb_rows = (end - left + yb_m).to(gl.int64) * width
+        yb_ptrs = yb_ptr + yb_rows[:, None] + yb_r[None, :]
+        gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < width)[None, :])
         left -= ROWS
         draw_ptrs += ROWS * I
         pre_ptrs += ROWS * stride_prem
         dpre_ptrs += ROWS * 2 * I
-        dw_ptrs += ROWS
-        ranks += ROWS * (r // 2)
-        yb_ptrs += ROWS * r
+        dw_ptr += ROWS
 
     base_A = dA_ptr + e * stride_ae
     base_B = dB_ptr + e * stride_de
@@ -453,9 +459,8 @@ def _act_backward_outer_kernel(
 
 
 def _aligned(draw: torch.Tensor, pre: torch.Tensor, right: torch.Tensor, xa: torch.Tensor) -> bool:
-    """Whether rows can be copied 16 bytes at a time, and rank-r rows read in pairs."""
-    r = xa.shape[1]
-    if r > RANKS.value or r % 2 or pre.stride(1) != 1 or pre.stride(0) % 16:
+    """Whether rows can be copied 16 bytes at a time."""
+    if xa.shape[1] > MAX_RANKS or pre.stride(1) != 1 or pre.stride(0) % 16:
         return False
     return all(t.data_ptr() % 16 == 0 for t in (draw, pre, right, xa))
 
@@ -476,7 +481,7 @@ def act_backward_outer(
     Args:
         blocks: constexprs of the table's row.
         rows: no field is None.
-    Returns: dpre [M, N], yb [M, r], d_top_k_weights [T, top_k] fp32; None if the activation, the
+    Returns: dpre [M, N], yb [M, R], d_top_k_weights [T, top_k] fp32; None if the activation, the
         rank, strides or alignment do not allow it, and then nothing is written.
     """
     right = rows.down_yb.contiguous()
@@ -485,6 +490,7 @@ def act_backward_outer(
     weights = top_k_weights.contiguous()
     M, I = draw.shape  # noqa: E741
     E, N, r = lora_B.shape
+    width = xa.shape[1]
     if not activation.gated or I % COLS.value or not _aligned(draw, pre, right, xa):
         return None
     panels = ceil_div(I, 2 * COLS.value)
@@ -493,10 +499,10 @@ def act_backward_outer(
     several = M > chunk
     max_chunks = E + several * (M // chunk)
     dpre = torch.empty(M, N, dtype=pre.dtype, device=pre.device)
-    yb = torch.empty(M, r, dtype=pre.dtype, device=pre.device)
+    yb = torch.empty(M, width, dtype=pre.dtype, device=pre.device)
     fp32 = {"dtype": torch.float32, "device": pre.device}
     dw = torch.empty(*top_k_weights.shape, **fp32)
-    partial_yb = torch.empty(panels, M, r, **fp32)
+    partial_yb = torch.empty(panels, M, width, **fp32)
     partial_dw = torch.empty(2 * panels, M, **fp32)
     partial_A = torch.empty(several * max_chunks, I, r, **fp32)
     partial_B = torch.empty(several * max_chunks, N, r, **fp32)
@@ -505,8 +511,9 @@ def act_backward_outer(
         constants = activation_constants(activation)
         del constants["GATED"]
         constants |= {"E_PADDED": power_of_2(E), "CHUNK": chunk, "PANELS": panels}
+        constants["RANKS"] = ranks_for(r)
         strides = pre.stride(0), *lora_B.stride(), *dA.stride(), *dB.stride()
-        return (E, I, r, *strides), constants | blocks
+        return (E, I, r, width, *strides), constants | blocks
 
     key = "act_backward_outer", facts(pre, lora_B, weights, dA, dB), E, I, r, activation, chunk
     tensors = (

@@ -43,7 +43,7 @@ from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, padded_rank
 from ..tiles.activation import activation_constants
 from ..tiles.descriptors import operand_descriptors
-from ..tiles.tile import strides_or_zeros
+from ..tiles.tile import rank_of, strides_or_zeros
 from .linear_roles_load import produce
 from .linear_roles_store import store_half, store_tail
 from .linear_roles_tile import BLOCK_K, BLOCK_N, BOX_M, HALF_M
@@ -181,9 +181,9 @@ def _linear_roles_kernel(
     x_desc, weight_desc, xa_desc, lora_B_desc, y_ptr, act_ptr, x_ptr, bias_ptr, row_token_ptr,
     tiles_ptr, lines, N, K, stride_xm, stride_biase, stride_biasn,
     GATHER: gl.constexpr, EVEN_K: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr, PRODUCER: gl.constexpr,
-    CONSUMER: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr,
-    LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    PRODUCER: gl.constexpr, CONSUMER: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Persistent grid. PRODUCER, CONSUMER: registers of a thread that loads, and of one that
     multiplies.
@@ -275,11 +275,8 @@ def _descriptors(
     return operand_descriptors(rows, weight, xa, lora_B, k_unit, parts, *box, _descriptor)
 
 
-def _low_rank_steps(xa: torch.Tensor | None) -> tuple[int, int]:
+def _low_rank_steps(r: int) -> tuple[int, int]:
     """(steps of the low-rank term, columns that each of these steps multiplies)."""
-    r = 0
-    if xa is not None:
-        r = xa.shape[1]
     return ceil_div(r, BLOCK_K.value), min(BLOCK_K.value, padded_rank(r))
 
 
@@ -309,7 +306,7 @@ def linear_roles(
     Args:
         programs, blocks: as `tile.linear_blocks` returns them.
         x: [M, K] rows in expert order, or [T, K] tokens with gather.
-        weight: [E, N, K]. bias: [E, N]. xa: [M, r], with lora_B [E, N, r].
+        weight: [E, N, K]. bias: [E, N]. xa: [M, R] rows of rank r, with lora_B [E, N, r].
         routing: with tiles.
         y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles. None if only
             act is wanted.
@@ -328,7 +325,7 @@ def linear_roles(
     if descriptors is None:
         return False
     _, N, K = weight.shape
-    r_steps, r_width = _low_rank_steps(xa)
+    r_steps, r_width = _low_rank_steps(rank_of(xa, lora_B))
     constants = {
         "GATHER": gather,
         "EVEN_K": K % BLOCK_K.value == 0,

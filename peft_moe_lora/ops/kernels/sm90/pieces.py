@@ -3,6 +3,7 @@
 Gluon renamed some functions. Here each has one name for all versions of Triton.
 """
 
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -26,11 +27,21 @@ if hasattr(gl, "barrier"):
 else:
     barrier = gl.thread_barrier
 
-# the largest rank of kernels that keep sums [.., rank] in registers; smaller ranks are padded to it
-RANKS = gl.constexpr(16)
-# shared-memory layouts of wgmma's operands: WIDE for rows of 64 elements or more, NARROW for RANKS
+# the largest rank of kernels that keep sums [.., rank] in registers
+MAX_RANKS = 32
+# shared-memory layout of wgmma's operands with rows of 64 elements or more
 WIDE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
+
+
+@constexpr_function
+def narrow(RANKS):
+    """The shared-memory layout of wgmma's operands with rows of RANKS elements, 16 or 32."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * RANKS, element_bitwidth=16, rank=2)
+
+
+def ranks_for(r: int) -> int:
+    """RANKS, the columns of a tile that holds r ranks, at most MAX_RANKS."""
+    return 16 if r <= 16 else MAX_RANKS
 
 
 @gluon.jit

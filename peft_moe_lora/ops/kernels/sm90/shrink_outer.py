@@ -19,6 +19,8 @@ Legend:
         rows and of its other rows; zeros if the chunk has fewer rows
     lora_A [STAGES, 64, RANKS]: each step's columns of A[e]
     right [ROWS, RANKS], right_tail [TAIL, RANKS]: w[m] * right[m] of the same rows
+    width: columns of xa and right in memory, of which those past rank r are zeros
+    RANKS: r rounded up to the columns of a tile
     partial_ptr [max_chunks, K, r] fp32: the sums of each chunk; used only for experts with several
         chunks
 """
@@ -37,12 +39,10 @@ from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import power_of_2
 from ..tiles.chunks import sum_chunks
-from .pieces import NARROW, RANKS, WIDE, barrier, chunk_of, load_rows
+from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
 
 # columns of a step
 BLOCK_K = gl.constexpr(64)
-# layout of wgmma's sums
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 # layouts of 128 threads: to copy x, and to load A, right (16 bytes a thread each) and offsets
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 BY_FOUR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
@@ -64,13 +64,13 @@ def _row_pointers(
 
 
 @gluon.jit
-def _store_right(smem, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, r):
-    """Store w[m] * right[m] into smem [rows, RANKS]; zeros past `end` and past rank r."""
+def _store_right(smem, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, width):
+    """Store w[m] * right[m] into smem [rows, RANKS]; zeros past `end` and past `width`."""
     offs_m = first_row + gl.arange(0, smem.shape[0], gl.SliceLayout(1, BY_EIGHT))
-    offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_EIGHT))
-    mask = (offs_m < end)[:, None] & (offs_r < r)[None, :]
+    offs_r = gl.arange(0, smem.shape[1], gl.SliceLayout(0, BY_EIGHT))
+    mask = (offs_m < end)[:, None] & (offs_r < width)[None, :]
     right = gl.load(
-        right_ptr + offs_m.to(gl.int64)[:, None] * r + offs_r[None, :], mask=mask, other=0.0
+        right_ptr + offs_m.to(gl.int64)[:, None] * width + offs_r[None, :], mask=mask, other=0.0
     )
     if row_weights_ptr is not None:
         slots = gl.load(row_slot_ptr + offs_m, mask=offs_m < end, other=0)
@@ -80,28 +80,32 @@ def _store_right(smem, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end,
 
 
 @gluon.jit
-def _store_xa(xa_ptr, acc, scaling, first_row, end, r):
-    """Store scaling * acc of the rows before end."""
-    offs_m = first_row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, SUMS))
-    offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
-    ptrs = xa_ptr + offs_m.to(gl.int64)[:, None] * r + offs_r[None, :]
+def _store_xa(xa_ptr, acc, scaling, first_row, end, r, width):
+    """Store scaling * acc of the rows before end; zeros past rank r, also if a row is infinite."""
+    offs_m = first_row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+    offs_r = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    ptrs = xa_ptr + offs_m.to(gl.int64)[:, None] * width + offs_r[None, :]
+    xa = gl.where((offs_r < r)[None, :], acc * scaling, 0.0)
     gl.store(
         ptrs,
-        (acc * scaling).to(xa_ptr.dtype.element_ty),
-        mask=(offs_m < end)[:, None] & (offs_r < r)[None, :],
+        xa.to(xa_ptr.dtype.element_ty),
+        mask=(offs_m < end)[:, None] & (offs_r < width)[None, :],
     )
 
 
 @gluon.jit
 def _shrink_outer_kernel(
     x_ptr, lora_A_ptr, right_ptr, row_weights_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
-    xa_ptr, partial_ptr, out_ptr, E, K, r, scaling,
+    xa_ptr, partial_ptr, out_ptr, E, K, r, width, scaling,
     stride_xm, stride_ae, stride_ar, stride_ak, stride_oe, stride_ok, stride_or,
-    E_PADDED: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr, TAIL: gl.constexpr,
-    STAGES: gl.constexpr,
+    E_PADDED: gl.constexpr, GATHER: gl.constexpr, RANKS: gl.constexpr, ROWS: gl.constexpr,
+    TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid [max_chunks]. Sums of an expert with one chunk or without rows are stored to out."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
+    NARROW: gl.constexpr = narrow(RANKS)
+    # layout of wgmma's sums
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANKS, 16])
     chunk = gl.program_id(0)
     e, index = chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)
     if e >= E:
@@ -136,8 +140,8 @@ def _shrink_outer_kernel(
     a_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_FOUR)).to(gl.int64)[None, :]
     a_ptrs = lora_A_ptr + e * stride_ae + a_r * stride_ar + a_k * stride_ak
     a = gl.load(a_ptrs, mask=(a_r < r) & (a_k < K), other=0.0)
-    _store_right(right, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, r)
-    _store_right(right_tail, right_ptr, row_weights_ptr, row_slot_ptr, tail_row, end, r)
+    _store_right(right, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, width)
+    _store_right(right_tail, right_ptr, row_weights_ptr, row_slot_ptr, tail_row, end, width)
 
     out_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, SUMS)).to(gl.int64)[:, None]
     out_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS)).to(gl.int64)[None, :]
@@ -179,8 +183,8 @@ def _shrink_outer_kernel(
             gl.store(out_ptrs, outer, mask=mask_out)
         partial_ptrs += BLOCK_K * r
         out_ptrs += BLOCK_K * stride_ok
-    _store_xa(xa_ptr, acc, scaling, first_row, end, r)
-    _store_xa(xa_ptr, acc_tail, scaling, tail_row, end, r)
+    _store_xa(xa_ptr, acc, scaling, first_row, end, r, width)
+    _store_xa(xa_ptr, acc_tail, scaling, tail_row, end, r, width)
 
 
 def shrink_outer(
@@ -199,22 +203,23 @@ def shrink_outer(
     Args:
         blocks: constexprs of the table's row.
         x: [M, K] rows, or [T, K] tokens with gather.
-        lora_A: [E, r, K], any strides and float dtype. right: [M, r], dtype of x.
+        lora_A: [E, r, K], any strides and float dtype. right: [M, R] rows of rank r, dtype of x.
         out: [E, K, r] fp32, any strides; every element is written.
         row_weights: [T, top_k] float, for the outer product; None for ones.
-    Returns: xa [M, r], dtype of x; or None, and then nothing is written.
+    Returns: xa [M, R], dtype of x; or None, and then nothing is written.
     """
     M = routing.num_rows
     E, r, K = lora_A.shape
     chunk = blocks["ROWS"] + blocks["TAIL"]
     # rows are copied 16 bytes at a time
     aligned = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-    if r > RANKS.value or K % BLOCK_K.value or not aligned:
+    if r > MAX_RANKS or K % BLOCK_K.value or not aligned:
         return None
     # if all rows fit into one chunk, no expert has several
     several = M > chunk
     max_chunks = E + several * (M // chunk)
-    xa = torch.empty(M, r, dtype=x.dtype, device=x.device)
+    width = right.shape[1]
+    xa = torch.empty(M, width, dtype=x.dtype, device=x.device)
     partial = torch.empty(several * max_chunks, K, r, dtype=torch.float32, device=x.device)
     right = right.contiguous()
     weights = row_weights
@@ -222,8 +227,8 @@ def shrink_outer(
         weights = row_weights.contiguous()
 
     def rest() -> tuple[tuple, dict]:
-        constants = {"E_PADDED": power_of_2(E), "GATHER": gather, **blocks}
-        return (E, K, r, scaling, x.stride(0), *lora_A.stride(), *out.stride()), constants
+        constants = {"E_PADDED": power_of_2(E), "GATHER": gather, "RANKS": ranks_for(r), **blocks}
+        return (E, K, r, width, scaling, x.stride(0), *lora_A.stride(), *out.stride()), constants
 
     key = "shrink_outer", facts(x, lora_A, weights, out), E, K, r, scaling, gather, chunk
     tensors = (

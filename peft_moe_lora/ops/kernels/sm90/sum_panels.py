@@ -13,7 +13,6 @@ from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
 from ..tiles.bias import bias_times_dout
 from ..tiles.tile import strides_or_zeros
-from .pieces import RANKS
 
 # columns of act in a half of a panel
 HALF_PANEL = 64
@@ -74,7 +73,7 @@ def sum_panels(
         dout: [T, H], or None; read only if there is a bias.
         bias: [E, H], the bias of the down projection, or None.
         I: columns of act.
-        yb: [M, r], contiguous, receives scaling times the sums.
+        yb: [M, R], contiguous, receives scaling times the sums.
         dw: [T, top_k] fp32, contiguous, receives the gradient of the routing weights.
     """
     M, r = yb.shape
@@ -88,7 +87,12 @@ def sum_panels(
 
     def rest() -> tuple[tuple, dict]:
         strides = *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
-        constants = {"E_PADDED": power_of_2(E), "R": RANKS.value, "BLOCK_M": BLOCK_M, "BLOCK_H": 64}
+        constants = {
+            "E_PADDED": power_of_2(E),
+            "R": power_of_2(r),
+            "BLOCK_M": BLOCK_M,
+            "BLOCK_H": 64,
+        }
         return (E, H, r, halves, scaling, *strides), constants
 
     key = "sum_panels", facts(yb, bias, dout), E, H, I, r, scaling

@@ -1,4 +1,7 @@
-"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, in the memory order of the weight W."""
+"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, in the memory order of the weight W.
+
+As in the rows of rank r that it is multiplied with, zeros follow the r columns.
+"""
 
 import torch
 import triton
@@ -13,50 +16,56 @@ ELEMENTS = 4096
 
 @triton.jit
 def _cast_kernel(
-    lora_B_ptr, out_ptr, N, r, stride_be, stride_bn, stride_br, stride_oe, stride_on, stride_or,
-    R: tl.constexpr, BLOCK_N: tl.constexpr,
+    lora_B_ptr, out_ptr, N, r, width, stride_be, stride_bn, stride_br, stride_oe, stride_on,
+    stride_or, R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of N, E]."""
     # int64: an expert index times a stride, and a column times r * E, pass 2**31
     e = tl.program_id(1).to(tl.int64)
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     offs_r = tl.arange(0, R).to(tl.int64)[None, :]
-    mask = (offs_n < N) & (offs_r < r)
+    exists = offs_n < N
     lora_B = tl.load(
-        lora_B_ptr + e * stride_be + offs_n * stride_bn + offs_r * stride_br, mask=mask
+        lora_B_ptr + e * stride_be + offs_n * stride_bn + offs_r * stride_br,
+        mask=exists & (offs_r < r),
+        other=0.0,
     )
     out_ptrs = out_ptr + e * stride_oe + offs_n * stride_on + offs_r * stride_or
-    tl.store(out_ptrs, lora_B.to(out_ptr.dtype.element_ty), mask=mask)
+    lora_B = lora_B.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, lora_B, mask=exists & (offs_r < width))
 
 
-def cast_as_weight(lora_B: torch.Tensor, dtype: torch.dtype, k_unit: bool) -> torch.Tensor:
-    """lora_B in `dtype`, with stride 1 along r if k_unit, else along N.
+def cast_as_weight(
+    lora_B: torch.Tensor, width: int, dtype: torch.dtype, k_unit: bool
+) -> torch.Tensor:
+    """lora_B [E, N, width] in `dtype`, with stride 1 along its ranks if k_unit, else along N.
 
-    If lora_B already has this dtype and stride, it is returned itself. B is cast in every call,
-    which moves about 2 % of the bytes of the product. A copy that is kept until the parameter's
-    version changes could be out of date: paged and 8-bit optimizers write through a raw pointer,
-    which does not change the version.
+    If lora_B already has this dtype, width and stride, it is returned itself. B is cast in every
+    call, which moves about 2 % of the bytes of the product. A copy that is kept until the
+    parameter's version changes could be out of date: paged and 8-bit optimizers write through a raw
+    pointer, which does not change the version.
 
     Args:
         lora_B: [E, N, r], any strides and float dtype.
+        width: at least r; past rank r the result has zeros.
         k_unit: whether the weight [E, N, K] of the same product has stride 1 along K.
     """
     E, N, r = lora_B.shape
     contiguous = 1
     if k_unit:
         contiguous = 2
-    if lora_B.dtype == dtype and lora_B.stride(contiguous) == 1:
+    if lora_B.dtype == dtype and r == width and lora_B.stride(contiguous) == 1:
         return lora_B
     if k_unit:
-        out = torch.empty(E, N, r, dtype=dtype, device=lora_B.device)
+        out = torch.empty(E, N, width, dtype=dtype, device=lora_B.device)
     else:
-        out = torch.empty(E, r, N, dtype=dtype, device=lora_B.device).transpose(1, 2)
-    R = power_of_2(r)
+        out = torch.empty(E, width, N, dtype=dtype, device=lora_B.device).transpose(1, 2)
+    R = power_of_2(width)
     block_n = max(1, ELEMENTS // R)
 
     def rest() -> tuple[tuple, dict]:
         constants = {"R": R, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-        return (N, r, *lora_B.stride(), *out.stride()), constants
+        return (N, r, width, *lora_B.stride(), *out.stride()), constants
 
     key = "cast", facts(lora_B, out), N, r
     launch(key, _cast_kernel, (ceil_div(N, block_n), E, 1), (lora_B, out), rest)

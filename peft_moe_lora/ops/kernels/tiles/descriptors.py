@@ -1,4 +1,4 @@
-"""Tensor descriptors of a linear kernel's operands: x [M, K], xa [M, r], W [E, N, K], B [E, N, r].
+"""Tensor descriptors of a linear kernel's operands: x [M, K], xa [M, R], W [E, N, K], B [E, N, r].
 
 A descriptor lets the GPU's copy engine (TMA) load a box of a tensor. The address and the strides
 must be multiples of 16 bytes, and the last stride must be 1. For other operands no descriptor is
@@ -103,7 +103,7 @@ def operand_descriptors(
     xa_desc = row_descriptor(xa, rows, block_k, make)
     if xa_desc is None:
         return None
-    lora_B_desc = weight_descriptor(cast_as_weight(lora_B, xa.dtype, k_unit), *tile)
+    lora_B_desc = weight_descriptor(cast_as_weight(lora_B, xa.shape[1], xa.dtype, k_unit), *tile)
     if lora_B_desc is None:
         return None
     return x_desc, weight_desc, xa_desc, lora_B_desc

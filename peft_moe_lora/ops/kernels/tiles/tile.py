@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ...quantized import QuantizedWeight
+from ...ranks import stored_rank
 from ..codes.product_4bit import add_product_4bit
 from ..launching.table import device_facts, lookup
 from .descriptors import weight_descriptor
@@ -249,8 +250,14 @@ def strides_or_zeros(t: torch.Tensor | None, ndim: int) -> tuple[int, ...]:
     return t.stride()
 
 
-def rank_of(xa: torch.Tensor | None) -> int:
-    """r of xa [M, r]; 0 without a low-rank term."""
-    if xa is None:
+def rank_of(xa: torch.Tensor | None, lora_B: torch.Tensor | None) -> int:
+    """r of rows xa [M, R] and of lora_B [E, N, r]; 0 without a low-rank term.
+
+    Raises:
+        AssertionError: if the two are not of one rank.
+    """
+    if xa is None or lora_B is None:
         return 0
-    return xa.shape[1]
+    r = lora_B.shape[2]
+    assert xa.shape[1] == stored_rank(r), f"B of rank {r} and rows of {xa.shape[1]} columns"
+    return r
