@@ -7,6 +7,7 @@ Exit codes:
     3  an adapter or checkpoint is damaged, unknown, or made for another model
     4  refused: the target program would not read the result, or the adapter is ambiguous
     5  the destination exists
+`run` ends with the code of the program that it has started.
 
 Results go to stdout. An error goes to stderr, as one line that begins with "error:".
 

@@ -9,12 +9,13 @@ from .adapters import consolidate, convert, inspect, merge, verify
 from .answers import answers
 from .environment import env
 from .planning import plan
+from .run import run
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="LoRA adapters on the experts of Mixture-of-Experts models: plan a training; inspect, "
-    "convert, consolidate, merge and verify adapters.",
+    "convert, consolidate, merge and verify adapters; run a program on these kernels.",
 )
 
 app.command()(answers(env))
@@ -24,6 +25,7 @@ app.command()(answers(convert, progress="converting"))
 app.command()(answers(consolidate, progress="consolidating"))
 app.command()(answers(merge, progress="merging"))
 app.command()(answers(verify, progress="verifying"))
+app.command()(run)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 
+from . import counting
 from .wrappers import LeftToPeft, read_call
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def apply_to_peft() -> AppliedToPeft:
     Returns: a handle; `.remove()` undoes it. It is a context manager too.
     """
     global _in_force
+    counting.start_if_asked()
     if is_applied():
         return AppliedToPeft(is_first=False)
     own = _installed()

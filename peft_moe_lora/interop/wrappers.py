@@ -28,6 +28,7 @@ from ..functional import Projection
 from ..layers import own
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
 from ..ops import QuantizedWeight
+from . import counting
 
 # experts module -> its layout, which takes too long to read in each call
 _layouts: WeakKeyDictionary[nn.Module, ExpertsLayout] = WeakKeyDictionary()
@@ -104,6 +105,7 @@ class ExpertsCall:
         # what divides or fetches weights may run around the module's forward
         if any(module._parameters.get(name) is not p for name, p in self.parameters.items()):
             raise LeftToPeft(f"a hook changes the weights of {type(module).__name__} in each call")
+        counting.note(module, hidden_states.device)
         return own.compute(
             module,
             self.layout,

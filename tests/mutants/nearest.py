@@ -189,6 +189,9 @@ NEAREST = {
         "tuner/test_beside_adapters.py",
     ),
     "tuner/combining.py": ("tuner/test_weighted_adapters.py", "tuner/test_weighted_models.py"),
+    "interop/counting.py": ("cli/test_run.py",),
+    "cli/at_start.py": ("cli/test_run.py",),
+    "cli/run.py": ("cli/test_run.py",),
     "layers/dispatch.py": (
         "layers/test_contract.py",
         "layers/test_config_view.py",

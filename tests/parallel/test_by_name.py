@@ -22,6 +22,7 @@ def results(tmp_path_factory):
     return run("parallel.by_name", tmp_path_factory.mktemp("by_name"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_frozen_experts_give_the_numbers_of_one_process(name, results):
     for outcome in results[name]:
