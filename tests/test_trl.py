@@ -81,7 +81,9 @@ def arguments(kind, device, folder, checkpointing=False, **changes):
         CHECKPOINTING: checkpointing,
         **changes,
     }
-    made = kind(**settings)
+    # GRPO has no max_length, and KTO no coefficient of the router's loss
+    known = kind.__dataclass_fields__
+    made = kind(**{name: value for name, value in settings.items() if name in known})
     # where there are several devices, the Trainer would take DataParallel, which TRL refuses
     made._n_gpu = min(made.n_gpu, 1)
     return made

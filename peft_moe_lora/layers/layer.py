@@ -28,6 +28,7 @@ from .implementations import check_gradients, check_implementation, run_implemen
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
+from .remainders import Remainder
 
 
 class MoELoraLayer(nn.Module, LoraLayer):
@@ -98,6 +99,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.merged_adapters = []
         # merged adapter -> its scaling when it was merged
         self.merged_scaling: dict[str, float] = {}
+        # merged adapter -> (projection, expert, parameter) -> what subtracting does not restore
+        self.remainders: dict[str, dict[tuple[str, int, int], Remainder]] = {}
         # projection -> its quantized weight before anything was merged into it
         self.unmerged_weights: dict[str, QuantizedWeight] = {}
         # projection -> error of quantizing the merged weight again, divided by the update's norm
@@ -446,9 +449,10 @@ class MoELoraLayer(nn.Module, LoraLayer):
                 merging.merge(self, adapter_name, safe_merge)
 
     def unmerge(self) -> None:
-        """Subtract the merged adapters again.
+        """Subtract the merged adapters again; the weights are what they were, bit for bit.
 
-        Weights in bf16 and fp16 are restored up to rounding, quantized weights exactly.
+        Merging keeps what a subtraction would not restore in host memory: a few percent of the
+        size of the weights, at most as much as these.
         """
         merging.unmerge(self)
 

@@ -1,7 +1,8 @@
 """W[e] + scaling * B[e] A[e] written into the base weights of an experts module, and removed again.
 
-A dense weight is changed in place, one expert after the other. A quantized weight is replaced: the
-updates of all merged adapters are added to the original weight, and the sum is quantized once.
+A dense weight is changed in place, one expert after the other, and restored bit for bit. A
+quantized weight is replaced: the updates of all merged adapters are added to the original weight,
+and the sum is quantized once.
 """
 
 import logging
@@ -19,6 +20,8 @@ from ..ops import QuantizedWeight
 from ..parallel import zero
 from ..parallel.fsdp import is_fully_sharded, reshard
 from ..parallel.sharding import anywhere, is_sharded, selected, shard_of, whole
+from . import remainders
+from .remainders import Remainder
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -32,14 +35,20 @@ class ExpertWeight(NamedTuple):
     Attributes:
         projection: name of the projection.
         expert: index of the expert.
+        part: which of the projection's parameters.
         weight: [n, k], a view of the parameter.
         delta: [n, k], the adapter's update of the block, in at least fp32.
     """
 
     projection: str
     expert: int
+    part: int
     weight: torch.Tensor
     delta: torch.Tensor
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.projection, self.expert, self.part
 
 
 class _Update(NamedTuple):
@@ -112,8 +121,10 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
         layer.unmerged_weights[name] = original
         _store(layer, name, weight)
     dense = [name for name in projections if name not in merged]
+    kept: dict[tuple[str, int, int], Remainder] = {}
     for part in _expert_weights(layer, adapter_name, dense):
-        part.weight.copy_(part.weight + part.delta)
+        kept[part.key] = remainders.add(part.weight, part.delta)
+    layer.remainders[adapter_name] = kept
     layer.merged_adapters.append(adapter_name)
     layer.merged_scaling[adapter_name] = float(layer.scaling[adapter_name])
 
@@ -177,7 +188,7 @@ def check_shards_are_unmerged(module: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerge(layer: "MoELoraLayer") -> None:
-    """Subtract all merged adapters again; quantized weights are restored exactly."""
+    """Subtract all merged adapters again; the weights are what they were, bit for bit."""
     reshard(layer)
     quantized = set(layer.unmerged_weights)
     for name, original in layer.unmerged_weights.items():
@@ -188,8 +199,9 @@ def unmerge(layer: "MoELoraLayer") -> None:
         adapter_name = layer.merged_adapters.pop()
         projections = layer.adapted_projections(adapter_name)
         dense = [name for name in projections if name not in quantized]
+        kept = layer.remainders.pop(adapter_name)
         for part in _expert_weights(layer, adapter_name, dense):
-            part.weight.copy_(part.weight - part.delta)
+            remainders.subtract(part.weight, part.delta, kept[part.key])
         del layer.merged_scaling[adapter_name]
 
 
@@ -224,7 +236,7 @@ def _expert_weights(
     for name in projections:
         update = _Update.of(layer, adapter_name, name)
         first_row = 0
-        for stacked in layer.layout.parts(layer.base_layer, name):
+        for part, stacked in enumerate(layer.layout.parts(layer.base_layer, name)):
             local, (here, rows, columns) = shard_of(stacked.detach())
             ids = list(range(local.shape[0]))
             if here is not None:
@@ -234,7 +246,7 @@ def _expert_weights(
                 if expert in update.held:
                     delta = update.of_expert(expert)[first_row : first_row + n]
                     block = selected(selected(delta, 0, rows), 1, columns)
-                    yield ExpertWeight(name, expert, local[entry], block)
+                    yield ExpertWeight(name, expert, part, local[entry], block)
             first_row += n
 
 

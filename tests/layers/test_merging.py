@@ -29,6 +29,7 @@ from helpers import (
 )
 from peft_moe_lora import MoELoraConfig, quantize_experts
 from peft_moe_lora.experts.stored import stored_weight
+from peft_moe_lora.layers import remainders
 
 # rank 16: a sum of so many products in bf16 differs from one in fp32
 RANK = 16
@@ -227,3 +228,61 @@ def test_a_routers_weight_is_never_taken_for_a_transposed_one():
     model.merge_adapter()
     assert_close(model.base_model.model.gate.base_layer.weight, merged)
     assert_close(model(x)[0], x @ merged.T)
+
+
+# ---- bit for bit ---------------------------------------------------------------------------------
+
+
+def bits(module):
+    integers = {2: torch.int16, 4: torch.int32}
+    return {
+        name: p.detach().view(integers[p.element_size()]).clone()
+        for name, p in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [QWEN3_MOE, GPT_OSS], ids=lambda case: case[1])
+def test_unmerging_restores_every_bit(case, dtype):
+    """Also of experts that are stored transposed, and of two adapters as large as the weights."""
+    experts = build_experts(*case).to(dtype)
+    with torch.no_grad():
+        experts.down_proj[0, 0, 0] = -0.0
+    before = bits(experts)
+    model = wrap(experts)
+    model.add_adapter("second", model.peft_config["default"])
+    fill_adapter(model, "second", seed=7)
+    layer = model.base_model.model.experts
+    for names in (["default"], ["default", "second"]):
+        layer.merge(adapter_names=names)
+        merged = bits(experts)
+        assert all((merged[n] != before[n]).float().mean() > 0.5 for n in before if "bias" not in n)
+        layer.unmerge()
+        after = bits(experts)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert not layer.remainders
+
+
+def test_what_is_kept_of_a_small_update_is_small():
+    experts = build_experts(*QWEN3_MOE).to(torch.bfloat16)
+    model = wrap(experts)
+    layer = model.base_model.model.experts
+    layer.scaling["default"] = 0.01
+    layer.merge()
+    kept = layer.remainders["default"].values()
+    places = sum(remainder.values.numel() for remainder in kept)
+    assert 0 < places < 0.05 * sum(p.numel() for p in experts.parameters())
+    assert {remainder.values.device.type for remainder in kept} == {"cpu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_that_subtraction_restores_nowhere_is_kept_whole(dtype):
+    before = torch.randn(6, 5).to(dtype)
+    # a view with other strides, as the weight of a transposed family
+    block = before.T.contiguous().T
+    delta = 1e6 * torch.randn(6, 5)
+    remainder = remainders.add(block, delta)
+    assert remainder.places is None
+    assert torch.equal(block, (before + delta).to(dtype))
+    remainders.subtract(block, delta, remainder)
+    assert torch.equal(block, before)

@@ -199,6 +199,7 @@ NEAREST = {
         "test_integrations.py",
     ),
     "tuner/initial.py": ("tuner/test_initial_state.py",),
+    "layers/remainders.py": ("layers/test_merging.py",),
     "layers/frozen.py": ("layers/test_by_name.py",),
     "layers/own.py": ("layers/test_by_name.py", "families/test_every_class.py"),
     "layers/implementations.py": ("layers/test_materialize.py", "layers/test_contract.py"),
@@ -251,6 +252,7 @@ NEAREST = {
         "tuner/test_training_modes.py",
     ),
     "tuner/peft_model.py": (
+        "files/test_what_a_reader_sees.py",
         "tuner/test_status.py",
         "tuner/test_peft_api.py",
         "files/test_interrupted_saves.py",
