@@ -1,10 +1,11 @@
 """The command line of the examples, read from a dataclass by transformers' HfArgumentParser."""
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from transformers import HfArgumentParser
 
 __all__ = ["Arguments", "parse"]
@@ -20,6 +21,10 @@ class Arguments:
     model: str | None = field(
         default=None,
         metadata={"help": "name or folder of a model (without it: a tiny one, pretrained here)"},
+    )
+    config: Path | None = field(
+        default=None,
+        metadata={"help": "YAML file with any of these options; the command line overrides it"},
     )
     data: Path | None = field(
         default=None,
@@ -77,11 +82,29 @@ def parse(
         epilog="\n".join(["defaults of the tiny model and of a real one:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    first = parser.parse_args(argv)
+    given = {}
+    if first.config:
+        given = _from_file(parser, kind, first.config)
     parser.set_defaults(**tiny)
-    if parser.parse_args(argv).model:
+    if first.model or "model" in given:
         parser.set_defaults(**real)
+    parser.set_defaults(**given)
     args = kind(**vars(parser.parse_args(argv)))
     if args.model and not args.data:
         parser.error("--model needs --data FILE.jsonl to train on")
     args.output = args.output.resolve()
     return args
+
+
+def _from_file(parser: HfArgumentParser, kind: type[Arguments], path: Path) -> dict[str, str]:
+    """The options in a YAML file, as text, which the parser reads as it reads the command line."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = [field.name for field in fields(kind) if field.name != "config"]
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: needs lines `option: value`; the options are {known}")
+    found = {str(name).replace("-", "_"): value for name, value in content.items()}
+    unknown = sorted(found.keys() - known)
+    if unknown:
+        parser.error(f"--config {path}: there are no options {unknown}; the options are {known}")
+    return {name: str(value) for name, value in found.items() if value is not None}
