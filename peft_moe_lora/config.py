@@ -44,6 +44,12 @@ from .functional import BACKENDS
 # a backend beside those of `functional`: the model's own implementation, run on W + scaling * B A
 MATERIALIZE = "materialize"
 
+# in adapter_config.json below "peft_type", because PEFT without this package stops at that line
+PEFT_TYPE_FROM = (
+    "the package peft_moe_lora: `pip install peft-moe-lora`, and `import peft_moe_lora` before "
+    "PEFT loads this adapter. PEFT alone stops with KeyError: 'MOE_LORA'."
+)
+
 # fields of LoraConfig that turn on a feature which experts do not support -> that feature
 _NOT_ON_EXPERTS = {
     "use_dora": "DoRA",
@@ -105,6 +111,8 @@ class MoELoraConfig(LoraConfig):
             product again.
         keep_implementation: while the adapter is disabled or merged, run the experts implementation
             that the model's config names, and not this package's kernels.
+        peft_type_from: what a reader of adapter_config.json needs to load the adapter; always the
+            same sentence.
         layout: order of the tensors in the adapter file. It is written when an adapter is saved
             and checked when it is loaded; users should not set it.
         format_version: version of the adapter file; users should not set it either.
@@ -143,6 +151,9 @@ class MoELoraConfig(LoraConfig):
             "merged, not this package's kernels."
         },
     )
+    peft_type_from: str = field(
+        default=PEFT_TYPE_FROM, metadata={"help": "What is needed to load the adapter."}
+    )
     layout: str = field(default=LAYOUT, metadata={"help": "Order of the adapter tensors on disk."})
     format_version: int = field(default=1, metadata={"help": "Version of the adapter file format."})
 
@@ -155,6 +166,7 @@ class MoELoraConfig(LoraConfig):
         self._refuse_unsupported()
         super().__post_init__()
         self.peft_type = PeftType["MOE_LORA"]
+        self.peft_type_from = PEFT_TYPE_FROM
         if isinstance(self.target_projections, str):
             self.target_projections = [self.target_projections]
         if self.target_projections is None:

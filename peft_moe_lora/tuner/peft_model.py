@@ -1,8 +1,9 @@
-"""What a tuner changes in the PeftModel around it: three methods of this one instance.
+"""What a tuner changes in the PeftModel around it: four methods of this one instance.
 
 `get_nb_trainable_parameters` counts weights in 4 bits in full, `print_trainable_parameters` also
-prints the tuner's summary, and `save_pretrained` leaves the old adapter or the new one if it is
-interrupted. Other PeftModels keep PEFT's methods.
+prints the tuner's summary, `save_pretrained` leaves the old adapter or the new one if it is
+interrupted, and `create_or_update_model_card` writes our part of the card again. Other PeftModels
+keep PEFT's methods.
 """
 
 import inspect
@@ -16,12 +17,15 @@ from typing import Any
 
 import torch.distributed as dist
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..experts.decoding import parametrizations
 from ..experts.layout import is_experts
 from ..experts.stored import UnsupportedExperts, stored_weight
+from ..files.card import OUR_CARD, write_card
+from ..files.tensor_file import read_json
 from ..files.writing import written_files
 from ..parallel import zero
 from ..parallel.sharding import is_divided
@@ -54,6 +58,26 @@ class PrintWithSummary:
         # PEFT does not annotate which tuner this is
         tuner: Any = self.peft_model.base_model
         print(tuner.summary())
+
+
+class CardWithOurs:
+    """`create_or_update_model_card` of one PeftModel: our section stays in a card written anew.
+
+    transformers' Trainer writes the card of a saved adapter over it, and then calls this method.
+    """
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        self.peft_model = peft_model
+
+    def __call__(self, output_dir: str) -> None:
+        type(self.peft_model).create_or_update_model_card(self.peft_model, output_dir)
+        path = Path(output_dir, CONFIG_NAME)
+        if not path.is_file():
+            # `MoELoraConfig.save_pretrained` writes the section
+            return
+        config = read_json(path)
+        if config.get("peft_type") == "MOE_LORA":
+            write_card(output_dir, OUR_CARD, config)
 
 
 class SaveWhole:
@@ -110,6 +134,7 @@ def install_around(tuner: nn.Module) -> None:
             peft_model.get_nb_trainable_parameters = CountWithQuantized(parent)
             peft_model.print_trainable_parameters = PrintWithSummary(parent)
             peft_model.save_pretrained = SaveWhole(parent)
+            peft_model.create_or_update_model_card = CardWithOurs(parent)
             handle.remove()
 
     handle = register_module_module_registration_hook(on_registration)
