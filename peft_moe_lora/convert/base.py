@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from ..experts.families import HUB_NAMES, TEXT_PREFIX, HubNames
+from ..experts.families import HUB_NAMES, OTHER_NAMES, TEXT_PREFIX, HubNames
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router, linear_features
 from ..experts.stored import UnsupportedExperts
@@ -84,6 +84,7 @@ class BaseModel:
         returned unchanged.
         """
         path = self.hub_names.from_hub(path)
+        path = OTHER_NAMES.get(path, path)
         if path in self.modules:
             return path
         # some renamings match the end of a tensor's name, so the path gets such an end

@@ -25,7 +25,7 @@ _OF_THE_COMPUTATION = (
 # beginnings of init_lora_weights that change the base's weights, to which A and B then belong
 _OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fields that other programs write and that are read
-_OF_OTHERS = ("lora_B_layout",)
+_OF_OTHERS = ("lora_B_layout", "unsloth_fused_expert_lora")
 
 
 def refuse_options(path: Path, config: Mapping[str, Any]) -> None:

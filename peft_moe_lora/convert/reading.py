@@ -26,6 +26,7 @@ from ..files.tensor_file import AdapterError, FilePath, TensorFile, Tensors, rea
 from ..files.text import quoted, shown
 from ..files.writing import CONFIG_NAME, check_saved
 from .base import BaseConfig, BaseModel, read_base
+from .foreign import looks_like
 from .formats import PREFIX, READERS, Format
 from .formats.format import Slots
 from .linears import natural, read_linears
@@ -246,7 +247,7 @@ def _format_of(source: Source) -> tuple[Format, Slots]:
     if not found:
         raise AdapterError(
             f"{source.file.path} holds no tensors of experts in a known format, so there is "
-            "nothing to convert."
+            f"nothing to convert.{looks_like(source.names)}"
         )
     if len(found) > 1:
         names = " and ".join(form.name for form, _ in found)

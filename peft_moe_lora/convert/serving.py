@@ -95,16 +95,6 @@ def sglang_refuses(adapter: Adapter, base: BaseModel) -> str | None:
     return None
 
 
-def sglang_refuses_stacks(adapter: Adapter, base: BaseModel) -> str | None:
-    """What SGLang refuses or misreads with all experts in one tensor (3-D)."""
-    if any(base.interleaved[path] for path in adapter.experts):
-        return (
-            f"SGLang takes the rows of gate_up as [gate; up], but {base.model_type} alternates "
-            "them; convert to per_expert instead"
-        )
-    return sglang_refuses(adapter, base)
-
-
 def sglang_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
     """What SGLang refuses or misreads with tensors of each expert (2-D)."""
     names = (base.hub_names.gate, base.hub_names.up, base.hub_names.down)

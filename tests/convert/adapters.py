@@ -21,7 +21,6 @@ FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"]
 INTERLEAVED = {"gpt_oss"}
 # (family, format) -> what the refusal says: a server would misread the format
 MISREAD = {
-    ("gpt_oss", "sglang_3d"): "alternates them",
     ("mixtral", "vllm_3d"): "block_sparse_moe.experts",
     ("nemotron_h", "vllm_3d"): "have no gate",
 }
@@ -156,8 +155,11 @@ def update_vllm_3d(folder, base):
     return found
 
 
-def update_sglang(folder, base):
-    """SGLang's 3-D reader: [E, r, K] and [E, N, r] by stacked names, scaling lora_alpha / r."""
+def update_sglang(folder, base, interleaved):
+    """SGLang's 3-D reader: [E, r, K] and [E, N, r] by stacked names, scaling lora_alpha / r.
+
+    The rows of gate_up are [gate; up] in every file.
+    """
     state, config = tensors(folder), config_of(folder)
     assert config["peft_type"] == "LORA"
     assert not config["rank_pattern"]
@@ -168,6 +170,8 @@ def update_sglang(folder, base):
         for projection in ("gate_up", "down"):
             A, B = (state[f"{PREFIX}{path}.{projection}_proj.lora_{side}.weight"] for side in "AB")
             assert A.shape[1] == B.shape[2] == config["r"]
+            if projection == "gate_up" and interleaved:
+                B = torch.stack(B.chunk(2, 1), 2).flatten(1, 2)
             found.setdefault(path, {})[projection] = config["lora_alpha"] / config["r"] * B @ A
     return found
 
@@ -179,7 +183,7 @@ UPDATE_READERS = {
         folder, case.base, case.family in INTERLEAVED, LEAVES.get(case.family, DEFAULT_LEAVES)
     ),
     "vllm_3d": lambda folder, case: update_vllm_3d(folder, case.base),
-    "sglang_3d": lambda folder, case: update_sglang(folder, case.base),
+    "sglang_3d": lambda folder, case: update_sglang(folder, case.base, case.family in INTERLEAVED),
 }
 # formats that PEFT loads as its own
 READ_BY_PEFT = {"peft", "per_expert", "vllm_3d"}

@@ -25,9 +25,9 @@ def adapter(request):
 
 def test_every_format_and_family_is_there():
     names = {f"{folder.parent.name}-{folder.name}" for folder in ADAPTERS}
-    every = {*FORMATS, "peft_legacy", "unsloth"}
+    every = {*FORMATS, "peft_legacy", "unsloth", "unsloth_noted", "tinker"}
     assert names >= {f"{family}-{name}" for family in ("qwen3_moe", "mixtral") for name in every}
-    assert names >= {f"gpt_oss-{name}" for name in every - {"sglang_3d", "peft_legacy"}}
+    assert names >= {f"gpt_oss-{name}" for name in every - {"peft_legacy"}}
 
 
 def test_a_golden_adapter_is_read_as_it_was_meant(adapter, tmp_path):
@@ -78,6 +78,11 @@ def test_ours_loads_in_peft(adapter):
 def test_goldens_are_small_and_their_formats_are_told_apart(adapter):
     assert (adapter / "adapter_model.safetensors").stat().st_size < 16_000
     found = inspect_adapter(adapter, adapter.parent / "base")
-    aliases = {"vllm_3d": "peft", "unsloth": "peft"}
+    aliases = {
+        "vllm_3d": "peft",
+        "unsloth": "peft",
+        "unsloth_noted": "peft",
+        "tinker": "sglang_3d",
+    }
     assert found.format == aliases.get(adapter.name, adapter.name)
     assert (found.modules, found.num_experts, set(found.ranks)) == (1, (E,), {2})

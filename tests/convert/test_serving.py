@@ -41,7 +41,6 @@ def converted(case, folder, to, base_config=None):
     [
         ("mixtral", "vllm_3d", "block_sparse_moe.experts and ignores", "per_expert"),
         ("nemotron_h", "vllm_3d", "misreads this format", "per_expert"),
-        ("gpt_oss", "sglang_3d", "alternates", "per_expert"),
     ],
     indirect=["family"],
 )
@@ -178,4 +177,4 @@ def test_the_card_of_an_adapter_with_more_than_lora_serves_it_merged(more):
 
 
 def test_every_misreading_is_tested_here():
-    assert {to for _, to in MISREAD} == {"sglang_3d", "vllm_3d"}
+    assert {to for _, to in MISREAD} == {"vllm_3d"}

@@ -20,8 +20,6 @@ _CHANGES = {
 }
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "nemotron_h", "llama4")
 ROUTER = {"gpt_oss": "router", "llama4": "router"}
-# gate and up rows alternate
-INTERLEAVED = {"gpt_oss"}
 # experts that no other program reads as an adapter
 NO_EXPORT = {"llama4"}
 # experts that vLLM finds under another name, or that have no gate

@@ -16,7 +16,7 @@ from peft import LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from fuzz import written_out
-from fuzz.bases import DROPPED_BY_PEFT, INTERLEAVED, NO_EXPORT, NOT_IN_VLLM_3D
+from fuzz.bases import DROPPED_BY_PEFT, NO_EXPORT, NOT_IN_VLLM_3D
 from fuzz.configurations import configurations
 from fuzz.filled import IDS, fill, logits_of, trained_biases
 from helpers import assert_close, assert_unchanged, relative_error, snapshot
@@ -160,7 +160,7 @@ def no_such_format(base, life, to):
         return "PEFT takes"
     if to == "vllm_3d" and (life.without_lora or base.family in NOT_IN_VLLM_3D):
         return "vLLM"
-    if to == "sglang_3d" and (base.family in INTERLEAVED or not_in_sglang(base, life)):
+    if to == "sglang_3d" and not_in_sglang(base, life):
         return "SGLang"
     # PEFT ignores the experts of these families in this format
     unread = {"gpt_oss": not_in_sglang(base, life), "nemotron_h": bool(life.without_lora)}
@@ -172,9 +172,18 @@ def no_such_format(base, life, to):
 def not_in_sglang(base, life):
     """Whether SGLang cannot load what is beside the experts."""
     routers = set(life.meant) & set(base.names.routers)
-    queries = [path for path in life.meant if path.endswith("q_proj")]
-    lonely = [path for path in queries if path.replace("q_proj", "v_proj") not in life.meant]
-    return bool(life.without_lora or routers or lonely)
+    blocks = {}
+    for path in life.meant:
+        block, _, name = path.rpartition(".")
+        blocks.setdefault(block, set()).add(name)
+    return bool(life.without_lora or routers or any(map(incomplete, blocks.values())))
+
+
+def incomplete(names):
+    """Whether a block adapts a part of what SGLang stacks."""
+    query = names & {"q_proj", "k_proj", "v_proj"}
+    latent = names & {"q_a_proj", "kv_a_proj_with_mqa"}
+    return (bool(query) and not query >= {"q_proj", "v_proj"}) or len(latent) == 1
 
 
 def dropped_by_peft(base, life):

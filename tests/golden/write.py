@@ -28,6 +28,7 @@ from convert.adapters import PREFIX, save_ours  # noqa: E402 the path is made ab
 from helpers import tiny_model  # noqa: E402
 
 E, R, ALPHA = 3, 2, 3
+STACKS = ("gate_up_proj", "down_proj")
 H, I = 8, 6  # noqa: E741 I is the glossary's letter
 LINEAR = {
     "hidden_size": H,
@@ -123,20 +124,44 @@ def spelled_out(family):
         "unsloth": (expert_major, {**targets, **marked}),
         "per_expert": ({**per_expert(family, path, A, B), **linears}, per_expert_targets(family)),
     }
-    # transposed stacks were never swapped; SGLang's order of alternating rows is not known
+    noted = {name: {"lora_B_layout": "grouped_by_expert", "num_experts": E} for name in STACKS}
+    note = {"lora_A_layout": "grouped_by_expert", "parameters": noted}
+    found["unsloth_noted"] = (expert_major, {**targets, "unsloth_fused_expert_lora": note})
+    gate, up = (torch.stack(rows) for rows in zip(*map(halves(family), B["gate_up"]), strict=True))
+    stacked = {
+        "gate_up_proj": (torch.stack(A["gate_up"]), torch.cat([gate, up], 1)),
+        "down_proj": (torch.stack(A["down"]), torch.stack(B["down"])),
+    }
+    apart = {
+        "w1": (torch.stack(A["gate_up"]), gate),
+        "w3": (torch.stack(A["gate_up"]), up),
+        "w2": stacked["down_proj"],
+    }
+    found["sglang_3d"] = three_dimensional(path, stacked, linears)
+    found["tinker"] = three_dimensional(path, apart, linears)
+    # transposed stacks were never swapped
     if family != "gpt_oss":
         found["peft_legacy"] = (
             {**legacy(path, A, B), **linears},
             {**targets, "peft_version": "0.18.1"},
         )
-        stacked = {
-            f"{PREFIX}{path}.{p}_proj.lora_{side}.weight": torch.stack(pairs[p])
-            for side, pairs in (("A", A), ("B", B))
-            for p in pairs
-        }
-        names = {"target_modules": ["gate_up_proj", "down_proj", "q_proj", "v_proj"]}
-        found["sglang_3d"] = ({**stacked, **linears}, names)
     return found
+
+
+def halves(family):
+    """A function that takes B [2I, r] of gate_up apart."""
+    if family == "gpt_oss":
+        return lambda B: (B[0::2], B[1::2])
+    return lambda B: B.chunk(2)
+
+
+def three_dimensional(path, pairs, linears):
+    """(tensors, targets) of A [E, r, K] and B [E, N, r] by name."""
+    state = {}
+    for name, (A, B) in pairs.items():
+        state[f"{PREFIX}{path}.{name}.lora_A.weight"] = A
+        state[f"{PREFIX}{path}.{name}.lora_B.weight"] = B
+    return {**state, **linears}, {"target_modules": [*pairs, "q_proj", "v_proj"]}
 
 
 def write_pefts(base, folder, path, A, B, linears):

@@ -14,7 +14,6 @@ EXACT = "exact"
 MIXED = "exact, mixed"
 # the reader loads the file without an error, but what it computes is the base, or something else
 IGNORED = "ignored"
-MISREAD = "misread"
 MISREAD_MIXED = "misread, mixed"
 
 
@@ -108,7 +107,7 @@ SGLANG_0_5_23 = Reader(
         "DeepseekV3ForCausalLM": Row(_BOTH, router=_NO_LAYER),
         "Glm4MoeForCausalLM": Row(_BOTH, router=_NO_LAYER),
         "GptOssForCausalLM": Row(
-            {"per_expert": EXACT, "sglang_3d": MISREAD},
+            _BOTH,
             router=refused("get_hidden_dim not implemented for router"),
         ),
         "NemotronHForCausalLM": Row(

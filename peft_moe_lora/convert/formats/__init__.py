@@ -7,7 +7,9 @@ target_parameters, B rank-major: column j*E + e. `per_expert` has 2-D tensors of
 
 from .format import PREFIX, Format
 from .ours import Ours
-from .peft import B_LAYOUTS, LEGACY_NAME, Peft
+from .peft import Peft
+from .peft_legacy import LEGACY_NAME
+from .peft_order import B_LAYOUTS
 from .per_expert import PerExpert
 from .sglang_3d import Sglang3d
 from .vllm_3d import Vllm3d

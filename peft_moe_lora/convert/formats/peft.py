@@ -22,6 +22,7 @@ from ..source import Slot, Source
 from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
 from .peft_legacy import LEGACY_NAME, swapped_projections
+from .peft_order import orders_of_B
 from .peft_targets import dropped_by_peft
 
 LAYOUT = (
@@ -29,8 +30,6 @@ LAYOUT = (
     "`<experts>.lora_A/B.weight` down (or the only target). A `[E * r, K]` is expert-major, B "
     "`[N, r * E]` **rank-major**: column `j*E + e`."
 )
-# the values of b_layout: the orders of lora_B under PEFT's keys
-B_LAYOUTS = ("auto", "rank_major", "expert_major")
 
 _INNER = SlotName(".base_layer")
 _OUTER = SlotName("")
@@ -46,7 +45,8 @@ class Peft(Format):
     card = CardText(layout=LAYOUT, loading=loading_with_peft())
 
     def read(self, source: Source, slots: Slots) -> Read:
-        layout, notes = _order_of_B(source)
+        orders = orders_of_B(source)
+        notes = list(orders.notes)
         experts: Experts = {}
         name = self.name
         for path, found in slots.items():
@@ -55,6 +55,7 @@ class Peft(Format):
             experts[path] = {}
             for projection, slot in named.items():
                 parameter = _parameter(source.base, source.config, path, projection)
+                layout = orders.of(source, parameter)
                 pair = _read_pair(source, parameter, slot, layout, swapped[projection])
                 experts[path][projection] = source.checked(path, projection, pair)
             if any(swapped.values()):
@@ -109,37 +110,6 @@ class Peft(Format):
             target_modules=short_names(adapter, linears),
             target_parameters=short_names(adapter, parameters),
         )
-
-
-def _order_of_B(source: Source) -> tuple[str, list[str]]:
-    """The order of B, and notes. It is PEFT's order, unless another program wrote the file.
-
-    Raises:
-        AdapterError: if the caller names an order that does not exist.
-        RefusedError: if the file may be in either order, or if it names an unknown order.
-    """
-    if source.b_layout not in B_LAYOUTS:
-        raise AdapterError(f"b_layout must be one of {B_LAYOUTS}, got {source.b_layout!r}.")
-    if source.b_layout != "auto":
-        return source.b_layout, [f"B was read as {source.b_layout}, as given by b_layout"]
-    marker = source.config.get("lora_B_layout")
-    if marker in B_LAYOUTS[1:]:
-        return marker, [f"B was read as {marker}, as given by adapter_config.json"]
-    if marker is not None:
-        raise RefusedError(
-            f"{source.file.path}: adapter_config.json has lora_B_layout={quoted(marker)}, which is "
-            "not known; give the order of B as b_layout (--b-layout rank_major or expert_major)."
-        )
-    mapping = source.config.get("auto_mapping") or {}
-    base_name = source.config.get("base_model_name_or_path") or ""
-    if mapping.get("unsloth_fixed") or "unsloth" in base_name.lower():
-        raise RefusedError(
-            f"{source.file.path} looks like an adapter of Unsloth and does not say how its lora_B "
-            "is ordered. Releases before September 2026 trained it expert-major and later releases "
-            "rank-major, with the same shapes. Give the order as b_layout (--b-layout expert_major "
-            "or rank_major)."
-        )
-    return "rank_major", []
 
 
 def _projections(source: Source, path: str, slots: dict[SlotName, Slot]) -> dict[str, Slot]:

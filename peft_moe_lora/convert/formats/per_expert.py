@@ -21,6 +21,7 @@ from ..serving import sglang_refuses_experts, vllm_needs_mixed, vllm_refuses_exp
 from ..source import Slot, Source
 from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
+from .halves import TWICE_THE_RANK, Half, joined
 
 # name of a part of a projection -> its names in files, for experts with a gate and without one
 _GATED = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3")}
@@ -69,7 +70,7 @@ class PerExpert(Format):
                 pair = _read_pair(source, base, path, parts)
                 experts[path][projection] = source.checked(path, projection, pair)
                 if pair.r == 2 * parts[0].rank:
-                    notes = ("gate and up have different A: combined exactly, at twice the rank",)
+                    notes = (TWICE_THE_RANK,)
         return Read(self.name, experts, notes)
 
     def prepare(self, adapter: Adapter) -> Adapter:
@@ -237,43 +238,28 @@ def _take(
 
 
 def _read_pair(source: Source, base: BaseModel, path: str, parts: Sequence[_Part]) -> Pair:
-    """The pair of a projection, combined from one or two parts of every expert.
-
-    If gate and up share A, the rows of B_gate and B_up become the rows of one B. If they do not, A
-    is [A_gate; A_up] with twice the rank, and in B the rows of gate are zero in the columns of
-    A_up, and the rows of up are zero in the columns of A_gate.
-    """
-    E = base.experts[path].num_experts
-    first = parts[0].slots[0]
-    r = parts[0].rank
-    K = source.info(first.A).shape[-1]
-    width = source.info(first.B).shape[0]
+    """The pair of a projection, combined from one or two parts of every expert."""
     rows: Sequence[slice] = [slice(None)]
     if len(parts) == 2:
         rows = base.gate_and_up(path)
-    rank = r
-    ranks = [slice(0, r)] * len(parts)
-    if not _share_A(source, parts):
-        rank = 2 * r
-        ranks = [slice(0, r), slice(r, 2 * r)]
-    dtype = source.info(first.A).dtype
+    halves = [_half(source, part) for part in parts]
+    return joined(halves, rows, base.experts[path].num_experts, _share_A(source, parts))
+
+
+def _half(source: Source, part: _Part) -> Half:
+    first = part.slots[0]
 
     def load() -> tuple[torch.Tensor, torch.Tensor]:
-        A = torch.empty(E, rank, K, dtype=dtype)
-        B = torch.zeros(E, width * len(parts), rank, dtype=dtype)
-        for part, part_rows, part_ranks in zip(parts, rows, ranks, strict=True):
-            for e, slot in enumerate(part.slots):
-                A[e, part_ranks] = source.load(slot.A)
-                B[e, part_rows, part_ranks] = source.load(slot.B)
+        A = torch.stack([source.load(slot.A) for slot in part.slots])
+        B = torch.stack([source.load(slot.B) for slot in part.slots])
         return A, B
 
-    return Pair(
-        num_experts=E,
-        r=rank,
-        in_features=K,
-        out_features=width * len(parts),
-        scaling=parts[0].scaling,
-        dtype=dtype,
+    return Half(
+        rank=part.rank,
+        in_features=source.info(first.A).shape[-1],
+        out_features=source.info(first.B).shape[0],
+        scaling=part.scaling,
+        dtype=source.info(first.A).dtype,
         load=load,
     )
 
