@@ -71,9 +71,10 @@ def parametrizations(module: nn.Module, name: str) -> parametrize.Parametrizatio
 
 def decoders(module: nn.Module) -> list[nn.Module]:
     """The submodules of an experts module that hold its quantized projections."""
-    if not parametrize.is_parametrized(module):
+    lists = module._modules.get("parametrizations")
+    if lists is None:
         return []
-    return list(cast(nn.ModuleDict, module.parametrizations).modules())
+    return list(lists.modules())
 
 
 def store(module: nn.Module, name: str, weight: QuantizedWeight) -> None:

@@ -56,6 +56,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
     adapter_layer_names = ("lora_A", "lora_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "experts")
 
+    # nn.DataParallel sets it on its replicas
+    _is_replica = False
     # adapter -> nn.ParameterDict of projection -> parameter
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -246,14 +248,20 @@ class MoELoraLayer(nn.Module, LoraLayer):
 
     def adapts(self, adapter_name: str, projection: str) -> bool:
         """Whether a projection has a pair in an adapter."""
-        pairs = self.lora_A
-        return adapter_name in pairs and projection in cast(nn.ParameterDict, pairs[adapter_name])
+        side = self._side("lora_A", adapter_name)
+        return side is not None and projection in side
 
     def pair(self, adapter_name: str, projection: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A [r * S, K] and lora_B [N, r * S] of one adapter, both expert-major."""
-        A = cast(nn.ParameterDict, self.lora_A[adapter_name])[projection]
-        B = cast(nn.ParameterDict, self.lora_B[adapter_name])[projection]
-        return A, B
+        A, B = [self._side(side, adapter_name) for side in self.adapter_layer_names]
+        assert A is not None and B is not None, f"no adapter {adapter_name!r} on these experts"
+        return _entry(A, projection), _entry(B, projection)
+
+    def _side(self, side: str, adapter_name: str) -> nn.ParameterDict | None:
+        """lora_A or lora_B of an adapter, by projection; None if the layer lacks the adapter."""
+        # not self.lora_A: every look-up of nn.Module takes a microsecond, in every forward
+        adapters = cast(nn.ModuleDict, self._modules[side])
+        return cast(nn.ParameterDict | None, adapters._modules.get(adapter_name))
 
     def pair_per_expert(
         self, adapter_name: str, projection: str
@@ -278,11 +286,12 @@ class MoELoraLayer(nn.Module, LoraLayer):
             merging.check_may_unmerge(self)
             self.unmerge()
         if self.layout.decorated or not self.is_at_work():
-            if getattr(self, "_is_replica", False):
+            base_layer = self.base_layer
+            if self._is_replica:
                 # nn.DataParallel copies the base module with the config that names the original
-                attach(self, self.base_layer)
-            with sent_back_after_exception(self.base_layer):
-                return self.base_layer(*args, **kwargs)
+                attach(self, base_layer)
+            with sent_back_after_exception(base_layer):
+                return base_layer(*args, **kwargs)
         return call_between_hooks(self.base_layer, self._forward_off_interface, *args, **kwargs)
 
     def _forward_off_interface(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -303,7 +312,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """Whether this layer has an active adapter that is neither disabled nor merged."""
         if self.disable_adapters or self.merged:
             return False
-        return any(name in self.lora_A for name in self.active_adapters)
+        return any(self._side("lora_A", name) is not None for name in self.active_adapters)
 
     def replaces_own(self) -> bool:
         """Whether this layer computes its module, and not the model's own implementation."""
@@ -413,8 +422,9 @@ class MoELoraLayer(nn.Module, LoraLayer):
 
     def _active_parameters(self) -> list[nn.Module]:
         """The modules that hold A and B of the active adapters."""
-        sides = (self.lora_A, self.lora_B)
-        return [side[name] for side in sides for name in self.active_adapters if name in side]
+        active = self.active_adapters
+        sides = [self._side(side, name) for side in self.adapter_layer_names for name in active]
+        return [side for side in sides if side is not None]
 
     def _trained_parameters(self) -> Iterator[nn.Parameter]:
         for side in self._active_parameters():
@@ -513,3 +523,13 @@ class MoELoraLayer(nn.Module, LoraLayer):
             weights = " + ".join(projection.weights)
             parts.append(f"{weights} {projection.in_features}->{projection.out_features}")
         return ", ".join([*parts, f"r={self.r}"])
+
+
+def _entry(side: nn.ParameterDict, projection: str) -> nn.Parameter:
+    """side[projection]; nn.ParameterDict's own look-up takes microseconds, in every forward."""
+    registered = side._parameters
+    # FSDP1 and nn.DataParallel put tensors beside the registered parameters
+    if projection not in registered:
+        return side[projection]
+    # not `get`: under ZeRO-3 this look-up gathers the parameter
+    return cast(nn.Parameter, registered[projection])

@@ -74,7 +74,8 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 def _hook(module: nn.Module) -> Any:
     """accelerate's hook on a module, or None."""
-    return getattr(module, "_hf_hook", None)
+    # not getattr: where a module lacks an attribute, it takes nn.Module microseconds to say so
+    return module.__dict__.get("_hf_hook")
 
 
 def _send_back(module: nn.Module) -> None:

@@ -37,15 +37,11 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
     if others or some_of_divided:
         return replace(_with_several(layer, base, active, name), dropout_p=dropout_p)
     A, B, _ = _pair_here(layer, base, only, name)
-    return replace(
-        base,
-        lora_A=A,
-        lora_B=B,
-        # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
-        scaling=float(layer.scaling[only]),
-        dropout_p=dropout_p,
-        experts=layer.experts[only],
-    )
+    # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
+    scaling = float(layer.scaling[only])
+    chosen = layer.experts[only]
+    # not `replace`, which takes twice as long, in every forward
+    return Projection(base.weight, base.bias, A, B, scaling, dropout_p, chosen, base.up_weight)
 
 
 def _is_divided_by_experts(layer: "MoELoraLayer") -> bool:
