@@ -13,6 +13,7 @@ from peft_moe_lora.functional import Projection, experts, steps, whole
 from peft_moe_lora.functional.operators import Gradient
 from peft_moe_lora.ops import Activation, kernels
 from peft_moe_lora.ops.kernels.launching import launch, replay
+from peft_moe_lora.ops.kernels.launching.recent import Recent
 
 E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741 I is the glossary's letter
 
@@ -107,7 +108,7 @@ def test_what_forward_and_what_backward_launch_is_compiled_ahead(launches, monke
     # everything is compiled; other batch sizes compile nothing more
     asked = len(launches.ahead)
     monkeypatch.setattr(launch, "compile_ahead", compile_ahead)
-    monkeypatch.setattr(replay, "_kinds", {})
+    monkeypatch.setattr(replay, "_kinds", Recent(replay.KINDS_BYTES))
     step(launches)
     assert len(launches.ahead) == asked
 

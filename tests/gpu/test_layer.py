@@ -131,7 +131,7 @@ def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, family, nam
     batches = [inputs(torch.bfloat16, tokens) for _ in range(6)]
     batches[3][1][:, 0] = 5
     batches[4][1][batches[4][1] == 2] = E
-    monkeypatch.setattr(replay, "_kinds", {})
+    replay.forget()
 
     def steps():
         for seed, batch in enumerate(batches):
@@ -146,10 +146,10 @@ def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, family, nam
             assert torch.equal(actual[key], expected[key]), f"{key} of step {i}"
 
 
-def test_a_replayed_step_needs_no_more_memory(monkeypatch):
+def test_a_replayed_step_needs_no_more_memory():
     model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     batch = inputs(torch.bfloat16, 8192)
-    monkeypatch.setattr(replay, "_kinds", {})
+    replay.forget()
 
     def peak():
         torch.cuda.synchronize()
@@ -212,23 +212,20 @@ def test_a_captured_graph_follows_the_adapter():
         assert torch.equal(captured, model(*args))
 
 
-def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits(monkeypatch):
-    monkeypatch.setattr(replay, "_kinds", {})
+def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits():
+    replay.forget()
     model, layer = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16)
     others = inputs(torch.bfloat16)
 
     def graphed():
-        owners = [
-            key[0]
-            for key, found in graphs._recent.items()
-            if isinstance(found, torch.cuda.CUDAGraph)
-        ]
-        return [plan.graphs in owners for plan in replay._kinds.values()]
+        owners = [captured.owner for captured in graphs.kept(args[0].device).values()]
+        kinds = replay._kinds.values()
+        return [isinstance(kind, replay._Replay) and kind.graphs in owners for kind in kinds]
 
     for _ in range(20):
         step(model, layer, *args)
-        if len(replay._kinds) == 2 and 1 not in replay._kinds.values() and all(graphed()):
+        if graphed() == [True, True]:
             break
     else:
         pytest.fail("no addresses came three times")
@@ -238,7 +235,7 @@ def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits(monkeypatch
     with torch.no_grad():
         layer.lora_B["default"]["down"].mul_(-3)
     by_graph = [step(model, layer, *args) for _ in range(3)][-1]
-    monkeypatch.setattr(replay, "_kinds", {})
+    replay.forget()
     composed = step(model, layer, *args)
     assert all(torch.equal(by_graph[key], composed[key]) for key in composed)
 

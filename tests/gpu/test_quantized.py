@@ -226,7 +226,7 @@ assert E >= 8, "parts of three experts leave a short one"
 def test_a_replayed_step_has_the_bits_of_a_composed_one(monkeypatch, setting, tokens):
     model, layer = quantized(*QWEN3_MOE, torch.bfloat16, setting)[0]
     batches = [inputs(torch.bfloat16, tokens) for _ in range(5)]
-    monkeypatch.setattr(replay, "_kinds", {})
+    replay.forget()
     found = [step(model, layer, *batch) for batch in batches]
     assert [kind.__class__ for kind in replay._kinds.values()] == [replay._Replay] * 2
     monkeypatch.setattr(kernels, "replayed", lambda function, *arguments: function(*arguments))

@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 from peft_moe_lora.functional import steps, whole
 from peft_moe_lora.ops import kernels
 from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
+from peft_moe_lora.ops.kernels.launching.recent import Recent
 
 # (compute capability, multiprocessors) of an H200
 HOPPER = ((9, 0), 132)
@@ -85,7 +86,7 @@ def record_launches(monkeypatch, gpu=HOPPER):
     for module in (launch, graphs):
         monkeypatch.setattr(module, "driver", Driver)
     monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(replay, "_kinds", {})
+    monkeypatch.setattr(replay, "_kinds", Recent(replay.KINDS_BYTES))
     monkeypatch.setattr(replay, "_compiled", set())
     for module in (whole, steps):
         monkeypatch.setattr(module, "ops_for", lambda backend, device: kernels)

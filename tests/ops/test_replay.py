@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from peft_moe_lora.ops.kernels.launching import graphs, launch, replay
+from peft_moe_lora.ops.kernels.launching import graphs, launch, recording, replay
+from peft_moe_lora.ops.kernels.launching.recent import Recent
 from peft_moe_lora.ops.kernels.launching.replay import replayed
 
+NOT_REPLAYED = replay._State.NOT_REPLAYED
 # Triton calls a compiled kernel with the grid in x, y and z, the stream, the function, its
 # metadata, the launch's metadata and the hooks before and after, then with the kernel's arguments
 BEFORE_ARGUMENTS = 9
@@ -26,6 +28,11 @@ class Add:
         a, b, out = (p and (ctypes.c_float * size).from_address(p) for p in (a, b, out))
         for i in range(size):
             out[i] = a[i] + (b[i] if b else 0.0) + n
+
+
+def kinds():
+    """The classes of all kinds."""
+    return [kind.__class__ for kind in replay._kinds.values()]
 
 
 class NoDriver:
@@ -55,7 +62,7 @@ def kernel(monkeypatch):
     for module in (launch, graphs):
         monkeypatch.setattr(module, "driver", NoDriver)
     monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(replay, "_kinds", {})
+    monkeypatch.setattr(replay, "_kinds", Recent(replay.KINDS_BYTES, replay._forget_graphs))
     monkeypatch.setattr(replay, "_compiled", set())
     return Add()
 
@@ -147,7 +154,7 @@ def test_arguments_off_sixteen_bytes_are_composed(add):
     memory = torch.randn(64)
     for _ in range(4):
         replayed(compose, memory[:16])
-    assert isinstance(next(iter(replay._kinds.values())), replay._Replay)
+    assert kinds() == [replay._Replay]
     # Triton would specialize this launch; there is no Triton here
     with pytest.raises(TypeError, match="NoneType"):
         replayed(compose, memory[1:17])
@@ -180,7 +187,7 @@ def test_what_cannot_be_replayed_is_always_composed(add, compose):
         for actual, expected in zip(replayed(composition, x, y), compose(add, x, y), strict=True):
             assert torch.equal(actual, expected)
     assert len(calls) == 1 + 4
-    assert list(replay._kinds.values()) == [None]
+    assert replay._kinds.values() == [NOT_REPLAYED]
 
 
 OUTSIDE = torch.ones(16)
@@ -216,7 +223,7 @@ def test_after_a_recording_that_failed_launches_are_recorded_nowhere(add):
     fails.clear()
     for _ in range(3):
         assert torch.equal(replayed(compose, x)[0], x + 1.0)
-    assert isinstance(next(iter(replay._kinds.values())), replay._Replay)
+    assert kinds() == [replay._Replay]
 
 
 def test_arguments_that_share_memory_are_not_recorded(add):
@@ -226,31 +233,60 @@ def test_arguments_that_share_memory_are_not_recorded(add):
     x = torch.randn(16)
     for _ in range(3):
         assert torch.equal(replayed(compose, x, x)[0], x + x)
-    assert list(replay._kinds.values()) == [None]
+    assert replay._kinds.values() == [NOT_REPLAYED]
 
 
 def test_a_value_that_has_no_hash_is_composed(add):
     for _ in range(3):
         (out,) = replayed(lambda x, ns: (add(x, None, ns[0]),), torch.zeros(16), [3.0])
         assert (out == 3).all()
-    assert not replay._kinds
+    assert not replay._kinds.values()
 
 
-def test_kinds_do_not_pile_up(add, monkeypatch):
-    monkeypatch.setattr(replay, "KINDS", 4)
+def test_kinds_do_not_pile_up_and_those_in_use_stay(add):
+    replay._kinds.limit = 4 * (replay.KIND_BYTES + replay.LAUNCH_BYTES)
+    composed = []
+
+    def compose(x):
+        composed.append(len(x))
+        return (add(x, None),)
+
+    for n in range(20):
+        for _ in range(3):
+            replayed(compose, torch.zeros(17 + n))
+        replayed(compose, torch.zeros(16))
+    # kernels are asked for at 17 and at 32 rows, and every kind is composed twice
+    assert composed.count(16) == 2
+    assert len(composed) == 2 + 2 * 21
+    assert len(replay._kinds) == 4
+    assert replay._kinds.size <= replay._kinds.limit
+
+
+def test_the_graphs_of_a_dropped_kind_are_dropped(add, monkeypatch):
+    replay._kinds.limit = 2 * replay.KIND_BYTES + replay.LAUNCH_BYTES
+    dropped = []
+    monkeypatch.setattr(graphs.Graphs, "forget", lambda self: dropped.append(self))
 
     def compose(x):
         return (add(x, None),)
 
-    for n in range(20):
-        replayed(compose, torch.zeros(16 + n))
-    assert len(replay._kinds) <= 4
+    for _ in range(2):
+        replayed(compose, torch.zeros(16))
+    (kind,) = replay._kinds.values()
+    replayed(compose, torch.zeros(17))
+    assert not dropped
+    replayed(compose, torch.zeros(18))
+    assert dropped == [kind.graphs]
 
 
-def test_graphs_of_forgotten_kinds_go_too(add, monkeypatch):
-    monkeypatch.setattr(graphs, "_recent", {"addresses": "graph"})
+def test_forgetting_drops_kinds_and_graphs(add, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(replay, "forget_graphs", lambda: forgotten.append(True))
+    replayed(lambda x: (add(x, None),), torch.zeros(16))
     replay.forget()
-    assert not graphs._recent
+    assert not replay._kinds.values()
+    assert not replay._compiled
+    assert forgotten == [True]
 
 
 @dataclass
@@ -288,7 +324,7 @@ def test_descriptors_come_again_in_their_class_at_another_address(kernel):
         x, y = torch.randn(16), torch.randn(16)
         (out,) = replayed(compose, x, y)
         torch.testing.assert_close(out[:12], x[4:] + y[:12] + 1.0)
-    assert isinstance(next(iter(replay._kinds.values())), replay._Replay)
+    assert kinds() == [replay._Replay]
     assert seen == [(Descriptor, [4], None, GluonDescriptor, [2, 2])] * 5
 
 
@@ -301,8 +337,8 @@ def test_the_workspace_holds_what_lives_at_once_and_no_more():
         (512, 3, 3),
         (2048, 0, 3),
     ]
-    buffers = [replay._Buffer(*b) for b in sizes_and_launches]
-    offsets, total = replay._pack(buffers, {5: 0})
+    buffers = [recording.Buffer(*b) for b in sizes_and_launches]
+    offsets, total = recording.pack(buffers, {5: 0})
     assert set(offsets) == {0, 1, 2, 3, 4}
     spans = {i: (offsets[i], offsets[i] + buffers[i].nbytes) for i in offsets}
     for i, (start, end) in spans.items():
