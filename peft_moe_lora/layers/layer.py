@@ -260,8 +260,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
     def _side(self, side: str, adapter_name: str) -> nn.ParameterDict | None:
         """lora_A or lora_B of an adapter, by projection; None if the layer lacks the adapter."""
         # not self.lora_A: every look-up of nn.Module takes a microsecond, in every forward
-        adapters = cast(nn.ModuleDict, self._modules[side])
-        return cast(nn.ParameterDict | None, adapters._modules.get(adapter_name))
+        adapters: Any = self._modules[side]
+        return adapters._modules.get(adapter_name)
 
     def pair_per_expert(
         self, adapter_name: str, projection: str
@@ -527,9 +527,9 @@ class MoELoraLayer(nn.Module, LoraLayer):
 
 def _entry(side: nn.ParameterDict, projection: str) -> nn.Parameter:
     """side[projection]; nn.ParameterDict's own look-up takes microseconds, in every forward."""
-    registered = side._parameters
+    registered: dict[str, Any] = side._parameters
     # FSDP1 and nn.DataParallel put tensors beside the registered parameters
     if projection not in registered:
         return side[projection]
     # not `get`: under ZeRO-3 this look-up gathers the parameter
-    return cast(nn.Parameter, registered[projection])
+    return registered[projection]

@@ -289,6 +289,29 @@ def test_forgetting_drops_kinds_and_graphs(add, monkeypatch):
     assert forgotten == [True]
 
 
+def test_the_first_of_a_kernels_tensors_may_be_none(kernel):
+    """A product that need not write its first output."""
+
+    class Copy(Add):
+        def run(self, *launched):
+            before, (nothing, a, *rest) = launched[:BEFORE_ARGUMENTS], launched[BEFORE_ARGUMENTS:]
+            assert nothing is None
+            super().run(*before, a, None, *rest)
+
+    copy = Copy()
+    launch._plans[("copy",), -1] = copy, copy.run, (2.0,)
+
+    def compose(x):
+        out = torch.empty(x.shape)
+        launch.launch(("copy",), None, (1, 1, 1), (None, x, out), None, (x.numel(),))
+        return (out,)
+
+    for _ in range(4):
+        x = torch.randn(16)
+        assert torch.equal(replayed(compose, x)[0], x + 2.0)
+    assert kinds() == [replay._Replay]
+
+
 @dataclass
 class Descriptor:
     """A descriptor like Triton's or Gluon's: its tensor and its fields."""

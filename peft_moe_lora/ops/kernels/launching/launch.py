@@ -55,13 +55,13 @@ def launch(
     Args:
         key: all that determines which kernel is compiled and what `rest` returns, except the
             alignment of the tensors.
-        tensors: the first must be a tensor, the others may be None.
+        tensors: at least one tensor, all of them on one device; the others may be None.
         rest: returns (fixed, constants): the arguments after `sizes`, and the constexprs. It is
             called only if no stored kernel can be launched.
         sizes: ints that change with the batch; the kernel must not specialize on them.
         descriptors: tensor descriptors or None.
     """
-    device = tensors[0].get_device()
+    device = next(t for t in tensors if t is not None).get_device()
     bind(device)
     # addresses instead of tensors: for a tensor, Triton's launcher would query the driver
     pointers = [None if t is None else t.data_ptr() for t in tensors]

@@ -153,12 +153,13 @@ def _kind_and_tensors(
     tensors = []
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
-            kind.append((argument.dtype, argument.shape, argument.stride()))
+            kind += (argument.dtype, argument.shape, argument.stride())
             tensors.append(argument)
         elif isinstance(argument, QuantizedWeight):
             parts = argument.tensors()
             kind.append(argument.facts())
-            kind += [(t.dtype, t.shape, t.stride()) for t in parts]
+            for part in parts:
+                kind += (part.dtype, part.shape, part.stride())
             tensors += parts
         else:
             kind.append(argument)
@@ -166,15 +167,15 @@ def _kind_and_tensors(
 
 
 def _without_rows(kind: tuple) -> tuple:
-    """A kind with the lengths of first dimensions as their numbers of bits."""
-    return tuple(_without_rows_of(part) for part in kind)
-
-
-def _without_rows_of(part: Any) -> Any:
-    if not isinstance(part, tuple) or not part or not isinstance(part[0], torch.dtype):
-        return part
-    dtype, shape, _ = part
-    return dtype, tuple(n.bit_length() for n in shape[:1]), shape[1:]
+    """A kind without strides, and with the lengths of first dimensions as their numbers of bits."""
+    parts: list[Any] = []
+    rest = iter(kind)
+    for part in rest:
+        parts.append(part)
+        if isinstance(part, torch.Size):
+            parts[-1] = tuple(n.bit_length() for n in part[:1]), part[1:]
+            next(rest)
+    return tuple(parts)
 
 
 def forget() -> None:
