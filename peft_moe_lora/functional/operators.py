@@ -18,6 +18,7 @@ from functools import wraps
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..ops import QuantizedWeight
@@ -49,8 +50,11 @@ def flatten(groups: Iterable[Any]) -> list[Any]:
     """The values of all groups, field by field."""
     values: list[Any] = []
     for group in groups:
-        # not `values += group`: torch 2.11's Dynamo cannot add a named tuple to a list
-        values += [getattr(group, name) for name in type(group).__match_args__]
+        if isinstance(group, tuple) and not torch.compiler.is_compiling():
+            values += group
+        else:
+            # torch 2.11's Dynamo cannot add a named tuple to a list
+            values += [getattr(group, name) for name in type(group).__match_args__]
     return values
 
 
@@ -74,6 +78,18 @@ def unflatten(kinds: Iterable[type[Any]], values: Sequence[Any]) -> list[Any]:
 def _holds_tensors(kind: type[Any]) -> bool:
     """Whether a field of a group may be a tensor."""
     return any("Tensor" in _SCHEMA[hint] for hint in get_type_hints(kind).values())
+
+
+def is_differentiated(tensors: Iterable[torch.Tensor | QuantizedWeight | None]) -> bool:
+    """Whether a call with these tensors may be differentiated.
+
+    It is, if autograd may ask for a gradient. A transform of torch.func and forward-mode
+    differentiation count too: an autograd function refuses both, and a direct call would not see
+    them.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -241,7 +257,10 @@ def differentiable(
     def call(inputs: Any, *others: Any) -> torch.Tensor:
         if torch.compiler.is_compiling() or inputs[0].is_meta:
             return forward_operator.compiled(inputs, *others)[0]
-        return Eager.apply(*inputs, others)
+        # an autograd function costs the host more than a replay of few rows
+        if is_differentiated(inputs):
+            return Eager.apply(*inputs, others)
+        return forward_operator.run(inputs, *others)[0]
 
     return call
 
@@ -276,4 +295,6 @@ def as_stored(
     """A gradient in the dtype of the tensor that it belongs to; None if one of the two is None."""
     if gradient is None or like is None:
         return None
+    if gradient.dtype == like.dtype:
+        return gradient
     return gradient.to(like.dtype)

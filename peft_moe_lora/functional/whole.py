@@ -1,7 +1,8 @@
 """out = combine(down(act(gate_up(x)))) as one step of autograd, around a fused activation.
 
-gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). Forward keeps, beyond its
-inputs, the pre-activation (unless it is recomputed), two rank-r tensors and the routing.
+gate_up and down are W[e] x + bias[e] + scaling * B[e] A[e] drop(x). If a backward may follow,
+forward keeps, beyond its inputs, the pre-activation (unless it is recomputed), two rank-r tensors
+and the routing.
 
 Legend:
     up, down: the gate_up and the down projection
@@ -22,7 +23,15 @@ from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed
 from ..ops.composed import RankRows
 from ..ops.ranks import stored_rank
 from .backends import ops_for
-from .operators import Gradient, Operator, as_stored, differentiable, flatten, unflatten
+from .operators import (
+    Gradient,
+    Operator,
+    as_stored,
+    differentiable,
+    flatten,
+    is_differentiated,
+    unflatten,
+)
 from .projection import Projection, gathered, pair_like, per_expert, rank_of, transposed, whole_pair
 
 
@@ -66,12 +75,13 @@ class Plan(NamedTuple):
 
     Attributes:
         backend: one of BACKENDS.
-        recompute: whether backward, if it comes, computes the pre-activation again; if not,
-            forward keeps it.
+        keeps: whether a backward may follow; if not, forward returns `out` alone.
+        recompute: whether backward computes the pre-activation again; if not, forward keeps it.
         up_scaling, up_dropout, up_experts: as in `Projection`; the same for down.
     """
 
     backend: str
+    keeps: bool
     recompute: bool
     up_scaling: float
     down_scaling: float
@@ -85,7 +95,7 @@ class Results(NamedTuple):
     """What forward computes.
 
     Attributes:
-        out: [T, H].
+        out: [T, H]. All other fields are None where no backward may follow.
         pre, xa, ha: as in the legend; pre is None with recompute, xa and ha are None without an
             adapter.
         expert_offsets, row_token, row_slot, slot_row: as in `Routing`.
@@ -97,10 +107,10 @@ class Results(NamedTuple):
     pre: torch.Tensor | None
     xa: torch.Tensor | None
     ha: torch.Tensor | None
-    expert_offsets: torch.Tensor
-    row_token: torch.Tensor
-    row_slot: torch.Tensor
-    slot_row: torch.Tensor
+    expert_offsets: torch.Tensor | None
+    row_token: torch.Tensor | None
+    row_slot: torch.Tensor | None
+    slot_row: torch.Tensor | None
     tiles: torch.Tensor | None = None
     block_m: int = 0
 
@@ -132,6 +142,8 @@ class Gradients(NamedTuple):
     down_B: torch.Tensor | None
 
 
+# the fields of `Results` after `out`, where no backward may follow
+_NOTHING = (None,) * 7
 FORWARD = (Inputs, Selected, Activation, Plan)
 BACKWARD = (Gradient, Inputs, Kept, Routing, Needs, Activation, Plan)
 
@@ -167,8 +179,8 @@ def fused_experts(
     )
     plan = Plan(
         backend,
-        # without gradients no backward comes, and nothing is kept
-        recompute or not torch.is_grad_enabled(),
+        is_differentiated(inputs),
+        recompute,
         up.scaling,
         down.scaling,
         up.dropout_p,
@@ -217,12 +229,14 @@ def _forward(*values: Any) -> Results:
         xa=xa,
         lora_B=up_B,
         gather=True,
-        keep_pre=not plan.recompute,
+        keep_pre=plan.keeps and not plan.recompute,
     )
     if down_A is not None:
         ha = ops.expert_shrink(act, down_A, routing, plan.down_scaling, dropout=down_dropout)
     y = ops.expert_linear(act, inputs.down, routing, bias=inputs.down_bias, xa=ha, lora_B=down_B)
     out = ops.combine(y, routing, inputs.top_k_weights)
+    if not plan.keeps:
+        return Results(out, *_NOTHING)
     return Results(
         out,
         pre,
@@ -242,6 +256,8 @@ def _fake_forward(
 ) -> Results:
     """Tensors of the shapes and dtypes of `_forward`."""
     x = inputs.x
+    if not plan.keeps:
+        return Results(torch.empty_like(x), *_NOTHING)
     E, N, _ = inputs.up.shape
     M = selected.top_k_index.numel()
 
@@ -269,6 +285,8 @@ def _keep(
     inputs: Inputs, selected: Selected, activation: Activation, plan: Plan, results: Results
 ) -> tuple[Inputs, Kept, Routing, Activation, Plan]:
     """The groups that backward needs."""
+    assert results.expert_offsets is not None and results.row_token is not None, "nothing is kept"
+    assert results.row_slot is not None and results.slot_row is not None, "nothing is kept"
     routing = Routing(
         results.expert_offsets,
         results.row_token,

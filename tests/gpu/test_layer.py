@@ -240,6 +240,48 @@ def test_at_the_same_addresses_a_graph_takes_over_with_the_same_bits():
     assert all(torch.equal(by_graph[key], composed[key]) for key in composed)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 64, 2048])
+@pytest.mark.parametrize("config", [{}, {"recompute": True}, {"expert_indices": {"experts": [1]}}])
+def test_without_gradients_the_output_has_the_same_bits(config, tokens):
+    """Composed, recorded, replayed, and at the third call at the same addresses as a graph."""
+    model, _ = adapted(*QWEN3_MOE, torch.bfloat16, **config)
+    args = inputs(torch.bfloat16, tokens)
+    expected = model(*args).detach()
+    replay.forget()
+    with torch.no_grad():
+        for _ in range(7):
+            assert torch.equal(model(*args), expected)
+
+
+def test_without_gradients_nothing_but_the_output_is_kept():
+    model, _ = adapted(*QWEN3_MOE, torch.bfloat16)
+    args = inputs(torch.bfloat16, 8192)
+    with torch.no_grad():
+        for _ in range(5):
+            before = torch.cuda.memory_allocated()
+            out = model(*args)
+            assert torch.cuda.memory_allocated() - before <= out.nbytes + 512
+            del out
+
+
+def test_graphs_that_make_room_for_others_do_not_change_the_bits(monkeypatch):
+    """A graph is dropped while the device may still run it."""
+    model, _ = adapted(*QWEN3_MOE, torch.bfloat16)
+    batches = [inputs(torch.bfloat16, tokens) for tokens in (40, 80, 120)]
+    with torch.no_grad():
+        expected = [model(*batch) for batch in batches]
+        monkeypatch.setattr(graphs, "PATIENCE", 3)
+        replay.forget()
+        device = batches[0][0].device
+        limit = 2 * (graphs.GRAPH_BYTES + 16 * graphs.NODE_BYTES)
+        graphs.kept(device).limit = limit
+        for n in [0, 1, 2, 0, 2, 1]:
+            for _ in range(12):
+                assert torch.equal(model(*batches[n]), expected[n])
+        assert 0 < graphs.kept(device).size <= limit
+    replay.forget()
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_repeats_dropout(use_reentrant):
     model, layer = adapted(*QWEN3_MOE, torch.bfloat16, lora_dropout=0.3)
