@@ -4,13 +4,13 @@ Several adapters are concatenated along their ranks: [B1 B2] [A1; A2] = B1 A1 + 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from ..functional import Projection, per_expert
+from ..ops import QuantizedWeight
 from ..parallel.gradients import local
 
 if TYPE_CHECKING:
@@ -27,21 +27,22 @@ def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projec
     Raises:
         ValueError: in training, if the active adapters have different lora_dropout.
     """
-    base = _base_projection(layer, module, name)
+    weight, up_weight = _weights(layer, module, name)
+    bias = layer.layout.bias(module, name)
     active = [a for a in layer.active_adapters if layer.adapts(a, name)]
     if not active:
-        return base
+        return Projection(weight, bias, up_weight=up_weight)
+    held = weight.shape[0]
     dropout_p = _common_dropout(layer, active)
     only, *others = active
     some_of_divided = _is_divided_by_experts(layer) and layer.experts[only] is not None
     if others or some_of_divided:
-        return replace(_with_several(layer, base, active, name), dropout_p=dropout_p)
-    A, B, _ = _pair_here(layer, base, only, name)
+        A, B, chosen = _several(layer, held, active, name)
+        return Projection(weight, bias, A, B, 1.0, dropout_p, chosen, up_weight)
+    A, B, _ = _pair_here(layer, held, only, name)
     # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
     scaling = float(layer.scaling[only])
-    chosen = layer.experts[only]
-    # not `replace`, which takes twice as long, in every forward
-    return Projection(base.weight, base.bias, A, B, scaling, dropout_p, chosen, base.up_weight)
+    return Projection(weight, bias, A, B, scaling, dropout_p, layer.experts[only], up_weight)
 
 
 def _is_divided_by_experts(layer: "MoELoraLayer") -> bool:
@@ -49,10 +50,15 @@ def _is_divided_by_experts(layer: "MoELoraLayer") -> bool:
 
 
 def _pair_here(
-    layer: "MoELoraLayer", base: Projection, adapter_name: str, name: str
+    layer: "MoELoraLayer", held: int, adapter_name: str, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
     """What this process holds of an adapter's pair, as plain tensors, and for which experts.
 
+    Args:
+        layer: the layer.
+        held: number of experts whose weights this process holds.
+        adapter_name: an adapter of the layer.
+        name: name of a projection that the adapter adapts.
     Returns: lora_A [r * S, K] and lora_B [N, r * S], expert-major, and the ids of the S experts;
         under tensor parallelism K and N are those of this process's part of the projection.
     Raises:
@@ -71,7 +77,6 @@ def _pair_here(
         if name in share.features:
             A, B = share.features[name].of(A, B)
     ranks = layer.r[adapter_name] * len(here)
-    held = base.weight.shape[0]
     E = len(layer.experts_here)
     if held == E and A.ndim == 2 and A.shape[0] == ranks and B.ndim == 2 and B.shape[1] == ranks:
         return A, B, here
@@ -83,14 +88,16 @@ def _pair_here(
     )
 
 
-def _base_projection(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projection:
-    bias = layer.layout.bias(module, name)
+def _weights(
+    layer: "MoELoraLayer", module: nn.Module, name: str
+) -> tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None]:
+    """`weight` and `up_weight` of a `Projection`."""
     parts = layer.layout.parts(module, name)
     if len(parts) == 1:
-        return Projection(parts[0], bias)
+        return parts[0], None
     # gate and up are stored apart only in families whose weights are never quantized
     gate, up = cast(tuple[torch.Tensor, torch.Tensor], parts)
-    return Projection(gate, bias, up_weight=up)
+    return gate, up
 
 
 def _common_dropout(layer: "MoELoraLayer", active: list[str]) -> float:
@@ -106,22 +113,25 @@ def _common_dropout(layer: "MoELoraLayer", active: list[str]) -> float:
     return found.pop()
 
 
-def _with_several(
-    layer: "MoELoraLayer", base: Projection, active: list[str], name: str
-) -> Projection:
-    """The projection with several adapters; the scaling of each is multiplied into its B."""
+def _several(
+    layer: "MoELoraLayer", held: int, active: list[str], name: str
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...] | None]:
+    """`lora_A`, `lora_B` and `experts` of a `Projection` with several adapters.
+
+    The scaling of each adapter is multiplied into its B.
+    """
     experts = _experts_of_any(layer, active)
     As = []
     Bs = []
     for adapter_name in active:
-        A, B = _pair_of_experts(layer, base, adapter_name, name, experts)
+        A, B = _pair_of_experts(layer, held, adapter_name, name, experts)
         As.append(A)
         Bs.append(layer.scaling[adapter_name] * B)
     # [S, r1 + r2, K] -> [(r1 + r2) * S, K], expert-major
     lora_A = torch.cat(As, dim=1).flatten(0, 1)
     # [S, N, r1 + r2] -> [N, (r1 + r2) * S], expert-major
     lora_B = torch.cat(Bs, dim=2).transpose(0, 1).flatten(1)
-    return replace(base, lora_A=lora_A, lora_B=lora_B, scaling=1.0, experts=experts)
+    return lora_A, lora_B, experts
 
 
 def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[int, ...] | None:
@@ -143,7 +153,7 @@ def _experts_of_any(layer: "MoELoraLayer", adapter_names: list[str]) -> tuple[in
 
 def _pair_of_experts(
     layer: "MoELoraLayer",
-    base: Projection,
+    here: int,
     adapter_name: str,
     projection: str,
     experts: tuple[int, ...] | None,
@@ -152,13 +162,13 @@ def _pair_of_experts(
 
     Args:
         layer: the layer.
-        base: the projection without adapters.
+        here: number of experts whose weights this process holds.
         adapter_name: an adapter of the layer.
         projection: name of a projection that the adapter adapts.
         experts: ascending ids of S experts; None for all experts of this process.
     Returns: [S, r, K] and [S, N, r].
     """
-    A, B, held = _pair_here(layer, base, adapter_name, projection)
+    A, B, held = _pair_here(layer, here, adapter_name, projection)
     As, Bs = per_expert(A, B, len(held))
     wanted = layer.experts_here
     if experts is not None:
