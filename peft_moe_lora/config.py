@@ -87,7 +87,7 @@ class MoELoraConfig(LoraConfig):
 
     Every targeted expert e gets its own A[e] and B[e]. Its weight becomes
     W[e] + scaling * B[e] A[e], with scaling = lora_alpha / r (lora_alpha / sqrt(r) with
-    use_rslora). Targets that are not experts become PEFT's own LoRA layers.
+    use_rslora). Targets that are not experts become PEFT's LoRA layers.
 
     Args:
         r: rank of each expert's update, at least 1.
@@ -111,6 +111,8 @@ class MoELoraConfig(LoraConfig):
             product again.
         keep_implementation: while the adapter is disabled or merged, run the experts implementation
             that the model's config names, and not this package's kernels.
+        fast_linear: compute the adapters of linear layers in the dtype of the activations; False
+            for PEFT's own forward, which computes them in the dtype of A and B, fp32.
         peft_type_from: what a reader of adapter_config.json needs to load the adapter; always the
             same sentence.
         layout: order of the tensors in the adapter file. It is written when an adapter is saved
@@ -149,6 +151,13 @@ class MoELoraConfig(LoraConfig):
         metadata={
             "help": "Run the model's own experts implementation while the adapter is disabled or "
             "merged, not this package's kernels."
+        },
+    )
+    fast_linear: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute adapters of linear layers in the dtype of the activations; "
+            "False: in fp32, as PEFT does."
         },
     )
     peft_type_from: str = field(
@@ -365,7 +374,8 @@ class MoELoraConfig(LoraConfig):
     def to_lora_config(self) -> LoraConfig:
         """The LoraConfig by which PEFT adapts the same layers, experts by their parameters.
 
-        `backend` and `recompute` are left out: they say how the experts run, not what is trained.
+        `backend`, `recompute` and `fast_linear` are left out: they say how layers run, not what is
+        trained.
 
         Raises:
             ValueError: if a LoraConfig cannot say what a field says. The message names the field.

@@ -175,4 +175,6 @@ MODEL_ROUTES: dict[str, Callable[[nn.Module, int], ModelRoute]] = {
     "peft": peft_route,
     "moe_lora": moe_lora_route,
     "moe_lora-recompute": partial(moe_lora_route, recompute=True),
+    # PEFT's forward in the linear layers
+    "moe_lora-peft-linear": partial(moe_lora_route, fast_linear=False),
 }

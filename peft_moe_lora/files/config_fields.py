@@ -228,6 +228,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "ensure_weight_tying": _BOOL,
     "recompute": _BOOL,
     "keep_implementation": _BOOL,
+    "fast_linear": _BOOL,
     "lora_dropout": (is_finite, "a finite number"),
     "loftq_config": _SETTINGS,
     "eva_config": _SETTINGS,

@@ -2,8 +2,8 @@
 
 Each projection of an expert is W + scaling * B A. Rooms above call operations only through this
 one, and it may import only ops. `backends` chooses the operations; `whole` and `steps` implement
-forward and backward. The base weights are frozen: no function here computes a gradient for them or
-materializes W + scaling * B A.
+forward and backward; `linear` does so for a linear layer. The base weights are frozen: no function
+here computes a gradient for them or materializes W + scaling * B A.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ import torch
 
 from ..ops import Activation, QuantizedWeight
 from .backends import BACKENDS, select_backend
+from .linear import FrozenLinear, LinearUpdate, updated_linear
 from .operators import without_autocast
 from .projection import Projection, gathered, per_expert, spread, whole_gradients
 from .steps import expert_linear, route, unfused_experts
@@ -20,6 +21,8 @@ from .whole import fused_experts
 
 __all__ = [
     "BACKENDS",
+    "FrozenLinear",
+    "LinearUpdate",
     "Projection",
     "draw_seeds",
     "experts",
@@ -28,6 +31,7 @@ __all__ = [
     "rows_linear",
     "select_backend",
     "spread",
+    "updated_linear",
     "whole_gradients",
     "without_autocast",
 ]

@@ -11,10 +11,11 @@ from ..parallel.linears import Factor
 from ..parallel.sharding import placed
 from .checked import still_unchecked
 from .factor import replace_factors
+from .fast_linear import FastForward
 from .merging import check_may_unmerge
 
 
-class ShardedLinear(lora.Linear):
+class ShardedLinear(FastForward, lora.Linear):
     """A linear layer's LoRA, where FSDP2 has sharded the weight over a mesh of any names.
 
     PEFT takes a shard for the whole weight, unless the mesh is called "fsdp" or has no name.

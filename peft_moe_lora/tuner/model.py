@@ -18,6 +18,7 @@ from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import is_experts
 from ..experts.routers import is_router
 from ..layers.checked import still_unchecked
+from ..layers.fast_linear import choose_forward
 from ..layers.layer import MoELoraLayer
 from ..layers.linear import DividedLinear, ShardedLinear
 from ..layers.merging import check_shards_are_unmerged
@@ -180,7 +181,9 @@ class MoELoraModel(LoraModel):
                 current_key,
                 parameter_name=parameter_name,
             )
+            choose_forward(getattr(parent, target_name), adapter_name, config.fast_linear)
             return
+        choose_forward(layer, adapter_name, config.fast_linear)
         if adapter_name not in self.active_adapters:
             # a second adapter is not trained until it is set active
             layer.requires_grad_(False)

@@ -10,7 +10,7 @@ import agreement
 import train_step
 from models import MODEL_ROUTES, ModelRoute, build_dense, moe_lora_route
 
-ROUTES = ["base", "peft", "moe_lora", "moe_lora-recompute"]
+ROUTES = ["base", "peft", "moe_lora", "moe_lora-recompute", "moe_lora-peft-linear"]
 RANK = 16
 CPU = torch.device("cpu")
 

@@ -89,7 +89,8 @@ _FIELDS = [
     "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform",
     "layers_pattern", "bias", "lora_dropout", "lora_bias", "use_dora", "fan_in_fan_out",
     "init_lora_weights", "peft_type", "task_type", "base_model_name_or_path", "revision",
-    "inference_mode", "layout", "format_version", "backend", "recompute", "auto_mapping",
+    "inference_mode", "layout", "format_version", "backend", "recompute", "fast_linear",
+    "auto_mapping",
     "trainable_token_indices", "eva_config", "megatron_config", "loftq_config",
     "layer_replication", "no_such_field", "use_qalora", "arrow_config",
 ]

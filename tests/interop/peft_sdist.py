@@ -75,7 +75,7 @@ def _from_pretrained(own, name, *args, **kwargs):
     return model
 
 
-def _stand_in_for_diffusers():
+def stand_in_for_diffusers():
     """PEFT's tests import one name of diffusers for tests of images, which do not run here."""
     if importlib.util.find_spec("diffusers") is not None:
         return
@@ -86,7 +86,7 @@ def _stand_in_for_diffusers():
 
 
 def pytest_configure():
-    _stand_in_for_diffusers()
+    stand_in_for_diffusers()
     own = AutoModelForCausalLM.from_pretrained
     AutoModelForCausalLM.from_pretrained = functools.partial(_from_pretrained, own)
     compute = wrappers.ExpertsCall.compute

@@ -123,6 +123,7 @@ NEAREST = {
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
     ),
+    "functional/linear.py": ("functional/test_linear.py", "layers/test_fast_linear.py"),
     "interop": ("interop",),
     "ops": (
         "functional/test_functional.py",
@@ -202,6 +203,8 @@ NEAREST = {
     "layers/remainders.py": ("layers/test_merging.py",),
     "layers/frozen.py": ("layers/test_by_name.py",),
     "layers/own.py": ("layers/test_by_name.py", "families/test_every_class.py"),
+    "layers/fast_linear.py": ("layers/test_fast_linear.py",),
+    "layers/fast_linear_bnb.py": ("layers/test_fast_linear.py",),
     "layers/implementations.py": ("layers/test_materialize.py", "layers/test_contract.py"),
     "layers/layer.py": (
         "tuner/test_peft_api.py",
