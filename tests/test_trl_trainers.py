@@ -17,6 +17,7 @@ from helpers import (
     R,
     adapter_parameters,
     assert_close,
+    causal_families,
     fill_adapter,
     moe_lora,
     outputs,
@@ -200,6 +201,15 @@ def test_grpo_sends_merged_experts_as_vllm_reads_them_and_restores_the_base(dtyp
     for name in before:
         # PEFT subtracts the router's update, up to rounding
         assert_close(restored[name], before[name], 1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("family", causal_families())
+def test_grpo_sends_the_names_and_shapes_of_the_base(family):
+    """vLLM reads a checkpoint of the base; what it is sent has to look like one."""
+    base = tiny_model(family, dtype=torch.bfloat16)
+    before = {name: (p.shape, p.dtype) for name, p in base.named_parameters()}
+    received = sent(moe_lora(base))
+    assert {name: (t.shape, t.dtype) for name, t in received.items()} == before
 
 
 def test_fifty_synchronizations_leave_the_base_as_it_was():

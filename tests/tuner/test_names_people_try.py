@@ -22,14 +22,14 @@ FAMILIES = [
     "olmoe",
     "deepseek_v3",
     "gemma4",
-    "aria",
+    "qwen3_next",
     "qwen2_moe",
     "llama4",
 ]
 # the block that holds the experts, where it is not "mlp"
 BLOCKS = {"nemotron_h": "mixer", "gemma4": None, "llama4": "feed_forward"}
 # families whose dense layers or shared experts have all three names of transformers 4
-WITH_DENSE_LAYERS = {"deepseek_v3", "gemma4", "aria", "qwen2_moe", "llama4"}
+WITH_DENSE_LAYERS = {"deepseek_v3", "gemma4", "qwen3_next", "qwen2_moe", "llama4"}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
