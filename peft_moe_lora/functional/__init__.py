@@ -14,7 +14,7 @@ import torch
 from ..ops import Activation, QuantizedWeight
 from .backends import BACKENDS, select_backend
 from .linear import FrozenLinear, LinearUpdate, updated_linear
-from .operators import without_autocast
+from .operators import is_autocast_enabled, without_autocast
 from .projection import Projection, gathered, per_expert, spread, whole_gradients
 from .steps import expert_linear, route, unfused_experts
 from .whole import fused_experts
@@ -27,6 +27,7 @@ __all__ = [
     "draw_seeds",
     "experts",
     "gathered",
+    "is_autocast_enabled",
     "per_expert",
     "rows_linear",
     "select_backend",

@@ -94,10 +94,14 @@ def is_differentiated(tensors: Iterable[torch.Tensor | QuantizedWeight | None]) 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Disable autocast: operations choose their own dtypes; autocast would round inside them."""
-    # the meta device has no autocast, and raises when it is asked
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; PyTorch has none for the meta device."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _exactly(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional import FrozenLinear, LinearUpdate, updated_linear
+from ..functional import FrozenLinear, LinearUpdate, is_autocast_enabled, updated_linear
 
 # of x; complex gradients would need conjugates
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -146,7 +146,7 @@ def _fast_class(own: type[nn.Module]) -> type[nn.Module] | None:
 
 def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
     """The dtype in which autocast, or PyTorch without it, multiplies x by a weight of its dtype."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -56,8 +56,8 @@ def step(model, x):
     x = x.detach().clone().requires_grad_()
     model.zero_grad()
     out = model(x)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
-    out.backward(direction)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    out.backward(direction.to(out))
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     return {"y": out.detach(), "dx": x.grad, **grads}
 
@@ -147,6 +147,13 @@ def test_autocast_leaves_fp64_alone():
     with torch.autocast("cpu", torch.bfloat16):
         found = step(model, batch(torch.float64))
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_step_runs_on_the_meta_device(by_peft):
+    model = adapted(dtype=torch.bfloat16).to("meta")
+    found = step(model, batch(torch.bfloat16).to("meta"))
+    assert not by_peft
+    assert found["y"].shape == (B, T, H)
 
 
 def test_several_active_adapters_add_up(by_peft):
