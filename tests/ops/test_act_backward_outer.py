@@ -115,6 +115,9 @@ def test_panels_add_up(kernels, dtype, biased):
     ("I", "r", "activation", "biased"),
     [
         (256, 16, Activation(), False),
+        (128, 5, Activation(), False),
+        (192, 24, Activation(), True),
+        (128, 32, Activation("silu", True, True, 0.8, 1.702, 1.0), False),
         (64, 6, Activation("gelu_tanh"), True),
         (320, 8, Activation("silu", True, False, 0.8, 1.702, 1.0), False),
         (320, 8, Activation("silu", True, True, 0.8, 1.702, 1.0), True),

@@ -22,6 +22,7 @@ from ops.problems import (
     check,
     dtypes,
     dtypes_compiled,
+    hopper,
     ids,
     layer,
     layer_arguments,
@@ -82,6 +83,25 @@ def test_all_slots_are_sentinels(kernels):
 
 
 # ---- one kernel each -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize(("r", "by_product"), [(256, True), (96, True), (100, False), (64, False)])
+@pytest.mark.parametrize("scaling", [1.0, 0.7])
+def test_many_ranks_are_a_product(kernels, r, by_product, scaling):
+    """A, and B transposed, of so many ranks that they are multiplied as weights are."""
+    from peft_moe_lora.ops.kernels.launching import launch
+
+    problem = Problem(Shape(2048, 8, 2, 200, 96, r, "many ranks"), torch.bfloat16)
+    routing = kernels.route(problem.index, 8)
+    launch.forget()
+    for x, lora_A, gather in (
+        (problem.x, problem.up_A, True),
+        (problem.rows(192), problem.up_B.transpose(1, 2), False),
+    ):
+        check(kernels, "expert_shrink", problem, x, lora_A, routing, scaling, gather=gather)
+    assert ("linear_roles" in {key[0] for key, _ in launch._plans}) == by_product
 
 
 @shapes

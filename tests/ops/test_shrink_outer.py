@@ -86,6 +86,9 @@ class Pair:
         (320, 1, False, False, True),
         (256, 16, True, True, False),
         (256, 7, False, False, False),
+        (264, 24, True, True, True),
+        (200, 17, False, True, False),
+        (128, 32, True, False, True),
     ],
 )
 def test_rows_read_once(
@@ -108,10 +111,10 @@ def test_rows_read_once(
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize(
-    "why", ["a step of K is cut", "rows begin off sixteen bytes", "ranks past a tile", "few chunks"]
+    "why", ["K is cut", "rows begin off sixteen bytes", "ranks past a tile", "few chunks"]
 )
 def test_rows_that_are_read_twice(kernels, ran, monkeypatch, why):
-    K, r = 264 if why.startswith("a step") else 256, 17 if why.startswith("ranks") else 16
+    K, r = 260 if why.startswith("K") else 256, 33 if why.startswith("ranks") else 16
     p = Pair(kernels, 256, K, r, False, True, torch.bfloat16)
     if why.startswith("rows"):
         p.x = torch.cat([p.x.flatten()[:1], p.x.flatten()])[1:].view_as(p.x)

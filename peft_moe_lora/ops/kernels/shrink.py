@@ -1,6 +1,10 @@
 """xa[m, j] = scaling * sum over k of A[e, j, k] * mask[m, k] * x[row, k].
 
 row = row_token[m] where x is gathered, else m. A program computes all r columns of a tile of rows.
+
+With many ranks this is a product like those of the base weights, and `sm90.linear_roles` computes
+it, from a copy of scaling * A in the dtype of x. For r = 256 the kernel of this file takes four
+times as long (NVIDIA H200, 2026-11-30).
 """
 
 import torch
@@ -13,9 +17,13 @@ from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import device_facts, dot_precision, find, padded_rank
 from .routing import with_tiles
+from .sm90.by_roles import by_roles
+from .tiles.cast import cast_as_weight
 from .tiles.dropout import dropout_mask, probability_and_seed
-from .tiles.tile import table_line
+from .tiles.tile import linear_blocks, table_line
 
+# from this rank on A is multiplied as a weight is
+MANY_RANKS = 96
 # up to this K the loop is short, and higher occupancy is worth more than more pipeline stages
 SHORT_K = 2048
 
@@ -99,6 +107,8 @@ def expert_shrink(
     xa = torch.empty(M, width, dtype=x.dtype, device=x.device)
     if M == 0:
         return xa
+    if dropout is None and _as_product(x, lora_A, routing, scaling, gather, xa):
+        return xa
     op = "shrink"
     if K <= SHORT_K:
         op = "shrink_short"
@@ -132,3 +142,29 @@ def expert_shrink(
     max_tiles = routing.tiles.shape[0] - 3
     launch(key, _shrink_kernel, (max_tiles * parts, 1, 1), tensors, rest)
     return xa
+
+
+def _as_product(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    routing: Routing,
+    scaling: float,
+    gather: bool,
+    xa: torch.Tensor,
+) -> bool:
+    """Write xa by the kernel of large products; return whether it was written.
+
+    That kernel writes all columns of xa, so A must have as many rows as xa has columns.
+    """
+    r = lora_A.shape[1]
+    if r < MANY_RANKS or r != xa.shape[1]:
+        return False
+    if linear_blocks("linear_roles", x, lora_A, routing.block_m) is None:
+        return False
+    if lora_A.stride(2) == 1:
+        weight = cast_as_weight(lora_A, lora_A.shape[2], x.dtype, True, scaling)
+    else:
+        # A is a transposed B, whose ranks lie next to each other
+        transposed = cast_as_weight(lora_A.transpose(1, 2), r, x.dtype, True, scaling)
+        weight = transposed.transpose(1, 2)
+    return by_roles(x, weight, routing, None, None, None, xa, gather)

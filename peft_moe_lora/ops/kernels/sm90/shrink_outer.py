@@ -51,6 +51,14 @@ BY_EXPERT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
+def _columns_left(left):
+    """Mask [1, 64] of the columns of a step, of which `left`, a multiple of 8, exist."""
+    cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, BY_ROWS))
+    # in a form in which the compiler sees that eight columns have one mask
+    return (cols // 8 < left // 8)[None, :]
+
+
+@gluon.jit
 def _row_pointers(
     x_ptr, row_token_ptr, first_row, end, stride_xm, GATHER: gl.constexpr, ROWS: gl.constexpr
 ):
@@ -131,8 +139,9 @@ def _shrink_outer_kernel(
         x_ptr, row_token_ptr, tail_row, end, stride_xm, GATHER, TAIL
     )
     for i in gl.static_range(STAGES - 1):
-        load_rows(rows.index(i), x_ptrs, mask_x & (i * BLOCK_K < K))
-        load_rows(tails.index(i), tail_ptrs, mask_tail & (i * BLOCK_K < K))
+        mask_k = _columns_left(K - i * BLOCK_K)
+        load_rows(rows.index(i), x_ptrs, mask_x & mask_k)
+        load_rows(tails.index(i), tail_ptrs, mask_tail & mask_k)
         async_copy.commit_group()
         x_ptrs += BLOCK_K
         tail_ptrs += BLOCK_K
@@ -145,12 +154,12 @@ def _shrink_outer_kernel(
 
     out_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, SUMS)).to(gl.int64)[:, None]
     out_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS)).to(gl.int64)[None, :]
-    mask_out = (out_r < r) & (out_k >= 0)
+    exists = (out_r < r) & (out_k >= 0)
     out_ptrs = out_ptr + e * stride_oe + out_r * stride_or + out_k * stride_ok
     partial_ptrs = partial_ptr + chunk.to(gl.int64) * K * r + out_k * r + out_r
     acc = gl.zeros([ROWS, RANKS], gl.float32, SUMS)
     acc_tail = gl.zeros([TAIL, RANKS], gl.float32, SUMS)
-    steps = K // BLOCK_K
+    steps = gl.cdiv(K, BLOCK_K)
     for i in range(steps):
         s = i % STAGES
         ahead = i + STAGES - 1
@@ -160,8 +169,9 @@ def _shrink_outer_kernel(
         # previous step are done, so the next loads may overwrite their operands
         fence_async_shared()
         barrier()
-        load_rows(rows.index(ahead % STAGES), x_ptrs, mask_x & (ahead < steps))
-        load_rows(tails.index(ahead % STAGES), tail_ptrs, mask_tail & (ahead < steps))
+        mask_k = _columns_left(K - ahead * BLOCK_K)
+        load_rows(rows.index(ahead % STAGES), x_ptrs, mask_x & mask_k)
+        load_rows(tails.index(ahead % STAGES), tail_ptrs, mask_tail & mask_k)
         async_copy.commit_group()
         x_ptrs += BLOCK_K
         tail_ptrs += BLOCK_K
@@ -177,6 +187,7 @@ def _shrink_outer_kernel(
         outer = warpgroup_mma(x.permute([1, 0]), right, outer, is_async=True)
         outer = warpgroup_mma(tail.permute([1, 0]), right_tail, outer, is_async=True)
         acc, acc_tail, outer = warpgroup_mma_wait(0, deps=[acc, acc_tail, outer])
+        mask_out = exists & (out_k < K - i * BLOCK_K)
         if chunks > 1:
             gl.store(partial_ptrs, outer, mask=mask_out)
         else:
@@ -213,7 +224,7 @@ def shrink_outer(
     chunk = blocks["ROWS"] + blocks["TAIL"]
     # rows are copied 16 bytes at a time
     aligned = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-    if r > MAX_RANKS or K % BLOCK_K.value or not aligned:
+    if r > MAX_RANKS or K % 8 or not aligned:
         return None
     # if all rows fit into one chunk, no expert has several
     several = M > chunk

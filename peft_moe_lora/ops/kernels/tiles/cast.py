@@ -1,4 +1,4 @@
-"""out[e, n, j] = lora_B[e, n, j] in the dtype of x, in the memory order of the weight W.
+"""out[e, n, j] = scaling * lora_B[e, n, j] in the dtype of x, in the memory order of the weight W.
 
 As in the rows of rank r that it is multiplied with, zeros follow the r columns.
 """
@@ -16,8 +16,8 @@ ELEMENTS = 4096
 
 @triton.jit
 def _cast_kernel(
-    lora_B_ptr, out_ptr, N, r, width, stride_be, stride_bn, stride_br, stride_oe, stride_on,
-    stride_or, R: tl.constexpr, BLOCK_N: tl.constexpr,
+    lora_B_ptr, out_ptr, N, r, width, scaling, stride_be, stride_bn, stride_br, stride_oe,
+    stride_on, stride_or, R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of N, E]."""
     # int64: an expert index times a stride, and a column times r * E, pass 2**31
@@ -31,30 +31,33 @@ def _cast_kernel(
         other=0.0,
     )
     out_ptrs = out_ptr + e * stride_oe + offs_n * stride_on + offs_r * stride_or
-    lora_B = lora_B.to(out_ptr.dtype.element_ty)
+    lora_B = (lora_B.to(tl.float32) * scaling).to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, lora_B, mask=exists & (offs_r < width))
 
 
 def cast_as_weight(
-    lora_B: torch.Tensor, width: int, dtype: torch.dtype, k_unit: bool
+    lora_B: torch.Tensor, width: int, dtype: torch.dtype, k_unit: bool, scaling: float = 1.0
 ) -> torch.Tensor:
-    """lora_B [E, N, width] in `dtype`, with stride 1 along its ranks if k_unit, else along N.
+    """scaling * lora_B, [E, N, width] in `dtype`.
 
-    If lora_B already has this dtype, width and stride, it is returned itself. B is cast in every
-    call, which moves about 2 % of the bytes of the product. A copy that is kept until the
-    parameter's version changes could be out of date: paged and 8-bit optimizers write through a raw
-    pointer, which does not change the version.
+    Its ranks have stride 1 if k_unit, else N has. If lora_B already has this dtype, width and
+    stride, and scaling is 1, it is returned itself. B is cast in every call, which moves about 2 %
+    of the bytes of the product. A copy that is kept until the parameter's version changes could be
+    out of date: paged and 8-bit optimizers write through a raw pointer, which does not change the
+    version.
 
     Args:
         lora_B: [E, N, r], any strides and float dtype.
         width: at least r; past rank r the result has zeros.
         k_unit: whether the weight [E, N, K] of the same product has stride 1 along K.
+        scaling: a factor, applied before rounding.
     """
     E, N, r = lora_B.shape
     contiguous = 1
     if k_unit:
         contiguous = 2
-    if lora_B.dtype == dtype and r == width and lora_B.stride(contiguous) == 1:
+    same = lora_B.dtype == dtype and r == width and scaling == 1
+    if same and lora_B.stride(contiguous) == 1:
         return lora_B
     if k_unit:
         out = torch.empty(E, N, width, dtype=dtype, device=lora_B.device)
@@ -65,8 +68,8 @@ def cast_as_weight(
 
     def rest() -> tuple[tuple, dict]:
         constants = {"R": R, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-        return (N, r, width, *lora_B.stride(), *out.stride()), constants
+        return (N, r, width, scaling, *lora_B.stride(), *out.stride()), constants
 
-    key = "cast", facts(lora_B, out), N, r
+    key = "cast", facts(lora_B, out), N, r, scaling
     launch(key, _cast_kernel, (ceil_div(N, block_n), E, 1), (lora_B, out), rest)
     return out
