@@ -93,9 +93,9 @@ def test_the_floors_are_those_that_import_linter_holds(table, contract):
 
 # ---- launches ------------------------------------------------------------------------------------
 
-E, H, I, TOP_K, RANK = 128, 128, 128, 2, 16  # noqa: E741
-# tokens that give each expert 192 rows, 64 and 16: its tiles have 128 rows, 64 and 16
-MANY, MIDDLING, FEW = 12288, 4096, 1024
+E, H, I, TOP_K = 128, 128, 128, 2  # noqa: E741
+# tokens that give each expert 192 rows, 32 and 8: on 9.0 its tiles have 128 rows, 64 and 16
+MANY, MIDDLING, FEW = 12288, 2048, 512
 
 # GPUs by compute capability and multiprocessors, and the column that says what they launch
 HOPPER = ((9, 0), 132)
@@ -110,6 +110,7 @@ class Case:
 
     Attributes:
         T: tokens.
+        rank: of one expert's update.
         up, down: whether gate_up and down have an adapter.
         experts: ids of the experts that have one; None for all.
         fused: whether the activation runs in the kernels.
@@ -118,6 +119,7 @@ class Case:
     """
 
     T: int = MANY
+    rank: int = 16
     up: bool = True
     down: bool = True
     experts: tuple[int, ...] | None = None
@@ -140,6 +142,7 @@ CASES = {
     "quantized, few rows": Case(T=FEW, quantized="nf4"),
     "few rows": Case(T=FEW),
     "middling rows": Case(T=MIDDLING),
+    "many ranks": Case(rank=96),
     "some experts": Case(experts=(1, 2)),
     "transposed base": Case(transposed=True),
     "up alone": Case(down=False),
@@ -171,8 +174,8 @@ def projection(case, N, K, adapted):
     if not adapted:
         return Projection(weight)
     S = E if case.experts is None else len(case.experts)
-    A = torch.zeros(RANK * S, K, requires_grad=True)
-    B = torch.zeros(N, RANK * S, requires_grad=True)
+    A = torch.zeros(case.rank * S, K, requires_grad=True)
+    B = torch.zeros(N, case.rank * S, requires_grad=True)
     return Projection(weight, None, A, B, dropout_p=case.dropout, experts=case.experts)
 
 
