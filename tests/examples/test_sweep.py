@@ -1,6 +1,7 @@
 """benchmarks/sweep.py on a CPU: where a cost jumps, the axes, the files, and the picture."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,6 +18,12 @@ from turns import Measured
 
 TRY = "--device cpu --tiny --groups 1 --steps 1".split()
 RED = "#d62728"
+
+
+@pytest.fixture
+def _matplotlib():
+    """Of tests that draw."""
+    pytest.importorskip("matplotlib")
 
 
 # ---- smooth ------------------------------------------------------------------------------------
@@ -122,6 +129,7 @@ def run(tmp_path, *arguments: str) -> tuple[int, dict]:
     return status, json.loads((tmp_path / "sweep.json").read_text())
 
 
+@pytest.mark.usefixtures("_matplotlib")
 def test_a_jump_is_flagged_on_its_own_curve_and_red(monkeypatch, tmp_path, capsys):
     with_costs(monkeypatch, {"r = 15": 2.3, "r = 24, dropout = 0.05": 3.0})
     status, report = run(tmp_path, "--axis", "r", "dropout")
@@ -144,6 +152,7 @@ def test_a_jump_is_flagged_on_its_own_curve_and_red(monkeypatch, tmp_path, capsy
     assert len(picture) < 100_000
 
 
+@pytest.mark.usefixtures("_matplotlib")
 def test_a_smooth_curve_has_no_red_point(monkeypatch, tmp_path):
     with_costs(monkeypatch, {})
     _, report = run(tmp_path, "--axis", "T", "--quick")
@@ -174,6 +183,7 @@ def test_an_axis_that_would_begin_too_late_is_left_out_and_named(monkeypatch, tm
     assert "left out: r, E" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_matplotlib")
 def test_a_report_is_drawn_again_without_measuring(monkeypatch, tmp_path):
     with_costs(monkeypatch, {"E = 64": 3.0})
     _, report = run(tmp_path, "--axis", "E", "--quick")
@@ -184,6 +194,18 @@ def test_a_report_is_drawn_again_without_measuring(monkeypatch, tmp_path):
     assert (tmp_path / "sweep.svg").read_bytes() == first
     draw(report, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_the_numbers_are_there_and_the_way_to_draw_them(
+    monkeypatch, tmp_path, capsys
+):
+    with_costs(monkeypatch, {})
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, report = run(tmp_path, "--axis", "r", "--quick")
+    assert status == 0
+    assert report["axes"]["r"]["points"]
+    assert not (tmp_path / "sweep.svg").exists()
+    assert "run sweep.py --draw sweep.json" in capsys.readouterr().err
 
 
 def test_points_are_measured_and_checked(monkeypatch, tmp_path):
