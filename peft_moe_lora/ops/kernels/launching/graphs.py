@@ -28,7 +28,8 @@ from .recent import Recent
 
 logger = logging.getLogger(__name__)
 
-# the share of a device's memory that graphs may take: 560 MiB of an H200
+# the share of a device's memory that graphs may take, read at the first call on the device: 560 MiB
+# of an H200
 SHARE = 1 / 256
 # device memory of a graph of n kernels: GRAPH_BYTES + n * NODE_BYTES. A graph of about a dozen
 # kernels takes 0.13 MiB (NVIDIA H200, 2026-11-24)
