@@ -6,7 +6,7 @@ Legend:
         time may share bytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -54,7 +54,7 @@ class _Launched(NamedTuple):
     """
 
     compiled: CompiledKernel
-    run: Any
+    run: Callable
     grid: launch.Grid
     descriptors: list[tuple[_Origin, type, dict[str, Any]] | None]
     tensors: list[_Origin | None]
@@ -156,7 +156,7 @@ class Recording(TorchDispatchMode):
     def add(
         self,
         compiled: CompiledKernel,
-        run: Any,
+        run: Callable,
         grid: launch.Grid,
         tensors: Iterable[torch.Tensor | None],
         sizes: tuple[int, ...],
@@ -241,7 +241,7 @@ class Recording(TorchDispatchMode):
         return _span(tensor) == self.buffers[origin.index].nbytes
 
 
-def _placed(launched: _Launched, place: Any) -> Launch:
+def _placed(launched: _Launched, place: Callable[[int, _Origin], tuple[int, int, int]]) -> Launch:
     """A recorded launch with the places of its tensors.
 
     Args:
