@@ -5,6 +5,9 @@
 # make gpu-test-long  every test that needs a CUDA device
 # make test-readers   loads adapters with the programs that read them: vLLM and SGLang, at one release each
 # make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
+# make notebooks      runs the notebooks and writes their outputs into them
+# make matrix         a part of the tests with other versions of the libraries, for the table in docs/versions.md
+# make installed      everything that tests need, into .venv
 # make mutants        breaks the package on purpose and lists what no test notices: SAMPLE breaks, of PATHS
 # make clean          removes .venv and what the examples wrote
 # make help           prints these lines
@@ -15,8 +18,9 @@
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 PEFT ?= peft==0.21.0
+ACCELERATE ?= accelerate==1.15.0
 TRITON ?= triton==3.9.0
-PINS = $(TRANSFORMERS) $(PEFT) accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 bitsandbytes==0.50.2 torchao==0.18.0 \
+PINS = $(TRANSFORMERS) $(PEFT) $(ACCELERATE) safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 bitsandbytes==0.50.2 torchao==0.18.0 \
        ipykernel==7.4.0 ipywidgets==8.1.9 matplotlib==3.11.2 \
        hypothesis==6.170.17 nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 setuptools==84.2.1 \
        rich==15.0.0 typer==0.29.2 \
@@ -60,7 +64,7 @@ DEEPSPEED_WITHOUT_KERNELS = DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # whether torch is a build that requires triton, as an exit code
 REQUIRES_TRITON = import importlib.metadata as m; raise SystemExit('triton' not in str(m.requires('torch')))
 
-.PHONY: demo test test-long test-readers gpu-test gpu-test-long lint mutants clean help
+.PHONY: demo test test-long test-readers gpu-test gpu-test-long lint notebooks matrix installed mutants clean help
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -93,6 +97,14 @@ lint: $(TEST_READY) $(LINT_READY)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+installed: $(TEST_READY)
+
+notebooks: $(TEST_READY)
+	$(BIN)/python tests/examples/notebook_outputs.py
+
+matrix:
+	$(PYTHON) tests/versions/matrix.py
+
 # all breaks would take a day: a sample of them, each a few seconds
 SAMPLE ?= 100
 SEED ?= 0
@@ -103,7 +115,7 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 clean:
-	rm -rf $(VENV) moe-lora-demo moe-lora-trl
+	rm -rf $(VENV) .venv-* moe-lora-demo moe-lora-trl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

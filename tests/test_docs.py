@@ -21,7 +21,12 @@ from peft_moe_lora.ops.quantize import quantize
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(peft_moe_lora.__file__).parent
-DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"])
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("docs/*.md"),
+        *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "README.md")),
+    ]
+)
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -9,7 +9,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "examples", "notebooks", "peft_moe_lora", "tests")
-FILES = ("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
+FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+)
 # what runs leave beside the files of the project
 LEFT_BY_RUNS = shutil.ignore_patterns("__pycache__", ".*", "moe-lora-*", "*.egg-info")
 
