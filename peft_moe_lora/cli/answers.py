@@ -1,5 +1,6 @@
 """A function that finds something, as a command that prints it."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,8 +77,7 @@ def _bar(what: str, quiet: bool) -> Iterator[OnStep]:
         what: the word before the bar.
         quiet: whether to show no bar.
     """
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or not sys.stderr.isatty():
         yield None
         return
     columns = (
@@ -86,7 +86,7 @@ def _bar(what: str, quiet: bool) -> Iterator[OnStep]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
 
         def on_step(done: int, total: int) -> None:

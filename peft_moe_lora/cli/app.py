@@ -1,6 +1,6 @@
 """The commands of `peft-moe-lora`, in the order of its help."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -35,13 +35,23 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(version("peft-moe-lora"))
+        print(_version())
         raise typer.Exit
+
+
+def _version() -> str:
+    """That of the installed package, which is there at once; else of a checkout that is not."""
+    try:
+        return version("peft-moe-lora")
+    except PackageNotFoundError:
+        from .. import __version__
+
+        return __version__
 
 
 @app.callback()
 def _options(
-    _version: Annotated[
+    _asked: Annotated[
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version and exit."

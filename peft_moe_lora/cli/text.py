@@ -1,6 +1,7 @@
 """What a command found, as JSON, as a table on a terminal, or as lines in a pipe."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,11 +16,11 @@ MOST_LINES = 100
 
 def print_found(found: Mapping[str, Any], as_json: bool) -> None:
     """Print a mapping of names to values on stdout."""
-    console = Console()
     if as_json:
         print(json.dumps(found))
-    elif console.is_terminal:
-        console.print(_table(found))
+    # rich takes a pipe for a terminal where FORCE_COLOR is set, as in notebooks
+    elif sys.stdout.isatty():
+        Console().print(_table(found))
     else:
         # nothing is wrapped or padded where a program reads
         width = max(len(name) for name in found)

@@ -1,6 +1,7 @@
 """What a command found: a table on a terminal, lines in a pipe, JSON where asked."""
 
 import json
+import sys
 
 import pytest
 
@@ -19,10 +20,15 @@ def terminal(monkeypatch):
     """A terminal of 40 columns that knows no colours; what it got is returned."""
     console = Console(width=40, force_terminal=True, no_color=True, record=True, highlight=False)
     monkeypatch.setattr(text, "Console", lambda: console)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     return console
 
 
-def test_a_pipe_gets_a_line_a_row(capsys):
+@pytest.mark.parametrize("forced", [None, "1"])
+def test_a_pipe_gets_a_line_a_row(forced, capsys, monkeypatch):
+    """Also where FORCE_COLOR is set, as in the subprocesses of a notebook."""
+    if forced:
+        monkeypatch.setenv("FORCE_COLOR", forced)
     print_found({**FOUND, "long": "x" * 500}, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["path     /models/a[bold]b", r"notes    one\x1b[2J", "         two"]
