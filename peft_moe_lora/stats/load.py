@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .html import heatmap
 from .watch import Batch, measured
 
 
@@ -78,6 +79,10 @@ class ExpertLoad:
                 f"{len(dead[path])} of {len(rows)} experts dead"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """A heatmap, for a notebook."""
+        return heatmap(self.counts)
 
 
 def expert_load(model: nn.Module, batches: Iterable[Batch]) -> ExpertLoad:

@@ -3,6 +3,7 @@
 import torch
 from peft import get_peft_model
 from torch.nn.parallel import DistributedDataParallel
+from transformers.trainer_callback import TrainerState
 
 from helpers import fill_adapter, tiny_model, token_ids
 from parallel.expert_parallel import MODES, base, configured
@@ -21,11 +22,13 @@ def batches_of(number):
 
 def counted(model, batches):
     """Everything that counts, for batches of this process."""
-    callback = ExpertLoadCallback(trainer=None)
-    callback.on_train_begin(None, None, None, model=model.train())
+    callback = ExpertLoadCallback()
+    # no process reports anything
+    state = TrainerState(is_world_process_zero=False)
+    callback.on_train_begin(None, state, None, model=model.train())
     for ids in batches:
         model(input_ids=ids, use_cache=False)
-    callback.on_train_end(None, None, None)
+    callback.on_train_end(None, state, None)
     return {"callback": callback.total.counts, **evaluated(model.eval(), batches)}
 
 
