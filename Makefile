@@ -3,7 +3,7 @@
 # make test-long      every test that needs no GPU
 # make gpu-test       the tests that need a CUDA device, and the kernels' tests on it; without slow duplicates
 # make gpu-test-long  every test that needs a CUDA device
-# make test-readers   loads adapters with the programs that read them: vLLM and SGLang, at one release each
+# make test-readers   loads adapters with the programs that read them: vLLM, SGLang and mlx-lm, at one release each
 # make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
 # make notebooks      runs the notebooks and writes their outputs into them
 # make matrix         a part of the tests with other versions of the libraries, for the table in docs/versions.md
@@ -30,7 +30,7 @@ LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 MUTANTS = mutmut==3.8.1
 # programs that read adapters. They are installed without what they depend on, which is CUDA and other releases of torch: only
 # their loading code runs, on a CPU. READERS_IMPORT is what that code imports.
-READERS = vllm==0.33.0 sglang==0.5.23
+READERS = vllm==0.33.0 sglang==0.5.23 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 READERS_IMPORT = torchvision==0.28.0 gguf==0.19.0 compressed-tensors==0.20.1 mistral_common==1.13.1 tiktoken==0.14.0 sentencepiece==0.2.3 \
        xgrammar==0.2.9 apache-tvm-ffi==0.1.15.post2 llguidance==1.9.1 interegular==0.3.3 partial-json-parser==0.2.1.1.post7 \
        openai==3.57.0 openai-harmony==0.0.8 fastapi==0.165.0 starlette==1.10.0 uvicorn==0.54.0 uvloop==0.23.0 watchfiles==1.3.0 \

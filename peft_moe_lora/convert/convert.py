@@ -14,7 +14,6 @@ import torch
 
 from ..experts.families import ONE_EACH
 from ..experts.layout import PROJECTIONS
-from ..files.adapter_file import WEIGHTS_NAME
 from ..files.card import write_card
 from ..files.folders import SIDE_FILES, new_folder, own_files
 from ..files.servers import Server
@@ -72,7 +71,8 @@ def convert_adapter(
     Args:
         src: folder of an adapter; its format is found from the names of its tensors.
         dst: folder to write. It appears only after everything is written.
-        to: name of the format to write: moe_lora, peft, per_expert, vllm_3d or sglang_3d.
+        to: name of the format to write: moe_lora, peft, per_expert, vllm_3d, sglang_3d
+            or mlx.
         base_config: the base model: a folder, a config, or a name on the hub; by default the base
             model that the adapter names, if it is a local folder. The adapter's shapes are compared
             with it, and it is needed to split gate from up.
@@ -192,13 +192,12 @@ def write_adapter(
     The folder gets the weights, the configuration, the model card, and copies of the files
     `copied`: the tokenizer's files and the README in the source adapter's folder.
     """
-    config = form.config(adapter)
     blocks = _blocks(adapter, form)
-    write_tensors(folder / WEIGHTS_NAME, blocks, form.metadata(adapter), progress)
-    config.save_pretrained(str(folder))
+    write_tensors(folder / form.weights_name, blocks, form.metadata(adapter), progress)
+    config = form.save_config(adapter, folder)
     for file in copied:
         shutil.copyfile(file, folder / file.name)
-    write_card(folder, form.card, config.to_dict(), adapter.notes, _servers(adapter, form))
+    write_card(folder, form.card, config, adapter.notes, _servers(adapter, form))
 
 
 def _blocks(adapter: Adapter, form: Format) -> Iterator[Block]:
@@ -230,8 +229,11 @@ def _linear_block(adapter: Adapter, form: Format, linear: LinearPair, key: str) 
         tensor = adapter.file.load(name)
         if is_B:
             tensor = rescale(tensor, linear.factor)
-        yield pad(tensor, rank_dim, linear.r)
+        tensor = pad(tensor, rank_dim, linear.r)
+        yield tensor.T if form.transposed_linears else tensor
 
+    if form.transposed_linears:
+        shape.reverse()
     return Block({form.rename(adapter, key): tuple(shape)}, info.dtype, make)
 
 

@@ -8,6 +8,7 @@ files that do not belong together.
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from ..files.text import quoted, shown
 from ..files.writing import CONFIG_NAME, check_saved
 from .base import BaseConfig, BaseModel, read_base
 from .foreign import looks_like
-from .formats import PREFIX, READERS, Format
-from .formats.format import Slots
+from .formats import FORMATS, PREFIX, READERS, Format
+from .formats.format import Opened, Slots
 from .linears import natural, read_linears
 from .model import Adapter, Experts, LinearPair, Pair
 from .options import left_out, refuse_options
@@ -53,16 +54,38 @@ def open_adapter(
         AdapterError, RefusedError: as in `convert_adapter`.
     """
     folder = Path(path)
+    for form in FORMATS.values():
+        opened = form.opened(folder)
+        if opened is not None:
+            return _of_another_program(folder, opened, base_config, b_layout)
     _check_weights(folder)
     file = TensorFile(folder / WEIGHTS_NAME)
     return read_adapter(file, folder / CONFIG_NAME, base_config, b_layout)
+
+
+def _of_another_program(
+    folder: Path, opened: Opened, base_config: BaseConfig | None, b_layout: str
+) -> Adapter:
+    """The adapter in a folder whose files are not PEFT's."""
+    check_own_file(opened.file.path)
+    path = folder / CONFIG_NAME
+    check_own_file(path)
+    config = _checked_config(path, opened.as_pefts(path, read_json(path)))
+    adapter = _read(opened.file, config, base_config, b_layout)
+    return replace(adapter, format=opened.format)
 
 
 def read_adapter(
     file: Tensors, config_path: Path, base_config: BaseConfig | None = None, b_layout: str = "auto"
 ) -> Adapter:
     """The same of tensors and a configuration in places of their own."""
-    config = _read_config(config_path)
+    config = _checked_config(config_path, read_json(config_path))
+    return _read(file, config, base_config, b_layout)
+
+
+def _read(
+    file: Tensors, config: dict[str, Any], base_config: BaseConfig | None, b_layout: str
+) -> Adapter:
     base = _base(base_config, config)
     names, paths = _names(file, base)
     _check_weights_of(file)
@@ -136,12 +159,11 @@ def _holds_config(folder: str) -> bool:
         return False
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read and check adapter_config.json.
+def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Check the contents of adapter_config.json.
 
     Missing patterns become empty dicts, and use_rslora becomes a boolean.
     """
-    config = read_json(path)
     if config.get("peft_type") not in ("LORA", "MOE_LORA"):
         raise AdapterError(
             f"{path}: peft_type must be LORA or MOE_LORA, got {quoted(config.get('peft_type'))}."

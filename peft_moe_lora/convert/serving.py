@@ -14,7 +14,7 @@ from .model import Adapter
 
 # projections that SGLang stacks: those that it needs, and those that may be missing
 _STACKED = ((("q_proj", "v_proj"), ("k_proj",)), (("q_a_proj", "kv_a_proj_with_mqa"), ()))
-_MERGE = "merge it into the base model instead (peft-moe-lora merge)"
+MERGE = "merge it into the base model instead (peft-moe-lora merge)"
 
 
 def vllm_refuses(adapter: Adapter, base: BaseModel) -> str | None:
@@ -26,12 +26,12 @@ def vllm_refuses(adapter: Adapter, base: BaseModel) -> str | None:
     if router is not None and not _is_gated(adapter, base):
         return (
             f"vLLM ignores LoRA on the routers of {base.architecture}, whose experts have no gate, "
-            f"but this adapter adapts {router}; {_MERGE}"
+            f"but this adapter adapts {router}; {MERGE}"
         )
     rank = max(layer.r for layer in adapter.layers())
     if VLLM.allocated(rank) is None:
         return (
-            f"vLLM accepts ranks up to {VLLM.ranks[-1]}, but this adapter has rank {rank}; {_MERGE}"
+            f"vLLM accepts ranks up to {VLLM.ranks[-1]}, but this adapter has rank {rank}; {MERGE}"
         )
     return None
 
@@ -83,15 +83,15 @@ def sglang_refuses(adapter: Adapter, base: BaseModel) -> str | None:
         return _lora_alone(SGLANG.name, held[0])
     router = _first_router(adapter)
     if router is not None:
-        return f"SGLang has no LoRA on routers, but this adapter adapts {router}; {_MERGE}"
+        return f"SGLang has no LoRA on routers, but this adapter adapts {router}; {MERGE}"
     if base.architecture in SGLANG_NO_QUERY and _adapts(adapter, "q_proj"):
         return (
             f"SGLang refuses LoRA on q_proj of {base.architecture}, of which it expects half the "
-            f"rows; {_MERGE}"
+            f"rows; {MERGE}"
         )
     incomplete = _incomplete_stack(adapter.linears)
     if incomplete is not None:
-        return f"SGLang loads {incomplete}; {_MERGE}"
+        return f"SGLang loads {incomplete}; {MERGE}"
     return None
 
 
@@ -106,7 +106,7 @@ def sglang_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
 
 
 def _lora_alone(server: str, key: str) -> str:
-    remedy = _MERGE
+    remedy = MERGE
     if key.endswith(".base_layer.weight"):
         remedy = "save it again with save_embedding_layers=False if the vocabulary has its old size"
     return f"{server} loads LoRA alone, but this adapter holds {key}; {remedy}"

@@ -277,3 +277,19 @@ VLLM_NO_EXPERT_BY_EXPERT = frozenset({"GptOssForCausalLM"})
 # Architectures of which SGLang 0.5.23 has no class of its own. It takes transformers' class, and
 # the sizes of a q_proj without the gate that is in the other half of its rows.
 SGLANG_NO_QUERY = frozenset({"Qwen3_5MoeForCausalLM"})
+
+# Model type -> the module with the experts in mlx-lm 0.32, whose block has the published name.
+MLX_BLOCKS = {
+    "deepseek_v3": "switch_mlp",
+    "glm4_moe": "switch_mlp",
+    "gpt_oss": "experts",
+    "mixtral": "switch_mlp",
+    "olmoe": "switch_mlp",
+    "qwen2_moe": "switch_mlp",
+    "qwen3_moe": "switch_mlp",
+}
+# Model type -> last names of layers that mlx-lm computes otherwise, and so without LoRA.
+MLX_NO_LORA = {
+    "deepseek_v3": frozenset({"gate", "kv_b_proj"}),
+    "glm4_moe": frozenset({"gate"}),
+}

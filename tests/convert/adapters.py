@@ -176,6 +176,31 @@ def update_sglang(folder, base, interleaved):
     return found
 
 
+def update_mlx(folder, base, interleaved, leaves):
+    """mlx-lm's reader: lora_a [E, r, K] and lora_b [E, N, r] of gate, up and down, times scale."""
+    state = load_file(Path(folder, "adapters.safetensors"))
+    config = config_of(folder)
+    assert (config["fine_tune_type"], config["num_layers"]) == ("lora", -1)
+    parameters, found = config["lora_parameters"], {}
+    for path in experts_paths(base):
+        block = path.removesuffix("experts")
+        if leaves[0] == "w1":
+            block = block.replace(".mlp.", ".block_sparse_moe.")
+        deltas = []
+        for part in DEFAULT_LEAVES:
+            name = f"{block}{'experts' if interleaved else 'switch_mlp'}.{part}"
+            assert re.sub(r"model\.layers\.\d+\.", "", name) in parameters["keys"]
+            A, B = state[f"{name}.lora_a"], state[f"{name}.lora_b"]
+            assert A.shape[1] == parameters["rank"]
+            deltas.append(parameters["scale"] * B @ A)
+        gate, up, down = deltas
+        gate_up = (
+            torch.stack((gate, up), 2).flatten(1, 2) if interleaved else torch.cat((gate, up), 1)
+        )
+        found[path] = {"gate_up": gate_up, "down": down}
+    return found
+
+
 # format -> its reader: (folder, case) -> update; every format but ours has one
 UPDATE_READERS = {
     "peft": lambda folder, case: update_vllm_3d(folder, case.base),
@@ -183,6 +208,9 @@ UPDATE_READERS = {
         folder, case.base, case.family in INTERLEAVED, LEAVES.get(case.family, DEFAULT_LEAVES)
     ),
     "vllm_3d": lambda folder, case: update_vllm_3d(folder, case.base),
+    "mlx": lambda folder, case: update_mlx(
+        folder, case.base, case.family in INTERLEAVED, LEAVES.get(case.family, DEFAULT_LEAVES)
+    ),
     "sglang_3d": lambda folder, case: update_sglang(folder, case.base, case.family in INTERLEAVED),
 }
 # formats that PEFT loads as its own

@@ -24,6 +24,13 @@ ROUTER = {"gpt_oss": "router", "llama4": "router"}
 NO_EXPORT = {"llama4"}
 # experts that vLLM finds under another name, or that have no gate
 NOT_IN_VLLM_3D = {"mixtral", "nemotron_h"}
+# family whose experts mlx-lm is known to name -> layers on which it has no LoRA
+IN_MLX = {
+    "qwen3_moe": set(),
+    "gpt_oss": set(),
+    "mixtral": set(),
+    "deepseek_v3": {"gate", "kv_b_proj"},
+}
 # family -> names of linear layers whose LoRA PEFT drops, because it takes them for experts'
 DROPPED_BY_PEFT = {"deepseek_v3": ("gate_proj", "up_proj", "down_proj")}
 _STACKS = {"gate_up": ("gate_up_proj", "up_proj"), "down": ("down_proj",)}

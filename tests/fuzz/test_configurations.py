@@ -16,7 +16,7 @@ from peft import LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from fuzz import written_out
-from fuzz.bases import DROPPED_BY_PEFT, NO_EXPORT, NOT_IN_VLLM_3D
+from fuzz.bases import DROPPED_BY_PEFT, IN_MLX, NO_EXPORT, NOT_IN_VLLM_3D
 from fuzz.configurations import configurations
 from fuzz.filled import IDS, fill, logits_of, trained_biases
 from helpers import assert_close, assert_unchanged, relative_error, snapshot
@@ -162,6 +162,8 @@ def no_such_format(base, life, to):
         return "vLLM"
     if to == "sglang_3d" and not_in_sglang(base, life):
         return "SGLang"
+    if to == "mlx" and (base.family not in IN_MLX or not_in_mlx(base, life)):
+        return "mlx-lm"
     # PEFT ignores the experts of these families in this format
     unread = {"gpt_oss": not_in_sglang(base, life), "nemotron_h": bool(life.without_lora)}
     if to == "per_expert" and unread.get(base.family):
@@ -177,6 +179,12 @@ def not_in_sglang(base, life):
         block, _, name = path.rpartition(".")
         blocks.setdefault(block, set()).add(name)
     return bool(life.without_lora or routers or any(map(incomplete, blocks.values())))
+
+
+def not_in_mlx(base, life):
+    """Whether mlx-lm has no LoRA on a layer beside the experts."""
+    absent = IN_MLX[base.family] | {"embed_tokens"}
+    return bool(life.without_lora) or any(path.rpartition(".")[2] in absent for path in life.meant)
 
 
 def incomplete(names):

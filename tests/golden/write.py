@@ -75,6 +75,9 @@ def write(family):
 
 def add(family, name):
     """One more format of a family: the adapter that is there in the others."""
+    if name == "mlx":
+        save(HERE / family / name, *mlx(family), file="adapters.safetensors")
+        return
     state, config = spelled_out(family)[name]
     config = {
         "peft_type": "LORA",
@@ -146,6 +149,27 @@ def spelled_out(family):
             {**targets, "peft_version": "0.18.1"},
         )
     return found
+
+
+def mlx(family):
+    """(tensors, configuration) as mlx-lm writes them."""
+    path, A, B, linears = read_ours(HERE / family)
+    block = path.replace("mlp", "block_sparse_moe") if family == "mixtral" else path
+    if family != "gpt_oss":
+        block = block.replace("experts", "switch_mlp")
+    gate, up = (torch.stack(rows) for rows in zip(*map(halves(family), B["gate_up"]), strict=True))
+    pairs = {"gate_proj": ("gate_up", gate), "up_proj": ("gate_up", up)}
+    pairs["down_proj"] = ("down", torch.stack(B["down"]))
+    state = {}
+    for name, (projection, side_B) in pairs.items():
+        state[f"{block}.{name}.lora_a"] = torch.stack(A[projection])
+        state[f"{block}.{name}.lora_b"] = side_B
+    for name, t in linears.items():
+        short = name.removeprefix(PREFIX).removesuffix(".weight")
+        state[short.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = t.T
+    keys = sorted({name.split(".", 3)[3].rpartition(".")[0] for name in state})
+    parameters = {"rank": R, "scale": ALPHA / R, "dropout": 0.0, "keys": keys}
+    return state, {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
 
 
 def halves(family):
@@ -235,10 +259,10 @@ def legacy(path, A, B):
     return state
 
 
-def save(folder, state, config):
+def save(folder, state, config, file="adapter_model.safetensors"):
     folder.mkdir()
     tensors = {n: t.detach().contiguous().clone() for n, t in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / file, {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -249,5 +273,5 @@ if __name__ == "__main__":
             continue
         (name,) = sys.argv[1:]
         # what was written once stays
-        if name in spelled_out(family) and not (HERE / family / name).exists():
+        if name in (*spelled_out(family), "mlx") and not (HERE / family / name).exists():
             add(family, name)

@@ -92,6 +92,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "Qwen3_5MoeForCausalLM": lambda: tiny_model("qwen3_5_moe", full_attention_interval=2),
     "Qwen3_5MoeForConditionalGeneration": lambda: _with_images(_qwen3_5_moe_with_images),
     "Qwen3VLMoeForConditionalGeneration": lambda: _with_images(_qwen3_vl_moe),
+    "Qwen2MoeForCausalLM": lambda: tiny_model("qwen2_moe"),
     "MixtralForCausalLM": lambda: tiny_model("mixtral"),
     "OlmoeForCausalLM": lambda: tiny_model("olmoe"),
     "DeepseekV3ForCausalLM": lambda: tiny_model("deepseek_v3", **_DEEPSEEK),

@@ -31,7 +31,7 @@ def tables() -> str:
 def _lines(reader: Reader) -> Iterator[str]:
     formats = list(dict.fromkeys(to for row in reader.rows.values() for to in row.formats))
     columns = ["architecture", *(f"`{to}`" for to in formats), "attention", "routers"]
-    yield f"{reader.server.name} {reader.version}, {reader.date}:"
+    yield f"{reader.name} {reader.version}, {reader.date}:"
     yield ""
     yield _line(columns)
     yield _line(["---"] * len(columns))

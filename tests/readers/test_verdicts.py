@@ -35,12 +35,12 @@ def verdict_of(reader, architecture, to, kind):
 def answer(adapter, reader, to):
     """Whether a conversion promises that the reader reads the result, and what it notes."""
     form = FORMATS[to]
-    assert reader.server in form.card.served_by
+    assert reader.server is None or reader.server in form.card.served_by
     try:
         prepared = prepare(adapter, form)
     except RefusedError as error:
         return False, str(error)
-    notes = " ".join(note for note in prepared.notes if reader.server.name in note)
+    notes = " ".join(note for note in prepared.notes if reader.name in note)
     return reader.server not in form.refusals(prepared), notes
 
 
@@ -56,7 +56,7 @@ def test_a_conversion_promises_what_the_reader_did(cases, reader, architecture, 
     if reader.server is VLLM and promised:
         assert ("--enable-mixed-moe-lora-format" in notes) == (verdict == MIXED)
     if not promised:
-        assert reader.server.name in notes
+        assert reader.name in notes
 
 
 def test_the_3d_architectures_are_those_that_were_run():

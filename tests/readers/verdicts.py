@@ -1,7 +1,8 @@
 """What each reader does with each format of each family, found by running the reader's own code.
 
-`test_vllm.py` and `test_sglang.py` run it. `test_verdicts.py`, which needs no reader, holds our
-conversions to the same table, and `readers_table.py` writes it into docs/serving.md.
+`test_vllm.py`, `test_sglang.py` and `test_mlx.py` run it. `test_verdicts.py`, which needs no
+reader, holds our conversions to the same table, and `readers_table.py` writes it into
+docs/serving.md.
 """
 
 from dataclasses import dataclass
@@ -41,13 +42,15 @@ class Reader:
     """A reader at one release.
 
     Attributes:
-        server: the reader, as our formats know it.
+        name: the reader's name.
+        server: the same as our formats know it, if it is a server.
         package, version: its release.
         date: when it was run.
         rows: architecture -> what it does.
     """
 
-    server: Server
+    name: str
+    server: Server | None
     package: str
     version: str
     date: str
@@ -58,6 +61,7 @@ _2D = {"per_expert": EXACT, "vllm_3d": MIXED}
 _3D = {"per_expert": MIXED, "vllm_3d": EXACT}
 
 VLLM_0_33 = Reader(
+    "vLLM",
     VLLM,
     "vllm",
     "0.33.0",
@@ -85,6 +89,7 @@ _NO_LAYER = refused("No corresponding LoRA layer supported")
 _BOTH = {"per_expert": EXACT, "sglang_3d": EXACT}
 
 SGLANG_0_5_23 = Reader(
+    "SGLang",
     SGLANG,
     "sglang",
     "0.5.23",
@@ -117,4 +122,25 @@ SGLANG_0_5_23 = Reader(
     },
 )
 
-READERS = (VLLM_0_33, SGLANG_0_5_23)
+_NO_PARAMETER = refused("not an adapter parameter in the model")
+_NO_GATE = refused("Can't convert layer of type MoEGate to LoRA")
+_MLX = {"mlx": EXACT}
+
+MLX_0_32 = Reader(
+    "mlx-lm",
+    None,
+    "mlx-lm",
+    "0.32.2",
+    "2026-11-30",
+    {
+        "Qwen3MoeForCausalLM": Row(_MLX),
+        "Qwen2MoeForCausalLM": Row(_MLX),
+        "MixtralForCausalLM": Row(_MLX),
+        "OlmoeForCausalLM": Row(_MLX),
+        "DeepseekV3ForCausalLM": Row(_MLX, attention=_NO_PARAMETER, router=_NO_GATE),
+        "Glm4MoeForCausalLM": Row(_MLX, router=_NO_GATE),
+        "GptOssForCausalLM": Row(_MLX),
+    },
+)
+
+READERS = (VLLM_0_33, SGLANG_0_5_23, MLX_0_32)

@@ -3,13 +3,16 @@
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from peft import LoraConfig
 
+from ...files.adapter_file import WEIGHTS_NAME
 from ...files.card import CardText
 from ...files.servers import Server
-from ...files.tensor_file import AdapterError, Block
+from ...files.tensor_file import AdapterError, Block, Tensors
 from ..model import Adapter, Experts, Pair
 from ..source import Slot, Source
 
@@ -47,6 +50,21 @@ class Read(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class Opened(NamedTuple):
+    """A folder in the files of another program than PEFT.
+
+    Attributes:
+        format: name of the format.
+        file: its tensors, under names and in shapes of a format in PEFT's files.
+        as_pefts: function of the configuration's path and its contents. It returns the same as
+            fields of PEFT, or raises if these cannot say it.
+    """
+
+    format: str
+    file: Tensors
+    as_pefts: Callable[[Path, dict[str, Any]], dict[str, Any]]
+
+
 class Format(ABC):
     """One format: reads its tensors into pairs, and writes pairs as its tensors.
 
@@ -61,6 +79,8 @@ class Format(ABC):
         every_family: whether it can describe every family that this package adapts. If not,
             `Family.exports` gives the reason why a family's adapters cannot be written.
         keeps_dropout: whether it keeps lora_dropout, for further training.
+        weights_name: name of the file with the tensors.
+        transposed_linears: whether it stores A [K, r] and B [r, N] of ordinary layers.
     """
 
     name: str
@@ -71,6 +91,12 @@ class Format(ABC):
     some_experts = False
     every_family = False
     keeps_dropout = False
+    weights_name = WEIGHTS_NAME
+    transposed_linears = False
+
+    def opened(self, folder: Path) -> Opened | None:
+        """The adapter in a folder, if it is in files of this format that PEFT does not have."""
+        return None
 
     def slots(self, source: Source) -> Slots:
         """The expert tensors of this format in a file.
@@ -131,6 +157,12 @@ class Format(ABC):
     @abstractmethod
     def config(self, adapter: Adapter) -> LoraConfig:
         """The configuration that is saved as adapter_config.json."""
+
+    def save_config(self, adapter: Adapter, folder: Path) -> dict[str, Any]:
+        """Write adapter_config.json, and return its fields of PEFT."""
+        config = self.config(adapter)
+        config.save_pretrained(str(folder))
+        return config.to_dict()
 
     def metadata(self, adapter: Adapter) -> dict[str, str]:
         """The strings in the header of the safetensors file."""
