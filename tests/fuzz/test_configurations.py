@@ -165,7 +165,11 @@ def no_such_format(base, life, to):
     if to == "mlx" and (base.family not in IN_MLX or not_in_mlx(base, life)):
         return "mlx-lm"
     # PEFT ignores the experts of these families in this format
-    unread = {"gpt_oss": not_in_sglang(base, life), "nemotron_h": bool(life.without_lora)}
+    routers = set(life.meant) & set(base.names.routers)
+    unread = {
+        "gpt_oss": not_in_sglang(base, life),
+        "nemotron_h": bool(life.without_lora or routers),
+    }
     if to == "per_expert" and unread.get(base.family):
         return "no program reads"
     return None
