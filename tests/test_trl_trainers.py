@@ -16,7 +16,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 from helpers import (
     R,
     adapter_parameters,
-    assert_close,
     causal_families,
     fill_adapter,
     moe_lora,
@@ -197,10 +196,7 @@ def test_grpo_sends_merged_experts_as_vllm_reads_them_and_restores_the_base(dtyp
         assert torch.equal(w13, experts.gate_up_proj)
         assert torch.equal(w2, experts.down_proj)
     restored = copies(model.unload())
-    assert all(torch.equal(restored[name], before[name]) for name in before if "gate.w" not in name)
-    for name in before:
-        # PEFT subtracts the router's update, up to rounding
-        assert_close(restored[name], before[name], 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert all(torch.equal(restored[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("family", causal_families())
@@ -216,7 +212,7 @@ def test_fifty_synchronizations_leave_the_base_as_it_was():
     """A training with GRPO merges and unmerges in every step: rounding would add up."""
     base = tiny_model(dtype=torch.bfloat16)
     before = copies(base)
-    model = moe_lora(base)
+    model = moe_lora(base, target_modules=["experts", "gate", "q_proj", "v_proj", "embed_tokens"])
     plain = outputs(model)
     for step in range(50):
         fill_adapter(model, seed=step)

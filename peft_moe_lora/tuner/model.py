@@ -26,7 +26,7 @@ from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
 from ..parallel import divided, fsdp, sharding, zero
 from ..parallel.replicated import cast_up, replicate
-from . import checkpoint, saving, targets, weighted, words
+from . import checkpoint, restoring, saving, targets, weighted, words
 from .combining import Combination
 from .initial import minus_initial
 from .loading import check_over_existing
@@ -305,7 +305,11 @@ class MoELoraModel(LoraModel):
             self._to_gathered(lambda layer: layer.merge(safe_merge, adapter_names))
             return
         safe_merge = still_unchecked(self.model, safe_merge, adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        restoring.keep(self.model)
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        finally:
+            restoring.drop_unmerged(self.model)
 
     def merge_and_unload(
         self,
@@ -328,10 +332,16 @@ class MoELoraModel(LoraModel):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
-        """Subtract all merged adapters, as PEFT does; every process must call this if sharded."""
+        """Subtract all merged adapters again; the weights are what they were, bit for bit.
+
+        Of layers beside experts, quantized and sharded weights are restored up to rounding, as PEFT
+        does it. Every process must call this if the model is sharded.
+        """
         fsdp.reshard(self.model)
         if not zero.partitions(self.model):
+            merged = restoring.merged_layers(self.model)
             super().unmerge_adapter()
+            restoring.restore(merged)
             return
         self._to_gathered(lambda layer: layer.unmerge())
 

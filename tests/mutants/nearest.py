@@ -284,6 +284,7 @@ NEAREST = {
         "tuner/test_beside_adapters.py",
         "tuner/test_second_adapter.py",
     ),
+    "tuner/restoring.py": ("tuner/test_restoring.py",),
     "tuner/words.py": (
         "tuner/test_pefts_words.py",
         "tuner/test_names_people_try.py",
