@@ -1,8 +1,10 @@
 """mask[m, k] = 0 or 1 / (1 - p), computed only from the seed, the slot of row m and the column k.
 
-No mask is stored: backward computes it again.
+No mask is stored: backward computes it again. One hash serves two columns: each takes 16 of its 32
+bits, and is dropped if they are below p * 2^16. So p is rounded to a multiple of 2^-16, and the
+scale belongs to the rounded p.
 
-Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
+Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k // 2 ^ hash(slot ^ seed).
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,11 @@ class Dropout:
     seed: torch.Tensor
 
 
+def threshold(p: float) -> int:
+    """p * 2^16, rounded; an element is dropped if its bits are below it."""
+    return min(max(round(p * 65536), 1), 65535)
+
+
 def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.Tensor:
     """The mask of some rows.
 
@@ -33,8 +40,10 @@ def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.
     """
     slot_hash = _mix(row_slot.long() ^ (dropout.seed & 0xFFFFFFFF))
     columns = torch.arange(width, device=row_slot.device)
-    kept = _mix(columns[None, :] ^ slot_hash[:, None]) >= int(dropout.p * 2**32)
-    return kept.float() / (1 - dropout.p)
+    pair_hash = _mix(columns[None, :] // 2 ^ slot_hash[:, None])
+    bits = pair_hash >> 16 * (columns % 2) & 0xFFFF
+    below = threshold(dropout.p)
+    return (bits >= below).float() * (65536 / (65536 - below))
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:

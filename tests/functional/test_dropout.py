@@ -24,5 +24,20 @@ def test_the_mask_is_the_hash_of_column_slot_and_seed(p, seed):
     mask = dropout_mask(Dropout(p, torch.tensor([seed])), torch.tensor(slots).int(), width)
     for row, slot in zip(mask.tolist(), slots, strict=True):
         start = lowbias32(slot ^ seed % 2**32)
-        kept = [lowbias32(k ^ start) >= int(p * 2**32) for k in range(width)]
-        assert row == [pytest.approx(1 / (1 - p)) if keep else 0 for keep in kept]
+        # two columns share a hash: an even one has its low half, the odd one after it the high half
+        bits = [lowbias32(k // 2 ^ start) >> 16 * (k % 2) & 0xFFFF for k in range(width)]
+        below = round(p * 2**16)
+        scale = pytest.approx(2**16 / (2**16 - below))
+        assert row == [scale if b >= below else 0 for b in bits]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_elements_are_dropped_as_often_as_p_says_and_independently(p):
+    mask = dropout_mask(Dropout(p, torch.tensor([7])), torch.arange(2000).int(), 512)
+    dropped = mask == 0
+    assert dropped.float().mean() == pytest.approx(p, abs=2e-3)
+    assert mask.mean() == pytest.approx(1, abs=4e-3)
+    # neighbours: two columns of one hash, two hashes of one row, two rows
+    pairs = dropped[:, 0::2] & dropped[:, 1::2], dropped[:, 1:-1:2] & dropped[:, 2::2]
+    for both in (*pairs, dropped[1:] & dropped[:-1]):
+        assert both.float().mean() == pytest.approx(p * p, abs=2e-3)

@@ -172,9 +172,13 @@ def launch_layer(
     kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True)
 
 
-def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):
-    """Products of ordered rows, in both orders of the weight, with and without a bias; on meta."""
-    from peft_moe_lora.ops import kernels
+def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544, p=0.0):
+    """Products of ordered rows, in both orders of the weight, with and without a bias; on meta.
+
+    Args:
+        p: of dropout.
+    """
+    from peft_moe_lora.ops import Dropout, kernels
     from peft_moe_lora.ops.ranks import stored_rank
 
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
@@ -183,7 +187,8 @@ def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544):
     lora_B = empty(N, r * E, dtype=torch.float32).view(N, E, r).permute(1, 0, 2) if r else None
     for weight in (empty(E, N, K, dtype=dtype), empty(E, K, N, dtype=dtype).transpose(1, 2)):
         for b in (None, bias):
-            kernels.expert_linear(x, weight, routing, bias=b, xa=xa, lora_B=lora_B)
+            dropout = Dropout(p, empty(1, dtype=torch.int64)) if p else None
+            kernels.expert_linear(x, weight, routing, bias=b, xa=xa, lora_B=lora_B, dropout=dropout)
 
 
 FORMS = (False, False), (True, False), (True, True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ops.problems import ACTIVATIONS, check, hopper, random, rank_rows
-from peft_moe_lora.ops import Activation
+from peft_moe_lora.ops import Activation, Dropout
 
 # ---- the choice ----------------------------------------------------------------------------------
 
@@ -335,6 +335,21 @@ def test_the_bits_of_the_kernels_without_roles(kernels, gathered, monkeypatch, r
     for module in (linear, linear_act):
         monkeypatch.setattr(module, "by_roles", lambda *args: False)
     assert all(torch.equal(a, b) for a, b in zip(ours, product(), strict=True))
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("gather", [False, True], ids=["in order", "gathered"])
+@pytest.mark.parametrize(("rows", "r"), [("tails", 16), ("skewed", 24), ("tails", 80)])
+def test_a_masked_low_rank_term(kernels, ran, rows, r, gather):
+    p = Product(kernels, ROWS[rows], 520, 256, r, True, False, torch.bfloat16)
+    x = p.tokens if gather else p.x
+    dropout = Dropout(0.3, torch.tensor([77], device="cuda"))
+    rest = {**p.rest, "gather": gather, "dropout": dropout}
+    (y,) = check(kernels, "expert_linear", p, x, p.weight, p.routing, **rest)
+    assert ran("linear_roles")
+    again = kernels.expert_linear(x, p.weight, p.routing, **rest)
+    assert torch.equal(y[: p.valid], again[: p.valid])
 
 
 @pytest.mark.gpu

@@ -168,10 +168,14 @@ def _linear(
 ) -> None:
     """Write the rows of y that belong to the routing's tiles."""
     packed = not isinstance(weight, torch.Tensor)
-    if not packed and dropout is None:
-        if by_roles(x, weight, routing, bias, xa, lora_B, y, gather):
+    if not packed:
+        if by_roles(x, weight, routing, bias, xa, lora_B, y, gather, dropout=dropout):
             return
-        if not gather and linear_ordered(x, weight, routing, bias, xa, lora_B, y):
+        if (
+            dropout is None
+            and not gather
+            and linear_ordered(x, weight, routing, bias, xa, lora_B, y)
+        ):
             return
     _, N, K = weight.shape
     r = rank_of(xa, lora_B)

@@ -95,7 +95,7 @@ def _outer_kernel(
             small = small.to(small_ptr.dtype.element_ty)
             w = next_w
         if P > 0:
-            wide = wide.to(tl.float32) * dropout_mask(seed_ptr, slots, offs_w, P)
+            wide = wide.to(tl.float32) * dropout_mask(seed_ptr, slots[:, None], offs_w[None, :], P)
             wide = wide.to(wide_ptr.dtype.element_ty)
         # [wide, M] @ [M, small] -> [wide, small]
         acc = tl.dot(wide.trans(), small, acc, input_precision=PRECISION)

@@ -67,7 +67,7 @@ def _shrink_kernel(
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             lora_A = tl.load(lora_A_ptrs, mask=mask_k[:, None] & (offs_r < r)[None, :], other=0.0)
         if P > 0:
-            x = x.to(tl.float32) * dropout_mask(seed_ptr, slots, k + offs_k, P)
+            x = x.to(tl.float32) * dropout_mask(seed_ptr, slots[:, None], (k + offs_k)[None, :], P)
             x = x.to(x_ptr.dtype.element_ty)
         lora_A = lora_A.to(x_ptr.dtype.element_ty)
         acc = tl.dot(x, lora_A, acc, input_precision=PRECISION)  # [M, K] @ [K, R] -> [M, R]

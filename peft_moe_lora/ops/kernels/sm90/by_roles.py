@@ -3,6 +3,7 @@
 import torch
 
 from ...activation import Activation
+from ...dropout import Dropout
 from ...routing import Routing
 from ..tiles.tile import linear_blocks
 from .in_gluon import in_gluon
@@ -19,6 +20,7 @@ def by_roles(
     gather: bool = False,
     activation: Activation | None = None,
     act: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> bool:
     """Compute the product by `linear_roles` if possible; return whether it was computed.
 
@@ -35,5 +37,5 @@ def by_roles(
         return False
     programs, _, blocks = found
     return kernel(
-        programs, blocks, x, weight, routing, bias, xa, lora_B, y, gather, activation, act
+        programs, blocks, x, weight, routing, bias, xa, lora_B, y, gather, activation, act, dropout
     )

@@ -1,9 +1,10 @@
-"""y[m] = W[e] x[row] + bias[e] + B[e] xa[m], and act[m] = activation(y[m]): warp-specialized.
+"""y[m] = W[e] x[row] + bias[e] + mask * (B[e] xa[m]), and act[m] = activation(y[m]): by roles.
 
 A persistent kernel. One or four of its warps load (`linear_roles_load`), and eight warps multiply
 and store (`linear_roles_store`). So the next tile is loaded while this tile is stored. The low-rank
 term is computed in additional steps of the K loop, as in `linear_ordered`. But such a step
-multiplies only the columns that r needs: 16 of 64 at r = 16. The kernel takes 0.87 to 1.03 of the
+multiplies only the columns that r needs: 16 of 64 at r = 16. With dropout these steps come first,
+and their sums are multiplied by the mask. The kernel takes 0.87 to 1.03 of the
 time of the kernels for other GPUs (NVIDIA H200, 2026-11-21; docs/performance.md).
 
 Legend, of one program (its sizes are in `linear_roles_tile`):
@@ -38,11 +39,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...activation import Activation
+from ...dropout import Dropout
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, padded_rank
 from ..tiles.activation import activation_constants
 from ..tiles.descriptors import operand_descriptors
+from ..tiles.dropout import dropout_mask, probability_and_seed
 from ..tiles.tile import rank_of, strides_or_zeros
 from .linear_roles_load import produce
 from .linear_roles_store import store_half, store_tail
@@ -101,11 +104,50 @@ def _multiply_step(
 
 
 @gluon.jit
+def _masked_low_rank(
+    acc, left, right, dropout, stages, step, first_row, end, tail_end, n, P: gl.constexpr,
+    HALF: gl.constexpr, TAILS: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr,
+    K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The low-rank term of a tile, multiplied by the mask of dropout.
+
+    dropout: (pointer of the seed, pointer of the slot of each row).
+    Returns: acc, left, right, the number of the next step.
+    """
+    seed_ptr, row_slot_ptr = dropout
+    for TAIL in gl.static_range(2 if TAILS else 1):
+        runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
+        for i in range(R_STEPS * runs):
+            acc, left, right, step = _multiply_step(
+                acc, left, right, stages, step, i > 0, HALF, TAIL, R_WIDTH, False, K_UNIT, STAGES
+            )
+        if TAIL:
+            acc, left, right = warpgroup_mma_wait(0, deps=[acc, left, right])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(stages[3].index(stage_of(step - 1, STAGES)))
+    rows = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, acc.type.layout))
+    cols = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, acc.type.layout))
+    slots = gl.load(row_slot_ptr + gl.minimum(rows, end - 1))
+    acc *= dropout_mask(seed_ptr, slots[:, None], cols[None, :], P)
+    if TAILS and tail_end > end:
+        # the product of a tail is transposed
+        tail_rows = end + gl.arange(0, BOX_M, gl.SliceLayout(0, left.type.layout))
+        tail_slots = gl.load(row_slot_ptr + gl.minimum(tail_rows, tail_end - 1))[None, :]
+        j = gl.arange(0, 64, gl.SliceLayout(1, left.type.layout))
+        left_cols = (n * BLOCK_N + 64 * HALF + j)[:, None]
+        left *= dropout_mask(seed_ptr, tail_slots, left_cols, P)
+        right *= dropout_mask(seed_ptr, tail_slots, left_cols + 128, P)
+    return acc, left, right, step
+
+
+@gluon.jit
 def _consume(
-    output, stages, messages, N, K, dtype: gl.constexpr, HALF: gl.constexpr, TAILS: gl.constexpr,
-    GATHER: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr,
-    K_UNIT: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
-    LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+    output, dropout, stages, messages, N, K, dtype: gl.constexpr, P: gl.constexpr,
+    HALF: gl.constexpr, TAILS: gl.constexpr, GATHER: gl.constexpr, HALVES: gl.constexpr,
+    R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    KIND: gl.constexpr, GATED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
+    UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """In four warps: multiply and store one half of every tile, until there are no more tiles."""
     y, act, bias = output
@@ -136,6 +178,11 @@ def _consume(
             acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, layout)
             left = gl.zeros([64, BOX_M], gl.float32, tail_layout)
             right = gl.zeros([64, BOX_M], gl.float32, tail_layout)
+            if P > 0:
+                acc, left, right, step = _masked_low_rank(
+                    acc, left, right, dropout, stages, step, first_row, end, tail_end, n, P, HALF,
+                    TAILS, R_STEPS, R_WIDTH, K_UNIT, STAGES,
+                )  # fmt: skip
             # one K loop without a tail and one with it; one of the two has no iterations. In a
             # single loop with a branch, products would not stay in flight
             for TAIL in gl.static_range(2 if TAILS else 1):
@@ -145,7 +192,7 @@ def _consume(
                         acc, left, right, stages, step, i > 0, HALF, TAIL, BLOCK_K, GATHER, K_UNIT,
                         STAGES,
                     )  # fmt: skip
-                for _ in range(R_STEPS * runs):
+                for _ in range(0 if P > 0 else R_STEPS * runs):
                     acc, left, right, step = _multiply_step(
                         acc, left, right, stages, step, True, HALF, TAIL, R_WIDTH, False, K_UNIT,
                         STAGES,
@@ -178,12 +225,13 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["lines"])
 def _linear_roles_kernel(
-    x_desc, weight_desc, xa_desc, lora_B_desc, y_ptr, act_ptr, x_ptr, bias_ptr, row_token_ptr,
-    tiles_ptr, lines, N, K, stride_xm, stride_biase, stride_biasn,
-    GATHER: gl.constexpr, EVEN_K: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
-    PRODUCER: gl.constexpr, CONSUMER: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
-    INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
+    x_desc, weight_desc, xa_desc, lora_B_desc, y_ptr, act_ptr, x_ptr, bias_ptr, seed_ptr,
+    row_token_ptr, row_slot_ptr, tiles_ptr, lines, N, K, stride_xm, stride_biase, stride_biasn,
+    GATHER: gl.constexpr, P: gl.constexpr, EVEN_K: gl.constexpr, R_STEPS: gl.constexpr,
+    R_WIDTH: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr,
+    STAGES: gl.constexpr, PRODUCER: gl.constexpr, CONSUMER: gl.constexpr, KIND: gl.constexpr,
+    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
+    UP_SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Persistent grid. PRODUCER, CONSUMER: registers of a thread that loads, and of one that
     multiplies.
@@ -204,28 +252,29 @@ def _linear_roles_kernel(
     messages = make_messages(2)
     operands = x_desc, weight_desc, xa_desc, lora_B_desc
     x = x_ptr, row_token_ptr, stride_xm
+    dropout = seed_ptr, row_slot_ptr
     output = y_ptr, act_ptr, (bias_ptr, stride_biase, stride_biasn)
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    output, stages, messages, N, K, dtype, 0, TAILS, GATHER, HALVES, R_STEPS,
-                    R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
+                    output, dropout, stages, messages, N, K, dtype, P, 0, TAILS, GATHER, HALVES,
+                    R_STEPS, R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
             (
                 _consume,
                 (
-                    output, stages, messages, N, K, dtype, 1, TAILS, GATHER, HALVES, R_STEPS,
-                    R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
+                    output, dropout, stages, messages, N, K, dtype, P, 1, TAILS, GATHER, HALVES,
+                    R_STEPS, R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
                 ),
             ),
             (
                 produce,
                 (
                     operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP, TAILS, GATHER,
-                    EVEN_K, HALVES, R_STEPS, K_UNIT, STAGES,
+                    P > 0, EVEN_K, HALVES, R_STEPS, K_UNIT, STAGES,
                 ),
             ),
         ],
@@ -300,8 +349,9 @@ def linear_roles(
     gather: bool = False,
     activation: Activation | None = None,
     act: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> bool:
-    """Write `expert_linear` without dropout into y, or `expert_linear_act` into y and act.
+    """Write `expert_linear` into y, or `expert_linear_act` into y and act.
 
     Args:
         programs, blocks: as `tile.linear_blocks` returns them.
@@ -311,6 +361,7 @@ def linear_roles(
         y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles. None if only
             act is wanted.
         act: [M, I], like y; None without an activation.
+        dropout: masks the low-rank term, where there is one; not with an activation.
     Returns: whether the outputs were written. If strides or alignment do not allow TMA or stores of
         16 bytes, nothing is written.
     """
@@ -325,9 +376,13 @@ def linear_roles(
     if descriptors is None:
         return False
     _, N, K = weight.shape
+    p, seed = 0.0, None
+    if xa is not None:
+        p, seed = probability_and_seed(dropout)
     r_steps, r_width = _low_rank_steps(rank_of(xa, lora_B))
     constants = {
         "GATHER": gather,
+        "P": p,
         "EVEN_K": K % BLOCK_K.value == 0,
         "R_STEPS": r_steps,
         "R_WIDTH": r_width,
@@ -339,19 +394,29 @@ def linear_roles(
         constants |= activation_constants(activation)
     # rows in expert order are loaded by descriptor
     x_and_tokens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    slots = None if seed is None else routing.row_slot
     stride_xm = 0
     if gather:
         x_and_tokens = (x, routing.row_token)
         stride_xm = x.stride(0)
     key = (
         "linear_roles", facts(bias), N, K, x.dtype, r_steps, r_width, blocks["K_UNIT"],
-        blocks["GROUP"], gather, stride_xm, activation, y is None,
+        blocks["GROUP"], gather, stride_xm, activation, y is None, p,
     )  # fmt: skip
     launch(
         key,
         _linear_roles_kernel,
         (programs, 1, 1),
-        (y, act, x_and_tokens[0], bias, x_and_tokens[1], routing.tiles),
+        (
+            y,
+            act,
+            x_and_tokens[0],
+            bias,
+            seed,
+            x_and_tokens[1],
+            slots,
+            routing.tiles,
+        ),
         lambda: ((N, K, stride_xm, *strides_or_zeros(bias, 2)), constants),
         (routing.tiles.shape[0],),
         descriptors,

@@ -146,8 +146,9 @@ def _load_gathered(
 @gluon.jit
 def produce(
     operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP: gl.constexpr,
-    TAILS: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, HALVES: gl.constexpr,
-    R_STEPS: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    TAILS: gl.constexpr, GATHER: gl.constexpr, LOW_RANK_FIRST: gl.constexpr,
+    EVEN_K: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, K_UNIT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Take output tiles from the queue until it is empty; announce each tile and load its steps.
 
@@ -172,6 +173,11 @@ def produce(
             send(messages, message, e, first_row, end, n, WARPS)
             message += 1
             steps = gl.cdiv(K, BLOCK_K)
+            if LOW_RANK_FIRST:
+                step = _load_boxes(
+                    xa_desc, lora_B_desc, R_STEPS, stages, step, e, first_row, end, n, GATHER,
+                    HALVES, K_UNIT, STAGES,
+                )  # fmt: skip
             if GATHER:
                 step = _load_gathered(
                     x, weight_desc, steps, stages, step, e, first_row, end, n, K, EVEN_K, HALVES,
@@ -182,7 +188,7 @@ def produce(
                     x_desc, weight_desc, steps, stages, step, e, first_row, end, n, False, HALVES,
                     K_UNIT, STAGES,
                 )  # fmt: skip
-            if R_STEPS > 0:
+            if R_STEPS > 0 and not LOW_RANK_FIRST:
                 step = _load_boxes(
                     xa_desc, lora_B_desc, R_STEPS, stages, step, e, first_row, end, n, GATHER,
                     HALVES, K_UNIT, STAGES,

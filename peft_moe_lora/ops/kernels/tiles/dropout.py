@@ -1,6 +1,6 @@
 """mask[m, k] = 0 or 1 / (1 - p), computed from (seed, slot of row m, column k), never stored.
 
-Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k ^ hash(slot ^ seed).
+Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k // 2 ^ hash(slot ^ seed).
 Twin: `ops.dropout.dropout_mask`.
 """
 
@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...dropout import Dropout
+from ...dropout import Dropout, threshold
+
+_threshold = triton.constexpr_function(threshold)
 
 
 @triton.jit
@@ -23,14 +25,16 @@ def _mix(h):
 
 @triton.jit
 def dropout_mask(seed_ptr, slots, columns, P: tl.constexpr):
-    """[M, K] fp32 of 0 and 1 / (1 - P) for slots [M] and columns [K]."""
+    """0 and 1 / (1 - P) in fp32, for slots and columns [M, 1] and [1, K], or [1, M] and [K, 1].
+
+    A thread that has two columns of one hash computes it once, because the compiler sees that.
+    """
+    BELOW: tl.constexpr = _threshold(P)
+    SCALE: tl.constexpr = 65536.0 / (65536 - BELOW)
     seed = tl.load(seed_ptr).to(tl.uint32)
-    row_hash = _mix(slots.to(tl.uint32) ^ seed)
-    h = _mix(columns.to(tl.uint32)[None, :] ^ row_hash[:, None])
-    # compared as int64: Triton would choose the type of a literal threshold by its value
-    keep = h.to(tl.int64) >= tl.full((), P * 4294967296.0, tl.float64).to(tl.int64)
-    scale: tl.constexpr = 1.0 / (1.0 - P)
-    return tl.where(keep, scale, 0.0)
+    h = _mix((columns >> 1).to(tl.uint32) ^ _mix(slots.to(tl.uint32) ^ seed))
+    bits = (h >> ((columns & 1) * 16).to(tl.uint32)) & 0xFFFF
+    return tl.where(bits.to(tl.int32) >= BELOW, SCALE, 0.0)
 
 
 def probability_and_seed(dropout: Dropout | None) -> tuple[float, torch.Tensor | None]:

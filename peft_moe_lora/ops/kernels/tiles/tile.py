@@ -142,7 +142,8 @@ def tile_product(
             )  # fmt: skip
             acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
         if P > 0:
-            acc *= dropout_mask(seed_ptr, tl.load(row_slot_ptr + rows), cols, P)
+            slots = tl.load(row_slot_ptr + rows)
+            acc *= dropout_mask(seed_ptr, slots[:, None], cols[None, :], P)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + e * stride_biase + cols * stride_biasn, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
