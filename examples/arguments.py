@@ -42,6 +42,10 @@ class Arguments:
     r: int = field(
         default=16, metadata={"help": "rank of each update; lora_alpha is 2 r", "metavar": "N"}
     )
+    liger: bool = field(
+        default=False,
+        metadata={"help": "Liger's norms, rope and chunked loss; needs a GPU and liger-kernel"},
+    )
     pretrain_steps: int = field(
         default=300, metadata={"help": "steps that make the tiny model", "metavar": "N"}
     )

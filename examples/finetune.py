@@ -175,6 +175,7 @@ def training_arguments(args: Arguments, **more: Any) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
+        use_liger_kernel=args.liger,
         **checkpointing,
         **more,
     )

@@ -113,6 +113,7 @@ def settings(args: TrlArguments, stage: str, steps: int, learning_rate: float) -
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "report_to": "none",
+        "use_liger_kernel": args.liger,
     }
 
 

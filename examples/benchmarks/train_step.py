@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.integrations.liger import apply_liger_kernel
 
 from agreement import check
 from cases import MIB, QWEN3_30B, TINY_QWEN3, dtype_name
@@ -141,6 +142,10 @@ class Arguments:
     )
     steps: int = field(
         default=5, metadata={"help": "timed in a row per turn (default: 5, with --tiny 1)"}
+    )
+    liger: bool = field(
+        default=False,
+        metadata={"help": "every route with Liger's norms, rope and chunked loss (extra `liger`)"},
     )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "write every number here"}
@@ -282,6 +287,10 @@ def main(argv: list[str] | None = None) -> int:
     except CheckFailed as error:
         print(f"No numbers: {error}.", file=sys.stderr)
         return 1
+    if args.liger:
+        # after the check, which needs logits; the experts stay each route's own
+        for route in routes.values():
+            apply_liger_kernel(route.model, {"swiglu": False})
     machine = describe_machine(torch.device(args.device))
     model = f"Qwen3-30B-A3B cut to {args.layers} layers, {dtype_name(args.dtype)}: {args.sizes}"
     report = {
@@ -299,6 +308,8 @@ def main(argv: list[str] | None = None) -> int:
             # after every case, so that an interrupted run leaves what it has
             write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
     line = f"{started:%Y-%m-%d}; {args.layers} layers, r = {args.rank}"
+    if args.liger:
+        line += ", with Liger"
     print(f"{machine_line(machine)}, {line}")
     print(format_table([asdict(r) | {"checkpointing": YES_NO[r.ckpt]} for r in rows], COLUMNS))
     return int(any(row.failed for row in rows))

@@ -28,6 +28,9 @@ NOT_YET = {
 }
 # fmt: on
 
+# Start of the names of liger-kernel's modules; it replaces classes and forwards of experts.
+LIGER = "liger_kernel."
+
 # Class of a router -> name of a linear layer whose weight the router reads without calling the
 # layer. The tuner refuses to put a LoRA on that layer, because it would have no effect.
 READ_NOT_CALLED = {

@@ -16,7 +16,7 @@ from torch import nn
 from ..ops import Activation
 from ..ops.quantized import QuantizedWeight
 from .activation import fused_activation
-from .families import FAMILIES, NOT_YET, Family
+from .families import FAMILIES, LIGER, NOT_YET, Family
 from .stored import FLOATS, UnsupportedExperts, Weight, is_stacked, shape_of, stored_weight
 
 # the projections of an experts module, which a configuration can choose from
@@ -198,6 +198,12 @@ def read_layout(module: nn.Module) -> ExpertsLayout:
     if name in NOT_YET:
         raise UnsupportedExperts(
             f"{name} is not supported yet: {NOT_YET[name]}. Take it out of target_modules."
+        )
+    if type(module).__module__.startswith(LIGER):
+        raise UnsupportedExperts(
+            f"{name} stands in place of the model's own experts, because liger-kernel has replaced "
+            "their class. Build the model before Liger's kernels are applied, or apply them with "
+            "swiglu=False."
         )
     if name in FAMILIES:
         return _read_family(module, FAMILIES[name])

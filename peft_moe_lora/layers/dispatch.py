@@ -22,6 +22,7 @@ from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, experts
 from .frozen import compute_frozen
 from .implementations import IMPLEMENTATION
+from .replaced import take_back_forward
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -95,6 +96,7 @@ def _new_config_view() -> AdaptedExpertsConfig:
 
 def attach(layer: "MoELoraLayer", base_layer: nn.Module) -> None:
     """Make an experts module dispatch to its layer, if it is on transformers' interface."""
+    take_back_forward(base_layer)
     if layer.layout.decorated:
         # nn.Module annotates every attribute as a tensor or a module
         module: Any = base_layer

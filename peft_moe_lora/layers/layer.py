@@ -5,7 +5,7 @@ A pair is lora_A and lora_B of one projection in one adapter.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -29,6 +29,7 @@ from .offload import call_between_hooks, execution_device, fetched, sent_back_af
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
 from .remainders import Remainder
+from .replaced import call_base, take_back_forward
 
 
 class MoELoraLayer(nn.Module, LoraLayer):
@@ -63,6 +64,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
     lora_B: nn.ModuleDict
     # adapter -> nn.Dropout; as in PEFT, so that code which searches for dropout modules finds them
     lora_dropout: nn.ModuleDict
+    # whether `compute` has yet to run within `call_base`
+    is_awaited = False
 
     def __init__(
         self,
@@ -291,8 +294,13 @@ class MoELoraLayer(nn.Module, LoraLayer):
                 # nn.DataParallel copies the base module with the config that names the original
                 attach(self, base_layer)
             with sent_back_after_exception(base_layer):
-                return base_layer(*args, **kwargs)
+                return call_base(self, *args, **kwargs)
         return call_between_hooks(self.base_layer, self._forward_off_interface, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; a forward that liger-kernel has bound to this layer is taken back."""
+        take_back_forward(self)
+        return super().train(mode)
 
     def _forward_off_interface(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if is_sharded(self.weight):
@@ -334,6 +342,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
             top_k_weights: [T, top_k] float.
         Returns: [T, H], dtype of hidden_states.
         """
+        if self.is_awaited:
+            self.is_awaited = False
         rows = (hidden_states, top_k_index, top_k_weights)
         if not self.is_at_work():
             return self._compute_frozen(module, rows)

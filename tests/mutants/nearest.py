@@ -266,6 +266,7 @@ NEAREST = {
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
     ),
+    "layers/replaced.py": ("layers/test_replaced.py",),
     "layers/refusals.py": ("tuner/test_one_matrix.py", "tuner/test_peft_helpers.py"),
     "layers/router.py": (
         "layers/test_merging.py",
