@@ -95,10 +95,13 @@ def test_a_checkpointed_layer_keeps_its_input_alone():
 
 
 def test_a_layer_keeps_two_rank_r_rows_more_with_twice_the_rank():
-    """xa and ha, [M, r] in bf16; the loss is the peak, so all activations are counted."""
-    lower, higher = (taken(r=r, vocab_size=4096) for r in (RANK, 2 * RANK))
+    """xa and ha, [M, r] in bf16; the loss is the peak, so all activations are counted.
+
+    Ranks are multiples of 16, which rows of rank r are stored with.
+    """
+    lower, higher = (taken(r=r, vocab_size=4096) for r in (16, 32))
     assert lower.loss > 0
-    assert higher.activations - lower.activations == 2 * 2 * ROWS * RANK * 2
+    assert higher.activations - lower.activations == 2 * 2 * ROWS * 16 * 2
 
 
 def test_no_matrix_of_length_by_length_is_kept():
