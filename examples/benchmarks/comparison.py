@@ -21,7 +21,7 @@ from checking import (
 )
 from layer_row import Row, new_row
 from roofline import Ceilings, Probe, roof
-from routes import ROUTES, Route, forward, low_rank, measure_memory, renew, step
+from routes import ROUTES, WITHOUT_ADAPTER, Route, forward, low_rank, measure_memory, renew, step
 from timing import Timer
 
 # what a route may raise; anything else is a mistake of the benchmark's own
@@ -79,7 +79,7 @@ def run_case(case: Case, names: list[str], setup: Setup, seen: set[str]) -> list
     if {"base", "torch"} <= steps.keys():
         share = measure_share(problem, setup)
         for row in rows:
-            if row.step is not None and row.peer != "base":
+            if row.step is not None and row.peer not in WITHOUT_ADAPTER:
                 row.share = share
                 row.x_base = row.step / (steps["base"] + share)
     for row in rows:
@@ -124,13 +124,13 @@ def checked_route(problem: Problem, row: Row, references: dict[float, Tensors]) 
     route = ROUTES[row.peer](problem)
     row.first, result = first_step(problem, route)
     scaling = problem.scaling
-    if row.peer == "base":
+    if row.peer in WITHOUT_ADAPTER:
         scaling = 0.0
     if scaling not in references:
         references[scaling] = reference(problem, scaling)
     expected = references[scaling]
     # every gradient has to be there; without an adapter there are none of A and B
-    names = [name for name in expected if row.peer != "base" or "lora" not in name]
+    names = [name for name in expected if row.peer not in WITHOUT_ADAPTER or "lora" not in name]
     row.errors = relative_errors({name: result.get(name) for name in names}, expected)
     row.err = row.errors["out"]
     row.edx = row.errors["d x"]

@@ -15,6 +15,7 @@ Routes, all in one run on one machine, on the same inputs, frozen base weights a
     peft                  PEFT's `LoraConfig(target_parameters=...)` on the same experts
     torch                 plain PyTorch: sort, gather, grouped_mm for all products
     base                  transformers' experts on grouped_mm, without an adapter
+    frozen                the same on this package's kernels: experts_implementation="moe_lora"
 
 The output and every gradient of a route are first compared with a reference in higher precision.
 A route that fails is named in the table and has no number. Before every timed step the L2 cache is

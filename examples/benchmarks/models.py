@@ -142,6 +142,14 @@ def base_route(base: nn.Module, rank: int) -> ModelRoute:
     return ModelRoute(model)
 
 
+def frozen_route(base: nn.Module, rank: int) -> ModelRoute:
+    """The frozen model alone, its experts on this package's kernels."""
+    route = base_route(base, rank)
+    route.model.requires_grad_(False)
+    route.model.set_experts_implementation("moe_lora")
+    return route
+
+
 def peft_route(base: nn.Module, rank: int) -> ModelRoute:
     """PEFT's own: its LoRA on attention, a ParamWrapper for each of the experts' parameters."""
     config = LoraConfig(
@@ -172,6 +180,7 @@ def trainable(model: nn.Module, trained: Parameters, rank_major: bool = False) -
 
 MODEL_ROUTES: dict[str, Callable[[nn.Module, int], ModelRoute]] = {
     "base": base_route,
+    "frozen": frozen_route,
     "peft": peft_route,
     "moe_lora": moe_lora_route,
     "moe_lora-recompute": partial(moe_lora_route, recompute=True),

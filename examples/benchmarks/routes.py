@@ -164,6 +164,13 @@ def base_route(problem: Problem) -> Route:
     return Route(transformers_block(problem))
 
 
+def frozen_route(problem: Problem) -> Route:
+    """The same on this package's kernels, selected by name."""
+    block = transformers_block(problem)
+    block.experts.config._experts_implementation = "moe_lora"
+    return Route(block)
+
+
 def moe_lora_route(problem: Problem, **settings: object) -> Route:
     """peft_moe_lora as a user gets it; `settings` are further fields of its configuration."""
     r = problem.case.r
@@ -265,4 +272,7 @@ ROUTES: dict[str, Callable[[Problem], Route]] = {
     "peft": peft_route,
     "torch": torch_route,
     "base": base_route,
+    "frozen": frozen_route,
 }
+# the routes without an adapter
+WITHOUT_ADAPTER = ("base", "frozen")

@@ -18,7 +18,7 @@ from comparison import Candidate, Setup
 from helpers.scripts import run as run_script
 from layer_row import NUMBERS, new_row
 from roofline import Ceilings, Probe, roof
-from routes import ROUTES, Route, base_route, torch_route
+from routes import ROUTES, WITHOUT_ADAPTER, Route, base_route, torch_route
 from timing import Series, Timer
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def run(tmp_path: Path, capsys, *arguments: str) -> tuple[int, dict, dict[str, s
 
 
 def test_report_has_every_field(tmp_path, capsys):
-    routes = ["moe_lora", "moe_lora-materialize", "peft", "torch", "base"]
+    routes = ["moe_lora", "moe_lora-materialize", "peft", "torch", "base", "frozen"]
     plot = tmp_path / "b.png"
     status, report, lines = run(tmp_path, capsys, "--routes", *routes, "--plot", str(plot))
     assert status == 0
@@ -74,9 +74,10 @@ def check_row(row: dict) -> None:
     assert row["x_roof"] == row["x_roof_idle"] == pytest.approx(row["step"] / row["roof"])
     assert (row["flops"], row["bandwidth"]) == IDLE
     assert row["first_in_process"] is True
-    assert (row["x_base"] is None) == (row["peer"] == "base")
+    without_adapter = row["peer"] in WITHOUT_ADAPTER
+    assert (row["x_base"] is None) == without_adapter
     expected = {"out", "d x", "d top_k_weights"}
-    if row["peer"] != "base":
+    if not without_adapter:
         expected |= GRADIENTS
     assert row["errors"].keys() == expected
 

@@ -9,8 +9,9 @@ from torch import nn
 import agreement
 import train_step
 from models import MODEL_ROUTES, ModelRoute, build_dense, moe_lora_route
+from peft_moe_lora.layers import own
 
-ROUTES = ["base", "peft", "moe_lora", "moe_lora-recompute", "moe_lora-peft-linear"]
+ROUTES = ["base", "frozen", "peft", "moe_lora", "moe_lora-recompute", "moe_lora-peft-linear"]
 RANK = 16
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def test_report_has_every_field(tmp_path, capsys):
     assert train_step.main([*words, "--routes", *ROUTES, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert report.keys() == {"machine", "date", "what", "command", "losses", "rows"}
-    assert report["losses"].keys() == set(ROUTES) - {"base"}
+    assert report["losses"].keys() == set(ROUTES) - {"base", "frozen"}
     assert "cut to 2 layers" in report["what"]
     expected = [(b, c, r) for b in ("2x12", "1x12") for c in (False, True) for r in ROUTES]
     found = {(row["batch"], row["ckpt"], row["route"]): row for row in report["rows"]}
@@ -79,7 +80,7 @@ def test_adapters_have_the_same_tensors_under_the_same_names(routes):
     shapes = {
         name: {key: p.shape for key, p in route.trained.items()} for name, route in routes.items()
     }
-    assert shapes["base"] == {}
+    assert shapes["base"] == shapes["frozen"] == {}
     # layers, A and B of two projections and of four linear layers
     assert len(shapes["peft"]) == 2 * (4 + 8)
     assert shapes["peft"] == shapes["moe_lora"] == shapes["moe_lora-recompute"]
@@ -157,3 +158,18 @@ def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         train_step.parse_arguments(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_frozen_route_runs_our_kernels_and_gives_the_same(args, routes, monkeypatch):
+    calls = []
+    compute = own.compute
+
+    def counted(module, *rest, **options):
+        calls.append(module)
+        return compute(module, *rest, **options)
+
+    monkeypatch.setattr(own, "compute", counted)
+    ids = train_step.batch_of(args, train_step.Batch(1, 8))
+    logits = {name: routes[name].model(input_ids=ids).logits for name in ("base", "frozen")}
+    assert len(calls) == 2
+    assert torch.allclose(logits["frozen"], logits["base"], atol=1e-4)
