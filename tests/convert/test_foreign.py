@@ -348,3 +348,9 @@ def test_mlx_lm_is_told_of_layers_without_lora(made, names, tmp_path):
 def rewrite_config(folder, **config):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+def test_an_output_of_ours_for_mlx_lm_is_replaced(qwen, tmp_path):
+    for _ in range(2):
+        convert_adapter(qwen.ours, tmp_path / "out", to="mlx", base_config=qwen.config, force=True)
+    check(qwen, tmp_path / "out", update_of_ours(qwen.ours, qwen.base))

@@ -32,6 +32,11 @@ NEAREST = {
         "convert/test_folders.py",
     ),
     "convert/fit.py": ("convert/test_some_experts.py", "convert/test_formats.py"),
+    "convert/foreign.py": ("convert/test_foreign.py",),
+    "convert/formats/halves.py": ("convert/test_foreign.py", "convert/test_formats.py"),
+    "convert/formats/mlx.py": ("convert/test_foreign.py", "convert/test_golden.py"),
+    "convert/formats/peft_order.py": ("convert/test_foreign.py", "convert/test_formats.py"),
+    "convert/formats/sglang_3d.py": ("convert/test_foreign.py", "convert/test_formats.py"),
     "convert/formats/per_expert.py": (
         "convert/test_reading.py",
         "convert/test_serving.py",
@@ -66,7 +71,11 @@ NEAREST = {
         "convert/test_names.py",
         "convert/test_formats.py",
     ),
-    "convert/serving.py": ("convert/test_serving.py", "convert/test_command_line.py"),
+    "convert/serving.py": (
+        "convert/test_serving.py",
+        "readers/test_verdicts.py",
+        "convert/test_command_line.py",
+    ),
     "convert/targets.py": (
         "convert/test_names.py",
         "convert/test_beside_lora.py",

@@ -93,13 +93,12 @@ class Mlx(Sglang3d):
                 yield A
                 yield B[:, rows]
 
-        E, r = pair.num_experts, pair.r
-        N = pair.out_features // len(parts)
+        rows_of_part = pair.out_features // len(parts)
         shapes: dict[str, tuple[int, ...]] = {}
         for part in parts:
             name = _experts_path(adapter, path, part)
-            shapes[f"{name}.lora_a"] = (E, r, pair.in_features)
-            shapes[f"{name}.lora_b"] = (E, N, r)
+            shapes[f"{name}.lora_a"] = (pair.num_experts, pair.r, pair.in_features)
+            shapes[f"{name}.lora_b"] = (pair.num_experts, rows_of_part, pair.r)
         return Block(shapes, pair.dtype, make)
 
     def rename(self, adapter: Adapter, key: str) -> str:
