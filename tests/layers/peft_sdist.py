@@ -9,8 +9,20 @@ The models of the hub, which these tests load by name, are tiny ones with the sa
         -k "lora or LoRA" test_custom_models.py test_lora_variants.py test_decoder_models.py
 
 It ends with the number of calls that the faster forward computed, and that PEFT's computed. With
-`--pefts-forward` PEFT's forward runs everywhere: what fails then too needs the hub, or a package or
-a trained model that is not here.
+`--pefts-forward` PEFT's forward runs everywhere, so that failures with another cause show.
+
+2026-11-30, peft 0.21: of LoRA's tests in test_custom_models, test_lora_variants, test_lorafa,
+test_loraplus, test_lora_conversion, test_low_level_api, test_helpers, test_mixed,
+test_trainable_tokens, test_lora_intruders, test_initialization and test_decoder_models (Llama and
+OPT) 2993 pass and 16 fail. Of these, 15 fail with PEFT's forward too:
+
+- test_lora_conversion (6) and test_low_level_api (3, Bert, Bart and Roberta) load trained or other
+  models of the hub;
+- test_initialization (2) load models with Mamba layers;
+- test_weighted_combination_of_adapters (4) needs layers wider than those of the stand-in.
+
+`test_modules_to_save_targets_lora_layer_raises` expects the path of PEFT's class in a message.
+Not run: test_tuners_utils (needs diffusers), test_gpu_examples and test_common_gpu (need a GPU).
 """
 
 import functools

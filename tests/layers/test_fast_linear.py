@@ -15,7 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from helpers import FP32, R, assert_close, fill_adapter, moe_lora, relative_error
+from helpers import (
+    FP32,
+    R,
+    assert_close,
+    fill_adapter,
+    moe_lora,
+    relative_error,
+    tiny_model,
+    token_ids,
+)
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.layers.fast_linear import FastForward
 
@@ -177,6 +186,30 @@ def test_a_changed_parameter_counts_at_once(changed):
         getattr(layer, f"lora_{changed}")["default"].weight.data.mul_(3)
     assert_close(model(x), slow(model)(x), FP32)
     assert relative_error(model(x), before) > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_training_takes_pefts_way(dtype, tolerance):
+    """Losses of 20 steps on one batch, experts and attention adapted."""
+    base = tiny_model().to(dtype)
+    ids = token_ids()
+    losses = {}
+    for fast in (True, False):
+        torch.manual_seed(0)
+        targets = ["experts", "q_proj", "k_proj", "v_proj", "o_proj"]
+        options = {"target_modules": targets, "fast_linear": fast}
+        model = moe_lora(copy.deepcopy(base), randomize=False, **options).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=4e-3)
+        losses[fast] = []
+        for _ in range(20):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[fast].append(loss.item())
+    assert losses[True][-1] < 0.8 * losses[True][0]
+    assert losses[True] == pytest.approx(losses[False], rel=tolerance)
 
 
 # ---- where PEFT's forward runs -------------------------------------------------------------------
