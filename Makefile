@@ -23,7 +23,7 @@ TRITON ?= triton==3.9.0
 PINS = $(TRANSFORMERS) $(PEFT) $(ACCELERATE) safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 bitsandbytes==0.50.2 torchao==0.18.0 \
        ipykernel==7.4.0 ipywidgets==8.1.9 matplotlib==3.11.2 \
        hypothesis==6.170.17 nbmake==1.5.5 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 setuptools==84.2.1 \
-       rich==15.0.0 typer==0.29.2 \
+       rich==15.0.0 typer==0.29.2 gguf==0.19.0 \
        datasets==5.2.0 trl==1.16.0 \
        deepspeed==0.19.8 hjson==3.1.0
 LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
@@ -31,7 +31,7 @@ MUTANTS = mutmut==3.8.1
 # programs that read adapters. They are installed without what they depend on, which is CUDA and other releases of torch: only
 # their loading code runs, on a CPU. READERS_IMPORT is what that code imports.
 READERS = vllm==0.33.0 sglang==0.5.23 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
-READERS_IMPORT = torchvision==0.28.0 gguf==0.19.0 compressed-tensors==0.20.1 mistral_common==1.13.1 tiktoken==0.14.0 sentencepiece==0.2.3 \
+READERS_IMPORT = torchvision==0.28.0 compressed-tensors==0.20.1 mistral_common==1.13.1 tiktoken==0.14.0 sentencepiece==0.2.3 \
        xgrammar==0.2.9 apache-tvm-ffi==0.1.15.post2 llguidance==1.9.1 interegular==0.3.3 partial-json-parser==0.2.1.1.post7 \
        openai==3.57.0 openai-harmony==0.0.8 fastapi==0.165.0 starlette==1.10.0 uvicorn==0.54.0 uvloop==0.23.0 watchfiles==1.3.0 \
        aiohttp==3.14.5 aiohappyeyeballs==2.7.1 aiosignal==1.4.0 frozenlist==1.8.0 multidict==7.2.1 propcache==0.5.4 yarl==1.25.1 \

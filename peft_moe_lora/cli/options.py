@@ -7,9 +7,9 @@ import typer
 
 BASE_HELP = "The base model: a folder with a config.json, or a name on the hub."
 
-# the names of convert.formats.FORMATS and B_LAYOUTS, which a test compares: help does not import
-# them, because it needs no torch
-FormatName = Literal["moe_lora", "peft", "per_expert", "vllm_3d", "sglang_3d", "mlx"]
+# the names of FORMATS, WRITTEN_ONLY and B_LAYOUTS of convert.formats, which a test compares: help
+# does not import them, because it needs no torch
+FormatName = Literal["moe_lora", "peft", "per_expert", "vllm_3d", "sglang_3d", "mlx", "gguf"]
 BLayoutName = Literal["auto", "rank_major", "expert_major"]
 
 Adapter = Annotated[Path, typer.Argument(help="Folder of an adapter, in any format.")]

@@ -23,11 +23,10 @@ from ..files.tensor_file import (
     FilePath,
     Progress,
     RefusedError,
-    write_tensors,
 )
 from .base import BaseConfig
 from .fit import fill_in, make_uniform
-from .formats import FORMATS, LEGACY_NAME, Format
+from .formats import FORMATS, LEGACY_NAME, WRITTEN_ONLY, Format
 from .model import Adapter, LinearPair, pad, rescale
 from .reading import open_adapter, read_paths
 
@@ -71,8 +70,8 @@ def convert_adapter(
     Args:
         src: folder of an adapter; its format is found from the names of its tensors.
         dst: folder to write. It appears only after everything is written.
-        to: name of the format to write: moe_lora, peft, per_expert, vllm_3d, sglang_3d
-            or mlx.
+        to: name of the format to write: moe_lora, peft, per_expert, vllm_3d, sglang_3d,
+            mlx or gguf.
         base_config: the base model: a folder, a config, or a name on the hub; by default the base
             model that the adapter names, if it is a local folder. The adapter's shapes are compared
             with it, and it is needed to split gate from up.
@@ -87,12 +86,13 @@ def convert_adapter(
             can be read in two ways.
         ExistsError: if `dst` exists and may not be replaced.
     """
-    if to not in FORMATS:
+    forms = {**FORMATS, **WRITTEN_ONLY}
+    if to not in forms:
         raise RefusedError(
-            f"to={to!r} is not a format that can be written; choose one of {', '.join(FORMATS)} "
+            f"to={to!r} is not a format that can be written; choose one of {', '.join(forms)} "
             f"({LEGACY_NAME} is read only)."
         )
-    form = FORMATS[to]
+    form = forms[to]
     adapter = prepare(open_adapter(src, base_config, b_layout), form)
     copied = _side_files(src)
     with new_folder(dst, force, read_paths(src, adapter), copied) as folder:
@@ -193,7 +193,7 @@ def write_adapter(
     `copied`: the tokenizer's files and the README in the source adapter's folder.
     """
     blocks = _blocks(adapter, form)
-    write_tensors(folder / form.weights_name, blocks, form.metadata(adapter), progress)
+    form.write(adapter, folder, blocks, progress)
     config = form.save_config(adapter, folder)
     for file in copied:
         shutil.copyfile(file, folder / file.name)

@@ -296,3 +296,13 @@ MLX_NO_LORA = {
     "deepseek_v3": frozenset({"gate", "kv_b_proj"}),
     "glm4_moe": frozenset({"gate"}),
 }
+
+# Model type -> architecture of llama.cpp whose runtime was run with adapters on experts.
+GGUF_ARCHITECTURES = {
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+# Model type -> last names of layers whose rows llama.cpp stores in another order.
+GGUF_REORDERED = {"mixtral": frozenset({"q_proj", "k_proj"})}

@@ -22,7 +22,7 @@ from peft_moe_lora import cli
 from peft_moe_lora.cli.adapters import convert
 from peft_moe_lora.cli.app import app
 from peft_moe_lora.cli.options import BLayoutName, FormatName
-from peft_moe_lora.convert.formats import B_LAYOUTS, DEFAULT_FORMAT, FORMATS
+from peft_moe_lora.convert.formats import B_LAYOUTS, DEFAULT_FORMAT, FORMATS, WRITTEN_ONLY
 
 # a wheel holds peft_moe_lora_command beside peft_moe_lora
 SCRIPT_FOLDER = Path(cli.__file__).parent
@@ -144,7 +144,7 @@ def test_it_completes_names(shell):
 
 
 def test_choices_are_those_of_the_package():
-    assert get_args(FormatName) == tuple(FORMATS)
+    assert get_args(FormatName) == (*FORMATS, *WRITTEN_ONLY)
     assert get_args(BLayoutName) == B_LAYOUTS
     assert signature(convert).parameters["to"].default == DEFAULT_FORMAT
 
@@ -152,7 +152,7 @@ def test_choices_are_those_of_the_package():
 @pytest.mark.parametrize(
     ("arguments", "known"),
     [
-        (("convert", "a", "b", "--to", "gguf"), "per_expert"),
+        (("convert", "a", "b", "--to", "gptq"), "per_expert"),
         (("inspect", "a", "--b-layout", "expert"), "rank_major"),
         (("verify", "a", "b", "--tolerance", "small"), "number"),
         (("konvert", "a", "b"), "convert"),

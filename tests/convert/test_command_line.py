@@ -111,7 +111,7 @@ def test_every_outcome_has_its_exit_code(qwen, tmp_path):
     fails(3, "inspect", tmp_path)
     fails(3, "convert", qwen.ours, tmp_path / "x", "--base-config", tmp_path)
     assert "--base-config" in fails(4, "convert", qwen.ours, tmp_path / "x")
-    assert "per_expert" in fails(2, "convert", qwen.ours, tmp_path / "x", "--to", "gguf", *config)
+    assert "per_expert" in fails(2, "convert", qwen.ours, tmp_path / "x", "--to", "gptq", *config)
     assert not list(tmp_path.iterdir())
     assert run("convert", qwen.ours, tmp_path / "x", "--to", "peft", *config).exit_code == 0
     assert "--force" in fails(5, "convert", qwen.ours, tmp_path / "x", "--to", "peft", *config)

@@ -33,6 +33,7 @@ NEAREST = {
     ),
     "convert/fit.py": ("convert/test_some_experts.py", "convert/test_formats.py"),
     "convert/foreign.py": ("convert/test_foreign.py",),
+    "convert/formats/gguf.py": ("convert/test_gguf.py",),
     "convert/formats/halves.py": ("convert/test_foreign.py", "convert/test_formats.py"),
     "convert/formats/mlx.py": ("convert/test_foreign.py", "convert/test_golden.py"),
     "convert/formats/peft_order.py": ("convert/test_foreign.py", "convert/test_formats.py"),

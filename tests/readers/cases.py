@@ -154,8 +154,7 @@ class Case:
         """The folder of an adapter of one of `KINDS` or `SWAPS`, in our own format."""
         folder = self._folder / kind
         if not folder.exists() and kind in SWAPS:
-            shutil.copytree(self.ours("experts"), folder)
-            rewrite(folder, lambda state: _swapped(state, kind))
+            swapped_copy(self.ours("experts"), folder, kind)
         elif not folder.exists():
             self.save(folder, targets(self.architecture, kind))
         return folder
@@ -182,6 +181,12 @@ class Case:
 def _use_published_words(config: Path) -> None:
     """transformers 5.23 writes "full_attention" where published configs say "attention"."""
     config.write_text(config.read_text().replace('"full_attention"', '"attention"'))
+
+
+def swapped_copy(ours: Path, folder: Path, kind: str) -> None:
+    """Write a copy of an adapter in our own format with a defect of `SWAPS`."""
+    shutil.copytree(ours, folder)
+    rewrite(folder, lambda state: _swapped(state, kind))
 
 
 def _swapped(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:

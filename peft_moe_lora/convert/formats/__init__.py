@@ -7,6 +7,7 @@ has `mlx`, in the files and under the names of mlx-lm.
 """
 
 from .format import PREFIX, Format
+from .gguf import Gguf
 from .mlx import Mlx
 from .ours import Ours
 from .peft import Peft
@@ -24,6 +25,7 @@ __all__ = [
     "OURS",
     "PREFIX",
     "READERS",
+    "WRITTEN_ONLY",
     "Format",
 ]
 
@@ -32,10 +34,12 @@ _PEFT = Peft()
 _PER_EXPERT = PerExpert()
 _SGLANG_3D = Sglang3d()
 
-# the formats that can be written, by the name that a user gives
+# the formats that can be written and read, by the name that a user gives
 FORMATS: dict[str, Format] = {
     form.name: form for form in (OURS, _PEFT, _PER_EXPERT, Vllm3d(), _SGLANG_3D, Mlx())
 }
+# formats that can be written and not read
+WRITTEN_ONLY: dict[str, Format] = {form.name: form for form in (Gguf(),)}
 # the formats whose patterns are compared with a file's keys, the most specific first; vllm_3d
 # is missing because it has peft's keys, and mlx because its files are read as sglang_3d
 READERS: tuple[Format, ...] = (OURS, _PER_EXPERT, _SGLANG_3D, _PEFT)

@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from peft import LoraConfig
 from ...files.adapter_file import WEIGHTS_NAME
 from ...files.card import CardText
 from ...files.servers import Server
-from ...files.tensor_file import AdapterError, Block, Tensors
+from ...files.tensor_file import AdapterError, Block, Progress, Tensors, write_tensors
 from ..model import Adapter, Experts, Pair
 from ..source import Slot, Source
 
@@ -157,6 +157,16 @@ class Format(ABC):
     @abstractmethod
     def config(self, adapter: Adapter) -> LoraConfig:
         """The configuration that is saved as adapter_config.json."""
+
+    def write(
+        self,
+        adapter: Adapter,
+        folder: Path,
+        blocks: Iterable[Block],
+        progress: Progress | None = None,
+    ) -> None:
+        """Write the tensors into a folder."""
+        write_tensors(folder / self.weights_name, blocks, self.metadata(adapter), progress)
 
     def save_config(self, adapter: Adapter, folder: Path) -> dict[str, Any]:
         """Write adapter_config.json, and return its fields of PEFT."""
