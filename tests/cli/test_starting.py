@@ -80,6 +80,7 @@ def test_help_and_version_import_neither_torch_nor_the_package():
     assert "AssertionError: peft" in started("env", before=refusing).stderr
 
 
+@pytest.mark.long
 def test_a_command_runs_and_prints_nothing_of_other_libraries():
     """Importing PEFT makes torch, torchao or bitsandbytes log, where these are installed."""
     done = started("env")
