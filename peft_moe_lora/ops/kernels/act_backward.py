@@ -19,6 +19,7 @@ from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, find, power_of_2
 from .tiles.activation import activate_backward, activate_plain_backward, activation_constants
 from .tiles.bias import bias_times_dout
+from .tiles.eights import as_eights, by_8
 from .tiles.tile import strides_or_zeros
 
 
@@ -29,8 +30,8 @@ def _act_backward_kernel(
     dpre_ptr, dw_ptr, M, E, I, H,  # noqa: E741
     stride_prem, stride_pren, stride_biase, stride_biasn, stride_dm, stride_dh,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr, E_PADDED: tl.constexpr, BY_8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Grid [M / BLOCK_M]: whole rows. act is written over draw; dw of a sentinel's row is 0."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -38,6 +39,8 @@ def _act_backward_kernel(
     slots = tl.load(row_slot_ptr + offs_m, mask=offs_m < M, other=0)
     w = tl.load(top_k_weights_ptr + slots, mask=routed, other=0.0).to(tl.float32)[:, None]
     rows = offs_m.to(tl.int64)[:, None]
+    I = as_eights(I, BY_8)  # noqa: E741
+    stride_prem = as_eights(stride_prem, BY_8)
     N = 2 * I if GATED else I
     dw = tl.zeros((BLOCK_M, BLOCK_I), dtype=tl.float32)
     for i in range(0, I, BLOCK_I):
@@ -125,6 +128,7 @@ def expert_act_backward(
     def rest() -> tuple[tuple, dict]:
         strides = *pre.stride(), *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
         constants = activation_constants(activation) | {"E_PADDED": power_of_2(E)} | blocks
+        constants["BY_8"] = by_8(draw, pre)
         return (E, I, H, *strides), constants
 
     key = "act_backward", facts(pre, dout, bias), top_k_weights.dtype, E, I, H, activation

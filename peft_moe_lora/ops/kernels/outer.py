@@ -20,6 +20,7 @@ from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, dot_precision, find, power_of_2
 from .tiles.chunks import chunk_of, chunk_rows, sum_chunks
 from .tiles.dropout import dropout_mask, probability_and_seed
+from .tiles.eights import as_eights, by_8
 
 # elements of a program's output tile, which is held in registers
 SUMS = 128 * 64
@@ -37,7 +38,7 @@ def _outer_kernel(
     expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, STORED, WIDE, num_s,
     stride_sm, stride_ss, stride_wm, stride_ww, stride_oe, stride_os, stride_ow,
     CHUNK: tl.constexpr, E_PADDED: tl.constexpr, GATHER_SMALL: tl.constexpr,
-    GATHER_WIDE: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    GATHER_WIDE: tl.constexpr, BY_8: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid [tiles of wide * tiles of small, max_chunks].
@@ -57,7 +58,8 @@ def _outer_kernel(
     offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
     offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     stored_s = offs_s < STORED
-    mask_w = offs_w < WIDE
+    mask_w = offs_w < as_eights(WIDE, BY_8)
+    stride_wm = as_eights(stride_wm, BY_8)
     rows = start + tl.arange(0, BLOCK_M)
     # tokens, slots and weights are loaded one block ahead of the rows that they select. Otherwise
     # every block would wait for memory twice: for the tokens, and then for their rows
@@ -225,6 +227,7 @@ def _outer(
         constants = {
             "GATHER_SMALL": gather_small,
             "GATHER_WIDE": gather_wide,
+            "BY_8": by_8(wide),
             "P": p,
             "PRECISION": precision,
             "CHUNK": chunk,

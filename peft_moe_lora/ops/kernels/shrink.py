@@ -20,6 +20,7 @@ from .routing import with_tiles
 from .sm90.by_roles import by_roles
 from .tiles.cast import cast_as_weight
 from .tiles.dropout import dropout_mask, probability_and_seed
+from .tiles.eights import as_eights, by_8
 from .tiles.tile import linear_blocks, table_line
 
 # from this rank on A is multiplied as a weight is
@@ -34,7 +35,8 @@ def _shrink_kernel(
     scaling,
     stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
     PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BY_8: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid [max_tiles * PARTS]: each tile of the table is cut into PARTS tiles of BLOCK_M rows."""
     e, first_row, end = table_line(tiles_ptr, tl.program_id(0) // PARTS)
@@ -51,6 +53,8 @@ def _shrink_kernel(
         x_rows = tl.load(row_token_ptr + rows)
     offs_k = tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, R)
+    K = as_eights(K, BY_8)
+    stride_xm = as_eights(stride_xm, BY_8)
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
     # int64: if lora_A is a transposed B, a column times r * E passes 2**31
     lora_A_ptrs = lora_A_ptr + e * stride_ae + offs_r.to(tl.int64)[None, :] * stride_ar
@@ -132,6 +136,7 @@ def expert_shrink(
             "R": padded_rank(r),
             "PRECISION": precision,
             "EVEN_K": K % blocks["BLOCK_K"] == 0,
+            "BY_8": by_8(x),
             **blocks,
         }
         return (K, r, width, scaling, *x.stride(), *lora_A.stride()), constants
