@@ -82,15 +82,24 @@ def forward_without_gradients(problem: Problem, route: Route) -> torch.Tensor:
     return forward(problem, route)
 
 
+def _repeat(graph: torch.cuda.CUDAGraph, *held: object) -> None:
+    """Repeat a graph, whose memory `held` keeps alive."""
+    graph.replay()
+
+
 def captured_forward(problem: Problem, route: Route) -> Callable[[], None]:
-    """The layer's forward without gradients as one CUDA graph."""
+    """The layer's forward without gradients as one CUDA graph.
+
+    Returns: a call that repeats the graph. It holds problem and route, because a graph reads their
+        memory and does not keep it.
+    """
     # compiled, recorded and replayed before it is captured
     for _ in range(3):
         forward_without_gradients(problem, route)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         forward_without_gradients(problem, route)
-    return graph.replay
+    return partial(_repeat, graph, problem, route)
 
 
 def time_few_rows(case: Case, format: str, repeat: int) -> dict[str, Any]:

@@ -71,15 +71,14 @@ def refuse_to_decode(*args):
 
 
 @pytest.mark.parametrize("setting", SETTINGS[:3], ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("tokens", [1, 40, 100])
+@pytest.mark.parametrize("tokens", [1, 40])
 # products of few rows in float16 have tests of their own: tests/ops/test_dequantize.py
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str
 )
 @pytest.mark.parametrize(("family", "name"), FAMILIES)
 def test_few_tokens_need_no_scratch(monkeypatch, family, name, dtype, tokens, setting):
-    """Tiles of 16 and of 32 rows: their products decode the codes, forward and backward."""
-    monkeypatch.setattr("peft_moe_lora.ops.kernels.codes.product_4bit.MAX_BLOCK_M", 32)
+    """Tiles of 16 rows: their products decode the codes, forward and backward."""
     from peft_moe_lora.ops.kernels import parts
 
     (model, layer), (dense, dense_layer) = quantized(family, name, dtype, setting, backend="triton")

@@ -323,7 +323,10 @@ DECODING_DTYPES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
     "dtype", DECODING_DTYPES if CUDA else [torch.float16], ids=lambda d: str(d)[6:]
 )
 @pytest.mark.parametrize("case", FEW_ROWS)
-def test_products_of_few_rows_decode_their_codes(kernels, no_scratch, case, dtype):
+def test_products_of_few_rows_decode_their_codes(kernels, no_scratch, monkeypatch, case, dtype):
+    if "tiles of 32" in case:
+        # compute capability 9.0 has none by itself
+        monkeypatch.setattr("peft_moe_lora.ops.kernels.routing.block_m_for", lambda *numbers: 32)
     check_products_of_few_rows(kernels, case, dtype)
 
 

@@ -86,8 +86,8 @@ class Pair:
         (320, 1, False, False, True),
         (256, 16, True, True, False),
         (256, 7, False, False, False),
-        (264, 24, True, True, True),
-        (200, 17, False, True, False),
+        (272, 24, True, True, True),
+        (208, 17, False, True, False),
         (128, 32, True, False, True),
     ],
 )

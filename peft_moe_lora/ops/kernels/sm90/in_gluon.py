@@ -16,11 +16,12 @@ logger = logging.getLogger(__name__)
 NEEDED = {
     "triton.experimental.gluon": "jit",
     "triton.experimental.gluon.language": """
-        BlockedLayout NVMMADistributedLayout NVMMASharedLayout SliceLayout SwizzledSharedLayout
-        allocate_shared_memory arange associative_scan atomic_add barrier|thread_barrier cdiv
-        constexpr convert_layout float32 full inline_asm_elementwise int16 int32 int64 join load max
-        maximum minimum num_programs pointer_type program_id shared_memory_descriptor static_assert
-        static_range store sum warp_specialize where zeros""",
+        BlockedLayout DistributedLinearLayout NVMMADistributedLayout NVMMASharedLayout
+        SliceLayout SwizzledSharedLayout allocate_shared_memory arange associative_scan
+        atomic_add barrier|thread_barrier cdiv constexpr convert_layout float32 full
+        inline_asm_elementwise int16 int32 int64 join load max maximum minimum num_programs
+        pointer_type program_id shared_memory_descriptor static_assert static_range store sum
+        warp_specialize where zeros""",
     "triton.experimental.gluon.language.nvidia.ampere.async_copy": """
         async_load|async_copy_global_to_shared commit_group mbarrier_arrive wait_group""",
     "triton.experimental.gluon.language.nvidia.hopper": """
@@ -28,8 +29,7 @@ NEEDED = {
     "triton.experimental.gluon.language.nvidia.hopper.mbarrier": """
         MBarrierLayout arrive expect init wait""",
     "triton.experimental.gluon.language.nvidia.hopper.tma": """
-        async_load|async_copy_global_to_shared async_store|async_copy_shared_to_global
-        store_wait""",
+        async_load|async_copy_global_to_shared""",
     "triton.experimental.gluon.nvidia.hopper": "TensorDescriptor",
 }
 # {(module, function): its parameter that the kernels use}. Triton 3.5 has the name and other

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-# load_rows: cp.async by the calling threads. load_box, store_box: TMA copies by tensor descriptor.
+# load_rows: cp.async by the calling threads. load_box: a TMA copy by tensor descriptor.
 # barrier: for all threads of the block or, in a warp-specialized kernel, of the partition
 # triton 3.6: other names; drop when the floor is 3.9
 if hasattr(async_copy, "async_load"):
@@ -18,10 +18,8 @@ else:
     load_rows = async_copy.async_copy_global_to_shared
 if hasattr(tma, "async_load"):
     load_box = tma.async_load
-    store_box = tma.async_store
 else:
     load_box = tma.async_copy_global_to_shared
-    store_box = tma.async_copy_shared_to_global
 if hasattr(gl, "barrier"):
     barrier = gl.barrier
 else:
