@@ -28,13 +28,13 @@ from .recent import Recent
 
 logger = logging.getLogger(__name__)
 
-# the share of a device's memory that graphs may take, read at the first call on the device: 560 MiB
+# the share of a device's memory that graphs may take, read at the first call on the device: 800 MiB
 # of an H200
-SHARE = 1 / 256
-# device memory of a graph of n kernels: GRAPH_BYTES + n * NODE_BYTES. A graph of about a dozen
-# kernels takes 0.13 MiB (NVIDIA H200, 2026-11-24)
-GRAPH_BYTES = 16 * 1024
-NODE_BYTES = 10 * 1024
+SHARE = 1 / 180
+# device memory of a graph of n kernels: GRAPH_BYTES + n * NODE_BYTES. 2838 graphs of about a dozen
+# kernels took 440 MiB (NVIDIA H200, 2026-11-30; only the sum is measured, not its two parts)
+GRAPH_BYTES = 23 * 1024
+NODE_BYTES = 14 * 1024
 # calls at the same addresses before a graph is captured; the next such call captures it
 SIGHTINGS = 2
 # sightings before addresses may take the place of graphs
