@@ -139,7 +139,7 @@ def test_the_memory_of_graphs_is_a_share_of_the_device(monkeypatch):
     properties = type("", (), {"total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     graphs.kept.cache_clear()
-    assert graphs.kept(DEVICE).limit == 80 * 2**30 // 256
+    assert graphs.kept(DEVICE).limit == 80 * 2**30 // 180
     graphs.kept.cache_clear()
     one, two = (graphs.Graphs(DEVICE, print, n).nbytes for n in (1, 2))
     assert 0 < two - one < one
