@@ -128,7 +128,8 @@ class _UpdatedLinear(torch.autograd.Function):
             B if needs_x or needs_A else None,
             xa if needs_B else None,
         )
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # no view for autograd: a model may change the output in place, as llama4 does its queries
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
     @staticmethod
     def backward(  # type: ignore[override]  # torch: any number of gradients

@@ -659,3 +659,18 @@ def test_one_layer_launches_and_keeps_less_than_pefts():
     peft = launched_and_kept(slow(model).base_model.model.q, x)
     assert fast == (5, 7, (rows * (H + R) + R * (H + N)) * 2)
     assert peft == (7, 10, rows * (H + R) * 4)
+
+
+def test_a_model_may_change_the_output_in_place():
+    """As llama4 does with its queries."""
+    model = adapted()
+    x = batch().requires_grad_()
+    found = []
+    for in_place in (False, True):
+        layer = layers_of(model)[0]
+        y = layer(x)
+        y = y.mul_(2) if in_place else y * 2
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])])
+    for plain, changed in zip(*found, strict=True):
+        assert torch.equal(plain, changed)

@@ -308,13 +308,14 @@ def test_adapters_on_other_layers_stand_side_by_side():
     model.add_adapter("second", MoELoraConfig(r=R, lora_alpha=2 * R, expert_indices={SECOND: [0]}))
     fill_adapter(model, "second", seed=5)
     assert isinstance(model.get_submodule(f"base_model.model.{SECOND}"), MoELoraLayer)
-    assert_close(outputs(model), alone, 0)
+    # the second module now runs these kernels too, with no adapter of its own
+    assert_close(outputs(model), alone)
     model.set_adapter("second")
     second = outputs(model)
     assert relative_error(second, alone) > 1e-2
     model.delete_adapter("second")
     model.set_adapter("default")
-    assert_close(outputs(model), alone, 0)
+    assert_close(outputs(model), alone)
 
 
 # ---- which layers --------------------------------------------------------------------------------
