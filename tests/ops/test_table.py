@@ -63,7 +63,9 @@ def test_rows_compile_without_spills_and_fit(arch, which):
     kernels = compiled_for(arch, CASES[arch, which])
     found = {k["kernel"] for k in kernels}
     assert {name for name in found if "_linear_" in name} == PRODUCTS.get((arch, which), ANYWHERE)
-    assert found >= {"_shrink_kernel", "_outer_kernel"}
+    # many ranks are multiplied as weights are
+    assert ("_shrink_kernel" in found) == (which != "rank 256")
+    assert "_outer_kernel" in found
     for kernel in kernels:
         assert kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
