@@ -29,3 +29,13 @@ def of_rank(rows: torch.Tensor, r: int) -> torch.Tensor:
     """
     assert rows.shape[1] == stored_rank(r), f"rows of rank {r} have {rows.shape[1]} columns"
     return rows[:, :r]
+
+
+def check_columns(rows: torch.Tensor, n: int) -> None:
+    """Check that rows [M, K] have n columns, or are stored rows of rank n.
+
+    Raises:
+        AssertionError: if they are neither.
+    """
+    K = rows.shape[1]
+    assert K in (n, stored_rank(n)), f"{n} columns are needed, or {stored_rank(n)}; got {K}"

@@ -13,7 +13,7 @@ from .dropout import Dropout, dropout_mask
 from .grouped import grouped_addmm_, grouped_mm, grouped_outer
 from .operations import RankRows
 from .quantized import QuantizedWeight
-from .ranks import as_stored_rank, of_rank
+from .ranks import as_stored_rank, check_columns, of_rank
 from .routing import Routing
 
 __all__ = [
@@ -207,6 +207,8 @@ def expert_outer(
     right = _dropped(_rows(right, routing, gather_right), routing, dropout)
     if row_weights is not None:
         left = left * row_weights.reshape(-1)[routing.row_slot.long()].to(left.dtype)[:, None]
+    check_columns(left, out.shape[1])
+    check_columns(right, out.shape[2])
     # the columns past a rank are zeros, and have no sums in out
     left = left[:, : out.shape[1]]
     right = right[:, : out.shape[2]]

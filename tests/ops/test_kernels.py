@@ -260,6 +260,17 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(f"peft_moe_lora.ops.kernels.tiles.chunks.{name}", value)
 
 
+@pytest.mark.parametrize("columns", [5, 7, 16])
+def test_rows_of_another_rank_are_refused(kernels, columns):
+    """Rows of rank 6 have 6 columns, or 8 in memory."""
+    problem = Problem(Shape(12, 3, 2, 64, 64, 6, "a rank that is stored wider"), torch.float32)
+    routing = kernels.route(problem.index, 3)
+    out = torch.empty(3, 6, 64, device=DEVICE)
+    for ops in (kernels, reference):
+        with pytest.raises(AssertionError, match=f"6 columns are needed, or 8; got {columns}"):
+            ops.expert_outer(problem.rows(columns), problem.x, routing, out, gather_right=True)
+
+
 @shapes
 @dtypes_compiled
 @pytest.mark.usefixtures("chunks")

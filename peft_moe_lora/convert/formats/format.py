@@ -3,10 +3,11 @@
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig
 
 from ...files.adapter_file import WEIGHTS_NAME
@@ -213,3 +214,25 @@ def _both_sides(source: Source, path: str, sides: dict[str, str]) -> Slot:
                 "is damaged or was filtered."
             )
     return Slot(sides["A"], sides["B"])
+
+
+def stacked_parts(pair: Pair, parts: dict[str, slice]) -> Block:
+    """`<name>.lora_a` [E, r, K] and `<name>.lora_b` [E, rows, r] of each part of a projection.
+
+    Args:
+        pair: the pair of the projection.
+        parts: {name: the out-features of the part}; parts are equally large and share A.
+    """
+
+    def make() -> Iterator[torch.Tensor]:
+        A, B = pair.load()
+        for rows in parts.values():
+            yield A
+            yield B[:, rows]
+
+    rows_of_part = pair.out_features // len(parts)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in parts:
+        shapes[f"{name}.lora_a"] = (pair.num_experts, pair.r, pair.in_features)
+        shapes[f"{name}.lora_b"] = (pair.num_experts, rows_of_part, pair.r)
+    return Block(shapes, pair.dtype, make)

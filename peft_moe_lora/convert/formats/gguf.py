@@ -6,7 +6,7 @@ package gguf. Files of this format are written and not read.
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..model import Adapter, Pair
 from ..serving import MERGE
 from ..source import Source
 from ..targets import common_fields, short_names
-from .format import Format, Read, Slots
+from .format import Format, Read, Slots, stacked_parts
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -79,19 +79,8 @@ class Gguf(Format):
             gate, up = base.gate_and_up(path)
             parts = {"gate_proj": gate, "up_proj": up}
 
-        def make() -> Iterator[torch.Tensor]:
-            A, B = pair.load()
-            for rows in parts.values():
-                yield A
-                yield B[:, rows]
-
-        rows_of_part = pair.out_features // len(parts)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part in parts:
-            name = _gguf_name(base, f"{path}.{part}")
-            shapes[f"{name}.lora_a"] = (pair.num_experts, pair.r, pair.in_features)
-            shapes[f"{name}.lora_b"] = (pair.num_experts, rows_of_part, pair.r)
-        return Block(shapes, pair.dtype, make)
+        names = {_gguf_name(base, f"{path}.{part}"): rows for part, rows in parts.items()}
+        return stacked_parts(pair, names)
 
     def rename(self, adapter: Adapter, key: str) -> str:
         match = _FACTOR.fullmatch(key)

@@ -7,7 +7,6 @@ keys there name the layers that get LoRA; a layer without tensors has a lora_b o
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..base import BaseModel, need_base
 from ..model import Adapter, Pair
 from ..serving import MERGE
 from ..targets import common_fields, short_names
-from .format import PREFIX, Opened
+from .format import PREFIX, Opened, stacked_parts
 from .sglang_3d import Sglang3d
 
 _MLX_WEIGHTS = "adapters.safetensors"
@@ -86,20 +85,8 @@ class Mlx(Sglang3d):
 
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
         parts = _parts(_base_of(adapter), path, projection)
-
-        def make() -> Iterator[torch.Tensor]:
-            A, B = pair.load()
-            for rows in parts.values():
-                yield A
-                yield B[:, rows]
-
-        rows_of_part = pair.out_features // len(parts)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part in parts:
-            name = _experts_path(adapter, path, part)
-            shapes[f"{name}.lora_a"] = (pair.num_experts, pair.r, pair.in_features)
-            shapes[f"{name}.lora_b"] = (pair.num_experts, rows_of_part, pair.r)
-        return Block(shapes, pair.dtype, make)
+        names = {_experts_path(adapter, path, part): rows for part, rows in parts.items()}
+        return stacked_parts(pair, names)
 
     def rename(self, adapter: Adapter, key: str) -> str:
         name = _base_of(adapter).hub_names.to_hub(key).removesuffix(".weight")

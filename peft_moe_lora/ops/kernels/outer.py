@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..dropout import Dropout
+from ..ranks import check_columns
 from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, dot_precision, find, power_of_2
@@ -190,6 +191,8 @@ def expert_outer(
         dropout: masks right.
     Twin: `reference.expert_outer`.
     """
+    check_columns(left, out.shape[1])
+    check_columns(right, out.shape[2])
     if routing.num_rows == 0:
         return out.zero_()
     if row_weights is not None:

@@ -4,6 +4,7 @@ right[m, j].
 
 import torch
 
+from ..ranks import check_columns
 from ..routing import Routing
 from .launching.table import chunk_block_m, device_facts, lookup
 from .sm90.in_gluon import in_gluon
@@ -35,6 +36,7 @@ def expert_shrink_outer(
         written.
     Twin: `composed.expert_shrink_outer` with the operations of `reference`.
     """
+    check_columns(right, lora_A.shape[1])
     arch, multiprocessors = device_facts(x.device)
     block_m = min(routing.block_m, chunk_block_m(routing.num_rows, routing.num_experts))
     blocks = lookup("shrink_outer", arch, x.element_size(), block_m)

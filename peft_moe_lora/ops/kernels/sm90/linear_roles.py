@@ -1,11 +1,11 @@
-"""y[m] = W[e] x[row] + bias[e] + mask * (B[e] xa[m]), and act[m] = activation(y[m]): by roles.
+"""y[m] = W[e] x[row] + bias[e] + mask * (B[e] xa[m]), and act[m] = activation(y[m]).
 
-A persistent kernel. One or four of its warps load (`linear_roles_load`), and eight warps multiply
-and store (`linear_roles_store`). So the next tile is loaded while this tile is stored. The low-rank
-term is computed in additional steps of the K loop, as in `linear_ordered`. But such a step
-multiplies only the columns that r needs: 16 of 64 at r = 16. With dropout these steps come first,
-and their sums are multiplied by the mask. The kernel takes 0.87 to 1.03 of the
-time of the kernels for other GPUs (NVIDIA H200, 2026-11-21; docs/performance.md).
+A persistent, warp-specialized kernel. One or four of its warps load (`linear_roles_load`), and
+eight warps multiply and store (`linear_roles_store`). So the next tile is loaded while this tile is
+stored. The low-rank term is computed in additional steps of the K loop, as in `linear_ordered`. But
+such a step multiplies only the columns that r needs: 16 of 64 at r = 16. With dropout these steps
+come first, and their sums are multiplied by the mask. The kernel takes 0.87 to 1.03 of the time of
+the kernels for other GPUs (NVIDIA H200, 2026-11-21; docs/performance.md).
 
 Legend, of one program (its sizes are in `linear_roles_tile`):
     half: 64 of the 128 rows of a tile, with its 256 columns. Each half belongs to one consumer:
@@ -365,6 +365,7 @@ def linear_roles(
     Returns: whether the outputs were written. If strides or alignment do not allow TMA or stores of
         16 bytes, nothing is written.
     """
+    assert dropout is None or activation is None, "the kernel masks no activation's operand"
     if gather and not _gathers(x):
         return False
     parts = 1
