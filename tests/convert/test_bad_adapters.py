@@ -366,10 +366,12 @@ def _peak_of_tensors(tmp_path, size):
     convert_adapter(tmp_path / "in", tmp_path / "first", to="peft")
     gc.collect()
     tracemalloc.start()
-    convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", progress=watch)
+    convert_adapter(tmp_path / "in", tmp_path / "second", to="peft")
     _, python = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert python < max(size, 8 << 20)
+    assert python < size
+    # in a run of its own: the list of every object is memory too
+    convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", progress=watch)
     return max(peaks)
 
 
