@@ -1,6 +1,7 @@
 """The command line of the examples, read from a dataclass by transformers' HfArgumentParser."""
 
 import argparse
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,23 +87,23 @@ def parse(
         epilog="\n".join(["defaults of the tiny model and of a real one:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    first = parser.parse_args(argv)
-    given = {}
-    if first.config:
-        given = _from_file(parser, kind, first.config)
+    words = sys.argv[1:] if argv is None else argv
+    file = parser.parse_args(words).config
+    if file:
+        # what stands later counts
+        words = [*_from_file(parser, kind, file), *words]
     parser.set_defaults(**tiny)
-    if first.model or "model" in given:
+    if parser.parse_args(words).model:
         parser.set_defaults(**real)
-    parser.set_defaults(**given)
-    args = kind(**vars(parser.parse_args(argv)))
+    args = kind(**vars(parser.parse_args(words)))
     if args.model and not args.data:
         parser.error("--model needs --data FILE.jsonl to train on")
     args.output = args.output.resolve()
     return args
 
 
-def _from_file(parser: HfArgumentParser, kind: type[Arguments], path: Path) -> dict[str, str]:
-    """The options in a YAML file, as text, which the parser reads as it reads the command line."""
+def _from_file(parser: HfArgumentParser, kind: type[Arguments], path: Path) -> list[str]:
+    """The options in a YAML file, as the words that would give them on the command line."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = [field.name for field in fields(kind) if field.name != "config"]
     if not isinstance(content, dict):
@@ -111,4 +112,13 @@ def _from_file(parser: HfArgumentParser, kind: type[Arguments], path: Path) -> d
     unknown = sorted(found.keys() - known)
     if unknown:
         parser.error(f"--config {path}: there are no options {unknown}; the options are {known}")
-    return {name: str(value) for name, value in found.items() if value is not None}
+    several = {action.dest for action in parser._actions if action.nargs == "+"}
+    words = []
+    for name, value in found.items():
+        if isinstance(value, dict) or (isinstance(value, list) and name not in several):
+            parser.error(f"--config {path}: {name} takes one value, got {value}")
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words

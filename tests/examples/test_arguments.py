@@ -3,13 +3,14 @@
 import pytest
 
 from arguments import Arguments, parse
+from trl_sft import TrlArguments
 
 TINY = {"steps": 7, "r": 4}
 REAL = {"r": 16}
 
 
-def read(*argv):
-    return parse(Arguments, "an example", TINY, REAL, [*map(str, argv)])
+def read(*argv, kind=Arguments):
+    return parse(kind, "an example", TINY, REAL, [*map(str, argv)])
 
 
 @pytest.fixture
@@ -38,12 +39,30 @@ def test_a_model_in_the_file_has_the_defaults_of_a_real_one(file, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("target_modules: [experts, q_proj]", ["experts", "q_proj"]),
+        ("target_modules:\n- experts\n", ["experts"]),
+        ("target_modules: all-linear", ["all-linear"]),
+        ("liger: false", ["experts", "q_proj", "v_proj"]),
+    ],
+)
+def test_a_list_in_the_file_is_a_list(text, names, file):
+    args = read("--config", file(text), kind=TrlArguments)
+    assert (args.target_modules, args.liger) == (names, False)
+    args = read("--config", file(text), "--target_modules", "gate", kind=TrlArguments)
+    assert args.target_modules == ["gate"]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stepz: 3", "there are no options ['stepz']; the options are ['model', 'data'"),
         ("config: other.yaml", "there are no options ['config']"),
         ("- steps", "needs lines `option: value`"),
         ("steps: many", "argument --steps: invalid int value: 'many'"),
+        ("data: [a.jsonl, b.jsonl]", "data takes one value, got ['a.jsonl', 'b.jsonl']"),
+        ("steps: {a: 1}", "steps takes one value, got {'a': 1}"),
         ("model: somewhere", "--model needs --data FILE.jsonl"),
     ],
 )
