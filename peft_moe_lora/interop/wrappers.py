@@ -11,6 +11,7 @@ Legend:
 """
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -27,11 +28,14 @@ from ..experts.stored import UnsupportedExperts
 from ..functional import Projection
 from ..layers import own
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
+from ..layers.frozen import is_update_of_peft
 from ..ops import QuantizedWeight
 from . import counting
 
 # experts module -> its layout, which takes too long to read in each call
 _layouts: WeakKeyDictionary[nn.Module, ExpertsLayout] = WeakKeyDictionary()
+# experts module -> what a thread holds while it calls the module, because a call changes its config
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 class LeftToPeft(Exception):
@@ -77,12 +81,13 @@ class ExpertsCall:
         """
         # nn.Module annotates every attribute as a tensor or a module
         module: Any = self.module
-        config = shared_config(module, self.layout)
-        module.config = AdaptedExpertsConfig(config, self)
-        try:
-            out = module(*rows)
-        finally:
-            module.config = config
+        with _locks.setdefault(module, threading.RLock()):
+            config = shared_config(module, self.layout)
+            module.config = AdaptedExpertsConfig(config, self)
+            try:
+                out = module(*rows)
+            finally:
+                module.config = config
         if not self.computed:
             raise LeftToPeft(
                 f"{type(module).__name__}.forward was replaced, and no longer looks up an experts "
@@ -186,19 +191,15 @@ def _check_is_whole(module: nn.Module) -> None:
         return
     for name in cast(nn.ModuleDict, module.parametrizations):
         first, *others = parametrizations(module, name)
-        if _is_of_peft(first):
+        if is_update_of_peft(first):
             raise LeftToPeft("the wrapper outside is left to PEFT", logging.NOTSET)
-        if any(_is_of_peft(other) for other in others):
+        if any(is_update_of_peft(other) for other in others):
             # peft 0.21; drop when PEFT removes its _LoraFactorsProxy from quantized weights
             raise LeftToPeft(
                 f"PEFT has computed {type(module).__name__} before, and left its update in the "
                 f"quantized {name}, where it counts again in every call: load the model again, and "
                 "call apply_to_peft() before the first forward"
             )
-
-
-def _is_of_peft(parametrization: nn.Module) -> bool:
-    return type(parametrization).__module__ == ParamWrapper.__module__
 
 
 def _check_at_work(wrappers: list[ParamWrapper]) -> None:

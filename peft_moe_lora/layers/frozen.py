@@ -3,7 +3,7 @@
 `model.set_experts_implementation("moe_lora")` asks for it on any model on transformers' experts
 interface. An adapted module asks for it while its adapters are disabled or merged. The kernels
 compute no gradient of the weights: a module that trains its own weights runs an implementation of
-transformers.
+transformers, and so does one to whose weights PEFT's own code adds updates.
 """
 
 import logging
@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from ..experts.activation import ALPHA_NAMES, LIMIT_NAMES
@@ -28,6 +29,17 @@ logger = logging.getLogger(__name__)
 
 # what transformers chooses where nobody names an implementation
 _DEFAULT = "grouped_mm"
+
+# why an implementation of transformers runs; the names are ours, the class and the other's
+_TRAINED = (
+    'experts_implementation="%s" computes no gradient of the experts\' own weights, and %s trains '
+    'them: "%s" runs instead. Freeze them with requires_grad_(False) to use the kernels.'
+)
+_UPDATED_BY_PEFT = (
+    'experts_implementation="%s" reads the weights alone, and PEFT adds updates of '
+    'target_parameters to those of %s in each call: "%s" runs instead. Call '
+    "peft_moe_lora.apply_to_peft() to compute both with the kernels."
+)
 
 
 class _Known(NamedTuple):
@@ -62,6 +74,9 @@ def compute_frozen(
     Raises:
         UnsupportedExperts: if the weights are stored in an unknown way, or are not here.
     """
+    if any(is_update_of_peft(part) for part in decoders(module)):
+        _log_once(_UPDATED_BY_PEFT, type(module).__name__, _DEFAULT)
+        return own.implementation(_DEFAULT, module)(module, *rows)
     if layout is None:
         layout = _layout_of(module)
     with fetched(decoders(module)):
@@ -70,9 +85,14 @@ def compute_frozen(
         if _is_trained(module, up, down):
             if named in (None, IMPLEMENTATION):
                 named = _DEFAULT
-            _log_trained(type(module).__name__, named)
+            _log_once(_TRAINED, type(module).__name__, named)
             return own.implementation(named, module)(module, *rows)
         return own.compute(module, layout, rows, up, down, backend=backend)
+
+
+def is_update_of_peft(parametrization: nn.Module) -> bool:
+    """Whether a parametrization is one by which PEFT's own code adds updates to a weight."""
+    return type(parametrization).__module__ == ParamWrapper.__module__
 
 
 def _projection(module: nn.Module, layout: ExpertsLayout, name: str, x: torch.Tensor) -> Projection:
@@ -132,19 +152,12 @@ def _facts(module: nn.Module) -> tuple[Any, ...]:
 
 # torch.compile calls it while it traces
 @torch.compiler.assume_constant_result
-def _log_trained(cls: str, named: str) -> bool:
+def _log_once(why: str, cls: str, named: str) -> bool:
     """Say, once for each class in a process, that an implementation of transformers runs."""
-    _warn_trained(cls, named)
+    _warn(why, cls, named)
     return True
 
 
 @cache
-def _warn_trained(cls: str, named: str) -> None:
-    logger.warning(
-        'experts_implementation="%s" computes no gradient of the experts\' own weights, and %s '
-        'trains them: "%s" runs instead. Freeze them with requires_grad_(False) to use the '
-        "kernels.",
-        IMPLEMENTATION,
-        cls,
-        named,
-    )
+def _warn(why: str, cls: str, named: str) -> None:
+    logger.warning(why, IMPLEMENTATION, cls, named)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file
 from transformers.trainer_utils import set_seed
 
 from helpers import (
@@ -145,15 +146,40 @@ def test_three_steps_of_training_are_pefts(family, computed):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "olmoe"])
-def test_ten_steps_from_a_new_adapter_have_pefts_losses(family, computed):
-    own = with_peft_lora(tiny_model(family), randomize=False).train()
-    ours = copy.deepcopy(own)
-    losses = train(own, token_ids(), steps=10)
+def test_ten_steps_from_a_new_adapter_have_pefts_losses_and_files(family, computed, tmp_path):
+    losses = train_and_save(family, tmp_path / "own")
+    assert not computed
     with apply_to_peft():
-        found = train(ours, token_ids(), steps=10)
+        found = train_and_save(family, tmp_path / "ours")
     assert computed
     assert losses[-1] < 0.7 * losses[0]
     assert_close(torch.tensor(found), torch.tensor(losses), 1e-6, "losses")
+    for stage in ("new", "trained"):
+        assert_same_bytes(tmp_path, f"{stage}/adapter_config.json")
+    weights = "adapter_model.safetensors"
+    assert_same_bytes(tmp_path, f"new/{weights}")
+    right = load_file(tmp_path / "own" / "trained" / weights)
+    trained = load_file(tmp_path / "ours" / "trained" / weights)
+    assert trained.keys() == right.keys()
+    for name, tensor in right.items():
+        # not by the largest element: AdamW divides by the gradient's own size, so an element whose
+        # gradient is near zero moves by its rounding error
+        error = (trained[name] - tensor).norm() / tensor.norm()
+        assert error < TOLERANCE, f"{name}: {error:.1e}"
+
+
+def train_and_save(family, folder):
+    """The losses of ten steps of AdamW; the adapter is saved before and after them."""
+    set_seed(3)
+    model = with_peft_lora(tiny_model(family), randomize=False).train()
+    model.save_pretrained(folder / "new")
+    losses = train(model, token_ids(), steps=10)
+    model.save_pretrained(folder / "trained")
+    return losses
+
+
+def assert_same_bytes(folder, path):
+    assert (folder / "own" / path).read_bytes() == (folder / "ours" / path).read_bytes(), path
 
 
 def steps(model):

@@ -186,7 +186,7 @@ def test_experts_in_four_and_eight_bits():
 
 def trained_alone(name):
     """The same experts twice, of which one parameter is trained; the second is by name."""
-    frozen._warn_trained.cache_clear()
+    frozen._warn.cache_clear()
     plain = build_experts(*GPT_OSS)
     module = by_name(copy.deepcopy(plain))
     for experts in (plain, module):
@@ -399,7 +399,7 @@ def test_keeping_the_implementation_is_saved(tmp_path):
 
 
 def test_a_base_that_is_trained_runs_the_models_own_implementation(frozen_calls, caplog):
-    frozen._warn_trained.cache_clear()
+    frozen._warn.cache_clear()
     plain = build_experts(*QWEN3_MOE)
     model = wrap(copy.deepcopy(plain))
     experts = model.base_model.model.experts.base_layer
