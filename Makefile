@@ -5,11 +5,14 @@
 # make gpu-test-long  every test that needs a CUDA device
 # make test-readers   loads adapters with the programs that read them: vLLM, SGLang and mlx-lm, at one release each
 # make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
+# make docs           builds the documentation site into build/site/html; a warning is an error
+# make docs-serve     builds it and shows it at http://localhost:8000
+# make test-docs      builds it and opens every page in Chromium (`apt-get install chromium`)
 # make notebooks      runs the notebooks and writes their outputs into them
 # make matrix         a part of the tests with other versions of the libraries, for the table in docs/versions.md
 # make installed      everything that tests need, into .venv
 # make mutants        breaks the package on purpose and lists what no test notices: SAMPLE breaks, of PATHS
-# make clean          removes .venv and what the examples wrote
+# make clean          removes .venv, the site, and what the examples wrote
 # make help           prints these lines
 #
 # Each target makes what it needs of .venv first and leaves it there. Any pin can be replaced:
@@ -28,6 +31,9 @@ PINS = $(TRANSFORMERS) $(PEFT) $(ACCELERATE) safetensors==0.8.0 numpy==2.4.6 jin
        deepspeed==0.19.8 hjson==3.1.0
 LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 MUTANTS = mutmut==3.8.1
+# what builds the documentation site and looks at it. Docstrings are read, not imported: no torch
+DOCS = zensical==0.0.73 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1 ruff==0.17.5 \
+       nbconvert==7.17.2 latex2mathml==3.81.1 playwright==1.65.2 pytest==9.2.0 pytest-timeout==2.4.0
 # programs that read adapters. They are installed without what they depend on, which is CUDA and other releases of torch: only
 # their loading code runs, on a CPU. READERS_IMPORT is what that code imports.
 READERS = vllm==0.33.0 sglang==0.5.23 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
@@ -55,6 +61,8 @@ TEST_READY = $(VENV)/ready-test_$(PINNED)
 LINT_READY = $(VENV)/ready-lint_$(subst $() ,_,$(subst ==,-,$(LINTERS)))
 READERS_VENV = $(VENV)/readers
 READERS_READY = $(VENV)/ready-readers_$(firstword $(shell printf '%s' '$(READERS) $(READERS_IMPORT)' | cksum))
+DOCS_VENV = $(VENV)/docs
+DOCS_READY = $(VENV)/ready-docs_$(firstword $(shell printf '%s' '$(DOCS)' | cksum))
 MUTANTS_READY = $(VENV)/ready-mutants_$(subst ==,-,$(MUTANTS))
 
 # DeepSpeed has no wheels. Its build imports hjson and torch: those of this environment, where an isolated build would fetch
@@ -64,7 +72,7 @@ DEEPSPEED_WITHOUT_KERNELS = DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # whether torch is a build that requires triton, as an exit code
 REQUIRES_TRITON = import importlib.metadata as m; raise SystemExit('triton' not in str(m.requires('torch')))
 
-.PHONY: demo test test-long test-readers gpu-test gpu-test-long lint notebooks matrix installed mutants clean help
+.PHONY: demo test test-long test-readers gpu-test gpu-test-long lint docs docs-serve test-docs notebooks matrix installed mutants clean help
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -73,8 +81,8 @@ demo: $(DEMO_READY)
 # that what they share is made once (xdist 3.8 does not group by mark under pytest 9.2). The kernels' tests go alone:
 # without a GPU they run in Triton's interpreter, which must be chosen before Triton is first imported.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKED)" -n $(WORKERS)
-test: MARKED = not gpu and not long and not readers
-test-long: MARKED = not gpu and not readers
+test: MARKED = not gpu and not long and not readers and not docs
+test-long: MARKED = not gpu and not readers and not docs
 test test-long: $(TEST_READY)
 	$(PYTEST) --dist loadfile --ignore tests/ops
 	$(PYTEST) tests/ops
@@ -99,6 +107,16 @@ lint: $(TEST_READY) $(LINT_READY)
 
 installed: $(TEST_READY)
 
+docs: $(DOCS_READY)
+	$(DOCS_VENV)/bin/python docs/site/build_site.py
+
+docs-serve: docs
+	$(DOCS_VENV)/bin/python -m http.server --bind localhost --directory build/site/html 8000
+
+# without the conftest.py of tests, which imports torch
+test-docs: docs
+	$(DOCS_VENV)/bin/python -m pytest --confcutdir tests/docs tests/docs/test_in_a_browser.py
+
 notebooks: $(TEST_READY)
 	$(BIN)/python tests/examples/notebook_outputs.py
 
@@ -115,7 +133,7 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 clean:
-	rm -rf $(VENV) .venv-* moe-lora-demo moe-lora-trl
+	rm -rf $(VENV) .venv-* build/site moe-lora-demo moe-lora-trl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -142,6 +160,11 @@ $(READERS_READY): $(TEST_READY)
 	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
 		> "$$($(READERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/tests.pth"
 	$(READERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(READERS_IMPORT) $(READERS)
+	touch '$@'
+
+$(DOCS_READY): Makefile
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS)
 	touch '$@'
 
 $(LINT_READY): Makefile | $(BIN)/python

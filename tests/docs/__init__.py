@@ -1,0 +1,1 @@
+"""The documentation site: its pages are complete, and a browser shows them."""
