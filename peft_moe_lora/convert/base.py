@@ -56,6 +56,7 @@ class BaseModel:
         embeddings: the path of the input embedding, and then that of the head, if there is one.
         tied: the names in `tensors` that are one and the same parameter as the input embedding's
             weight, that one included; empty if nothing is tied to it.
+        heads: numbers of the query heads and of the key heads; 0 if the config has none.
         renamings: transformers' renamings of published tensor names to module paths.
     """
 
@@ -70,6 +71,7 @@ class BaseModel:
     tensors: Mapping[str, tuple[int, ...]] = field(repr=False)
     embeddings: tuple[str, ...] = ()
     tied: frozenset[str] = frozenset()
+    heads: tuple[int, int] = (0, 0)
     renamings: tuple[WeightRenaming, ...] = field(default=(), repr=False)
 
     @property
@@ -209,6 +211,7 @@ def describe_base(model: nn.Module, name: str, config: PreTrainedConfig | None =
         tensors={key: tuple(tensor.shape) for key, tensor in _tensors(model)},
         embeddings=_embeddings(model),
         tied=_tied(model),
+        heads=_heads(config),
         renamings=_renamings(model),
     )
 
@@ -222,6 +225,12 @@ def _architecture(model: nn.Module, config: PreTrainedConfig | None) -> str:
         if isinstance(first, str) and first.isidentifier() and is_plain(first):
             return first
     return type(model).__name__
+
+
+def _heads(config: PreTrainedConfig | None) -> tuple[int, int]:
+    """The numbers of the query heads and of the key heads."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return heads, getattr(config, "num_key_value_heads", heads)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -220,21 +220,16 @@ def _linear_block(adapter: Adapter, form: Format, linear: LinearPair, key: str) 
     """A [r, K] or B [N, r] of an ordinary layer, padded to its rank; B is rescaled."""
     name = adapter.names[key]
     info = adapter.file.tensors[name]
-    is_B = key == linear.B
-    rank_dim = int(is_B)
-    shape = list(info.shape)
-    shape[rank_dim] = linear.r
 
-    def make() -> Iterator[torch.Tensor]:
-        tensor = adapter.file.load(name)
-        if is_B:
-            tensor = rescale(tensor, linear.factor)
-        tensor = pad(tensor, rank_dim, linear.r)
-        yield tensor.T if form.transposed_linears else tensor
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        if key == linear.A:
+            return form.stored_A(adapter, linear, pad(tensor, 0, linear.r))
+        B = rescale(tensor, linear.factor)
+        return form.stored_B(adapter, linear, pad(B, 1, linear.r))
 
-    if form.transposed_linears:
-        shape.reverse()
-    return Block({form.rename(adapter, key): tuple(shape)}, info.dtype, make)
+    shape = stored(torch.empty(info.shape, dtype=info.dtype, device="meta")).shape
+    written = {form.rename(adapter, key): tuple(shape)}
+    return Block(written, info.dtype, lambda: [stored(adapter.file.load(name))])
 
 
 def _copied_block(adapter: Adapter, key: str, written: str) -> Block:

@@ -17,11 +17,22 @@ _STACKED = ((("q_proj", "v_proj"), ("k_proj",)), (("q_a_proj", "kv_a_proj_with_m
 MERGE = "merge it into the base model instead (peft-moe-lora merge)"
 
 
+def refuses_other_than_lora(adapter: Adapter, program: str) -> str | None:
+    """What a program refuses that loads A and B alone."""
+    held = adapter.without_lora()
+    if not held:
+        return None
+    remedy = MERGE
+    if held[0].endswith(".base_layer.weight"):
+        remedy = "save it again with save_embedding_layers=False if the vocabulary has its old size"
+    return f"{program} loads LoRA alone, but this adapter holds {held[0]}; {remedy}"
+
+
 def vllm_refuses(adapter: Adapter, base: BaseModel) -> str | None:
     """What vLLM refuses or ignores in every format."""
-    held = adapter.without_lora()
-    if held:
-        return _lora_alone(VLLM.name, held[0])
+    held = refuses_other_than_lora(adapter, VLLM.name)
+    if held is not None:
+        return held
     router = _first_router(adapter)
     if router is not None and not _is_gated(adapter, base):
         return (
@@ -78,9 +89,9 @@ def vllm_needs_mixed(base: BaseModel, stacked: bool) -> str | None:
 
 def sglang_refuses(adapter: Adapter, base: BaseModel) -> str | None:
     """What SGLang refuses in every format."""
-    held = adapter.without_lora()
-    if held:
-        return _lora_alone(SGLANG.name, held[0])
+    held = refuses_other_than_lora(adapter, SGLANG.name)
+    if held is not None:
+        return held
     router = _first_router(adapter)
     if router is not None:
         return f"SGLang has no LoRA on routers, but this adapter adapts {router}; {MERGE}"
@@ -103,13 +114,6 @@ def sglang_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
             f"SGLang does not take {base.architecture} in this format; convert to sglang_3d for it"
         )
     return sglang_refuses(adapter, base)
-
-
-def _lora_alone(server: str, key: str) -> str:
-    remedy = MERGE
-    if key.endswith(".base_layer.weight"):
-        remedy = "save it again with save_embedding_layers=False if the vocabulary has its old size"
-    return f"{server} loads LoRA alone, but this adapter holds {key}; {remedy}"
 
 
 def _is_gated(adapter: Adapter, base: BaseModel) -> bool:

@@ -299,10 +299,21 @@ MLX_NO_LORA = {
 
 # Model type -> architecture of llama.cpp whose runtime was run with adapters on experts.
 GGUF_ARCHITECTURES = {
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss",
     "mixtral": "llama",
     "olmoe": "olmoe",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
 }
-# Model type -> last names of layers whose rows llama.cpp stores in another order.
-GGUF_REORDERED = {"mixtral": frozenset({"q_proj", "k_proj"})}
+# Architecture of llama.cpp -> last names of layers that it computes without LoRA: an adapter on
+# them loads and has no effect, or its tensors do not exist there.
+GGUF_NO_LORA = {
+    "deepseek2": frozenset(
+        {"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"}
+    ),
+}
+# Model type -> last names of layers in which llama.cpp stores the two halves of each head as pairs
+# of rows.
+GGUF_PAIRED_ROWS = {"mixtral": frozenset({"q_proj", "k_proj"})}

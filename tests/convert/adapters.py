@@ -30,9 +30,9 @@ DEFAULT_LEAVES = ("gate_proj", "up_proj", "down_proj")
 LEAVES = {"mixtral": ("w1", "w3", "w2")}
 
 
-def save_base(family, folder):
+def save_base(family, folder, **settings):
     """A tiny base model, and its config alone in a folder, as a conversion is told of it."""
-    base = tiny_model(family)
+    base = tiny_model(family, **settings)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(folder)
     return base

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from convert.adapters import experts_count, rewrite, save_base, save_ours, update_of_ours
+from convert.adapters import (
+    INTERLEAVED,
+    PREFIX,
+    experts_count,
+    rewrite,
+    save_base,
+    save_ours,
+    tensors,
+    update_of_ours,
+)
 from helpers import assert_close, experts_paths
 from peft_moe_lora import convert_adapter
 from peft_moe_lora.files.tensor_file import RefusedError
@@ -18,14 +27,19 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "mixtral": "llama",
     "olmoe": "olmoe",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss",
 }
+ROUTERS = {"gpt_oss": "router"}
 PARTS = ("gate", "up", "down")
 
 
 @pytest.fixture
 def family(request, tmp_path):
     base = save_base(request.param, tmp_path / "base")
-    save_ours(base, tmp_path / "ours", target_modules=["experts", "o_proj", "gate"])
+    router = ROUTERS.get(request.param, "gate")
+    save_ours(base, tmp_path / "ours", target_modules=["experts", "o_proj", router])
     return SimpleNamespace(
         name=request.param, base=base, config=tmp_path / "base", ours=tmp_path / "ours"
     )
@@ -47,6 +61,11 @@ def read(file):
     return fields["general.architecture"], fields["adapter.lora.alpha"], tensors
 
 
+def experts_layers(base):
+    """Number of a layer -> path of its experts."""
+    return {int(path.split(".")[2]): path for path in experts_paths(base)}
+
+
 def delta(tensors, alpha, name):
     A = tensors[f"{name}.weight.lora_a"]
     B = tensors[f"{name}.weight.lora_b"]
@@ -59,25 +78,24 @@ def test_the_update_is_ours(family, tmp_path):
     architecture, alpha, tensors = read(tmp_path / "out" / "adapter.gguf")
     assert architecture == ARCHITECTURES[family.name]
     right = update_of_ours(family.ours, family.base)
-    for layer, path in enumerate(experts_paths(family.base)):
+    layers = experts_layers(family.base)
+    for layer, path in layers.items():
         found = {p: delta(tensors, alpha, f"blk.{layer}.ffn_{p}_exps") for p in PARTS}
         assert found["down"].shape[0] == experts_count(family.base, path)
         gate_up = torch.cat([found["gate"], found["up"]], 1)
+        if family.name in INTERLEAVED:
+            gate_up = torch.stack([found["gate"], found["up"]], 2).flatten(1, 2)
         assert_close(gate_up, right[path]["gate_up"], 1e-6, f"{path}, gate_up")
         assert_close(found["down"], right[path]["down"], 1e-6, f"{path}, down")
     beside = {name for name in tensors if "exps" not in name}
-    assert beside == {
-        f"blk.{layer}.{name}.weight.lora_{side}"
-        for layer in range(2)
-        for name in ("attn_output", "ffn_gate_inp")
-        for side in "ab"
-    }
+    names = [f"blk.{layer}.attn_output" for layer in range(2)]
+    names += [f"blk.{layer}.ffn_gate_inp" for layer in layers]
+    assert beside == {f"{name}.weight.lora_{side}" for name in names for side in "ab"}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_arrive_exactly(family, dtype, tmp_path):
-
     # bf16 has numbers below those of fp16
     small = {torch.bfloat16: 2.0**-18, torch.float16: 1.0}[dtype]
     rewrite(family.ours, lambda state: {name: (t * small).to(dtype) for name, t in state.items()})
@@ -86,7 +104,7 @@ def test_narrow_dtypes_arrive_exactly(family, dtype, tmp_path):
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     rewrite(family.ours, lambda state: {name: t.float() for name, t in state.items()})
     right = update_of_ours(family.ours, family.base)
-    for layer, path in enumerate(experts_paths(family.base)):
+    for layer, path in experts_layers(family.base).items():
         down = delta(tensors, alpha, f"blk.{layer}.ffn_down_exps")
         assert_close(down, right[path]["down"], 1e-6, path)
 
@@ -94,10 +112,10 @@ def test_narrow_dtypes_arrive_exactly(family, dtype, tmp_path):
 @pytest.mark.parametrize(
     ("family", "targets", "match"),
     [
-        ("gpt_oss", ["experts"], "gpt_oss"),
-        ("mixtral", ["experts", "q_proj"], "q_proj of mixtral in another order"),
-        ("mixtral", ["experts", "k_proj"], "k_proj of mixtral in another order"),
-        ("qwen3_moe", ["experts", "embed_tokens"], "loads LoRA alone|another order"),
+        ("glm4_moe", ["experts"], "not tried with adapters on the experts of glm4_moe"),
+        ("deepseek_v3", ["experts", "q_a_proj"], "q_a_proj of deepseek_v3 without LoRA"),
+        ("deepseek_v2", ["experts", "kv_b_proj"], "kv_b_proj of deepseek_v2 without LoRA"),
+        ("qwen3_moe", ["experts", "embed_tokens"], "loads LoRA alone"),
     ],
 )
 def test_what_llama_cpp_does_not_take_is_refused(family, targets, match, tmp_path):
@@ -116,3 +134,57 @@ def test_without_the_package_the_extra_is_named(family, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RefusedError, match=r"peft-moe-lora\[gguf\]"):
         convert_adapter(family.ours, tmp_path / "out", to="gguf", base_config=family.config)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_the_rows_of_rotary_heads_become_pairs(name, tmp_path):
+    """llama.cpp keeps row i of the first half of a head beside row i of its second half."""
+    base = save_base("mixtral", tmp_path / "base")
+    save_ours(base, tmp_path / "ours", target_modules=["experts", name])
+    convert_adapter(tmp_path / "ours", tmp_path / "out", to="gguf", base_config=tmp_path / "base")
+    _, _, found = read(tmp_path / "out" / "adapter.gguf")
+    path = f"{PREFIX}model.layers.1.self_attn.{name}.lora_"
+    ours = tensors(tmp_path / "ours")
+    A, B = (ours[f"{path}{side}.weight"] for side in "AB")
+    short = f"blk.1.attn_{name[0]}.weight.lora_"
+    head_dim = 8
+    rows = []
+    for start in range(0, len(B), head_dim):
+        for i in range(head_dim // 2):
+            rows += [start + i, start + head_dim // 2 + i]
+    assert rows != sorted(rows)
+    assert torch.equal(found[f"{short}a"], A)
+    assert torch.equal(found[f"{short}b"], B[rows])
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "match"),
+    [
+        ("qwen3_moe", {"tie_word_embeddings": True}, "stores no lm_head of its own"),
+        ("deepseek_v3", {}, "lm_head of deepseek_v3 without LoRA"),
+    ],
+    ids=["tied", "computed otherwise"],
+)
+def test_a_head_without_lora_is_refused(family, settings, match, tmp_path):
+    base = save_base(family, tmp_path / "base", **settings)
+    save_ours(base, tmp_path / "ours", target_modules=["experts", "lm_head"])
+    rewrite(
+        tmp_path / "ours",
+        lambda state: {name: t for name, t in state.items() if "base_layer" not in name},
+    )
+    with pytest.raises(RefusedError, match=match):
+        convert_adapter(
+            tmp_path / "ours", tmp_path / "out", to="gguf", base_config=tmp_path / "base"
+        )
+
+
+def test_an_embedding_is_written_as_rows_of_the_vocabulary(tmp_path):
+    base = save_base("qwen3_moe", tmp_path / "base")
+    model = save_ours(base, tmp_path / "ours", target_modules=["experts", "embed_tokens"])
+    model.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    convert_adapter(tmp_path / "ours", tmp_path / "out", to="gguf", base_config=tmp_path / "base")
+    _, _, found = read(tmp_path / "out" / "adapter.gguf")
+    path = f"{PREFIX}model.embed_tokens.lora_embedding_"
+    right = tensors(tmp_path / "ours")
+    assert torch.equal(found["token_embd.weight.lora_a"], right[f"{path}A"].T)
+    assert torch.equal(found["token_embd.weight.lora_b"], right[f"{path}B"])

@@ -153,6 +153,19 @@ _BESIDE = {
             **_LINEAR_ATTENTION,
         },
     ),
+    # the attention of deepseek_v3 with softmax routing
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **_WIDTHS,
+            **_GROUPED_EXPERTS,
+            "n_group": 1,
+            **_LATENT_ATTENTION,
+            "head_dim": 8,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     # grouped sigmoid routing with plain attention; a dense layer first
     "glm4_moe": ("Glm4MoeConfig", {"head_dim": 8, **_WIDTHS, **_GROUPED_EXPERTS}),
     # the router is a linear layer with a forward of its own

@@ -16,7 +16,7 @@ from peft_moe_lora import convert_adapter
 from peft_moe_lora.convert.base import read_base
 from peft_moe_lora.convert.convert import write_adapter
 from peft_moe_lora.convert.fit import fill_in, make_uniform
-from peft_moe_lora.convert.formats import FORMATS
+from peft_moe_lora.convert.formats import FORMATS, WRITTEN_ONLY
 from peft_moe_lora.convert.reading import open_adapter
 from peft_moe_lora.experts.layout import PROJECTIONS
 from peft_moe_lora.files.tensor_file import RefusedError
@@ -95,6 +95,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "Qwen2MoeForCausalLM": lambda: tiny_model("qwen2_moe"),
     "MixtralForCausalLM": lambda: tiny_model("mixtral"),
     "OlmoeForCausalLM": lambda: tiny_model("olmoe"),
+    "DeepseekV2ForCausalLM": lambda: tiny_model("deepseek_v2"),
     "DeepseekV3ForCausalLM": lambda: tiny_model("deepseek_v3", **_DEEPSEEK),
     "Glm4MoeForCausalLM": lambda: tiny_model("glm4_moe"),
     "GptOssForCausalLM": lambda: tiny_model("gpt_oss", rope_parameters=_YARN),
@@ -103,7 +104,10 @@ BASES: dict[str, Callable[[], nn.Module]] = {
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-ATTENTION = {"DeepseekV3ForCausalLM": _LATENT_ATTENTION}
+ATTENTION = {
+    "DeepseekV2ForCausalLM": _LATENT_ATTENTION,
+    "DeepseekV3ForCausalLM": _LATENT_ATTENTION,
+}
 ROUTER = {"GptOssForCausalLM": "router"}
 # what an adapter is on beside the experts
 KINDS = ("experts", "attention", "router")
@@ -135,17 +139,18 @@ class Case:
     A and B are random, and every update is about as large as the layer's own output.
 
     Attributes:
+        model: the base.
         base: folder with the base's config.json.
         base_model: what conversions know of the base.
     """
 
-    def __init__(self, architecture: str, folder: Path) -> None:
+    def __init__(self, architecture: str, folder: Path, model: nn.Module | None = None) -> None:
         self.architecture = architecture
+        self.model = model or BASES[architecture]()
         self.base = folder / "base"
         self._folder = folder
-        self._model = BASES[architecture]()
-        self._model.config.architectures = [architecture]
-        self._model.config.save_pretrained(self.base)
+        self.model.config.architectures = [architecture]
+        self.model.config.save_pretrained(self.base)
         if architecture == "NemotronHForCausalLM":
             _use_published_words(self.base / "config.json")
         self.base_model = read_base(self.base)
@@ -159,9 +164,10 @@ class Case:
             self.save(folder, targets(self.architecture, kind))
         return folder
 
-    def save(self, folder: Path, target_modules: list[str]) -> None:
-        """Write an adapter in our own format."""
-        moe_lora(copy.deepcopy(self._model), target_modules=target_modules).save_pretrained(folder)
+    def save(self, folder: Path, target_modules: list[str], **saving: object) -> None:
+        """Write an adapter in our own format; `saving` goes to PEFT's save_pretrained."""
+        adapted = moe_lora(copy.deepcopy(self.model), target_modules=target_modules)
+        adapted.save_pretrained(folder, **saving)
 
     def right(self, kind: str) -> Deltas:
         """Our deltas of an adapter."""
@@ -208,7 +214,7 @@ def write_unchecked(ours: Path, base: Path, to: str, out: Path) -> None:
 
     So a reader itself shows what it does with such a file.
     """
-    form = FORMATS[to]
+    form = {**FORMATS, **WRITTEN_ONLY}[to]
     adapter = make_uniform(fill_in(open_adapter(ours, base), PROJECTIONS, to), to)
     out.mkdir()
     write_adapter(adapter, form, out)

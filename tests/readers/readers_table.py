@@ -31,7 +31,10 @@ def tables() -> str:
 def _lines(reader: Reader) -> Iterator[str]:
     formats = list(dict.fromkeys(to for row in reader.rows.values() for to in row.formats))
     columns = ["architecture", *(f"`{to}`" for to in formats), "attention", "routers"]
-    yield f"{reader.name} {reader.version}, {reader.date}:"
+    release = f"{reader.name} {reader.version}"
+    if reader.package != reader.name.lower():
+        release = f"{reader.name}, with {reader.package} {reader.version}"
+    yield f"{release}, {reader.date}:"
     yield ""
     yield _line(columns)
     yield _line(["---"] * len(columns))

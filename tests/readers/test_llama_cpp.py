@@ -1,78 +1,124 @@
-"""llama.cpp computes our logits with a GGUF adapter on experts, attention and routers."""
+"""llama.cpp computes our logits with a GGUF adapter, or does what the table says it does."""
 
 import copy
 import importlib.metadata
+import re
+import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 
-from helpers import FP32, moe_lora, outputs, relative_error, tiny_model
-from peft_moe_lora import convert_adapter
-from readers.cases import SWAPS, swapped_copy
+from convert.adapters import rewrite
+from helpers import FP32, outputs, relative_error, tiny_model
+from peft_moe_lora.experts.families import GGUF_NO_LORA
+from readers.cases import KINDS, SWAPS, Case, write_unchecked
+from readers.verdicts import EXACT, LLAMA_CPP
 
 pytest.importorskip(
     "llama_cpp",
     reason="llama-cpp-python is not installed; pip install --no-deps llama-cpp-python builds it",
 )
 
-from readers.drive_llama_cpp import logits, write_base
+from readers.drive_llama_cpp import logits
+from readers.gguf_bases import write_base
 
 pytestmark = pytest.mark.readers
 
-VERSION = "0.3.36"
-SIZES = {"hidden_size": 64, "tie_word_embeddings": False}
-# what is fixed in llama.cpp: the widths of heads, and whether routing weights are normalised
-FAMILIES = {
-    "qwen3_moe": {"head_dim": 16, "norm_topk_prob": True},
-    "qwen2_moe": {"norm_topk_prob": False},
-    "mixtral": {},
-    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
+# architecture -> its tiny model, with what published configs say and llama.cpp does not read
+MODELS = {
+    "Qwen3MoeForCausalLM": ("qwen3_moe", {"norm_topk_prob": True}),
+    "Qwen2MoeForCausalLM": ("qwen2_moe", {"norm_topk_prob": False}),
+    "MixtralForCausalLM": ("mixtral", {}),
+    "OlmoeForCausalLM": ("olmoe", {"norm_topk_prob": False, "num_key_value_heads": 4}),
+    "DeepseekV2ForCausalLM": ("deepseek_v2", {}),
+    "DeepseekV3ForCausalLM": ("deepseek_v3", {}),
+    "GptOssForCausalLM": ("gpt_oss", {}),
 }
-TARGETS = {"mixtral": ["experts", "v_proj", "o_proj", "gate"]}
 IDS = torch.randint(3, 64, (11,), generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def run(tmp_path_factory):
+    """architecture -> its case, and the base as GGUF."""
     cache = {}
 
-    def make(family):
-        if family not in cache:
-            folder = tmp_path_factory.mktemp(family)
-            base = tiny_model(family, **SIZES, **FAMILIES[family])
-            base.config.architectures = [type(base).__name__]
-            base.config.save_pretrained(folder / "base")
-            write_base(base, folder / "base.gguf")
-            targets = TARGETS.get(family, ["experts", "q_proj", "k_proj", "v_proj", "gate"])
-            model = moe_lora(copy.deepcopy(base), target_modules=targets).eval()
-            model.save_pretrained(folder / "ours")
-            cache[family] = folder, base, outputs(model, IDS[None])[0].detach()
-        return cache[family]
+    def make(architecture):
+        if architecture not in cache:
+            folder = tmp_path_factory.mktemp(architecture)
+            family, settings = MODELS[architecture]
+            model = tiny_model(family, tie_word_embeddings=False, **settings)
+            write_base(model, folder / "base.gguf")
+            cache[architecture] = Case(architecture, folder, model), folder / "base.gguf"
+        return cache[architecture]
 
     return make
 
 
-def with_adapter(folder, ours, out):
-    convert_adapter(ours, out, to="gguf", base_config=folder / "base")
-    return logits(folder / "base.gguf", IDS, out / "adapter.gguf")
+def ours(case, folder):
+    """The logits of the base with an adapter in our own format."""
+    model = PeftModel.from_pretrained(copy.deepcopy(case.model), folder).eval()
+    return outputs(model, IDS[None])[0].detach()
 
 
-def test_the_release_is_the_documents():
-    assert importlib.metadata.version("llama-cpp-python") == VERSION
+def plain(case):
+    return outputs(case.model, IDS[None])[0].detach()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits(made, family, tmp_path):
-    folder, base, right = made(family)
-    plain = outputs(base, IDS[None])[0].detach()
-    assert relative_error(logits(folder / "base.gguf", IDS), plain) < FP32
-    assert relative_error(plain, right) > 0.1
-    assert relative_error(with_adapter(folder, folder / "ours", tmp_path / "out"), right) < FP32
+def test_the_release_is_the_tables():
+    assert importlib.metadata.version("llama-cpp-python") == LLAMA_CPP.version
+
+
+def test_every_architecture_of_the_table_is_run():
+    assert list(MODELS) == list(LLAMA_CPP.rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_logits(run, architecture, kind):
+    case, base = run(architecture)
+    row = LLAMA_CPP.rows[architecture]
+    said = {"experts": row.formats["gguf"]}.get(kind) or getattr(row, kind)
+    adapter = case.written(kind, "gguf") / "adapter.gguf"
+    if said != EXACT:
+        with pytest.raises(ValueError, match=re.escape(said.removeprefix("refused: "))):
+            logits(base, IDS, adapter)
+        return
+    right = ours(case, case.ours(kind))
+    assert relative_error(plain(case), right) > 0.1
+    assert relative_error(logits(base, IDS), plain(case)) < FP32
+    assert relative_error(logits(base, IDS, adapter), right) < FP32
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "o_proj"])
+def test_other_layers(run, name, tmp_path):
+    case, base = run("Qwen3MoeForCausalLM")
+    case.save(tmp_path / "ours", ["experts", name], save_embedding_layers=False)
+    write_unchecked(tmp_path / "ours", case.base, "gguf", tmp_path / "out")
+    right = ours(case, tmp_path / "ours")
+    assert relative_error(logits(base, IDS, tmp_path / "out" / "adapter.gguf"), right) < FP32
+
+
+@pytest.mark.parametrize("name", sorted(GGUF_NO_LORA["deepseek2"] - {"q_proj", "kv_b_proj"}))
+def test_a_layer_without_lora_is_ignored(run, name, tmp_path):
+    """With the adapter on the layer, llama.cpp computes what it computes without it."""
+    case, base = run("DeepseekV3ForCausalLM")
+    case.save(tmp_path / "ours", ["experts", name], save_embedding_layers=False)
+    shutil.copytree(tmp_path / "ours", tmp_path / "less")
+    rewrite(
+        tmp_path / "less", lambda state: {n: t for n, t in state.items() if f".{name}." not in n}
+    )
+    found = {}
+    for kind in ("ours", "less"):
+        write_unchecked(tmp_path / kind, case.base, "gguf", tmp_path / f"{kind}-gguf")
+        found[kind] = logits(base, IDS, tmp_path / f"{kind}-gguf" / "adapter.gguf")
+    assert torch.equal(found["ours"], found["less"])
+    assert relative_error(found["ours"], ours(case, tmp_path / "ours")) > 0.01
 
 
 @pytest.mark.parametrize("kind", SWAPS)
-def test_a_swap_is_seen(made, kind, tmp_path):
-    folder, _, right = made("qwen3_moe")
-    swapped_copy(folder / "ours", tmp_path / "ours", kind)
-    found = with_adapter(folder, tmp_path / "ours", tmp_path / "out")
-    assert relative_error(found, right) > 0.01
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
+def test_a_swap_is_seen(run, architecture, kind):
+    case, base = run(architecture)
+    found = logits(base, IDS, case.written(kind, "gguf") / "adapter.gguf")
+    assert relative_error(found, ours(case, case.ours("experts"))) > 0.01

@@ -1,8 +1,8 @@
 """What each reader does with each format of each family, found by running the reader's own code.
 
-`test_vllm.py`, `test_sglang.py` and `test_mlx.py` run it. `test_verdicts.py`, which needs no
-reader, holds our conversions to the same table, and `readers_table.py` writes it into
-docs/serving.md.
+`test_vllm.py`, `test_sglang.py`, `test_mlx.py` and `test_llama_cpp.py` run it. `test_verdicts.py`,
+which needs no reader, holds our conversions to the same table, and `readers_table.py` writes it
+into docs/serving.md.
 """
 
 from dataclasses import dataclass
@@ -143,4 +143,25 @@ MLX_0_32 = Reader(
     },
 )
 
-READERS = (VLLM_0_33, SGLANG_0_5_23, MLX_0_32)
+_GGUF = {"gguf": EXACT}
+# kv_b_proj is stored as two tensors; what else is wrong there is in `test_llama_cpp.py`
+_NO_TENSOR = refused("does not exist in base model")
+
+LLAMA_CPP = Reader(
+    "llama.cpp",
+    None,
+    "llama-cpp-python",
+    "0.3.36",
+    "2026-11-30",
+    {
+        "Qwen3MoeForCausalLM": Row(_GGUF),
+        "Qwen2MoeForCausalLM": Row(_GGUF),
+        "MixtralForCausalLM": Row(_GGUF),
+        "OlmoeForCausalLM": Row(_GGUF),
+        "DeepseekV2ForCausalLM": Row(_GGUF, attention=_NO_TENSOR),
+        "DeepseekV3ForCausalLM": Row(_GGUF, attention=_NO_TENSOR),
+        "GptOssForCausalLM": Row(_GGUF),
+    },
+)
+
+READERS = (VLLM_0_33, SGLANG_0_5_23, MLX_0_32, LLAMA_CPP)

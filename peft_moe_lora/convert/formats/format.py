@@ -14,7 +14,7 @@ from ...files.adapter_file import WEIGHTS_NAME
 from ...files.card import CardText
 from ...files.servers import Server
 from ...files.tensor_file import AdapterError, Block, Progress, Tensors, write_tensors
-from ..model import Adapter, Experts, Pair
+from ..model import Adapter, Experts, LinearPair, Pair
 from ..source import Slot, Source
 
 # the prefix that PEFT adds to every path in an adapter file
@@ -81,7 +81,6 @@ class Format(ABC):
             `Family.exports` gives the reason why a family's adapters cannot be written.
         keeps_dropout: whether it keeps lora_dropout, for further training.
         weights_name: name of the file with the tensors.
-        transposed_linears: whether it stores A [K, r] and B [r, N] of ordinary layers.
     """
 
     name: str
@@ -93,7 +92,6 @@ class Format(ABC):
     every_family = False
     keeps_dropout = False
     weights_name = WEIGHTS_NAME
-    transposed_linears = False
 
     def opened(self, folder: Path) -> Opened | None:
         """The adapter in a folder, if it is in files of this format that PEFT does not have."""
@@ -182,6 +180,14 @@ class Format(ABC):
     def rename(self, adapter: Adapter, key: str) -> str:
         """The name that this format writes for a LoRA tensor's key with the base model's path."""
         return PREFIX + key
+
+    def stored_A(self, adapter: Adapter, pair: LinearPair, A: torch.Tensor) -> torch.Tensor:
+        """A [r, K] of an ordinary layer as this format stores it; on the meta device too."""
+        return A
+
+    def stored_B(self, adapter: Adapter, pair: LinearPair, B: torch.Tensor) -> torch.Tensor:
+        """B [N, r] of an ordinary layer as this format stores it; on the meta device too."""
+        return B
 
     def saved_key(self, adapter: Adapter, name: str) -> str:
         """The name for a tensor of the base model that the adapter replaces.

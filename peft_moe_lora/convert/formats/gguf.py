@@ -1,7 +1,7 @@
 """A GGUF adapter for llama.cpp: `blk.<layer>.ffn_gate_exps.weight.lora_a`, [E, r, K] and [E, N, r].
 
-llama.cpp reads one rank, and the scaling `adapter.lora.alpha` / r. The names are those of the
-package gguf. Files of this format are written and not read.
+llama.cpp reads the scaling `adapter.lora.alpha` / r, one alpha for all. The names are those of the
+package gguf. The lora_a of an embedding is [K, r]. Files of this format are written and not read.
 """
 
 import importlib.util
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ...experts.families import GGUF_ARCHITECTURES, GGUF_REORDERED
+from ...experts.families import GGUF_ARCHITECTURES, GGUF_NO_LORA, GGUF_PAIRED_ROWS
 from ...files.card import CardText
 from ...files.tensor_file import Block, Progress, RefusedError
 from ..base import BaseModel, need_base
-from ..model import Adapter, Pair
-from ..serving import MERGE
+from ..model import Adapter, LinearPair, Pair
+from ..serving import MERGE, refuses_other_than_lora
 from ..source import Source
 from ..targets import common_fields, short_names
 from .format import Format, Read, Slots, stacked_parts
 
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -54,19 +54,11 @@ class Gguf(Format):
                 "the package gguf writes this format and is not installed: "
                 "pip install 'peft-moe-lora[gguf]'."
             )
-        held = adapter.without_lora()
-        if held:
-            raise RefusedError(
-                f"llama.cpp loads LoRA alone, but this adapter holds {held[0]}; {MERGE}."
-            )
-        reordered = GGUF_REORDERED.get(base.model_type, frozenset())
-        for path, layer in adapter.linears.items():
-            if layer.is_embedding or path.rpartition(".")[2] in reordered:
-                raise RefusedError(
-                    f"llama.cpp stores {path} of {base.model_type} in another order, so LoRA on it "
-                    f"is not written; {MERGE}."
-                )
-            _gguf_name(base, path)
+        refusal = refuses_other_than_lora(adapter, "llama.cpp")
+        if refusal is not None:
+            raise RefusedError(f"{refusal}.")
+        for path in adapter.linears:
+            _check_has_lora(base, path)
         for path, pairs in adapter.experts.items():
             if "gate_up" in pairs:
                 base.gate_and_up(path)  # raises if the order is not known
@@ -81,6 +73,21 @@ class Gguf(Format):
 
         names = {_gguf_name(base, f"{path}.{part}"): rows for part, rows in parts.items()}
         return stacked_parts(pair, names)
+
+    def stored_A(self, adapter: Adapter, pair: LinearPair, A: torch.Tensor) -> torch.Tensor:
+        if pair.is_embedding:
+            return A.T
+        return A
+
+    def stored_B(self, adapter: Adapter, pair: LinearPair, B: torch.Tensor) -> torch.Tensor:
+        base = _base_of(adapter)
+        name = pair.path.rpartition(".")[2]
+        if name not in GGUF_PAIRED_ROWS.get(base.model_type, ()):
+            return B
+        heads, key_heads = base.heads
+        if name == "k_proj":
+            heads = key_heads
+        return B.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
     def rename(self, adapter: Adapter, key: str) -> str:
         match = _FACTOR.fullmatch(key)
@@ -123,6 +130,22 @@ def _base_of(adapter: Adapter) -> BaseModel:
     """The base model of a prepared adapter; `Gguf.prepare` has checked that it is known."""
     assert adapter.base is not None, "the adapter was not prepared for llama.cpp"
     return adapter.base
+
+
+def _check_has_lora(base: BaseModel, path: str) -> None:
+    """Refuse LoRA on a layer that llama.cpp computes without it."""
+    architecture = GGUF_ARCHITECTURES[base.model_type]
+    if path.rpartition(".")[2] in GGUF_NO_LORA.get(architecture, ()):
+        raise RefusedError(
+            f"llama.cpp computes {path} of {base.model_type} without LoRA, and says nothing; "
+            f"{MERGE}."
+        )
+    if path in base.embeddings[1:] and f"{path}.weight" in base.tied:
+        raise RefusedError(
+            f"llama.cpp stores no {path} of its own for a model that ties it to the embeddings; "
+            f"{MERGE}."
+        )
+    _gguf_name(base, path)
 
 
 def _gguf_name(base: BaseModel, path: str) -> str:

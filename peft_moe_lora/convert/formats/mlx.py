@@ -22,8 +22,8 @@ from ...files.tensor_file import AdapterError, Block, RefusedError, TensorFile, 
 from ...files.text import quoted
 from ...files.writing import CONFIG_NAME
 from ..base import BaseModel, need_base
-from ..model import Adapter, Pair
-from ..serving import MERGE
+from ..model import Adapter, LinearPair, Pair
+from ..serving import MERGE, refuses_other_than_lora
 from ..targets import common_fields, short_names
 from .format import PREFIX, Opened, stacked_parts
 from .sglang_3d import Sglang3d
@@ -52,7 +52,6 @@ class Mlx(Sglang3d):
     )
     both_projections = False
     weights_name = _MLX_WEIGHTS
-    transposed_linears = True
 
     def opened(self, folder: Path) -> Opened | None:
         if (folder / WEIGHTS_NAME).is_file() or not (folder / _MLX_WEIGHTS).is_file():
@@ -66,11 +65,9 @@ class Mlx(Sglang3d):
                 f"how mlx-lm names the experts of {base.model_type} was not tried, only those of "
                 f"{', '.join(sorted(MLX_BLOCKS))}; {MERGE}."
             )
-        held = adapter.without_lora()
-        if held:
-            raise RefusedError(
-                f"mlx-lm loads LoRA alone, but this adapter holds {held[0]}; {MERGE}."
-            )
+        refusal = refuses_other_than_lora(adapter, "mlx-lm")
+        if refusal is not None:
+            raise RefusedError(f"{refusal}.")
         for path, layer in adapter.linears.items():
             name = path.rpartition(".")[2]
             if layer.is_embedding or name in MLX_NO_LORA.get(base.model_type, ()):
@@ -87,6 +84,12 @@ class Mlx(Sglang3d):
         parts = _parts(_base_of(adapter), path, projection)
         names = {_experts_path(adapter, path, part): rows for part, rows in parts.items()}
         return stacked_parts(pair, names)
+
+    def stored_A(self, adapter: Adapter, pair: LinearPair, A: torch.Tensor) -> torch.Tensor:
+        return A.T
+
+    def stored_B(self, adapter: Adapter, pair: LinearPair, B: torch.Tensor) -> torch.Tensor:
+        return B.T
 
     def rename(self, adapter: Adapter, key: str) -> str:
         name = _base_of(adapter).hub_names.to_hub(key).removesuffix(".weight")
