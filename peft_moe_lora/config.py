@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,11 @@ from .files.config_fields import (
     HIGHEST_ALPHA,
     HIGHEST_RANK,
     LOWEST_ALPHA,
-    check_fields,
     checked_indices,
     is_alpha,
     is_rank,
 )
+from .files.field_rules import RULES, check_fields, check_off, stored
 from .files.patterns import value_of
 from .files.peft_words import names_all_linear, said_in_peft, taken_from
 from .files.scaling import scaling_of
@@ -49,24 +49,6 @@ PEFT_TYPE_FROM = (
     "the package peft_moe_lora: `pip install peft-moe-lora`, and `import peft_moe_lora` before "
     "PEFT loads this adapter. PEFT alone stops with KeyError: 'MOE_LORA'."
 )
-
-# fields of LoraConfig that turn on a feature which experts do not support -> that feature
-_NOT_ON_EXPERTS = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias on B",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "alora_invocation_tokens": "aLoRA",
-    "eva_config": "EVA initialisation",
-    "corda_config": "CorDA initialisation",
-    "lora_ga_config": "LoRA-GA initialisation",
-    "layer_replication": "layer replication",
-    "megatron_config": "Megatron layers",
-}
 
 
 class Saving(NamedTuple):
@@ -170,9 +152,11 @@ class MoELoraConfig(LoraConfig):
         # before PEFT's own checks, which take the types for granted and warn about fields that are
         # refused here
         check_fields(vars(self))
-        if self.bias is None:
-            self.bias = "none"
-        self._refuse_unsupported()
+        check_off(vars(self))
+        self._refuse_unknown()
+        for name in RULES.keys() & vars(self).keys():
+            setattr(self, name, stored(name, getattr(self, name), self._default_of(name)))
+        self._check_start()
         super().__post_init__()
         self.peft_type = PeftType["MOE_LORA"]
         self.peft_type_from = PEFT_TYPE_FROM
@@ -195,21 +179,29 @@ class MoELoraConfig(LoraConfig):
         # what belongs to the adapter file that PEFT saves just before this configuration
         self._saving: Saving | None = None
 
-    def _refuse_unsupported(self) -> None:
-        # older releases of PEFT lack some of the fields
-        known = {f.name for f in fields(self)}
-        for name, what in _NOT_ON_EXPERTS.items():
-            if name not in known:
-                continue
+    def _refuse_unknown(self) -> None:
+        """Check that the fields of a newer release of PEFT are unset."""
+        for name in vars(self).keys() - RULES.keys():
             value = getattr(self, name)
-            if value not in (None, False, [], {}):
+            if value != self._default_of(name):
                 raise ValueError(
-                    f"{name}={quoted(value)}: experts do not support {what}; leave {name} unset."
+                    f"{name}={quoted(value)}: this version knows no such field of LoraConfig; "
+                    f"leave {name} unset."
                 )
-        if self.init_lora_weights not in (True, False, "gaussian"):
+
+    @classmethod
+    def _default_of(cls, name: str) -> object:
+        found = cls.__dataclass_fields__[name]
+        if found.default_factory is not MISSING:
+            return found.default_factory()
+        return found.default
+
+    def _check_start(self) -> None:
+        start = self.init_lora_weights
+        if not isinstance(start, bool) and start != "gaussian":
             raise ValueError(
-                f"init_lora_weights={quoted(self.init_lora_weights)}: experts support True (A as "
-                'nn.Linear, B zero), "gaussian" (A normal, B zero) and False (both random).'
+                f"init_lora_weights={quoted(start)}: experts support True (A as nn.Linear, B "
+                'zero), "gaussian" (A normal, B zero) and False (both random).'
             )
 
     def _check_numbers(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MoELoraConfig
+from ..files.field_rules import is_off
 from ..files.tensor_file import RefusedError
 from ..files.text import quoted
 
@@ -35,7 +36,7 @@ def refuse_options(path: Path, config: Mapping[str, Any]) -> None:
         RefusedError: if there is one. The message names it.
     """
     for name in _OF_THE_COMPUTATION:
-        if config.get(name):
+        if not is_off(config.get(name)):
             raise RefusedError(
                 f"{path}: adapters with {name}={quoted(config[name])} cannot be converted, because "
                 "no format can express it; merge the adapter with the program that trained it."

@@ -17,11 +17,11 @@ from ..files.config_fields import (
     HIGHEST_ALPHA,
     HIGHEST_RANK,
     LOWEST_ALPHA,
-    check_fields,
     checked_indices,
     is_alpha,
     is_rank,
 )
+from ..files.field_rules import check_fields
 from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, FilePath, TensorFile, Tensors, read_json
 from ..files.text import quoted, shown

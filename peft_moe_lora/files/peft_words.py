@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from .field_rules import RULES
 from .patterns import Value, last_name
 from .text import quoted
 
@@ -23,52 +24,8 @@ EXPERTS = "experts"
 # names that PEFT 0.21 replaces by the experts' parameters in models that transformers 5 has changed
 OF_TRANSFORMERS_4 = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
-# fields of LoraConfig that mean the same here, or that the configuration here checks itself
-_TAKEN = frozenset(
-    {
-        "alora_invocation_tokens",
-        "alpha_pattern",
-        "arrow_config",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "kasa_config",
-        "layer_replication",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "lora_ga_config",
-        "loftq_config",
-        "megatron_config",
-        "modules_to_save",
-        "monteclora_config",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "target_parameters",
-        "task_type",
-        "trainable_token_indices",
-        "use_bdlora",
-        "use_dora",
-        "use_qalora",
-        "use_rslora",
-        "velora_config",
-    }
-)
 # fields of no meaning here: the tuner's kind, and settings of features that are refused
-_LEFT = frozenset(
-    {"megatron_core", "peft_type", "peft_version", "qalora_group_size", "runtime_config"}
-)
+_LEFT = ("megatron_core", "peft_type", "peft_version", "qalora_group_size", "runtime_config")
 
 
 def names_all_linear(target_modules: str | Collection[str] | None) -> bool:
@@ -102,9 +59,11 @@ def taken_from(config: LoraConfig) -> dict[str, Any]:
     taken = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in _TAKEN:
+        if field.name in _LEFT:
+            continue
+        if field.name in RULES:
             taken[field.name] = deepcopy(value)
-        elif field.name not in _LEFT and value != getattr(LoraConfig(), field.name):
+        elif value != getattr(LoraConfig(), field.name):
             raise ValueError(
                 f"{field.name}={quoted(value)}: this version knows no such field of LoraConfig; "
                 f"leave {field.name} unset."

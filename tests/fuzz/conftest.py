@@ -1,7 +1,9 @@
-"""Profiles of hypothesis, and a folder for each process that is made and removed once.
+"""How many examples hypothesis draws, by which seed, and the models that they are tried on.
 
-`quick` runs in every test run. `--hypothesis-profile many` runs 500 configurations and 1000 damaged
-files by hand. No example is kept in a database: a failure prints how to repeat it.
+`fixed` draws the same examples in every run, and belongs to every test run: a change fails by its
+own fault alone. `random` draws other examples in every run, and is marked `long`. By hand,
+`--hypothesis-profile many --hypothesis-seed=7` draws more, and shrinks what fails. No example is
+kept in a database: a failure prints how to repeat it.
 """
 
 import tempfile
@@ -26,10 +28,17 @@ settings.register_profile("many", verbosity=Verbosity.normal, **_COMMON)
 settings.load_profile("quick")
 
 
-@pytest.fixture
-def many(request):
-    """Whether the tests draw as many examples as they do by hand."""
-    return request.config.getoption("--hypothesis-profile") == "many"
+@pytest.fixture(params=["fixed", pytest.param("random", marks=pytest.mark.long)])
+def examples(request):
+    """Function of numbers of examples, `fixed`, `random` and `many` -> settings of a test."""
+    is_fixed = request.param == "fixed"
+    is_many = request.config.getoption("--hypothesis-profile") == "many"
+    which = "many" if is_many and not is_fixed else request.param
+
+    def drawn(**numbers):
+        return settings(max_examples=numbers[which], derandomize=is_fixed)
+
+    return drawn
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import given, note
 from peft import LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -32,9 +32,8 @@ STORED = 1e-5
 ROUNDED = {"float32": EXACT, "bfloat16": 2e-2, "float16": 4e-3}
 
 
-@pytest.mark.parametrize("derandomized", [True, False], ids=["fixed", "random"])
-def test_a_configuration_is_right_or_refused(bases, tmp_path, derandomized, many):
-    @settings(max_examples=250 if many else 120, derandomize=derandomized)
+def test_a_configuration_is_right_or_refused(bases, tmp_path, examples):
+    @examples(fixed=240, random=500, many=1000)
     @given(configurations())
     def check(drawn):
         folder = tmp_path / "life"

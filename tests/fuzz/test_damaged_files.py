@@ -14,7 +14,7 @@ import tempfile
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import currently_in_test_context, given, note, settings
+from hypothesis import currently_in_test_context, given, note
 from hypothesis import strategies as st
 from peft import get_peft_model
 
@@ -94,10 +94,9 @@ def _temporary(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
 
-@pytest.mark.parametrize("derandomized", [True, False], ids=["fixed", "random"])
 @pytest.mark.usefixtures("_temporary")
-def test_a_damaged_adapter_is_right_or_refused(subjects, tmp_path, derandomized, many):
-    @settings(max_examples=500 if many else 50, derandomize=derandomized)
+def test_a_damaged_adapter_is_right_or_refused(subjects, tmp_path, examples):
+    @examples(fixed=100, random=250, many=1000)
     @given(st.sampled_from(sorted(SUBJECTS)), damages())
     def check(name, damage):
         check_entries(subjects[name], damage, tmp_path)
