@@ -5,15 +5,10 @@ import io
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
+from peft import get_peft_model
 from peft.tuners import lora
-from torch import nn
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from helpers import (
     FP32,
@@ -25,80 +20,21 @@ from helpers import (
     tiny_model,
     token_ids,
 )
+from layers.linear_layers import (
+    B,
+    H,
+    N,
+    Projections,
+    T,
+    adapted,
+    assert_steps_agree,
+    batch,
+    layers_of,
+    slow,
+    step,
+)
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.layers.fast_linear import FastForward
-
-B, T, H, N = 2, 7, 32, 48
-
-
-class Projections(nn.Module):
-    """q, k and v of one input, added; o of their sum."""
-
-    def __init__(self, bias=False, linear=nn.Linear):
-        super().__init__()
-        torch.manual_seed(0)
-        for name in "qkv":
-            setattr(self, name, linear(H, N, bias=bias))
-        self.o = linear(N, H, bias=bias)
-
-    def forward(self, x):
-        return self.o(torch.tanh(self.q(x) + self.k(x) + self.v(x)))
-
-
-def adapted(base=None, dtype=torch.float32, **config):
-    """`Projections` with a random adapter; the layers in `dtype`, A and B in fp32."""
-    base = (base or Projections()).to(dtype)
-    return moe_lora(base, **{"target_modules": ["q", "k", "v", "o"], **config})
-
-
-def batch(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(B, T, H, generator=generator).to(dtype).requires_grad_()
-
-
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
-
-
-def step(model, x):
-    """The output, dx and the gradients of A and B, by name."""
-    x = x.detach().clone().requires_grad_()
-    model.zero_grad()
-    out = model(x)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
-    out.backward(direction.to(out))
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    return {"y": out.detach(), "dx": x.grad, **grads}
-
-
-def slow(model):
-    """A copy in which PEFT's forward runs."""
-    model = copy.deepcopy(model)
-    for layer in layers_of(model):
-        layer.fast = dict.fromkeys(layer.fast, False)
-    return model
-
-
-@pytest.fixture
-def by_peft(monkeypatch):
-    """Layers whose call PEFT's own forward computed, in order."""
-    calls = []
-    own = lora.Linear.forward
-
-    def forward(layer, *args, **kwargs):
-        calls.append(layer)
-        return own(layer, *args, **kwargs)
-
-    monkeypatch.setattr(lora.Linear, "forward", forward)
-    return calls
-
-
-def assert_steps_agree(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert_close(found[name], tensor, tolerance, name)
-
 
 # ---- the numbers ---------------------------------------------------------------------------------
 
@@ -210,270 +146,6 @@ def test_training_takes_pefts_way(dtype, tolerance):
             losses[fast].append(loss.item())
     assert losses[True][-1] < 0.8 * losses[True][0]
     assert losses[True] == pytest.approx(losses[False], rel=tolerance)
-
-
-# ---- where PEFT's forward runs -------------------------------------------------------------------
-
-
-def _change_config(model, **changes):
-    for name in "qkvo":
-        layer = getattr(model.base_model.model, name)
-        config = LoraConfig(r=R, lora_alpha=2 * R, **changes)
-        layer.update_layer("default", r=R, lora_alpha=2 * R, config=config)
-    fill_adapter(model)
-
-
-def _hook(model):
-    model.base_model.model.q.lora_A["default"].register_forward_hook(lambda m, a, out: out * 2)
-
-
-def _own_factor(model):
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model.base_model.model.k.lora_B["default"].__class__ = Doubled
-
-
-def _own_dropout(model):
-    model.base_model.model.k.lora_dropout["default"] = nn.Hardtanh()
-
-
-UNUSUAL = {
-    "DoRA": lambda model: _change_config(model, use_dora=True),
-    "bias on B": lambda model: _change_config(model, lora_bias=True),
-    "a hook on A": _hook,
-    "another class of B": _own_factor,
-    "another dropout": _own_dropout,
-}
-
-
-@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL)
-def test_more_than_the_formula_is_left_to_peft(change):
-    model = adapted(Projections(bias=True))
-    plain = model(batch())
-    change(model)
-    found = step(model, batch())
-    assert relative_error(found["y"], plain) > 1e-3
-    expected = step(slow(model), batch())
-    if change in (_hook, _own_factor, _own_dropout):
-        # the other three layers are as before
-        assert_steps_agree(found, expected, FP32)
-    else:
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_a_learnt_scaling_gets_its_gradient(by_peft):
-    model = adapted()
-    scaling = model.base_model.model.v.scaling["default"] = torch.ones((), requires_grad=True)
-    model(batch()).sum().backward()
-    assert len(by_peft) == 1
-    assert scaling.grad
-
-
-class Subclass(torch.Tensor):
-    """As a DTensor, a quantized or a logging tensor."""
-
-
-def test_subclasses_of_tensors_are_left_to_peft(by_peft):
-    model = adapted()
-    expected = model(batch())
-    found = model(batch().detach().as_subclass(Subclass))
-    assert type(found) is Subclass
-    assert_close(found.as_subclass(torch.Tensor), expected, FP32)
-    assert len(by_peft) == 4
-    layer = model.base_model.model.q
-    weight = layer.lora_A["default"].weight
-    layer.lora_A["default"].weight = nn.Parameter(weight.detach().as_subclass(Subclass))
-    layer(batch())
-    assert len(by_peft) == 5
-    layer = model.base_model.model.k
-    layer.base_layer.register_forward_hook(lambda m, a, out: out.as_subclass(Subclass))
-    assert type(layer(batch())) is Subclass
-    assert len(by_peft) == 6
-
-
-def test_complex_layers_are_left_to_peft(by_peft):
-    model = adapted(dtype=torch.complex64)
-    x = torch.randn(B, T, H, dtype=torch.complex64, requires_grad=True)
-    model(x).abs().sum().backward()
-    assert len(by_peft) == 4
-
-
-def test_offloaded_factors_are_left_to_peft(by_peft):
-    model = adapted()
-    with torch.no_grad():
-        expected = model(batch())
-        for layer in layers_of(model):
-            cpu_offload(layer.lora_B, execution_device="cpu")
-        assert layer.lora_B["default"].weight.is_meta
-        assert_close(model(batch()), expected, FP32)
-    assert len(by_peft) == 4
-
-
-def test_adapters_by_sample_are_left_to_peft(by_peft):
-    model = adapted()
-    model.add_adapter("second", MoELoraConfig(r=2, target_modules=["q", "o"]))
-    fill_adapter(model, "second", seed=2)
-    model.eval()
-    with torch.no_grad():
-        mixed = model(batch(), adapter_names=["second", "__base__"])
-        assert len(by_peft) == 4
-        model.set_adapter("second")
-        assert_close(mixed[0], model(batch())[0], FP32)
-        with model.disable_adapter():
-            assert torch.equal(mixed[1], model(batch())[1])
-
-
-def test_disabled_and_merged_adapters_are_left_to_peft(by_peft):
-    model = adapted()
-    out = model(batch())
-    with model.disable_adapter():
-        assert relative_error(model(batch()), out) > 0.3
-    assert len(by_peft) == 4
-    model.merge_adapter()
-    assert_close(model(batch()), out, FP32)
-    assert len(by_peft) == 8
-    model.unmerge_adapter()
-    assert_close(model(batch()), out, FP32)
-    assert len(by_peft) == 8
-    assert_close(model.merge_and_unload()(batch()), out, FP32)
-
-
-def test_disabled_casting_is_left_to_peft(by_peft):
-    model = adapted()
-    with disable_input_dtype_casting(model):
-        model(batch())
-    assert len(by_peft) == 4
-
-
-def test_transformations_of_functions_are_left_to_peft(by_peft):
-    model = adapted()
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-    def loss(parameters, x):
-        return torch.func.functional_call(model, parameters, (x,)).square().sum()
-
-    by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, batch().detach())
-    assert len(by_peft) == 4
-    model(batch()).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert_close(by_sample[name].sum(0), parameter.grad, FP32, name)
-    x = batch().detach()
-    torch.func.jvp(model, (x,), (x,))
-    with forward_ad.dual_level():
-        model(forward_ad.make_dual(x, x))
-    torch.jit.trace(model, x, check_trace=False)
-    assert len(by_peft) == 16
-
-
-def test_hooks_on_all_modules_see_what_they_see_in_peft(by_peft):
-    model = adapted()
-    seen = []
-    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
-    model(batch())
-    hook.remove()
-    assert seen.count(nn.Linear) == 12
-    assert len(by_peft) == 4
-
-
-# ---- base layers ---------------------------------------------------------------------------------
-
-
-def _hooked(linear):
-    linear.register_forward_hook(lambda m, a, out: out * 2)
-
-
-def _wrapped(linear):
-    own = linear.forward
-    linear.forward = lambda x: own(x) * 2
-
-
-@pytest.mark.parametrize("change", [_hooked, _wrapped])
-def test_what_is_around_a_base_layer_runs(change, by_peft):
-    model = adapted()
-    for layer in layers_of(model):
-        change(layer.base_layer)
-    found = step(model, batch())
-    assert not by_peft
-    assert_steps_agree(found, step(slow(model), batch()), FP32)
-
-
-def test_an_offloaded_base_layer_is_fetched(by_peft):
-    model = adapted()
-    expected = step(model, batch())
-    for layer in layers_of(model):
-        cpu_offload(layer.base_layer, execution_device="cpu")
-    assert layer.base_layer.weight.is_meta
-    found = step(model, batch())
-    assert not by_peft
-    assert_steps_agree(found, expected, FP32)
-
-
-def test_a_trained_bias_gets_its_gradient(by_peft):
-    model = adapted(Projections(bias=True), bias="all")
-    found = step(model, batch())
-    assert not by_peft
-    assert any(name.endswith("base_layer.bias") for name in found)
-    assert_steps_agree(found, step(slow(model), batch()), FP32)
-
-
-def test_a_trained_weight_gets_its_gradient(by_peft):
-    model = adapted()
-    for layer in layers_of(model):
-        layer.base_layer.weight.requires_grad_()
-    found = step(model, batch())
-    assert not by_peft
-    assert_steps_agree(found, step(slow(model), batch()), FP32)
-
-
-def test_conv1d_of_transformers(by_peft):
-    model = adapted(Projections(linear=lambda K, N, bias: Conv1D(N, K)), fan_in_fan_out=True)
-    found = step(model, batch())
-    assert not by_peft
-    assert_steps_agree(found, step(slow(model), batch()), FP32)
-
-
-def _in_four_bits(linear):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    four = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, quant_type="nf4"
-    )
-    four.weight = bitsandbytes.nn.Params4bit(linear.weight.data, False, quant_type="nf4")
-    return four.to("cpu")
-
-
-def _in_eight_bits(linear):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    eight = bitsandbytes.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, bias=False, has_fp16_weights=False
-    )
-    eight.weight = bitsandbytes.nn.Int8Params(linear.weight.data, False, has_fp16_weights=False)
-    return eight.to("cpu")
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_base_layers(bits, dtype, autocast, monkeypatch):
-    base = Projections()
-    for name in "qkvo":
-        quantized = {4: _in_four_bits, 8: _in_eight_bits}[bits](getattr(base, name))
-        setattr(base, name, quantized)
-    setattr(base, f"is_loaded_in_{bits}bit", True)
-    model = moe_lora(base, target_modules=["q", "k", "v", "o"])
-    twin = slow(model)
-    peft_class = {4: lora.Linear4bit, 8: lora.Linear8bitLt}[bits]
-    assert isinstance(model.base_model.model.q, peft_class)
-    assert type(model.base_model.model.q).__name__ == peft_class.__name__
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = step(twin, batch(dtype))
-        monkeypatch.delattr(peft_class, "forward")
-        found = step(model, batch(dtype))
-    narrow = autocast or dtype == torch.bfloat16
-    # PEFT's products are in fp32 without autocast; those in bf16 are rounded at other places
-    assert_steps_agree(found, expected, 3e-2 if narrow else FP32)
 
 
 # ---- dropout and recomputation -------------------------------------------------------------------

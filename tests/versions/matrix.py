@@ -27,6 +27,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton")
 TESTS = (
     "tests/functional/test_functional.py",
     "tests/tuner/test_peft_api.py",
+    "tests/tuner/test_several_adapters.py",
+    "tests/tuner/test_dtype_and_device.py",
     "tests/files/test_checkpoint.py",
     "tests/convert/test_golden.py",
 )
