@@ -4,6 +4,7 @@
 # make gpu-test       the tests that need a CUDA device, and the kernels' tests on it; without slow duplicates
 # make gpu-test-long  every test that needs a CUDA device
 # make test-readers   loads adapters with the programs that read them: vLLM, SGLang and mlx-lm, at one release each
+# make test-peft      PEFT's own tests with this package's code in the place of PEFT's, for the table in docs/versions.md; half an hour
 # make lint           ruff (check and format), import-linter (the order of the rooms), mypy (types)
 # make docs           builds the documentation site into build/site/html; a warning is an error
 # make docs-serve     builds it and shows it at http://localhost:8000
@@ -45,6 +46,8 @@ READERS_IMPORT = torchvision==0.28.0 compressed-tensors==0.20.1 mistral_common==
        blake3==1.0.11 cachetools==8.0.2 cbor2==6.3.0 cloudpickle==3.1.3 depyf==0.20.0 astor==0.8.1 einops==0.8.2 ijson==3.6.0 \
        loguru==0.7.3 msgspec==0.23.0 opentelemetry-api==1.45.2 orjson==3.13.0 prometheus_client==0.26.0 py-cpuinfo==9.0.0 \
        pybase64==1.5.1 pycountry==26.2.16 pydantic-extra-types==2.11.1 python-json-logger==4.2.0 setproctitle==1.3.8 zstandard==0.25.0
+# what PEFT's own tests import
+PEFT_TESTS_IMPORT = parameterized==0.9.0 scipy==1.17.1
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 WORKERS ?= 2
@@ -63,6 +66,8 @@ READERS_VENV = $(VENV)/readers
 READERS_READY = $(VENV)/ready-readers_$(firstword $(shell printf '%s' '$(READERS) $(READERS_IMPORT)' | cksum))
 DOCS_VENV = $(VENV)/docs
 DOCS_READY = $(VENV)/ready-docs_$(firstword $(shell printf '%s' '$(DOCS)' | cksum))
+PEFT_TESTS = $(VENV)/peft-tests
+PEFT_TESTS_READY = $(VENV)/ready-peft-tests_$(firstword $(shell printf '%s' '$(PEFT) $(PEFT_TESTS_IMPORT)' | cksum))
 MUTANTS_READY = $(VENV)/ready-mutants_$(subst ==,-,$(MUTANTS))
 
 # DeepSpeed has no wheels. Its build imports hjson and torch: those of this environment, where an isolated build would fetch
@@ -72,7 +77,7 @@ DEEPSPEED_WITHOUT_KERNELS = DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # whether torch is a build that requires triton, as an exit code
 REQUIRES_TRITON = import importlib.metadata as m; raise SystemExit('triton' not in str(m.requires('torch')))
 
-.PHONY: demo test test-long test-readers gpu-test gpu-test-long lint docs docs-serve test-docs notebooks matrix installed mutants clean help
+.PHONY: demo test test-long test-readers test-peft gpu-test gpu-test-long lint docs docs-serve test-docs notebooks matrix installed mutants clean help
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/finetune.py
@@ -81,8 +86,8 @@ demo: $(DEMO_READY)
 # that what they share is made once (xdist 3.8 does not group by mark under pytest 9.2). The kernels' tests go alone:
 # without a GPU they run in Triton's interpreter, which must be chosen before Triton is first imported.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKED)" -n $(WORKERS)
-test: MARKED = not gpu and not long and not readers and not docs
-test-long: MARKED = not gpu and not readers and not docs
+test: MARKED = not gpu and not long and not readers and not docs and not peft_tests
+test-long: MARKED = not gpu and not readers and not docs and not peft_tests
 test test-long: $(TEST_READY)
 	$(PYTEST) --dist loadfile --ignore tests/ops
 	$(PYTEST) tests/ops
@@ -97,6 +102,10 @@ gpu-test: MARKED = gpu and not long
 gpu-test-long: MARKED = gpu
 gpu-test gpu-test-long: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKED)" -n $(GPU_WORKERS) --dist load --maxschedchunk 1
+
+test-peft: $(PEFT_TESTS_READY)
+	PEFT_SOURCES=$(abspath $(PEFT_TESTS))/$(subst ==,-,$(PEFT)) PYTHONPATH=$(abspath $(PEFT_TESTS))/imports OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m peft_tests --timeout 0 -n $(WORKERS) tests/peft_tests
 
 # mypy reads the types of torch, transformers and peft, so it needs them installed
 lint: $(TEST_READY) $(LINT_READY)
@@ -165,6 +174,12 @@ $(READERS_READY): $(TEST_READY)
 $(DOCS_READY): Makefile
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS)
+# the wheel of PEFT has no tests; its sources have
+$(PEFT_TESTS_READY): $(TEST_READY)
+	rm -rf $(PEFT_TESTS)
+	$(PIP) --no-deps --target $(PEFT_TESTS)/imports $(PEFT_TESTS_IMPORT)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest $(PEFT_TESTS) $(PEFT)
+	tar --extract --gzip --file $(PEFT_TESTS)/peft-*.tar.gz --directory $(PEFT_TESTS)
 	touch '$@'
 
 $(LINT_READY): Makefile | $(BIN)/python
