@@ -174,6 +174,8 @@ $(READERS_READY): $(TEST_READY)
 $(DOCS_READY): Makefile
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS)
+	touch '$@'
+
 # the wheel of PEFT has no tests; its sources have
 $(PEFT_TESTS_READY): $(TEST_READY)
 	rm -rf $(PEFT_TESTS)
