@@ -15,8 +15,8 @@ import torch
 
 import peft_moe_lora
 from helpers.launches import record_launches
-from peft_moe_lora.functional import Projection, experts, whole
-from peft_moe_lora.ops import Activation, Routing
+from peft_moe_lora.functional import Projection, experts
+from peft_moe_lora.ops import Activation
 from peft_moe_lora.ops.quantize import quantize
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,6 @@ class Case:
         experts: ids of the experts that have one; None for all.
         fused: whether the activation runs in the kernels.
         x_grad: whether the hidden states need a gradient.
-        compiled: whether forward returns what the operator of torch.compile returns.
     """
 
     T: int = MANY
@@ -134,7 +133,6 @@ class Case:
     dropout: float = 0.0
     quantized: str | None = None
     transposed: bool = False
-    compiled: bool = False
 
 
 ON_BLACKWELL = "compute capability 10.0"
@@ -154,7 +152,6 @@ CASES = {
     "down alone": Case(up=False),
     "no adapter": Case(up=False, down=False),
     ON_BLACKWELL: Case(),
-    "torch.compile": Case(compiled=True),
     "frozen hidden states": Case(x_grad=False),
     "own code": Case(fused=False),
 }
@@ -235,21 +232,12 @@ RECORDED = [(ON_BLACKWELL, BLACKWELL)]
 RECORDED += [(v, gpu) for v in CASES if v != ON_BLACKWELL for gpu in (HOPPER, AMPERE)]
 
 
-class RoutingWithoutTiles(Routing):
-    """A routing as an operator returns it, without the table of tiles."""
-
-    def __new__(cls, *fields):
-        return super().__new__(cls, *fields[:5])
-
-
 @pytest.mark.parametrize(("variant", "gpu"), RECORDED, ids=str)
 def test_a_layer_launches_what_the_tables_say(variant, gpu, monkeypatch):
     case = CASES[variant]
     forward, backward = FORWARD, BACKWARD
     if not case.fused:
         forward, backward = STEPS_FORWARD, STEPS_BACKWARD
-    if case.compiled:
-        monkeypatch.setattr(whole, "Routing", RoutingWithoutTiles)
     launches = record_launches(monkeypatch, gpu)
     launched_forward, launched_backward = recorded(case, launches)
     assert launched_forward == documented(forward, COLUMNS[gpu], variant, case)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from ..ops import Activation, QuantizedWeight
+from ..ops import Activation
 from .backends import BACKENDS, select_backend
 from .linear import FrozenLinear, LinearUpdate, updated_linear
 from .operators import is_autocast_enabled, without_autocast
@@ -71,53 +71,19 @@ def experts(
         ValueError: if the shapes do not agree, or if a base weight requires a gradient.
     """
     _check(hidden_states, top_k_index, top_k_weights, up, down)
-    quantized = isinstance(up.weight, QuantizedWeight) or isinstance(down.weight, QuantizedWeight)
     if seeds is None:
         seeds = draw_seeds(hidden_states.device, up, down)
-    run = _run
-    if quantized and torch.compiler.is_compiling():
-        run = _run_uncompiled
-    return run(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        up,
-        down,
-        activation,
-        post_norm,
-        backend,
-        recompute,
-        seeds,
-    )
-
-
-def _run(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    up: Projection,
-    down: Projection,
-    activation: Activation | Callable[[torch.Tensor], torch.Tensor],
-    post_norm: Callable[[torch.Tensor], torch.Tensor] | None,
-    backend: str,
-    recompute: bool,
-    seed: torch.Tensor | None,
-) -> torch.Tensor:
     x = hidden_states.to(up.weight.dtype)
     with _on_device_of(x), without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             out = fused_experts(
-                x, top_k_index, top_k_weights, up, down, activation, seed, backend, recompute
+                x, top_k_index, top_k_weights, up, down, activation, seeds, backend, recompute
             )
         else:
             out = unfused_experts(
-                x, top_k_index, top_k_weights, up, down, activation, post_norm, seed, backend
+                x, top_k_index, top_k_weights, up, down, activation, post_norm, seeds, backend
             )
     return out.to(hidden_states.dtype)
-
-
-# under torch.compile an operator takes one tensor for each weight; a quantized weight has several
-_run_uncompiled = torch.compiler.disable(_run)
 
 
 def rows_linear(

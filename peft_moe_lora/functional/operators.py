@@ -5,37 +5,24 @@ torch.compile it is one custom operator, and so one node of the graph. On the me
 operator gives shapes. Both run without autocast, in backward too.
 
 Legend:
-    group: a named tuple or a frozen dataclass of arguments that are passed together. Its
-        annotations give the operator's schema, and `__match_args__` gives the order of its fields.
-        Operators and autograd take flat arguments; `flatten` and `unflatten` convert.
+    group: arguments that are passed together. Operators and autograd take flat arguments, which
+        `arguments` converts.
     absent: an operator can return only tensors. For a result that is None it returns an empty
         tensor of three dimensions. No other result has three dimensions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..ops import QuantizedWeight
+from .arguments import Arguments, flatten, holds_tensors, unflatten
 
-# annotation of a group's field -> its type in an operator's schema
-_SCHEMA = {
-    torch.Tensor: "Tensor",
-    torch.Tensor | None: "Tensor?",
-    # under torch.compile a layer with quantized weights runs outside the graph
-    torch.Tensor | QuantizedWeight: "Tensor",
-    int: "int",
-    float: "float",
-    float | None: "float?",
-    bool: "bool",
-    str: "str",
-    tuple[int, ...] | None: "int[]?",
-}
 # placeholder for a tensor that autograd saves, in the list of a context's other values
 _HELD_BY_AUTOGRAD = object()
 
@@ -44,40 +31,6 @@ class Gradient(NamedTuple):
     """The first group of every backward: the gradient of forward's first result."""
 
     gradient: torch.Tensor
-
-
-def flatten(groups: Iterable[Any]) -> list[Any]:
-    """The values of all groups, field by field."""
-    values: list[Any] = []
-    for group in groups:
-        if isinstance(group, tuple) and not torch.compiler.is_compiling():
-            values += group
-        else:
-            # torch 2.11's Dynamo cannot add a named tuple to a list
-            values += [getattr(group, name) for name in type(group).__match_args__]
-    return values
-
-
-def unflatten(kinds: Iterable[type[Any]], values: Sequence[Any]) -> list[Any]:
-    """The inverse of `flatten`.
-
-    Args:
-        kinds: the class of each group.
-        values: the values of all groups, field by field.
-    """
-    groups = []
-    start = 0
-    for kind in kinds:
-        end = start + len(kind.__match_args__)
-        groups.append(kind(*values[start:end]))
-        start = end
-    assert start == len(values), "the number of values differs from the number of fields"
-    return groups
-
-
-def _holds_tensors(kind: type[Any]) -> bool:
-    """Whether a field of a group may be a tensor."""
-    return any("Tensor" in _SCHEMA[hint] for hint in get_type_hints(kind).values())
 
 
 def is_differentiated(tensors: Iterable[torch.Tensor | QuantizedWeight | None]) -> bool:
@@ -125,11 +78,10 @@ class Operator:
     Args:
         name: name of the operator in the namespace `peft_moe_lora`.
         groups: the class of each argument; the first field of the first one is a tensor.
-        results: the class of the result, a named tuple. Only eager calls return a field with a
-            default; the operator does not return it.
+        results: the class of the result, a named tuple of tensors, any of which may be None.
         run: takes the groups and returns `results`.
         fake: takes the groups and returns `results` with empty tensors of the right shapes and
-            dtypes, without the fields that have a default.
+            dtypes.
     """
 
     def __init__(
@@ -143,25 +95,20 @@ class Operator:
         self.qualified_name = f"peft_moe_lora::{name}"
         self.groups = groups
         self.results = results
+        self.arguments = Arguments(groups)
         exactly = _exactly(run)
         # where Dynamo gives up on a caller, it must not go on within: it cannot trace launches
         self.run = torch.compiler.disable(exactly)
-        defaults = results._field_defaults
-        self._num_returned = len(results.__match_args__) - len(defaults)
-        arguments = [
-            f"{_SCHEMA[hint]} {field}"
-            for kind in groups
-            for field, hint in get_type_hints(kind).items()
-        ]
+        self._num_returned = len(results.__match_args__)
         returned = ", ".join(["Tensor"] * self._num_returned)
-        torch.library.define(self.qualified_name, f"({', '.join(arguments)}) -> ({returned})")
+        torch.library.define(self.qualified_name, f"({self.arguments.schema}) -> ({returned})")
         torch.library.impl(self.qualified_name, "default", self._as_operator(exactly))
         torch.library.register_fake(self.qualified_name, self._as_operator(fake))
         self.operator = getattr(torch.ops.peft_moe_lora, name)
 
     def compiled(self, *groups: Any) -> Any:
         """Call the operator, and return the results."""
-        returned = self.operator(*flatten(groups))
+        returned = self.operator(*self.arguments.of(groups))
         if self._num_returned == 1:
             returned = (returned,)
         return self.results(*_none_where_absent(returned))
@@ -175,12 +122,10 @@ class Operator:
     def _as_operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function with flat arguments, which returns a tensor for each result."""
 
-        def flat(*values: Any) -> Any:
-            # an operator receives a tuple of integers as a list
-            values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-            results = function(*unflatten(self.groups, values))[: self._num_returned]
-            device = next(v.device for v in values if isinstance(v, torch.Tensor))
-            absent = torch.empty(0, 0, 0, device=device)
+        def flat(*arguments: Any) -> Any:
+            groups = self.arguments.groups(arguments)
+            results = function(*groups)
+            absent = torch.empty(0, 0, 0, device=groups[0][0].device)
             tensors = tuple(absent.clone() if r is None else r for r in results)
             return tensors[0] if self._num_returned == 1 else tensors
 
@@ -213,11 +158,9 @@ def differentiable(
             first group of booleans: whether each field requires a gradient.
     Returns: a function that takes forward's groups and returns its first result.
     """
-    kinds = forward_operator.groups
-    differentiated = kinds[0]
+    differentiated = forward_operator.groups[0]
     num_inputs = len(differentiated.__match_args__)
-    num_others = sum(len(kind.__match_args__) for kind in kinds[1:])
-    holding = [_holds_tensors(kind) for kind in backward_operator.groups]
+    holding = [holds_tensors(kind) for kind in backward_operator.groups]
     assert holding == sorted(holding, reverse=True), "groups with tensors come first"
     # the number of kept groups with tensors; `Gradient` is not kept
     num_held = sum(holding) - 1
@@ -225,16 +168,16 @@ def differentiable(
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         returned = output if isinstance(output, tuple) else (output,)
         results = forward_operator.results(*_none_where_absent(returned))
-        _save(ctx, keep(*unflatten(kinds, inputs), results), num_held)
+        _save(ctx, keep(*forward_operator.arguments.groups(inputs), results), num_held)
+        ctx.without_gradients = forward_operator.arguments.without_gradients(inputs)
 
     def input_gradients(call: Callable[..., Any], ctx: Any, gradient: torch.Tensor) -> tuple:
         needs = differentiated(*ctx.needs_input_grad[:num_inputs])
-        found = gradients(call, gradient.contiguous(), needs, *_saved(ctx))
-        return *found, *[None] * (num_inputs - len(found))
+        return gradients(call, gradient.contiguous(), needs, *_saved(ctx))
 
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple:
         found = input_gradients(backward_operator.compiled, ctx, gradient)
-        return *found, *[None] * num_others
+        return *found, *ctx.without_gradients[len(found) :]
 
     torch.library.register_autograd(
         forward_operator.qualified_name, backward, setup_context=setup_context
@@ -253,7 +196,8 @@ def differentiable(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-            return *input_gradients(backward_operator.run, ctx, gradient), None
+            found = input_gradients(backward_operator.run, ctx, gradient)
+            return *found, *[None] * (num_inputs + 1 - len(found))
 
     # the name that autograd graphs show
     Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops import Dropout, QuantizedWeight, Routing, composed
+from ..ops import Dropout, QuantizedWeight, Routing, composed, table_memory
 from ..ops.ranks import stored_rank
 from .backends import ops_for
 from .operators import Gradient, Operator, as_stored, differentiable
@@ -79,18 +79,13 @@ class Selected(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The index tensors of `Routing`; `tiles` and `block_m` exist only in eager calls.
-
-    The number of tiles depends on the device, so an operator does not return the table of tiles.
-    Operations that need the table make it.
-    """
+    """The index tensors of `Routing`, and `table_memory`, which begins with its `tiles`."""
 
     expert_offsets: torch.Tensor
     row_token: torch.Tensor
     row_slot: torch.Tensor
     slot_row: torch.Tensor
-    tiles: torch.Tensor | None = None
-    block_m: int = 0
+    table: torch.Tensor
 
 
 def route(top_k_index: torch.Tensor, num_experts: int, backend: str) -> Routing:
@@ -102,21 +97,16 @@ def route(top_k_index: torch.Tensor, num_experts: int, backend: str) -> Routing:
         index.row_slot,
         index.slot_row,
         top_k_index.shape[1],
-        index.tiles,
-        index.block_m,
+        index.table,
     )
 
 
 def _run_route(selected: Selected, backend: Backend) -> Index:
     ops = ops_for(backend.backend, selected.top_k_index.device)
-    routing = ops.route(selected.top_k_index, selected.num_experts)
+    table = table_memory(selected.top_k_index, selected.num_experts)
+    routing = ops.route(selected.top_k_index, selected.num_experts, table)
     return Index(
-        routing.expert_offsets,
-        routing.row_token,
-        routing.row_slot,
-        routing.slot_row,
-        routing.tiles,
-        routing.block_m,
+        routing.expert_offsets, routing.row_token, routing.row_slot, routing.slot_row, table
     )
 
 
@@ -127,7 +117,8 @@ def _fake_route(selected: Selected, backend: Backend) -> Index:
     def index(length: int) -> torch.Tensor:
         return top_k_index.new_empty(length, dtype=torch.int32)
 
-    return Index(index(selected.num_experts + 1), index(M), index(M), index(M))
+    table = table_memory(top_k_index, selected.num_experts)
+    return Index(index(selected.num_experts + 1), index(M), index(M), index(M), table)
 
 
 _route = Operator("route", (Selected, Backend), Index, _run_route, _fake_route)

@@ -19,19 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed
+from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed, table_memory
 from ..ops.composed import RankRows
 from ..ops.ranks import stored_rank
+from .arguments import flatten, unflatten
 from .backends import ops_for
-from .operators import (
-    Gradient,
-    Operator,
-    as_stored,
-    differentiable,
-    flatten,
-    is_differentiated,
-    unflatten,
-)
+from .operators import Gradient, Operator, as_stored, differentiable, is_differentiated
 from .projection import Projection, gathered, pair_like, per_expert, rank_of, transposed, whole_pair
 
 
@@ -99,8 +92,7 @@ class Results(NamedTuple):
         pre, xa, ha: as in the legend; pre is None with recompute, xa and ha are None without an
             adapter.
         expert_offsets, row_token, row_slot, slot_row: as in `Routing`.
-        tiles, block_m: as in `Routing`; an operator does not return them, and backward makes the
-            table again.
+        table: [lines, 2] int32, of `table_memory`, which begins with `tiles` of `Routing`.
     """
 
     out: torch.Tensor
@@ -111,8 +103,7 @@ class Results(NamedTuple):
     row_token: torch.Tensor | None
     row_slot: torch.Tensor | None
     slot_row: torch.Tensor | None
-    tiles: torch.Tensor | None = None
-    block_m: int = 0
+    table: torch.Tensor | None
 
 
 class Kept(NamedTuple):
@@ -143,7 +134,7 @@ class Gradients(NamedTuple):
 
 
 # the fields of `Results` after `out`, where no backward may follow
-_NOTHING = (None,) * 7
+_NOTHING = (None,) * 8
 FORWARD = (Inputs, Selected, Activation, Plan)
 BACKWARD = (Gradient, Inputs, Kept, Routing, Needs, Activation, Plan)
 
@@ -214,7 +205,8 @@ def _forward(*values: Any) -> Results:
     ops = ops_for(plan.backend, inputs.x.device)
     up_A, up_B, down_A, down_B = _per_expert(inputs, inputs.up.shape[0])
     up_dropout, down_dropout = _dropouts(inputs, plan)
-    routing = ops.route(top_k_index, inputs.up.shape[0])
+    table = table_memory(top_k_index, inputs.up.shape[0])
+    routing = ops.route(top_k_index, inputs.up.shape[0], table)
     xa = ha = None
     if up_A is not None:
         xa = ops.expert_shrink(
@@ -246,8 +238,7 @@ def _forward(*values: Any) -> Results:
         routing.row_token,
         routing.row_slot,
         routing.slot_row,
-        routing.tiles,
-        routing.block_m,
+        table,
     )
 
 
@@ -278,6 +269,7 @@ def _fake_forward(
         index(M),
         index(M),
         index(M),
+        table_memory(selected.top_k_index, E),
     )
 
 
@@ -293,8 +285,7 @@ def _keep(
         results.row_slot,
         results.slot_row,
         selected.top_k_index.shape[1],
-        results.tiles,
-        results.block_m,
+        results.table,
     )
     return inputs, Kept(results.pre, results.xa, results.ha), routing, activation, plan
 

@@ -9,6 +9,14 @@ from .activation import Activation
 from .dropout import Dropout
 from .operations import Operations, RankRows
 from .quantized import QuantizedWeight
-from .routing import Routing
+from .routing import Routing, table_memory
 
-__all__ = ["Activation", "Dropout", "Operations", "QuantizedWeight", "RankRows", "Routing"]
+__all__ = [
+    "Activation",
+    "Dropout",
+    "Operations",
+    "QuantizedWeight",
+    "RankRows",
+    "Routing",
+    "table_memory",
+]

@@ -56,11 +56,15 @@ class Operations(Protocol):
             arguments: a tensor first, then tensors, quantized weights, None, or hashable values.
         """
 
-    def route(self, top_k_index: torch.Tensor, num_experts: int) -> Routing:
+    def route(
+        self, top_k_index: torch.Tensor, num_experts: int, table: torch.Tensor | None = None
+    ) -> Routing:
         """A stable counting sort of the slots by expert.
 
         Args:
             top_k_index: [T, top_k] integer expert ids; an id outside 0..E-1 is a sentinel.
+            table: memory that `table_memory` has made for the table of tiles, if these operations
+                need one; allocated if None.
         """
 
     def with_tiles(self, routing: Routing) -> Routing:

@@ -9,9 +9,11 @@ There is one class for each way of storing codes: `Codes4bit` (nf4, fp4, mxfp4) 
 `quantize` makes quantized weights.
 """
 
+import ast
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -235,6 +237,51 @@ class Codes8bit(QuantizedWeight):
         if self.unit != 1.0:
             values *= self.unit
         return values.to(self.dtype)
+
+
+_KINDS: dict[str, type[QuantizedWeight]] = {kind.__name__: kind for kind in (Codes4bit, Codes8bit)}
+# stands for a tensor in a description
+_TENSOR = "tensor"
+
+
+def described(weight: QuantizedWeight) -> str:
+    """The class and the fields of a weight as text, where each tensor is its name alone.
+
+    An operator of torch.compile takes tensors, numbers and text.
+    """
+    words = [type(weight).__name__]
+    for field in fields(weight):
+        value = getattr(weight, field.name)
+        if isinstance(value, torch.Tensor):
+            value = _TENSOR
+        if value is not None:
+            words.append(f"{field.name}={value}")
+    return ";".join(words)
+
+
+def from_description(text: str, tensors: Sequence[torch.Tensor]) -> QuantizedWeight:
+    """The weight that `described` has described, made of its tensors in field order."""
+    kind, settings, names = _parsed(text)
+    return kind(**settings | dict(zip(names, tensors, strict=True)))
+
+
+@cache
+def _parsed(text: str) -> tuple[type[QuantizedWeight], dict[str, Any], list[str]]:
+    """The class of a description, its values that are no tensors, and the names of its tensors."""
+    kind, *words = text.split(";")
+    settings: dict[str, Any] = {}
+    names = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if value == _TENSOR:
+            names.append(name)
+        elif name == "format":
+            settings[name] = value
+        elif name == "dtype":
+            settings[name] = getattr(torch, value.removeprefix("torch."))
+        else:
+            settings[name] = ast.literal_eval(value)
+    return _KINDS[kind], settings, names
 
 
 def _power_of_2(exponents: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,10 @@ def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
     return function(*arguments)
 
 
-def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
-    """A stable counting sort of the slots by expert."""
+def route(
+    top_k_index: torch.Tensor, num_experts: int, table: torch.Tensor | None = None
+) -> Routing:
+    """A stable counting sort of the slots by expert, without a table of tiles."""
     ids = top_k_index.reshape(-1)
     ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
     sorted_ids, order = torch.sort(ids, stable=True)

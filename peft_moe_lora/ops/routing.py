@@ -9,6 +9,23 @@ from typing import NamedTuple
 
 import torch
 
+# the fewest rows of a tile that any device chooses
+MIN_BLOCK_M = 16
+
+
+def table_memory(top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Memory for the table of tiles of a routing, uninitialised: [lines, 2] int32.
+
+    The number of tiles depends on the device. The size of this tensor does not: so operators can
+    return it, and a graph of torch.compile has no condition on the number of rows.
+
+    Args:
+        top_k_index: [T, top_k] integer.
+        num_experts: E.
+    """
+    lines = top_k_index.numel() // MIN_BLOCK_M + num_experts + 3
+    return torch.empty(lines, 2, dtype=torch.int32, device=top_k_index.device)
+
 
 class Routing(NamedTuple):
     """Index tensors of one batch, all on the device of the routing.
@@ -22,8 +39,9 @@ class Routing(NamedTuple):
         top_k: experts per token.
         tiles: [max_tiles + 3, 2] int32 for kernels: (expert, first row) of each tile of `block_m`
             rows; expert is -1 past the last tile; then (-1, number of tiles) and (-1, 0), a
-            counter. None in the twins.
-        block_m: number of rows in a tile of `tiles`.
+            counter. The twins have no use for it.
+        block_m: number of rows in a tile of `tiles`; 0 if `tiles` is the whole of what
+            `table_memory` has made, which has more lines. `with_tiles` cuts it to size.
     """
 
     expert_offsets: torch.Tensor

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..functional.operators import unflatten
+from ..functional.arguments import Arguments
 from ..functional.whole import BACKWARD, FORWARD, Inputs
 
 # the time of a layer over that of its compulsory FLOPs and bytes: 1.12 for large experts, 1.9 for
 # small ones (docs/performance.md; H200, 2026-11-24)
 EXPERTS_SLOWDOWN = 1.6
+
+_FORWARD = Arguments(FORWARD)
+_BACKWARD = Arguments(BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ def work_of(func: Any, args: Any, found: Any) -> Work | None:
     """The work of an operator of this package; None for any other."""
     name = func.name()
     if name == "peft_moe_lora::experts":
-        inputs, *_ = unflatten(FORWARD, args)
+        inputs, *_ = _FORWARD.groups(args)
         return _forward(inputs)
     if name == "peft_moe_lora::experts_backward":
-        _, inputs, *_ = unflatten(BACKWARD, args)
+        _, inputs, *_ = _BACKWARD.groups(args)
         return _backward(inputs)
     if name.startswith("peft_moe_lora::"):
         return _product(args, found)
@@ -94,7 +97,7 @@ def _backward(inputs: Inputs) -> Work:
 
 def _product(args: Any, found: Any) -> Work:
     """An operator of a layer whose activation is the model's own code: at most one product."""
-    tensors = [value for value in (*args, *tree_leaves(found)) if isinstance(value, torch.Tensor)]
+    tensors = [value for value in tree_leaves((args, found)) if isinstance(value, torch.Tensor)]
     rows = tree_leaves(found)[0].shape[0]
     flops = sum(2 * rows * t.shape[1] * t.shape[2] for t in tensors if t.ndim == 3)
     nbytes = sum(t.nbytes for t in tensors)

@@ -124,6 +124,18 @@ def test_fp8_experts_compute_what_transformers_dequantizes(block_size, scale_fmt
     agree(wrap(fp8), wrap(plain), random_rows())
 
 
+def test_fp8_experts_compile_in_one_graph():
+    model = wrap(fp8_experts((16, 8)))
+    rows = random_rows()
+    adapter = [p for n, p in model.named_parameters() if "lora_" in n]
+    out, grads = grads_of(lambda: model(*rows), adapter)
+    torch.compiler.reset()
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    again, compiled_grads = grads_of(lambda: compiled(*rows), adapter)
+    for actual, expected in zip([again, *compiled_grads], [out, *grads], strict=True):
+        assert_close(actual, expected)
+
+
 def test_fp8_experts_without_a_gate():
     fp8 = fp8_experts((8, 8), has_gate=False, family="nemotron_h")
     plain = dense_of(fp8, build_experts(*NEMOTRON_H), torch.float32)

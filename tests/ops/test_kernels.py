@@ -31,7 +31,7 @@ from ops.problems import (
     small_shapes,
     wide,
 )
-from peft_moe_lora.ops import Activation, Dropout, reference
+from peft_moe_lora.ops import Activation, Dropout, reference, table_memory
 
 
 def test_the_two_backends_offer_the_same_operations(kernels):
@@ -63,6 +63,17 @@ def test_tiles_cover_every_routed_row_once(kernels, shape):
     assert tiles[: len(expected)] == expected
     assert all(e == -1 for e, _ in tiles[len(expected) :])
     assert tiles[-2:] == [(-1, len(expected)), (-1, 0)]
+
+
+def test_a_table_is_cut_out_of_the_memory_that_an_operator_returns(kernels):
+    index = Problem(MANY, torch.float32).index
+    memory = table_memory(index, MANY.E)
+    routing = kernels.route(index, MANY.E, memory)
+    assert len(routing.tiles) < len(memory)
+    found = kernels.with_tiles(routing._replace(tiles=memory, block_m=0))
+    assert found.block_m == routing.block_m
+    assert torch.equal(found.tiles, kernels.route(index, MANY.E).tiles)
+    assert found.tiles.data_ptr() == memory.data_ptr(), "the table is made again"
 
 
 def test_route_takes_any_integer_type_and_strides(kernels):

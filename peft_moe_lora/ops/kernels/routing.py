@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..routing import Routing
+from ..routing import Routing, table_memory
 from .launching.launch import launch
 from .launching.table import block_m_for, ceil_div, device_facts, power_of_2
 
@@ -182,12 +182,15 @@ def _lines(M: int, E: int, block_m: int) -> int:
     return M // block_m + min(E, M) + 3
 
 
-def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
+def route(
+    top_k_index: torch.Tensor, num_experts: int, table: torch.Tensor | None = None
+) -> Routing:
     """Sort the slots by expert, in a stable order, and make the tile table of the kernels.
 
     Args:
         top_k_index: [T, top_k] integer expert ids; an id outside 0..E-1 is a sentinel.
         num_experts: E.
+        table: memory for the tile table, of `table_memory`; allocated here if None.
     Twin: `reference.route`.
     """
     T, top_k = top_k_index.shape
@@ -197,10 +200,12 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     block_m = block_m_for(S, E, arch)
     lines = _lines(S, E, block_m)
     blocks = ceil_div(S, BLOCK)
-    sizes = E + 1, S, S, S, 2 * lines, blocks * (E + 1), E + 1
+    sizes = E + 1, S, S, S, blocks * (E + 1), E + 1
     index = [torch.empty(n, dtype=torch.int32, device=top_k_index.device) for n in sizes]
-    expert_offsets, row_token, row_slot, slot_row, flat_tiles, counts, totals = index
-    tiles = flat_tiles.view(-1, 2)
+    expert_offsets, row_token, row_slot, slot_row, counts, totals = index
+    if table is None:
+        table = table_memory(top_k_index, E)
+    tiles = table[:lines]
     routing = Routing(expert_offsets, row_token, row_slot, slot_row, top_k, tiles, block_m)
     if S == 0:
         expert_offsets.zero_()
@@ -234,8 +239,8 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
 
 
 def with_tiles(routing: Routing) -> Routing:
-    """The routing with a tile table; the same object if it already has one."""
-    if routing.tiles is not None:
+    """The routing with a tile table, made here if it has none; the same object if it has one."""
+    if routing.block_m:
         return routing
     M = routing.num_rows
     E = routing.num_experts
@@ -243,6 +248,8 @@ def with_tiles(routing: Routing) -> Routing:
     arch, _ = device_facts(offsets.device)
     block_m = block_m_for(M, E, arch)
     lines = _lines(M, E, block_m)
+    if routing.tiles is not None:
+        return routing._replace(tiles=routing.tiles[:lines], block_m=block_m)
     tiles = torch.empty(lines, 2, dtype=torch.int32, device=offsets.device)
     constants = {"E_PADDED": power_of_2(E), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
     grid = ceil_div(lines, TILES_BLOCK), 1, 1
