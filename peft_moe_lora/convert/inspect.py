@@ -26,7 +26,8 @@ class Inspection:
         num_experts: the values of E in these modules, ascending.
         adapted: number of experts with an update, in all modules together.
         projections: names of the adapted projections.
-        ranks, scalings: value -> number of projections and ordinary layers with this value.
+        ranks: rank -> number of projections and ordinary layers with this rank.
+        scalings: scaling -> number of projections and ordinary layers with this scaling.
         dtypes: name of a dtype -> number of LoRA tensors with this dtype.
         linears: last name of ordinary layers -> number of layers with LoRA.
         carried: keys of tensors that are not LoRA: saved whole, or rows of tokens.

@@ -44,6 +44,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether the largest error is within the tolerance."""
         return self.max_error <= self.tolerance
 
 

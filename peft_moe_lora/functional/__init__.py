@@ -66,6 +66,7 @@ def experts(
         backend: one of BACKENDS.
         recompute: backward computes the gate_up product again, and no [M, N] tensor is kept. Used
             only if an `Activation` runs inside the kernels.
+        seeds: of the masks of dropout, from `draw_seeds`; drawn in the call by default.
     Returns: [T, H], dtype of hidden_states.
     Raises:
         ValueError: if the shapes do not agree, or if a base weight requires a gradient.

@@ -154,7 +154,8 @@ def plan(
     Args:
         model: name of a model on the hub, a folder with a config.json, or a configuration.
         r: rank; lora_alpha is 2 r.
-        length, batch: tokens of a sequence, and sequences of a batch on each GPU.
+        length: tokens of a sequence.
+        batch: sequences of a batch on each GPU.
         quant: "nf4", "fp4" or "int8" for quantized experts; None for bf16.
         gpus: how many GPUs there are; None looks for the least number of each kind.
         checkpointing: whether every layer is computed again in backward.

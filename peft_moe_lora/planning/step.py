@@ -41,7 +41,8 @@ class Batch:
     """What a step computes.
 
     Attributes:
-        sequences, length: of the batch, in tokens, without padding.
+        sequences: of the batch.
+        length: of a sequence, in tokens, without padding.
         checkpointing: whether every layer is computed again in backward.
         liger: whether Liger's RMSNorm and loss run: logits are formed for a part of the tokens at a
             time.
@@ -63,9 +64,10 @@ class Step:
         weights: of the frozen model.
         pairs: of A and B, and of whatever else is trained.
         optimizer: AdamW's state.
-        gradients, activations, loss, transient: at the moment of the peak. Activations are what
-            forward keeps for backward; loss is what head and cross entropy need beyond them;
-            transient is what one layer's backward needs beyond them.
+        gradients: at the moment of the peak.
+        activations: at the moment of the peak, what forward keeps for backward.
+        loss: at the moment of the peak, what head and cross entropy need beyond activations.
+        transient: at the moment of the peak, what one layer's backward needs beyond activations.
         largest_layer: weights and pairs of the largest block of layers.
         trainable: number of trained parameters.
         seconds: name of a GPU -> time of the step.

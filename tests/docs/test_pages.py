@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import peft_moe_lora
+import site_pages
 from site_pages import ROOT, linked_files, navigation, pages_of, source_of
 
 API = ROOT / "docs" / "site" / "api"
@@ -60,3 +61,14 @@ def test_the_overview_lists_the_public_names():
     text = Path(API, "index.md").read_text(encoding="utf-8")
     linked = re.findall(r"\]\[peft_moe_lora\.(\w+)\]", text)
     assert sorted(linked) == sorted(peft_moe_lora.__all__)
+
+
+@pytest.mark.parametrize("target", ["docs", "docs/nothing.md", "nothing.png"])
+def test_a_link_to_no_file_is_an_error(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(site_pages, "ROOT", tmp_path)
+    Path(tmp_path, "docs").mkdir()
+    Path(tmp_path, "page.md").write_text("[there](page.md#a) `[code](x)` [web](https://a.b)\n")
+    assert list(linked_files(tmp_path / "page.md")) == [tmp_path / "page.md"]
+    Path(tmp_path, "page.md").write_text(f"![not there]({target})\n")
+    with pytest.raises(FileNotFoundError, match=f"links to {target}"):
+        list(linked_files(tmp_path / "page.md"))
