@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from arguments import Arguments, parse
+from arguments import REAL_RATE, TINY_RATE, Arguments, parse
 from peft_moe_lora import MoELoraConfig
 from texts import Block, documentation, hold_out, pack, read_jsonl, standard_library
 from tiny import make_base
@@ -56,7 +56,7 @@ TINY = {
     "output": "moe-lora-demo",
     "length": 128,
     "batch_size": 16,
-    "learning_rate": 1e-2,
+    "learning_rate": TINY_RATE,
     "steps": 200,
     "save_steps": 0,
 }
@@ -64,7 +64,7 @@ REAL = {
     "output": "moe-lora-out",
     "length": 2048,
     "batch_size": 4,
-    "learning_rate": 2e-4,
+    "learning_rate": REAL_RATE,
     "steps": 0,
     "save_steps": 100,
 }
@@ -104,8 +104,11 @@ class FinetuneArguments(Arguments):
         default=1, metadata={"help": "batches per optimizer step (default: 1)", "metavar": "N"}
     )
     target_modules: list[str] = field(
-        default_factory=lambda: ["experts", "q_proj", "v_proj"],
-        metadata={"help": "what to adapt (default: experts q_proj v_proj)", "metavar": "NAME"},
+        default_factory=lambda: ["experts", "q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={
+            "help": "what to adapt (default: experts q_proj k_proj v_proj o_proj)",
+            "metavar": "NAME",
+        },
     )
     resume: bool = field(
         default=False, metadata={"help": "go on from the last checkpoint in the output folder"}

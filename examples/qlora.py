@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from arguments import Arguments, parse
+from arguments import REAL_RATE, TINY_RATE, Arguments, parse
 from finetune import device_and_dtype, distance, held_out_loss, logits_of, training_arguments
 from peft_moe_lora import MoELoraConfig, load_quantized, merge_adapter
 from texts import Block, documentation, hold_out, pack, read_jsonl, standard_library
@@ -34,7 +34,7 @@ TINY = {
     "output": "moe-qlora-demo",
     "length": 128,
     "batch_size": 16,
-    "learning_rate": 1e-2,
+    "learning_rate": TINY_RATE,
     "steps": 200,
     "r": 4,
 }
@@ -42,7 +42,7 @@ REAL = {
     "output": "moe-qlora-out",
     "length": 2048,
     "batch_size": 1,
-    "learning_rate": 2e-4,
+    "learning_rate": REAL_RATE,
     "steps": 0,
 }
 # of |a - b| / |b| of the logits, for the adapter on experts quantized anew

@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from arguments import Arguments, parse
+from arguments import REAL_RATE, TINY_RATE, Arguments, parse
 from finetune import CHECKPOINTING, load_base
 from peft_moe_lora import MoELoraConfig
 from texts import documentation, standard_library
@@ -31,12 +31,18 @@ TINY = {
     "output": "moe-lora-trl",
     "length": 128,
     "batch_size": 8,
-    "learning_rate": 5e-3,
+    "learning_rate": TINY_RATE,
     "steps": 60,
     "dpo_steps": 30,
     "pretrain_steps": 200,
 }
-REAL = {"length": 2048, "batch_size": 4, "learning_rate": 2e-4, "steps": 0, "dpo_steps": 0}
+REAL = {
+    "length": 2048,
+    "batch_size": 4,
+    "learning_rate": REAL_RATE,
+    "steps": 0,
+    "dpo_steps": 0,
+}
 # for a tokenizer without one: a line that says who speaks, what is said, the end
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -60,8 +66,11 @@ class TrlArguments(Arguments):
         metadata={"help": "optimizer steps of DPO; 0: once through the data", "metavar": "N"},
     )
     target_modules: list[str] = field(
-        default_factory=lambda: ["experts", "q_proj", "v_proj"],
-        metadata={"help": "what to adapt (default: experts q_proj v_proj)", "metavar": "NAME"},
+        default_factory=lambda: ["experts", "q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={
+            "help": "what to adapt (default: experts q_proj k_proj v_proj o_proj)",
+            "metavar": "NAME",
+        },
     )
 
 

@@ -24,6 +24,7 @@ PACKAGE = Path(peft_moe_lora.__file__).parent
 DOCUMENTS = sorted(
     [
         *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/guides/*.md"),
         *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "README.md")),
     ]
 )

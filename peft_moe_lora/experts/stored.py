@@ -73,8 +73,9 @@ def stored_weight(module: nn.Module, name: str) -> Weight:
     if weight.dtype not in FLOATS:
         raise UnsupportedExperts(
             f"{_where(module, name)} is stored as {weight.dtype} without scales in a known place; "
-            "adapters need fp32, bf16 or fp16 experts, or one of the quantized formats in the "
-            "README. Load the model dequantized; quantize_experts(model) can quantize it again."
+            "adapters need fp32, bf16 or fp16 experts, or one of the quantized formats in "
+            "docs/guides/quantized-bases.md. Load the model dequantized; "
+            "quantize_experts(model) can quantize it again."
         )
     return weight
 

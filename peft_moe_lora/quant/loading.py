@@ -121,7 +121,10 @@ def _check_format(name_or_path: str, stored: str | None, experts: str) -> None:
         MXFP4: 'pass experts="mxfp4", which keeps it as it is, or load it with '
         "Mxfp4Config(dequantize=True) and quantize_experts(model).",
     }
-    other = "load it with from_pretrained; the README lists the formats that adapters support."
+    other = (
+        "load it with from_pretrained; docs/guides/quantized-bases.md lists the formats that "
+        "adapters support."
+    )
     raise ValueError(
         f"{name_or_path} is stored in {stored or 'full precision'}, and experts={experts!r} cannot "
         f"be made from it: {remedy.get(stored, other)}"

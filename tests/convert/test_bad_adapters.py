@@ -325,7 +325,7 @@ def test_verify_names_what_only_one_of_two_adapts(qwen, tmp_path):
 def test_memory_is_that_of_one_projection(tmp_path):
     """The file has 24 layers: it is 30 times as large as what a conversion may hold of it.
 
-    The README has the numbers at full size.
+    docs/guides/conversions.md has the numbers at full size.
     """
     layers, E, r, H, width = 24, 16, 8, 64, 32
     path = "model.layers.{}.mlp.experts"

@@ -1,4 +1,4 @@
-"""The README's table of families, made from the installed transformers.
+"""The table of families in docs/guides/, made from the installed transformers.
 
     python tests/families/families_table.py
 
@@ -22,7 +22,7 @@ from helpers import MODELS, build_experts, build_step3p7, interface_families
 from peft_moe_lora.experts.families import NOT_YET
 from peft_moe_lora.experts.layout import read_layout
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "experts-routers-attention.md"
 BEGIN, END = (
     "<!-- made by tests/families/families_table.py from transformers {} -->\n",
     "<!-- end -->\n",
@@ -103,10 +103,10 @@ def table(found: dict[str, tuple[str, str]]) -> str:
 
 
 def written() -> tuple[str, str]:
-    """The version the README's table was made from, and the table."""
+    """The version that the page's table was made from, and the table."""
     pattern = re.escape(BEGIN).replace(r"\{\}", r"(\S+)") + ".*?" + re.escape(END)
-    match = re.search(pattern, README.read_text("utf-8"), re.DOTALL)
-    assert match, f"{README} has no lines {BEGIN!r} and {END!r}"
+    match = re.search(pattern, PAGE.read_text("utf-8"), re.DOTALL)
+    assert match, f"{PAGE} has no lines {BEGIN!r} and {END!r}"
     return match[1], match[0]
 
 
@@ -122,4 +122,4 @@ def read(text: str) -> dict[str, tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    README.write_text(README.read_text("utf-8").replace(written()[1], table(families())), "utf-8")
+    PAGE.write_text(PAGE.read_text("utf-8").replace(written()[1], table(families())), "utf-8")

@@ -1,4 +1,4 @@
-"""The README's table says of every family in transformers what an adapter on it does."""
+"""The guide's table says of every family in transformers what an adapter on it does."""
 
 import pytest
 import transformers
