@@ -16,7 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from ..experts.families import HUB_NAMES, OTHER_NAMES, TEXT_PREFIX, HubNames
+from ..experts.families import (
+    HUB_NAMES,
+    OTHER_BLOCKS,
+    OTHER_NAMES,
+    TEXT_PREFIX,
+    HubNames,
+)
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.routers import is_router, linear_features
 from ..experts.stored import UnsupportedExperts
@@ -96,6 +102,9 @@ class BaseModel:
         found = self._paths_of_stem.get(TEXT_PREFIX.sub("", path), [])
         if len(found) == 1:
             return found[0]
+        for other, block in OTHER_BLOCKS.items():
+            if path.replace(other, block) in self.modules:
+                return path.replace(other, block)
         return path
 
     def renamed(self, name: str) -> str:

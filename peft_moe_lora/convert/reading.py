@@ -27,7 +27,7 @@ from ..files.tensor_file import AdapterError, FilePath, TensorFile, Tensors, rea
 from ..files.text import quoted, shown
 from ..files.writing import CONFIG_NAME, check_saved
 from .base import BaseConfig, BaseModel, read_base
-from .foreign import looks_like
+from .foreign import in_known_form, looks_like
 from .formats import FORMATS, PREFIX, READERS, Format
 from .formats.format import Opened, Slots
 from .linears import natural, read_linears
@@ -87,6 +87,7 @@ def _read(
     file: Tensors, config: dict[str, Any], base_config: BaseConfig | None, b_layout: str
 ) -> Adapter:
     base = _base(base_config, config)
+    file = in_known_form(file)
     names, paths = _names(file, base)
     _check_weights_of(file)
     source = Source(file, config, names, paths, base, b_layout)

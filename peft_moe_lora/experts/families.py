@@ -261,8 +261,9 @@ TEXT_PREFIX = re.compile(
     r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|model\.)"
 )
 
-# The name of a head in adapters of Tinker -> its name in transformers.
+# Names in adapters of Tinker -> those in transformers: of the head, and of attention in gpt_oss.
 OTHER_NAMES = {"model.unembed_tokens": "lm_head"}
+OTHER_BLOCKS = {".attn.": ".self_attn."}
 
 # Architectures whose experts vLLM 0.33 reads as 3-D tensors, because their classes in vLLM set
 # is_3d_moe_weight. For all others vLLM reads 2-D tensors of each expert, also for the text models

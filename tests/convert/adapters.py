@@ -11,11 +11,14 @@ import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from helpers import experts_paths, moe_lora, tiny_model
+from helpers import E, assert_close, expert_major, experts_paths, moe_lora, tiny_model
+from peft_moe_lora import convert_adapter
 
+# fp32: what the promise of equal logits says; measured differences are below 1e-6
+TOLERANCE = 1e-5
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"]
 # gate and up rows alternate in these, [gate; up] in the others
 INTERLEAVED = {"gpt_oss"}
@@ -66,6 +69,34 @@ def save_pefts(base, folder, seed=5, **config):
     return model
 
 
+def load(base, folder):
+    """The base with an adapter, as PEFT loads it."""
+    return PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+
+
+def write_theirs(folder, state, **config):
+    """Write an adapter as another program does: tensors, and the least configuration."""
+    folder.mkdir(parents=True)
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | config))
+
+
+def swap_in_and_out(state, count=E):
+    """PEFT 0.18's tensors of the same update, from those of a later release.
+
+    There the delta of a parameter [E, d1, d2] is (B A)^T, with A over d1.
+    """
+    legacy = {}
+    for name in [n for n in state if ".lora_A." in n]:
+        A, B = state[name], expert_major(state[name.replace("lora_A", "lora_B")], count)
+        r = A.shape[0] // count
+        # A'[e] = B[e]^T [r, N] and B'[e] = A[e]^T [K, r], B' rank-major
+        legacy[name] = torch.cat([B[:, e * r : (e + 1) * r].T for e in range(count)])
+        stacked = torch.stack([A[e * r : (e + 1) * r].T for e in range(count)], dim=2)  # [K, r, E]
+        legacy[name.replace("lora_A", "lora_B")] = stacked.flatten(1)
+    return legacy
+
+
 def tensors(folder):
     return load_file(Path(folder, "adapter_model.safetensors"))
 
@@ -108,6 +139,21 @@ def update_of_ours(folder, base):
                     [scaling * B[:, e * r : (e + 1) * r] @ A[e * r : (e + 1) * r] for e in range(E)]
                 )
     return found
+
+
+def assert_same_update(found, right, tolerance=TOLERANCE):
+    """Two updates, as the functions below return them, are the same."""
+    assert found.keys() == right.keys()
+    for path, updates in right.items():
+        assert found[path].keys() == updates.keys()
+        for projection, update in updates.items():
+            assert_close(found[path][projection], update, tolerance, f"{path}, {projection}")
+
+
+def check_update(case, folder, right):
+    """An adapter in any format holds an update, by way of ours, which is written beside it."""
+    convert_adapter(folder, folder.parent / "ours", to="moe_lora", base_config=case.config)
+    assert_same_update(update_of_ours(folder.parent / "ours", case.base), right, 1e-6)
 
 
 def update_vllm_2d(folder, base, interleaved, leaves=DEFAULT_LEAVES):

@@ -1,32 +1,34 @@
 """Adapters as other programs write them: read exactly, or refused with what to do about them."""
 
 import copy
-import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from convert.adapters import (
     INTERLEAVED,
     PREFIX,
+    TOLERANCE,
+    check_update,
     config_of,
     experts_count,
+    load,
     rewrite,
     save_base,
     save_ours,
     save_pefts,
+    swap_in_and_out,
     tensors,
     update_of_ours,
+    write_theirs,
 )
 from helpers import assert_close, expert_major, experts_paths, outputs
-from peft_moe_lora import convert_adapter, inspect_adapter, load_peft_adapter
+from peft_moe_lora import convert_adapter, load_peft_adapter
 from peft_moe_lora.files.tensor_file import AdapterError, RefusedError
 
 R, ALPHA = 4, 12
-TOLERANCE = 1e-6
 # gate, up and down
 NAMES = {"Tinker": ("w1", "w3", "w2"), "published": ("gate_proj", "up_proj", "down_proj")}
 
@@ -65,19 +67,9 @@ def apart(case, names, shared=()):
 
 
 def write(folder, state, **config):
-    folder.mkdir()
-    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text("{}")
-    rewrite(folder, peft_type="LORA", r=R, lora_alpha=ALPHA, target_modules=["experts"], **config)
-
-
-def check(case, folder, update):
-    convert_adapter(folder, folder.parent / "ours", to="moe_lora", base_config=case.config)
-    found = update_of_ours(folder.parent / "ours", case.base)
-    assert found.keys() == update.keys()
-    for path, right in update.items():
-        for projection, delta in right.items():
-            assert_close(found[path][projection], delta, TOLERANCE, f"{path}, {projection}")
+    write_theirs(
+        folder, state, **{"r": R, "lora_alpha": ALPHA, "target_modules": ["experts"]} | config
+    )
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
@@ -86,7 +78,7 @@ def test_gate_and_up_in_tensors_of_their_own(made, family, names, tmp_path):
     case = made(family)
     state, update = apart(case, names)
     write(tmp_path / "theirs", state)
-    check(case, tmp_path / "theirs", update)
+    check_update(case, tmp_path / "theirs", update)
     assert config_of(tmp_path / "ours")["r"] == 2 * R
 
 
@@ -103,7 +95,7 @@ def test_gate_and_up_in_tensors_of_their_own(made, family, names, tmp_path):
 def test_what_all_experts_share_is_written_for_each(qwen, shared, tmp_path):
     state, update = apart(qwen, NAMES["Tinker"], shared)
     write(tmp_path / "theirs", state)
-    check(qwen, tmp_path / "theirs", update)
+    check_update(qwen, tmp_path / "theirs", update)
 
 
 def test_a_gate_and_an_up_with_the_same_A_keep_the_rank(qwen, tmp_path):
@@ -121,19 +113,112 @@ def test_a_gate_and_an_up_with_the_same_A_keep_the_rank(qwen, tmp_path):
     assert config_of(tmp_path / "ours")["r"] == R
 
 
+@pytest.fixture(scope="module")
+def nemotron(tmp_path_factory):
+    """An adapter on experts without a gate, as 3-D stacks, and what it means."""
+    folder = tmp_path_factory.mktemp("nemotron_h")
+    base = save_base("nemotron_h", folder / "base")
+    save_ours(base, folder / "right")
+    stacks = folder / "3d"
+    convert_adapter(folder / "right", stacks, to="sglang_3d", base_config=folder / "base")
+    update = update_of_ours(folder / "right", base)
+    return SimpleNamespace(base=base, config=folder / "base", stacks=stacks, update=update)
+
+
+def ungated(case, folder, first, second, **more):
+    """The stacks of experts without a gate under other names, and further tensors."""
+    shutil.copytree(case.stacks, folder)
+    names = {"gate_up_proj": first, "down_proj": second}
+
+    def renamed(state):
+        for old, new in names.items():
+            state = {name.replace(old, new): tensor for name, tensor in state.items()}
+        return state | more
+
+    rewrite(folder, renamed)
+
+
 @pytest.mark.parametrize("names", [("w1", "w2"), ("up_proj", "down_proj")], ids=str)
-def test_experts_without_a_gate(names, tmp_path):
-    base = save_base("nemotron_h", tmp_path / "base")
-    save_ours(base, tmp_path / "right")
-    case = SimpleNamespace(base=base, config=tmp_path / "base")
-    update = update_of_ours(tmp_path / "right", base)
-    convert_adapter(tmp_path / "right", tmp_path / "3d", to="sglang_3d", base_config=case.config)
-    renamed = {
-        name.replace("gate_up_proj", names[0]).replace("down_proj", names[1]): tensor
-        for name, tensor in tensors(tmp_path / "3d").items()
-    }
-    rewrite(tmp_path / "3d", lambda state: renamed)
-    check(case, tmp_path / "3d", update)
+def test_experts_without_a_gate(nemotron, names, tmp_path):
+    ungated(nemotron, tmp_path / "theirs", *names)
+    check_update(nemotron, tmp_path / "theirs", nemotron.update)
+
+
+def empty(case, sides):
+    (path, *_) = experts_paths(case.base)
+    return {f"{PREFIX}{path}.w3.lora_{side}.weight": torch.empty(5, 4, 0) for side in sides}
+
+
+def test_an_empty_w3_of_tinker_says_that_there_is_no_gate(nemotron, tmp_path):
+    ungated(nemotron, tmp_path / "theirs", "w1", "w2", **empty(nemotron, "AB"))
+    check_update(nemotron, tmp_path / "theirs", nemotron.update)
+
+
+def test_half_an_empty_pair_is_refused(nemotron, tmp_path):
+    ungated(nemotron, tmp_path / "theirs", "w1", "w2", **empty(nemotron, "A"))
+    with pytest.raises(AdapterError, match="must not be empty"):
+        convert_adapter(
+            tmp_path / "theirs", tmp_path / "out", to="moe_lora", base_config=nemotron.config
+        )
+
+
+def test_an_empty_w3_of_experts_with_a_gate_is_refused(qwen, tmp_path):
+    state, _ = apart(qwen, NAMES["Tinker"])
+    write(tmp_path / "theirs", {n: t[..., :0] if ".w3." in n else t for n, t in state.items()})
+    with pytest.raises(AdapterError, match="only one of gate and up"):
+        convert_adapter(
+            tmp_path / "theirs", tmp_path / "out", to="moe_lora", base_config=qwen.config
+        )
+
+
+# ---- one tensor of all experts beside tensors of each --------------------------------------------
+
+
+def shared_outer(case, names, shared):
+    """The shared tensors [1, ...] under <experts>.<part>, the others 2-D under <experts>.<e>."""
+    state, update = apart(case, names, shared)
+    found = {}
+    for name, tensor in state.items():
+        if len(tensor) == 1:
+            found[name] = tensor
+            continue
+        for e, own in enumerate(tensor):
+            found[name.replace("experts.", f"experts.{e}.")] = own.contiguous()
+    return found, update
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("shared", [("gate.A", "up.A", "down.B"), ("gate.B", "up.B", "down.A")])
+def test_the_shared_outer_layout_of_megatron_bridge(made, family, names, shared, tmp_path):
+    case = made(family)
+    state, update = shared_outer(case, names, shared)
+    assert any(".experts.0." in name for name in state)
+    write(tmp_path / "theirs", state)
+    check_update(case, tmp_path / "theirs", update)
+
+
+def test_a_tensor_of_all_experts_and_of_one_is_refused(qwen, tmp_path):
+    state, _ = shared_outer(qwen, NAMES["published"], ("gate.A",))
+    (name,) = (name for name in state if "layers.0" in name and ".experts.gate_proj" in name)
+    state[name.replace("experts.", "experts.2.")] = state[name][0].clone()
+    write(tmp_path / "theirs", state)
+    with pytest.raises(AdapterError, match=r"of all experts and .*too"):
+        convert_adapter(
+            tmp_path / "theirs", tmp_path / "out", to="moe_lora", base_config=qwen.config
+        )
+
+
+def test_a_tensor_of_all_experts_that_is_2d_is_refused(qwen, tmp_path):
+    state, _ = shared_outer(qwen, NAMES["published"], ("gate.A",))
+    write(tmp_path / "theirs", {n: t[0, :1] if t.ndim == 3 else t for n, t in state.items()})
+    with pytest.raises(AdapterError, match="the file is damaged or was filtered"):
+        convert_adapter(
+            tmp_path / "theirs", tmp_path / "out", to="moe_lora", base_config=qwen.config
+        )
+
+
+# ---- damage --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,7 +265,7 @@ def test_gpt_oss_stacks_of_sglang_need_the_base_model(made, name, tmp_path):
     rewrite(tmp_path / "3d", base_model_name_or_path=name)
     with pytest.raises(RefusedError, match="--base-config"):
         convert_adapter(tmp_path / "3d", tmp_path / "out", to="moe_lora")
-    check(oss, tmp_path / "3d", update_of_ours(oss.ours, oss.base))
+    check_update(oss, tmp_path / "3d", update_of_ours(oss.ours, oss.base))
 
 
 def test_the_head_of_tinker(qwen, tmp_path):
@@ -197,6 +282,58 @@ def test_the_head_of_tinker(qwen, tmp_path):
     assert any("unembed_tokens" in name for name in tensors(tmp_path / "theirs"))
     loaded = load_peft_adapter(copy.deepcopy(qwen.base), tmp_path / "theirs").eval()
     assert_close(outputs(loaded), outputs(model), TOLERANCE, "logits")
+
+
+def test_the_attention_of_gpt_oss_has_another_name_in_tinker(made, tmp_path):
+    case = made("gpt_oss")
+    model = save_ours(case.base, tmp_path / "theirs", target_modules=["experts", "q_proj"])
+    rewrite(
+        tmp_path / "theirs",
+        lambda state: {name.replace(".self_attn.", ".attn."): t for name, t in state.items()},
+        metadata={"format": "pt"},
+    )
+    assert any(".attn.q_proj" in name for name in tensors(tmp_path / "theirs"))
+    loaded = load_peft_adapter(copy.deepcopy(case.base), tmp_path / "theirs").eval()
+    assert_close(outputs(loaded), outputs(model), TOLERANCE, "logits")
+
+
+# ---- programs that write PEFT's keys -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_nemo_automodel_swaps_in_and_out_and_names_no_version(qwen, with_base, tmp_path):
+    """Its Qwen3-MoE adapters are [in, out] under PEFT's keys; the configuration is its own."""
+    theirs = save_pefts(qwen.base, tmp_path / "pefts")
+    targets = {
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    state = {
+        name: t.contiguous() for name, t in swap_in_and_out(tensors(tmp_path / "pefts")).items()
+    }
+    write_theirs(
+        tmp_path / "theirs", state, r=4, lora_alpha=8, use_dora=False, bias="none", **targets
+    )
+    base_config = qwen.config if with_base else None
+    convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=base_config)
+    assert_close(outputs(load(qwen.base, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_prime_rl_writes_gpt_oss_as_vllm_reads_it(made, with_base, tmp_path):
+    """PEFT's keys, B rank-major, and only "experts" in target_modules."""
+    case = made("gpt_oss")
+    theirs = save_pefts(case.base, tmp_path / "pefts")
+    write_theirs(
+        tmp_path / "theirs",
+        tensors(tmp_path / "pefts"),
+        r=4,
+        lora_alpha=8,
+        target_modules=["experts"],
+    )
+    base_config = case.config if with_base else None
+    convert_adapter(tmp_path / "theirs", tmp_path / "ours", to="moe_lora", base_config=base_config)
+    assert_close(outputs(load(case.base, tmp_path / "ours")), outputs(theirs), TOLERANCE, "logits")
 
 
 # ---- Unsloth's orders of B -----------------------------------------------------------------------
@@ -287,70 +424,3 @@ def test_a_file_of_nobody_is_not_attributed(qwen, tmp_path):
         convert_adapter(
             tmp_path / "theirs", tmp_path / "out", to="moe_lora", base_config=qwen.config
         )
-
-
-# ---- mlx-lm's own configuration ------------------------------------------------------------------
-
-
-@pytest.fixture
-def of_mlx(qwen, tmp_path):
-    """An adapter with the configuration that mlx-lm writes, which has no field of PEFT."""
-    convert_adapter(qwen.ours, tmp_path / "theirs", to="mlx", base_config=qwen.config)
-    own = ("fine_tune_type", "lora_parameters", "num_layers")
-    config = config_of(tmp_path / "theirs")
-    file = tmp_path / "theirs" / "adapter_config.json"
-    file.write_text(json.dumps({name: config[name] for name in own}))
-    return tmp_path / "theirs"
-
-
-def test_an_adapter_of_mlx_lm(qwen, of_mlx):
-    assert inspect_adapter(of_mlx, qwen.config).format == "mlx"
-    check(qwen, of_mlx, update_of_ours(qwen.ours, qwen.base))
-
-
-@pytest.mark.parametrize(
-    ("config", "error", "match"),
-    [
-        ({"fine_tune_type": "dora"}, RefusedError, "only lora can be converted"),
-        ({"fine_tune_type": "full"}, RefusedError, "mlx_lm.fuse"),
-        ({"lora_parameters": None}, AdapterError, "rank and scale"),
-        ({"lora_parameters": {"rank": 4, "scale": "2"}}, AdapterError, "rank and scale"),
-        ({"lora_parameters": {"rank": True, "scale": 2.0}}, AdapterError, "rank and scale"),
-        ({"lora_parameters": {"rank": 3, "scale": 2.0}}, AdapterError, "r=3"),
-        ({"lora_parameters": {"rank": 4, "scale": 1e400}}, AdapterError, "finite|numbers"),
-    ],
-    ids=str,
-)
-def test_a_configuration_of_mlx_lm_that_does_not_fit(qwen, of_mlx, config, error, match, tmp_path):
-    rewrite_config(of_mlx, **config)
-    with pytest.raises(error, match=match):
-        convert_adapter(of_mlx, tmp_path / "out", to="moe_lora", base_config=qwen.config)
-    assert not (tmp_path / "out").exists()
-
-
-def test_mlx_lm_is_told_of_families_that_were_not_tried(tmp_path):
-    base = save_base("nemotron_h", tmp_path / "base")
-    save_ours(base, tmp_path / "ours")
-    with pytest.raises(RefusedError, match=r"nemotron_h was not tried.*peft-moe-lora merge"):
-        convert_adapter(
-            tmp_path / "ours", tmp_path / "out", to="mlx", base_config=tmp_path / "base"
-        )
-
-
-@pytest.mark.parametrize("names", [["kv_b_proj"], ["gate"], ["embed_tokens"]], ids=str)
-def test_mlx_lm_is_told_of_layers_without_lora(made, names, tmp_path):
-    case = made("deepseek_v3")
-    save_ours(case.base, tmp_path / "ours", target_modules=["experts", *names])
-    with pytest.raises(RefusedError, match=r"mlx-lm (has no LoRA|loads LoRA alone)"):
-        convert_adapter(tmp_path / "ours", tmp_path / "out", to="mlx", base_config=case.config)
-
-
-def rewrite_config(folder, **config):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
-
-
-def test_an_output_of_ours_for_mlx_lm_is_replaced(qwen, tmp_path):
-    for _ in range(2):
-        convert_adapter(qwen.ours, tmp_path / "out", to="mlx", base_config=qwen.config, force=True)
-    check(qwen, tmp_path / "out", update_of_ours(qwen.ours, qwen.base))

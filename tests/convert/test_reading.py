@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from convert.adapters import (
     PREFIX,
+    TOLERANCE,
+    assert_same_update,
+    load,
     rewrite,
     save_base,
     save_ours,
@@ -23,8 +25,6 @@ from convert.adapters import (
 from helpers import E, assert_close, experts_paths, outputs, tiny_model
 from peft_moe_lora import convert_adapter, merge_adapter
 from peft_moe_lora.files.tensor_file import AdapterError, RefusedError
-
-TOLERANCE = 1e-5
 
 
 def to_ours(folder, case):
@@ -112,9 +112,7 @@ def test_w1_is_the_first_product_of_experts_without_a_gate(nemotron, tmp_path):
     assert [name for name in state if ".w1." in name]
     written_again(nemotron, tmp_path, state)
     found, right = to_ours(tmp_path, nemotron), update_of_ours(nemotron.ours, nemotron.base)
-    for path, updates in right.items():
-        for projection, update in updates.items():
-            assert_close(found[path][projection], update, TOLERANCE, f"{path}, {projection}")
+    assert_same_update(found, right)
 
 
 @pytest.mark.parametrize("parameter", ["up_proj", "down_proj"])
@@ -122,7 +120,7 @@ def test_a_named_projection_of_experts_without_a_gate_is_that_one(nemotron, para
     """By its shapes it could be either: one is the other with in and out swapped."""
     theirs = save_pefts(nemotron.base, tmp_path / "in", target_parameters=[f"experts.{parameter}"])
     to_ours(tmp_path, nemotron)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(nemotron.base), tmp_path / "out").eval()
+    loaded = load(nemotron.base, tmp_path / "out")
     assert_close(outputs(loaded), outputs(theirs), TOLERANCE, "logits")
 
 
@@ -158,7 +156,7 @@ def test_the_first_version_that_does_not_swap(tmp_path):
     theirs = save_pefts(base, tmp_path / "in", target_parameters=["experts.gate_up_proj"])
     rewrite(tmp_path / "in", peft_version="0.19.1")
     convert_adapter(tmp_path / "in", tmp_path / "out", to="moe_lora", base_config=tmp_path / "base")
-    ours = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    ours = load(base, tmp_path / "out")
     assert_close(outputs(ours), outputs(theirs), TOLERANCE, "logits")
 
 
@@ -169,7 +167,7 @@ def test_a_transposed_base_was_never_swapped(tmp_path):
     theirs = save_pefts(base, tmp_path / "in", target_parameters=["experts.down_proj"])
     rewrite(tmp_path / "in", peft_version="0.18.0")
     convert_adapter(tmp_path / "in", tmp_path / "out", to="moe_lora", base_config=tmp_path / "base")
-    ours = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    ours = load(base, tmp_path / "out")
     assert_close(outputs(ours), outputs(theirs), TOLERANCE, "logits")
 
 

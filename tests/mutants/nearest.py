@@ -11,11 +11,14 @@ NEAREST = {
     "cli": ("cli", "convert/test_command_line.py"),
     "convert": (
         "convert/test_formats.py",
+        "convert/test_carried.py",
         "convert/test_reading.py",
         "convert/test_bad_adapters.py",
     ),
     "convert/base.py": (
         "convert/test_formats.py",
+        "convert/test_names.py",
+        "convert/test_gguf.py",
         "convert/test_serving.py",
         "convert/test_bad_adapters.py",
         "convert/test_beside_lora.py",
@@ -28,15 +31,17 @@ NEAREST = {
     ),
     "convert/convert.py": (
         "convert/test_bad_adapters.py",
+        "convert/test_carried.py",
         "convert/test_formats.py",
         "convert/test_folders.py",
     ),
-    "convert/fit.py": ("convert/test_some_experts.py", "convert/test_formats.py"),
+    "convert/fit.py": ("convert/test_some_experts.py", "convert/test_carried.py"),
     "convert/foreign.py": ("convert/test_foreign.py",),
     "convert/formats/gguf.py": ("convert/test_gguf.py",),
     "convert/formats/halves.py": ("convert/test_foreign.py", "convert/test_formats.py"),
-    "convert/formats/mlx.py": ("convert/test_foreign.py", "convert/test_golden.py"),
-    "convert/formats/peft_order.py": ("convert/test_foreign.py", "convert/test_formats.py"),
+    "convert/formats/mlx.py": ("convert/test_mlx.py", "convert/test_golden.py"),
+    "convert/formats/peft_legacy.py": ("convert/test_peft_files.py", "convert/test_reading.py"),
+    "convert/formats/peft_order.py": ("convert/test_foreign.py", "convert/test_peft_files.py"),
     "convert/formats/sglang_3d.py": ("convert/test_foreign.py", "convert/test_formats.py"),
     "convert/formats/per_expert.py": (
         "convert/test_reading.py",
@@ -48,7 +53,7 @@ NEAREST = {
     "convert/linears.py": (
         "convert/test_names.py",
         "convert/test_beside_lora.py",
-        "convert/test_formats.py",
+        "convert/test_carried.py",
     ),
     "convert/load.py": ("convert/test_merging.py",),
     "convert/merge.py": (
@@ -70,7 +75,7 @@ NEAREST = {
     "convert/saved.py": (
         "convert/test_beside_lora.py",
         "convert/test_names.py",
-        "convert/test_formats.py",
+        "convert/test_carried.py",
     ),
     "convert/serving.py": (
         "convert/test_serving.py",
@@ -80,11 +85,12 @@ NEAREST = {
     "convert/targets.py": (
         "convert/test_names.py",
         "convert/test_beside_lora.py",
-        "convert/test_formats.py",
+        "convert/test_carried.py",
     ),
     "convert/verify.py": (
         "convert/test_beside_lora.py",
         "convert/test_some_experts.py",
+        "convert/test_peft_files.py",
         "convert/test_formats.py",
         "convert/test_bad_adapters.py",
     ),
