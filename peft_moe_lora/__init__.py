@@ -10,6 +10,7 @@ from .convert.inspect import inspect_adapter
 from .convert.load import load_peft_adapter
 from .convert.merge import merge_adapter
 from .convert.verify import verify_adapter
+from .functional.checkpointing import keep_experts
 from .interop.apply import apply_to_peft
 from .planning.plan import Plan, plan
 from .quant.in_place import dequantize_experts, quantize_experts
@@ -33,6 +34,7 @@ __all__ = [
     "dequantize_experts",
     "expert_load",
     "inspect_adapter",
+    "keep_experts",
     "load_peft_adapter",
     "load_quantized",
     "merge_adapter",

@@ -27,6 +27,9 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute every layer again in backward.")
     ] = False,
+    keep_experts: Annotated[
+        bool, typer.Option("--keep-experts", help="Of these layers, run the experts once.")
+    ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
     liger: Annotated[bool, typer.Option("--liger", help="With Liger's norms and loss.")] = False,
 ) -> Answer:
@@ -42,6 +45,7 @@ def plan(
         quant=quant,
         gpus=int(gpus) if gpus else None,
         checkpointing=checkpointing,
+        keep_experts=keep_experts,
         compile=compile,
         liger=liger,
         target_modules=target or DEFAULT_TARGETS,

@@ -156,7 +156,8 @@ def differentiable(
         gradients: called as gradients(call, gradient, needs, *kept groups). It returns the
             gradients of forward's first arguments. `call` runs `backward_operator`. `needs` is a
             first group of booleans: whether each field requires a gradient.
-    Returns: a function that takes forward's groups and returns its first result.
+    Returns: a function that takes forward's groups and returns its first result. In an eager call
+        it may also take `compute`, which computes the results in place of the operator.
     """
     differentiated = forward_operator.groups[0]
     num_inputs = len(differentiated.__match_args__)
@@ -187,28 +188,30 @@ def differentiable(
         @staticmethod
         def forward(ctx: Any, *values: Any) -> torch.Tensor:
             # the other groups are one argument, which autograd passes on unchanged
-            *inputs, others = values
+            *inputs, others, compute = values
             groups = (differentiated(*inputs), *others)
-            results = forward_operator.run(*groups)
+            results = compute(*groups)
             _save(ctx, keep(*groups, results), num_held)
             return results[0]
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-            found = input_gradients(backward_operator.run, ctx, gradient)
-            return *found, *[None] * (num_inputs + 1 - len(found))
+            found = input_gradients(backward_operator, ctx, gradient)
+            return *found, *[None] * (num_inputs + 2 - len(found))
 
     # the name that autograd graphs show
     Eager.__name__ = forward_operator.qualified_name.rpartition(":")[2]
 
-    def call(inputs: Any, *others: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling() or inputs[0].is_meta:
+    def call(
+        inputs: Any, *others: Any, compute: Callable[..., Any] = forward_operator
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
             return forward_operator.compiled(inputs, *others)[0]
         # an autograd function costs the host more than a replay of few rows
         if is_differentiated(inputs):
-            return Eager.apply(*inputs, others)
-        return forward_operator.run(inputs, *others)[0]
+            return Eager.apply(*inputs, others, compute)
+        return compute(inputs, *others)[0]
 
     return call
 

@@ -24,6 +24,7 @@ from ..ops.composed import RankRows
 from ..ops.ranks import stored_rank
 from .arguments import flatten, unflatten
 from .backends import ops_for
+from .checkpointing import current_run
 from .operators import Gradient, Operator, as_stored, differentiable, is_differentiated
 from .projection import Projection, gathered, pair_like, per_expert, rank_of, transposed, whole_pair
 
@@ -179,7 +180,11 @@ def fused_experts(
         up.experts,
         down.experts,
     )
-    return _fused_experts(inputs, Selected(top_k_index), activation, plan)
+    groups = (inputs, Selected(top_k_index), activation, plan)
+    run = current_run()
+    if run is None or not plan.keeps:
+        return _fused_experts(*groups)
+    return run.call(_fused_experts, _OPERATOR, *groups)
 
 
 # ---- forward
@@ -467,8 +472,9 @@ def _dropouts(inputs: Inputs, plan: Plan) -> tuple[Dropout | None, Dropout | Non
     return up, down
 
 
+_OPERATOR = Operator("experts", FORWARD, Results, _run_forward, _fake_forward)
 _fused_experts = differentiable(
-    Operator("experts", FORWARD, Results, _run_forward, _fake_forward),
+    _OPERATOR,
     Operator("experts_backward", BACKWARD, Gradients, _run_backward, _fake_backward),
     _keep,
     _gradients,

@@ -77,6 +77,9 @@ class Plan:
         ]
         if self.batch.checkpointing:
             lines.append(f"    {_checkpointing_field()}=True,")
+        if self.batch.keep_experts:
+            options = '{"use_reentrant": False, "context_fn": keep_experts}'
+            lines.append(f"    {_checkpointing_field()}_kwargs={options},")
         if self.compiled:
             lines.append("    torch_compile=True,")
         if self.batch.liger:
@@ -142,6 +145,7 @@ def plan(
     quant: str | None = None,
     gpus: int | None = None,
     checkpointing: bool = False,
+    keep_experts: bool = False,
     compile: bool = False,
     liger: bool = False,
     target_modules: Sequence[str] = DEFAULT_TARGETS,
@@ -159,12 +163,14 @@ def plan(
         quant: "nf4", "fp4" or "int8" for quantized experts; None for bf16.
         gpus: how many GPUs there are; None looks for the least number of each kind.
         checkpointing: whether every layer is computed again in backward.
+        keep_experts: whether the experts of such a layer run once (`keep_experts`).
         compile: whether the model is compiled.
         liger: whether Liger's RMSNorm and loss are used.
         target_modules: as in `MoELoraConfig`.
     Raises:
         ValueError: if a number is not positive, `quant` or `gpus` is not known, a name in
-            target_modules matches nothing, or the step cannot be run on the meta device.
+            target_modules matches nothing, keep_experts is given without checkpointing, or the step
+            cannot be run on the meta device.
         OSError: if there is no such configuration.
     """
     for name, value in (("r", r), ("length", length), ("batch", batch)):
@@ -174,6 +180,8 @@ def plan(
         raise ValueError(f"quant must be None or one of {FORMATS}, got {quant!r}.")
     if gpus not in (None, *COUNTS):
         raise ValueError(f"gpus must be None or one of {COUNTS}, got {gpus!r}.")
+    if keep_experts and not checkpointing:
+        raise ValueError("keep_experts=True needs checkpointing; give checkpointing=True too.")
     config = model
     if isinstance(config, str):
         config = AutoConfig.from_pretrained(config)
@@ -181,8 +189,11 @@ def plan(
         r=r, lora_alpha=2 * r, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
     name = model if isinstance(model, str) else config.name_or_path or config.model_type
-    settings = Batch(batch, length, checkpointing, liger, quant)
+    settings = Batch(batch, length, checkpointing, liger, quant, keep_experts)
     step = run_step(config.get_text_config(), adapter, settings)
+    if keep_experts:
+        # the first step finds out whether the output of experts is kept in all others
+        step = run_step(config.get_text_config(), adapter, settings)
     counts = {
         gpu.name: how_many(
             gpu, step.held + step.gradients, step.own_batch, step.largest_layer, gpus

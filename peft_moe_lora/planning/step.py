@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import MoELoraConfig
 from ..experts.layout import is_experts
+from ..functional.checkpointing import keep_experts
 from ..ops.quantize import quantize
 from .stand_ins import NAME, ChunkedLoss, attention_stand_in, norms_stand_in
 from .trace import Trace
@@ -47,6 +48,7 @@ class Batch:
         liger: whether Liger's RMSNorm and loss run: logits are formed for a part of the tokens at a
             time.
         experts: "nf4", "fp4" or "int8" where the experts are quantized, else None.
+        keep_experts: whether the experts of a checkpointed layer run once.
     """
 
     sequences: int
@@ -54,6 +56,7 @@ class Batch:
     checkpointing: bool
     liger: bool
     experts: str | None
+    keep_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def _build(config: PreTrainedConfig, adapter: MoELoraConfig, batch: Batch) -> tu
         raise ValueError("it has no experts modules")
     model = get_peft_model(base, adapter)
     if batch.checkpointing:
-        _enable_checkpointing(base)
+        _enable_checkpointing(base, batch.keep_experts)
     # backward then goes through every layer, as with checkpointing or a quantized base
     base.enable_input_require_grads()
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
@@ -203,12 +206,15 @@ def _stacks(module: nn.Module) -> Iterator[torch.Tensor]:
     return (p for p in module.parameters() if p.ndim == 3)
 
 
-def _enable_checkpointing(base: PreTrainedModel) -> None:
+def _enable_checkpointing(base: PreTrainedModel, keeps: bool) -> None:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if keeps:
+        options["context_fn"] = keep_experts
     # transformers 5.17 has only the old name, 5.23 warns of it; drop when the floor moves
     word = "gradient"
     if hasattr(base, "activation_checkpointing_enable"):
         word = "activation"
-    getattr(base, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    getattr(base, f"{word}_checkpointing_enable")(options)
 
 
 def _stored_bytes(stack: torch.Tensor, experts: str | None) -> int:

@@ -57,8 +57,8 @@ def work_of(func: Any, args: Any, found: Any) -> Work | None:
         inputs, *_ = _FORWARD.groups(args)
         return _forward(inputs)
     if name == "peft_moe_lora::experts_backward":
-        _, inputs, *_ = _BACKWARD.groups(args)
-        return _backward(inputs)
+        _, inputs, kept, *_ = _BACKWARD.groups(args)
+        return _backward(inputs, computes_pre=kept.pre is None)
     if name.startswith("peft_moe_lora::"):
         return _product(args, found)
     return None
@@ -80,15 +80,24 @@ def _forward(inputs: Inputs) -> Work:
     )
 
 
-def _backward(inputs: Inputs) -> Work:
-    """Two products of every row; draw and dpre, then dpre and the rows of dx, in scratch."""
+def _backward(inputs: Inputs, computes_pre: bool) -> Work:
+    """Two products of every row; draw and dpre, then dpre and the rows of dx, in scratch.
+
+    One more product where forward kept no pre-activation; pre is in scratch beside draw and dpre.
+    """
     rows, E, N, H, I = _sizes(inputs)  # noqa: E741
     size = inputs.x.element_size()
     weights = size * min(E, rows) * (N * H + H * I)
+    products = N * H + H * I
+    elements = I + N
+    if computes_pre:
+        products += N * H
+        elements += N
+        weights += size * min(E, rows) * N * H
     return Work(
-        flops=2 * rows * (N * H + H * I) + 2 * _lora_flops(inputs, rows),
+        flops=2 * rows * products + 2 * _lora_flops(inputs, rows),
         nbytes=weights + 4 * inputs.x.nbytes + size * rows * 6 * I,
-        scratch=size * rows * max(I + N, N + H),
+        scratch=size * rows * max(elements, N + H),
         weights=weights,
         slowdown=EXPERTS_SLOWDOWN,
         launches=10,

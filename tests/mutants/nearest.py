@@ -139,6 +139,10 @@ NEAREST = {
         "tuner/test_choosing.py",
         "families/test_off_interface.py",
     ),
+    "functional/checkpointing.py": (
+        "functional/test_checkpointing.py",
+        "tuner/test_keep_experts.py",
+    ),
     "functional/linear.py": (
         "functional/test_linear.py",
         "layers/test_fast_linear.py",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import UNFUSED_FAMILIES, adapter_parameters, moe_lora, tiny_model, token_ids
+from peft_moe_lora import keep_experts
 from peft_moe_lora.layers.layer import MoELoraLayer
 from peft_moe_lora.parallel.batches import sum_over_batches
 from peft_moe_lora.stats.watch import RoutingWatch
@@ -30,13 +31,14 @@ SCENARIOS = {
     "gpt_oss": {"family": "gpt_oss"},
     "non-reentrant checkpointing": {"use_reentrant": False, "target_modules": ATTENTION},
     "reentrant checkpointing": {"use_reentrant": True, "target_modules": ATTENTION},
+    "experts kept": {"use_reentrant": False, "keeps": True, "target_modules": ATTENTION},
     "accumulation": {"micro_batches": 2},
 }
 for family in UNFUSED_FAMILIES:
     SCENARIOS["unfused"] = {"family": family}
 
 
-def build(device, family="qwen3_moe", use_reentrant=None, micro_batches=1, **config):
+def build(device, family="qwen3_moe", use_reentrant=None, keeps=False, micro_batches=1, **config):
     """The model of a scenario, the same in every process."""
     experts = "num_experts" if family == "qwen3_moe" else "num_local_experts"
     backend = "triton" if device.type == "cuda" else "torch"
@@ -47,7 +49,10 @@ def build(device, family="qwen3_moe", use_reentrant=None, micro_batches=1, **con
     )
     if use_reentrant is not None:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        kwargs = {"use_reentrant": use_reentrant}
+        if keeps:
+            kwargs["context_fn"] = keep_experts
+        model.gradient_checkpointing_enable(kwargs)
     return model
 
 

@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from helpers import fill_adapter, moe_lora, tiny_model, token_ids
-from peft_moe_lora import MoELoraConfig
+from helpers import adapter_parameters, fill_adapter, moe_lora, tiny_model, token_ids
+from peft_moe_lora import MoELoraConfig, keep_experts
 from peft_moe_lora.parallel.sharding import whole
 
 # five experts on two processes: three on the first, two on the second
@@ -200,6 +200,27 @@ def two_adapters(rank, folder):
     return {"together": (together, expected), "merged": (logits(model), expected)}
 
 
+def keeps_experts(rank, folder):
+    """Gradients of a batch that both processes share, checkpointed and not."""
+
+    def gradients(model):
+        model(input_ids=token_ids(), use_cache=False).logits.square().mean().backward()
+        return {name: whole(p.grad) for name, p in adapter_parameters(model).items()}
+
+    # shared experts, for which the second step keeps the output of the others
+    model = adapted("deepseek_v3", target_modules=["experts"], lora_dropout=0.0).train()
+    sharded = copy.deepcopy(model)
+    expected = gradients(model)
+    sharded.enable_input_require_grads()
+    sharded.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_experts})
+    shard(sharded)
+    found = []
+    for _ in range(2):
+        sharded.zero_grad()
+        found.append(gradients(sharded))
+    return {"found": found, "expected": expected}
+
+
 SCENARIOS = {
     **{f"saves {family}": saves(family) for family in FAMILIES},
     **{f"loads {family}": loads(family) for family in FAMILIES},
@@ -212,4 +233,5 @@ SCENARIOS = {
     "FSDP1": first_fsdp,
     "wrappers": checkpoint_wrappers,
     "two adapters": two_adapters,
+    "keeps experts": keeps_experts,
 }

@@ -85,3 +85,14 @@ def test_two_adapters_are_active_and_merged_together(results):
         assert torch.isfinite(outcome["together"][0]).all()
         for found, expected in outcome.values():
             assert_close(found, expected, TOLERANCE)
+
+
+def test_experts_that_run_once_give_the_gradients_of_one_process(results):
+    for outcome in results["keeps experts"]:
+        assert isinstance(outcome, dict), outcome
+        assert len(outcome["found"]) == 2
+        for found in outcome["found"]:
+            assert found.keys() == outcome["expected"].keys()
+            for name, gradient in outcome["expected"].items():
+                assert gradient.abs().max() > 0
+                assert_close(found[name], gradient, TOLERANCE, name)

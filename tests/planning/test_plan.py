@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from peft_moe_lora import MoELoraConfig, plan
+from peft_moe_lora import MoELoraConfig, keep_experts, plan
 from peft_moe_lora.ops.quantize import FORMATS
 from peft_moe_lora.planning.gpus import CALIBRATED, COUNTS, GIB, GPU, GPUS, how_many
 from planning.test_step import config
@@ -61,6 +61,9 @@ def test_what_is_to_be_pasted_runs():
     assert names["config"].target_modules == {"experts", "q_proj", "v_proj"}
     assert names["arguments"].per_device_train_batch_size == 3
     assert names["arguments"].optim == "adamw_torch_fused"
+    kept = plan(config(), r=4, checkpointing=True, keep_experts=True).paste()
+    exec("\n".join(kept), names | {"keep_experts": keep_experts})
+    assert any("keep_experts" in line for line in kept)
     quantized = plan(config(), quant="nf4", liger=True, compile=True).paste()
     assert quantized[0].startswith("base = load_quantized(")
     assert "    use_liger_kernel=True," in quantized
@@ -91,6 +94,7 @@ def test_how_many_gpus_hold_it(divided, whole, layer, available, count):
         ({"length": -1}, "length"),
         ({"batch": 0}, "batch"),
         ({"quant": "nf3"}, "quant must be None or one of"),
+        ({"keep_experts": True}, "give checkpointing=True too"),
         ({"gpus": 3}, r"gpus must be None or one of \(1, 2, 4, 8\), got 3"),
     ],
 )
@@ -110,11 +114,18 @@ def test_choices_are_those_of_the_package():
 
 def test_the_command_prints_the_plan(folder):
     words = ["plan", str(folder), "--r", "4", "--length", "64", "--checkpointing", "--gpus", "2"]
+    words += ["--keep-experts"]
     done = CliRunner().invoke(app, [*words, "--target", "experts", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     expected = plan(
-        str(folder), r=4, length=64, checkpointing=True, gpus=2, target_modules=["experts"]
+        str(folder),
+        r=4,
+        length=64,
+        checkpointing=True,
+        keep_experts=True,
+        gpus=2,
+        target_modules=["experts"],
     )
     assert found == json.loads(json.dumps(expected.found()))
     assert found["gpus"]["H200"] == "2"

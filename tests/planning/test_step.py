@@ -8,12 +8,15 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from helpers import causal_families, tiny_model
-from peft_moe_lora import MoELoraConfig
+from peft_moe_lora import MoELoraConfig, functional
+from peft_moe_lora.functional.whole import Inputs
+from peft_moe_lora.ops import table_memory
 from peft_moe_lora.ops.quantize import FORMATS, quantize
 from peft_moe_lora.planning import step
 from peft_moe_lora.planning.stand_ins import NAME, attention_stand_in
 from peft_moe_lora.planning.step import Batch, run_step
 from peft_moe_lora.planning.trace import Trace
+from peft_moe_lora.planning.work import _backward
 
 E, H, INNER, TOP_K, VOCABULARY, RANK = 8, 64, 32, 2, 256, 4
 T = 2 * 128
@@ -45,13 +48,15 @@ def taken(batch=BATCH, layers=2, r=RANK, targets=("experts",), **changes):
     return run_step(config(layers, **changes), adapter(r, targets), batch)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_that_of_the_same_step_on_a_cpu(checkpointing):
+@pytest.mark.parametrize("checkpointing", [False, True, "keep_experts"])
+def test_memory_is_that_of_the_same_step_on_a_cpu(checkpointing, monkeypatch):
     """All bytes that forward keeps, and those at the end: the code is the same, but the kernels.
 
     On a CPU the twins of the kernels run, whose buffers are others, so peaks differ.
     """
-    batch = dataclasses.replace(BATCH, checkpointing=checkpointing)
+    # the stand-in of attention computes nothing, so no second run repeats the first one
+    monkeypatch.setattr(functional.checkpointing, "_check_same_experts", lambda *_: None)
+    batch = dataclasses.replace(BATCH, checkpointing=bool(checkpointing))
     found = {}
     for device in ("meta", "cpu"):
         trace = Trace()
@@ -64,7 +69,7 @@ def test_memory_is_that_of_the_same_step_on_a_cpu(checkpointing):
                 base.requires_grad_(False), adapter(targets=("experts", "q_proj"))
             )
             if checkpointing:
-                step._enable_checkpointing(base)
+                step._enable_checkpointing(base, checkpointing == "keep_experts")
             base.enable_input_require_grads()
             windows = step._run(model.train(), batch, trace)
         found[device] = windows.kept, trace.gradients, trace.live
@@ -92,6 +97,31 @@ def test_a_checkpointed_layer_keeps_its_input_alone():
     checkpointed = dataclasses.replace(BATCH, checkpointing=True)
     three, four = (taken(checkpointed, layers=n) for n in (3, 4))
     assert four.activations - three.activations == T * H * 2
+
+
+def test_experts_that_run_once_keep_rows_of_rank_r_and_the_routing():
+    checkpointed = dataclasses.replace(BATCH, checkpointing=True)
+    keeping = dataclasses.replace(checkpointed, keep_experts=True)
+    differences = []
+    for n in (3, 4):
+        plain, kept = (taken(batch, layers=n) for batch in (checkpointed, keeping))
+        differences.append(kept.activations - plain.activations)
+        assert kept.seconds["H200"] < plain.seconds["H200"]
+    # xa and ha in bf16, with 8 columns for rank 4 (`ops.ranks`)
+    rows = 2 * ROWS * 8 * 2
+    # expert_offsets, row_token, row_slot, slot_row in int32; top_k_index in int64; table of tiles
+    routing = 4 * (E + 1 + 3 * ROWS) + 8 * ROWS
+    routing += table_memory(torch.empty(T, TOP_K), E).nbytes
+    assert differences[1] - differences[0] == rows + routing
+
+
+def test_a_backward_that_computes_the_pre_activation_takes_one_product_more():
+    with torch.device("meta"):
+        sizes = ((T, H), (T, TOP_K), None, None, None, None, (E, 2 * INNER, H), None, (E, H, INNER))
+        inputs = Inputs(*(s and torch.empty(s, dtype=torch.bfloat16) for s in sizes), None, None)
+    kept, computed = (_backward(inputs, computes_pre=computes) for computes in (False, True))
+    assert computed.flops - kept.flops == 2 * ROWS * 2 * INNER * H
+    assert computed.nbytes - kept.nbytes == computed.weights - kept.weights == 2 * E * 2 * INNER * H
 
 
 def test_a_layer_keeps_two_rank_r_rows_more_with_twice_the_rank():
