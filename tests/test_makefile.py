@@ -22,9 +22,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def commands(folder, *settings):
-    """What `make test` would run."""
-    command = ["make", "--dry-run", "test", *settings]
+def commands(folder, *settings, target="test"):
+    """What `make test`, or another target, would run."""
+    command = ["make", "--dry-run", target, *settings]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
@@ -64,6 +64,16 @@ def test_triton_is_left_to_a_torch_that_requires_one(folder):
     check, _, installs = line.partition("||")
     assert "requires('torch')" in check
     assert "pip install" in installs
+
+
+def test_the_site_needs_no_torch(folder):
+    planned = commands(folder, target="docs")
+    assert "zensical==" in planned
+    assert "torch" not in planned
+    for stamp in re.findall(r"touch '(.*)'", planned):
+        (folder / stamp).touch()
+    assert "pip install" not in commands(folder, target="docs")
+    assert "zensical==1" in commands(folder, "DOCS=zensical==1", target="docs")
 
 
 def test_help_lists_every_target():

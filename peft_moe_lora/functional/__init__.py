@@ -187,6 +187,9 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
 def draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor | None:
     """Two seeds from the default generator, so that a recomputed forward draws the same masks.
 
+    Args:
+        device: where the seeds are.
+        projections: those of the layer.
     Returns: [2, 2] int64 with one seed per row; None if no projection has dropout.
     """
     if not any(p.dropout_p for p in projections):

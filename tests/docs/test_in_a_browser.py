@@ -126,11 +126,15 @@ def test_a_page_fits_a_phone(path, open_page):
     assert needed <= there
 
 
-@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_search_finds_words_and_names(viewport, open_page):
+@pytest.mark.parametrize(
+    ("viewport", "button"),
+    [(DESKTOP, "button.md-search__button"), (PHONE, "label[for=__search]")],
+    ids=["desktop", "phone"],
+)
+def test_search_finds_words_and_names(viewport, button, open_page):
     page = open_page(".", viewport)
     for words, expected in (("expert-major", "docs/design"), ("convert_adapter", "api/files")):
-        page.keyboard.press("Control+k")
+        page.locator(button).first.click()
         page.get_by_role("combobox").fill(words)
         found = page.get_by_role("option")
         found.first.wait_for()
@@ -150,6 +154,17 @@ def test_a_found_page_is_opened(open_page):
     page.get_by_role("option").first.click()
     page.wait_for_url("**/docs/**")
     assert "expert-major" in page.locator("article").inner_text().lower()
+
+
+def test_a_phone_has_a_menu_of_all_pages(open_page):
+    page = open_page(".", PHONE)
+    entry = page.locator("nav.md-nav--primary").get_by_text("Quickstart").first
+    # the menu stands beside the window
+    playwright.expect(entry).not_to_be_in_viewport()
+    page.locator("header label[for=__drawer]").click()
+    playwright.expect(entry).to_be_in_viewport()
+    entry.click()
+    page.wait_for_url("**/notebooks/1-quickstart/")
 
 
 def test_notebooks_show_their_pictures_and_formulas(open_page):
