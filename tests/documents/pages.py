@@ -41,7 +41,8 @@ def commands(path: Path) -> list[list[str]]:
     """The words of each command on a page; in the README they are indented lines."""
     lines = [line for block in blocks(path, "sh") for line in block.splitlines()]
     if path == README:
-        lines += re.findall(r"^    ((?:make|pip) .*)$", path.read_text("utf-8"), re.MULTILINE)
+        text = FENCE.sub("", path.read_text("utf-8"))
+        lines += re.findall(r"^    ([a-z][a-z-]+ .*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 

@@ -166,10 +166,17 @@ KINDS = {"pip": check_pip, "make": check_make, "peft-moe-lora": check_ours}
 KINDS |= {"accelerate": check_recipe}
 
 
-@every_page
+@every_guide
 def test_commands_run(path, folder):
     for words in commands(path):
         KINDS[words[0]](words)
+
+
+def test_the_readmes_other_commands_exist():
+    """test_readme.py runs those of this package, with the folders that its code has written."""
+    for words in commands(README):
+        if words[0] in ("make", "pip"):
+            KINDS[words[0]](words)
 
 
 def test_the_commands_of_continuous_integration_are_in_the_readme():

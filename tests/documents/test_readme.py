@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM, TrainingArgu
 
 import measured
 import will_it_fit
-from documents.pages import README, ROOT, blocks, run
+from documents.pages import README, ROOT, blocks, commands, run
 from helpers import assert_close, outputs, tiny_model
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.layers.layer import MoELoraLayer
@@ -139,14 +140,34 @@ def test_the_laptops_code_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert_close(outputs(loaded, ids), trained, 1e-5, "logits")
     merged = AutoModelForCausalLM.from_pretrained("merged").eval()
     assert_close(outputs(merged, ids), trained, 1e-4, "logits")
+    _run_the_commands()
+
+
+def _run_the_commands():
+    """The README's commands, in the folder where its code ran; vLLM's is the model card's."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from peft_moe_lora.cli import app
+
+    plan, convert, serve = (
+        words for words in commands(README) if words[0] in ("peft-moe-lora", "vllm")
+    )
+    plan[plan.index("Qwen/Qwen3-30B-A3B")] = "base"
+    for words in (plan, convert):
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, done.output
+    card = Path("adapter-serving", "README.md").read_text("utf-8")
+    assert " ".join(serve).replace("adapter=adapter-serving", "adapter=ADAPTER") in card
+    verified = CliRunner().invoke(app, ["verify", "adapter", "base", "adapter-serving", "--json"])
+    assert json.loads(verified.stdout)["max_error"] == 0
+    assert json.loads(verified.stdout)["compared"] > 0
 
 
 def test_the_real_models_code_is_the_row_that_fits_the_gpu_it_names(tmp_path, monkeypatch):
     """Its statements run on a tiny model, and are those of the row of the table."""
-    (said,) = re.findall(
-        r"^(\S+) on one (.*) \((\d+) GB\) differs", README.read_text("utf-8"), re.M
-    )
-    model, gpu, gb = said
+    text = README.read_text("utf-8")
+    ((model, gpu, gb),) = re.findall(r"^(\S+) on one (.*) \((\d+) GB\) differs", text, re.M)
     assert will_it_fit.GPUS[gpu] == int(gb)
     (row,) = (
         row
@@ -154,7 +175,8 @@ def test_the_real_models_code_is_the_row_that_fits_the_gpu_it_names(tmp_path, mo
         if (row["model"], row["experts"], row["r"]) == (model, "NF4", "4")
     )
     assert row[f"{gpu} ({gb} GB)"] == "1"
-    assert "rows of 2048 tokens" in README.read_text("utf-8")
+    assert f"peft-moe-lora plan Qwen/{model} --quant nf4 --r 4 --checkpointing --liger" in text
+    assert "rows of 2048 tokens" in text
 
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("tiny")
