@@ -16,7 +16,6 @@ from .experts.families import STACKS_OF
 from .experts.layout import PROJECTIONS, ExpertsLayout
 from .files.adapter_file import (
     CHOSEN_EXPERTS_VERSION,
-    FORMAT_VERSION,
     LAYOUT,
     AdapterFile,
     complete_adapter_file,
@@ -32,7 +31,14 @@ from .files.config_fields import (
     is_alpha,
     is_rank,
 )
-from .files.field_rules import RULES, check_fields, check_off, stored
+from .files.field_rules import (
+    RULES,
+    check_fields,
+    check_format,
+    check_known,
+    check_off,
+    stored,
+)
 from .files.patterns import value_of
 from .files.peft_words import names_all_linear, said_in_peft, taken_from
 from .files.scaling import scaling_of
@@ -169,7 +175,7 @@ class MoELoraConfig(LoraConfig):
         self._check_projections(self.target_projections)
         self._check_words(self.target_projections)
         self._check_backend()
-        self._check_file_format()
+        check_format(vars(self))
         if self.expert_indices is not None:
             self.expert_indices = checked_indices(self.expert_indices)
             self.format_version = max(self.format_version, CHOSEN_EXPERTS_VERSION)
@@ -273,20 +279,6 @@ class MoELoraConfig(LoraConfig):
                 "checkpointing."
             )
 
-    def _check_file_format(self) -> None:
-        if self.layout != LAYOUT:
-            raise ValueError(
-                f"layout={quoted(self.layout)} is not known; this version reads {LAYOUT!r}. If a "
-                "newer peft_moe_lora wrote the adapter, upgrade; if another program wrote it, "
-                "convert it."
-            )
-        version = self.format_version
-        if not is_rank(version) or version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={quoted(version)} is not known; this version reads 1 to "
-                f"{FORMAT_VERSION}. Upgrade peft_moe_lora to read the adapter."
-            )
-
     def rank_of(self, key: str) -> int:
         """The rank of the adapter on the module at this path."""
         return value_of(self.rank_pattern, key, self.r)
@@ -381,9 +373,9 @@ class MoELoraConfig(LoraConfig):
         """Read adapter_config.json; called by PEFT's `from_pretrained`.
 
         Raises:
-            ValueError: if it is not a JSON object.
+            ValueError: if it is not a JSON object, or if it has fields that are not known.
         """
-        read_json(path_json_file)
+        check_known(read_json(path_json_file))
         return super().from_json_file(path_json_file, **kwargs)
 
     @classmethod

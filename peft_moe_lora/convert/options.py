@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MoELoraConfig
-from ..files.field_rules import is_off
+from ..files.field_rules import OF_OTHERS, is_off
 from ..files.tensor_file import RefusedError
 from ..files.text import quoted
 
@@ -25,8 +25,6 @@ _OF_THE_COMPUTATION = (
 )
 # beginnings of init_lora_weights that change the base's weights, to which A and B then belong
 _OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# fields that other programs write and that are read
-_OF_OTHERS = ("lora_B_layout", "unsloth_fused_expert_lora")
 
 
 def refuse_options(path: Path, config: Mapping[str, Any]) -> None:
@@ -54,7 +52,7 @@ def left_out(config: Mapping[str, Any]) -> list[str]:
     """A note on fields that are not known, which a conversion leaves out."""
     known = {field.name for field in fields(MoELoraConfig)}
     unknown = sorted(
-        name for name, value in config.items() if value and name not in (*known, *_OF_OTHERS)
+        name for name, value in config.items() if value and name not in (*known, *OF_OTHERS)
     )
     if not unknown:
         return []

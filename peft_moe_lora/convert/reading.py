@@ -21,7 +21,7 @@ from ..files.config_fields import (
     is_alpha,
     is_rank,
 )
-from ..files.field_rules import check_fields
+from ..files.field_rules import check_fields, check_format, check_known
 from ..files.folders import check_own_file
 from ..files.tensor_file import AdapterError, FilePath, TensorFile, Tensors, read_json
 from ..files.text import quoted, shown
@@ -171,6 +171,8 @@ def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         )
     try:
         check_fields(config)
+        check_known(config)
+        check_format(config)
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from error
     refuse_options(path, config)

@@ -23,11 +23,13 @@ from .config_fields import is_count, is_finite, is_rank
 from .scaling import is_same
 from .tensor_file import (
     FilePath,
+    RepeatedError,
     check_file,
     check_names,
     encoded_header,
     not_finite,
     not_whole,
+    parsed,
     read_header,
 )
 from .text import quoted, shown
@@ -144,8 +146,10 @@ def read_adapter_file(path: str) -> AdapterFile:
 def _held(tensor: torch.Tensor) -> Held:
     largest = 0.0
     if tensor.is_floating_point() and tensor.numel():
-        # torch has no maximum of 8-bit floats
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        wide = tensor
+        if tensor.dtype.itemsize == 1:
+            # torch has no maximum of 8-bit floats
+            wide = tensor.float()
         largest = wide.abs().max().item()
     return Held(tuple(tensor.shape), tensor.dtype, largest)
 
@@ -275,7 +279,11 @@ def read_description(path: str, metadata: Mapping[str, str]) -> Description:
             not describe modules as `described` does.
     """
     try:
-        description = json.loads(metadata.get(METADATA_KEY, "{}"))
+        description = parsed(metadata.get(METADATA_KEY, "{}"))
+    except RepeatedError as error:
+        raise ValueError(
+            f"{path}: in its metadata {METADATA_KEY!r}, {error}; save the adapter again."
+        ) from error
     except RecursionError as error:
         raise ValueError(
             f"{path}: its metadata {METADATA_KEY!r} are nested too deeply; save the adapter again."

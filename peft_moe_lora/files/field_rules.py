@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 from peft import LoftQConfig, LoraRuntimeConfig, TaskType
 
+from .adapter_file import FORMAT_VERSION, LAYOUT
 from .config_fields import check_pattern, is_count, is_finite, is_rank
 from .expressions import check_expression
-from .text import quoted
+from .text import quoted, shown
 
 
 class Rule(NamedTuple):
@@ -71,6 +72,44 @@ def check_off(config: Mapping[str, Any]) -> None:
                 f"{name}={quoted(value)}: experts do not support {rule.feature}; leave {name} "
                 "unset."
             )
+
+
+def check_format(config: Mapping[str, Any]) -> None:
+    """Check that this version reads the layout and the format version of an adapter.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    layout = config.get("layout", LAYOUT)
+    if layout != LAYOUT:
+        raise ValueError(
+            f"layout={quoted(layout)} is not known; this version reads {LAYOUT!r}. If a newer "
+            "peft_moe_lora wrote the adapter, upgrade; if another program wrote it, convert it."
+        )
+    version = config.get("format_version", FORMAT_VERSION)
+    if not is_rank(version) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={quoted(version)} is not known; this version reads 1 to "
+            f"{FORMAT_VERSION}. Upgrade peft_moe_lora to read the adapter."
+        )
+
+
+def check_known(config: Mapping[str, Any]) -> None:
+    """Check that every field of an adapter_config.json that is set is known.
+
+    Raises:
+        ValueError: if one is not: a newer release may have written it, and A and B may mean
+            something else with it. The message names the fields.
+    """
+    known = RULES.keys() | OF_OTHERS
+    unknown = sorted(name for name, value in config.items() if value and name not in known)
+    if config.get("peft_type") != "MOE_LORA" or not unknown:
+        return
+    raise ValueError(
+        f"this version knows no fields {quoted(unknown)}. Upgrade peft_moe_lora and peft (the "
+        f"adapter was saved with peft {shown(config.get('peft_version') or 'of no version')}), or "
+        "remove the fields if the adapter does not depend on them."
+    )
 
 
 def stored(name: str, value: object, default: object) -> object:
@@ -207,6 +246,10 @@ _RANGES = Rule(_are_ranges, "a list of pairs of indices, or left out")
 _LATER = Rule(_is_anything, "", may_be_none=False)
 
 
+# fields that other programs write and that a conversion reads
+OF_OTHERS = ("lora_B_layout", "unsloth_fused_expert_lora")
+
+
 def _never(feature: str, rule: Rule = _SETTINGS) -> Rule:
     """The rule of a field that must be off."""
     return rule._replace(feature=feature)
@@ -227,7 +270,7 @@ RULES = {
     "expert_indices": _LATER,
     "fan_in_fan_out": _BOOL,
     "fast_linear": _OUR_BOOL,
-    "format_version": Rule(is_rank, "an integer of at least 1", may_be_none=False),
+    "format_version": _LATER,
     "inference_mode": _BOOL,
     "init_lora_weights": _LATER,
     "kasa_config": _never("KaSA"),
@@ -235,7 +278,7 @@ RULES = {
     "layer_replication": _never("layer replication", _RANGES),
     "layers_pattern": _NAMES,
     "layers_to_transform": _INDICES,
-    "layout": _OUR_STRING,
+    "layout": _LATER,
     "loftq_config": Rule(_is_loftq, "an object of settings"),
     "lora_alpha": _LATER,
     "lora_bias": _never("a bias on B", _BOOL),

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .text import LONGEST_NAME, is_plain, shown
+from .text import LONGEST_NAME, is_plain, quoted, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -54,6 +54,10 @@ class RefusedError(AdapterError):
     The program that reads the result would refuse or misread it, or the adapter can be read in two
     ways.
     """
+
+
+class RepeatedError(AdapterError):
+    """An object in a JSON text says a name twice."""
 
 
 class ExistsError(AdapterError):
@@ -243,7 +247,8 @@ def check_file(path: FilePath) -> None:
     """Check that a path is a file or does not exist; opening anything else could wait for ever.
 
     Raises:
-        AdapterError: if it is a folder, a link that leads nowhere, a named pipe or a device.
+        AdapterError: if it is a folder, a link that leads nowhere, a named pipe or a device, or if
+            this user may not read it.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -258,6 +263,8 @@ def check_file(path: FilePath) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "a device")
         raise AdapterError(f"{path} is {kind}, not a file; put the file itself in its place.")
+    if not os.access(path, os.R_OK):
+        raise AdapterError(f"{path} may not be read by this user; change its permissions.")
 
 
 def read_json(path: FilePath) -> dict[str, Any]:
@@ -269,21 +276,44 @@ def read_json(path: FilePath) -> dict[str, Any]:
     check_file(path)
     try:
         _check_size(Path(path))
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parsed(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(
             f"{path} does not exist; name the folder of an adapter or of a model."
         ) from error
     except RecursionError as error:
         raise AdapterError(f"{path} is nested too deeply; copy or save it again.") from error
-    except (OSError, ValueError) as error:
-        # ValueError: not UTF-8, not JSON, or an integer of thousands of digits
+    except RepeatedError as error:
+        raise AdapterError(f"{path}: {error}.") from error
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read ({shown(error)}); copy it again.") from error
+    except ValueError as error:
+        # not UTF-8, not JSON, or an integer of thousands of digits
         raise AdapterError(
             f"{path} is not JSON ({shown(error)}); copy or save it again."
         ) from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path} is not a JSON object; copy or save it again.")
     return content
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        RepeatedError: if an object says a name twice; readers differ in which value they take.
+        ValueError, RecursionError: as `json.loads`.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedError(f"it says {quoted(twice)} twice; keep the value that is right")
+    return found
 
 
 def _check_size(path: Path) -> None:

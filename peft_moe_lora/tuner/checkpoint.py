@@ -148,10 +148,11 @@ def _check_values(path: str, key: str, held: Held, dtype: torch.dtype) -> None:
     """
     ends = (".weight", ".bias", ".trainable_tokens_delta")
     is_weight = ".lora_" in key or key.endswith(ends)
-    if is_weight and not held.dtype.is_floating_point:
+    # 8-bit floats need scales, which an adapter does not have
+    if is_weight and (not held.dtype.is_floating_point or held.dtype.itemsize == 1):
         raise ValueError(
-            f"{path}: {shown(key)} is {held.dtype}, but weights must be floating point; copy or "
-            "save the adapter again."
+            f"{path}: {shown(key)} is {held.dtype}, but weights must be floating point of at least "
+            "16 bits; copy or save the adapter again."
         )
     if held.largest > torch.finfo(dtype).max:
         raise ValueError(

@@ -6,10 +6,12 @@ frames of their functions.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..config import MoELoraConfig
@@ -21,7 +23,9 @@ from ..files.adapter_file import (
     find_adapter_file,
     read_adapter_file,
 )
+from ..files.field_rules import check_known
 from ..files.scaling import is_same, scaling_of
+from ..files.tensor_file import read_json
 from ..files.text import shown
 from ..layers.layer import MoELoraLayer
 from .beside import Beside
@@ -133,6 +137,11 @@ def read_with(config: MoELoraConfig, load: Load | None) -> AdapterFile | None:
     if load is not None:
         path = load.path()
         if config._file is None or config._file.path != path:
+            # PEFT and transformers read the configuration as a PeftConfig, which drops fields that
+            # it does not know
+            beside = Path(path).with_name(CONFIG_NAME)
+            if beside.is_file():
+                check_known(read_json(beside))
             config._file = read_adapter_file(path)
     return config._file
 

@@ -38,9 +38,11 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
     is_divided = divided.is_divided(model)
     if not is_divided:
         sharding.check_may_be_adapted(model)
+    targeted = targets_of(tuner, config)
+    _check_not_inside(targeted)
     experts = {}
     others = {}
-    for key, module in targets_of(tuner, config).items():
+    for key, module in targeted.items():
         r = config.rank_of(key)
         if holds_experts(module):
             layout = layout_of(module)
@@ -157,6 +159,23 @@ def targets_of(tuner: LoraModel, config: MoELoraConfig) -> dict[str, nn.Module]:
                 f"{hint} Correct the entry, or remove it."
             )
     return targets
+
+
+def _check_not_inside(targets: Mapping[str, nn.Module]) -> None:
+    """Check that no target is a part of an experts module that is a target itself.
+
+    Raises:
+        ValueError: if one is. The message names both.
+    """
+    experts = [key for key, module in targets.items() if holds_experts(module)]
+    for key in experts:
+        parts = [other for other in targets if other.startswith(f"{key}.")]
+        if parts:
+            raise ValueError(
+                f"target_modules matches {key} and {parts[0]} in it, but experts are adapted as "
+                "one module; let target_modules match the experts module alone, or exclude its "
+                "parts by exclude_modules."
+            )
 
 
 def _hint(entry: str, modules: Mapping[str, nn.Module]) -> str:

@@ -222,12 +222,18 @@ def test_configurations_that_are_no_lora_of_ours_are_refused(qwen, tmp_path, cha
     refused(qwen, tmp_path, match)
 
 
-def test_fields_that_are_not_known_are_named(qwen, tmp_path):
+def test_fields_that_are_not_known_are_refused_in_our_format(qwen, tmp_path):
+    """A newer release may have written them, and A and B may mean something else with them."""
     shutil.copytree(qwen.ours, tmp_path / "in")
     rewrite(tmp_path / "in", lora_magic=3, lora_none=None, lora_B_layout="rank_major")
-    assert inspect_adapter(tmp_path / "in").notes == (
-        "fields of adapter_config.json that are not known are left out: ['lora_magic']",
-    )
+    refused(qwen, tmp_path, r"no fields \['lora_magic'\]. Upgrade peft_moe_lora and peft")
+
+
+def test_fields_of_other_programs_that_are_not_known_are_named(qwen, tmp_path):
+    convert_adapter(qwen.ours, tmp_path / "in", to="peft", base_config=qwen.config)
+    rewrite(tmp_path / "in", lora_magic=3, lora_none=None, lora_B_layout="rank_major")
+    note = "fields of adapter_config.json that are not known are left out: ['lora_magic']"
+    assert note in inspect_adapter(tmp_path / "in", qwen.config).notes
 
 
 def test_broken_json_no_weights_and_a_pickle_are_refused(qwen, tmp_path):

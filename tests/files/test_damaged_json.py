@@ -6,6 +6,7 @@ import shutil
 import time
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -215,6 +216,63 @@ def test_a_configuration_that_is_no_object_is_refused(saved, adapter, text):
     with pytest.raises(AdapterError, match=CONFIG) as caught:
         MoELoraConfig.from_pretrained(adapter)
     assert_printable(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("use_new_thing", True, "use_new_thing"),
+        ("format_version", 3, "format_version=3"),
+        ("layout", "rank_major", "layout='rank_major'"),
+    ],
+)
+def test_an_adapter_of_a_newer_release_is_refused(saved, adapter, field, value, match):
+    change_config(adapter, **{field: value})
+    refused_by_conversion(saved, adapter, match)
+    refused_by_loading(adapter, match)
+    # transformers reads it as a PeftConfig, which drops fields that it does not know
+    with pytest.raises(ValueError, match=match):
+        tiny_model().load_adapter(str(adapter))
+
+
+def test_a_field_that_is_not_known_and_unset_changes_nothing(adapter):
+    change_config(adapter, use_new_thing=None, new_names=[])
+    PeftModel.from_pretrained(tiny_model(), adapter)
+
+
+def test_a_name_said_twice_is_refused(saved, adapter):
+    """Readers differ in which of the two they take."""
+    text = (adapter / CONFIG).read_text()
+    (adapter / CONFIG).write_text('{"r": 3, ' + text.lstrip()[1:])
+    refused_by_conversion(saved, adapter, "says 'r' twice")
+    refused_by_loading(adapter, "says 'r' twice")
+
+
+def test_a_name_said_twice_in_the_metadata_is_refused(saved, adapter):
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        text = file.metadata()["peft_moe_lora"]
+    write_metadata(adapter, '{"routers": ["x"], ' + text[1:])
+    refused_by_conversion(saved, adapter, "says 'routers' twice")
+    refused_by_loading(adapter, "says 'routers' twice")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_8_bit_floats_are_refused(saved, adapter, dtype):
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(adapter / WEIGHTS)
+    held = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+    save_file(held, adapter / WEIGHTS, metadata)
+    refused_by_conversion(saved, adapter, "F8_E")
+    refused_by_loading(adapter, "float8.*at least 16 bits")
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_file_that_this_user_may_not_read_is_refused(saved, adapter, file, monkeypatch):
+    # root may read every file
+    monkeypatch.setattr(os, "access", lambda path, mode: file not in str(path))
+    refused_by_conversion(saved, adapter, f"{file} may not be read by this user")
+    refused_by_loading(adapter, f"{file} may not be read by this user")
 
 
 def test_null_is_the_same_as_left_out(saved, adapter):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from fuzz.bases import FAMILIES, ROUTER, names_of
+from peft_moe_lora.files.field_rules import RULES
 
 # field -> a value that must be refused by the field's name
 # fmt: off
@@ -32,8 +33,33 @@ WRONG = [
     ("init_lora_weights", "none"), ("init_lora_weights", 3),
     ("use_dora", True), ("lora_bias", True), ("target_parameters", ["experts.down_proj"]),
     ("layout", "rank_major"), ("format_version", 99),
+    ("peft_type", "IA3"), ("task_type", "no_such"), ("auto_mapping", []), ("peft_version", 21),
+    ("base_model_name_or_path", 3), ("revision", {}), ("inference_mode", "no"),
+    ("use_rslora", "yes"), ("recompute", None), ("keep_implementation", 1), ("bias", "some"),
+    ("fan_in_fan_out", 0), ("ensure_weight_tying", {}), ("exclude_modules", 3),
+    ("modules_to_save", [""]), ("layers_to_transform", [-1]), ("layers_pattern", {}),
+    ("trainable_token_indices", []), ("loftq_config", []), ("runtime_config", {}),
+    ("megatron_core", []), ("qalora_group_size", 0), ("peft_type_from", 3),
+    *((name, {}) for name, rule in RULES.items() if rule.feature),
 ]
 # fmt: on
+# fields of which no right value but the default is drawn -> why
+NOT_DRAWN = {
+    "peft_type": "set by the class",
+    "peft_type_from": "set by the class",
+    "layout": "set by the class",
+    "format_version": "set by the class",
+    "peft_version": "set by PEFT",
+    "auto_mapping": "set by PEFT",
+    "runtime_config": "PEFT uses it for DoRA alone",
+    "inference_mode": "True trains nothing",
+    "fan_in_fan_out": "True is for layers that these models do not have",
+    "target_parameters": "in the tests of PEFT's words",
+    "loftq_config": "PEFT leaves it out",
+    "megatron_core": "PEFT uses it beside a feature that is refused",
+    "qalora_group_size": "PEFT uses it beside a feature that is refused",
+    **{name: "a feature that is refused" for name, rule in RULES.items() if rule.feature},
+}
 
 
 class Drawn(NamedTuple):
@@ -128,14 +154,14 @@ def _pattern(family, values):
     return st.dictionaries(keys, values, min_size=1, max_size=4)
 
 
-@st.composite
-def _fields(draw, family):
+def right_values(family):
+    """Field -> values that are right for any adapter of a family."""
     names = names_of(family)
     router = ROUTER.get(family, "gate")
     embedding = _suffix(names.embedding, 1)
     saved = st.sampled_from([[router], ["lm_head"], [embedding], [router, "lm_head"]])
     # fmt: off
-    optional = {
+    return {
         "lora_alpha": ALPHAS,
         "use_rslora": st.booleans(),
         "rank_pattern": _pattern(family, st.integers(1, 6)),
@@ -152,11 +178,23 @@ def _fields(draw, family):
         "modules_to_save": saved,
         "trainable_token_indices": st.sampled_from([[3, 5], [60], {embedding: [4, 3]}]),
         "bias": st.sampled_from(["none", "lora_only", "all"]),
+        "keep_implementation": st.booleans(),
+        "ensure_weight_tying": st.booleans(),
+        "task_type": st.just("CAUSAL_LM"),
+        "base_model_name_or_path": st.sampled_from(["", "of/a-hub"]),
+        "revision": st.sampled_from(["main", "v1"]),
     }
     # fmt: on
+
+
+@st.composite
+def _fields(draw, family):
+    optional = right_values(family)
     chosen = {name: values for name, values in optional.items() if draw(st.integers(0, 2)) == 0}
     fields = draw(st.fixed_dictionaries({"r": st.integers(1, 6), **chosen}))
     fields["target_modules"] = draw(_targets(family))
+    if "layers_to_transform" in fields and draw(st.booleans()):
+        fields["layers_pattern"] = draw(st.sampled_from(["layers", ["h", "layers"], []]))
     return fields
 
 

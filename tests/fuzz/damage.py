@@ -5,12 +5,14 @@ Damage to the header, the metadata and the tensors is in `fuzz.damaged_tensors`.
 
 import json
 import os
+from dataclasses import fields
 
 import torch
 from hypothesis import strategies as st
 
 from fuzz.damaged_tensors import headers, metadata, tensors
 from fuzz.values import CONFIG, JSON, NUMBERS, WEIGHTS, Damage, short, text_of
+from peft_moe_lora import MoELoraConfig
 
 
 def damages():
@@ -83,20 +85,18 @@ _MEANING = (
     "lora_B_layout",
     "peft_version",
 )
-# fmt: off
+# every field of a configuration, and what other programs write or a newer release might
 _FIELDS = [
-    *_MEANING, *_MEANING, "expert_indices", "target_modules", "target_projections",
-    "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform",
-    "layers_pattern", "bias", "lora_dropout", "lora_bias", "use_dora", "fan_in_fan_out",
-    "init_lora_weights", "peft_type", "task_type", "base_model_name_or_path", "revision",
-    "inference_mode", "layout", "format_version", "backend", "recompute", "fast_linear",
-    "auto_mapping",
-    "trainable_token_indices", "eva_config", "megatron_config", "loftq_config",
-    "layer_replication", "no_such_field", "use_qalora", "arrow_config",
+    *_MEANING,
+    *_MEANING,
+    *(field.name for field in fields(MoELoraConfig)),
+    "no_such_field",
+    "unsloth_fused_expert_lora",
 ]
-# fmt: on
 _PATHS = ["model.layers.1.mlp.experts", "experts", "q_proj", r".*\.0\..*"]
 _PATTERNS = st.dictionaries(st.sampled_from(_PATHS), NUMBERS, max_size=2)
+# the empty value of each kind turns features on in PEFT
+_EMPTY = st.sampled_from([None, False, 0, "", [], {}])
 _TEXTS = ["", "{", "{}", "[" * 100_000, '{"a":' * 3000, "9" * 5000, "NaN", "\ufeff{}", "\0"]
 _GONE = object()
 
@@ -104,7 +104,7 @@ _GONE = object()
 @st.composite
 def _fields(draw):
     field = draw(st.sampled_from(_FIELDS))
-    value = draw(st.one_of(JSON, JSON, _PATTERNS, st.just(_GONE)))
+    value = draw(st.one_of(JSON, JSON, _PATTERNS, _EMPTY, st.just(_GONE)))
 
     def apply(folder):
         path = folder / CONFIG

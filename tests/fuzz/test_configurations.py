@@ -8,6 +8,7 @@ about its own size.
 import copy
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from fuzz import written_out
 from fuzz.bases import DROPPED_BY_PEFT, IN_MLX, NO_EXPORT, NOT_IN_VLLM_3D
-from fuzz.configurations import configurations
+from fuzz.configurations import NOT_DRAWN, WRONG, configurations, right_values
 from fuzz.filled import IDS, fill, logits_of, trained_biases
 from helpers import assert_close, assert_unchanged, relative_error, snapshot
 from peft_moe_lora import MoELoraConfig, convert_adapter, merge_adapter, verify_adapter
@@ -45,6 +46,15 @@ def test_a_configuration_is_right_or_refused(bases, tmp_path, examples):
     check()
 
 
+def test_every_field_is_drawn():
+    """A field that is drawn neither right nor wrong has a reason; a new one has none yet."""
+    known = {field.name for field in fields(MoELoraConfig)}
+    right = {"r", "target_modules", "layers_pattern", *right_values("qwen3_moe")}
+    assert known <= right | NOT_DRAWN.keys()
+    assert not right & NOT_DRAWN.keys()
+    assert known <= {name for name, _ in WRONG}
+
+
 def check_life(base, drawn, folder):
     """One configuration, from MoELoraConfig to a merged checkpoint."""
     model = copy.deepcopy(base.model)
@@ -55,9 +65,9 @@ def check_life(base, drawn, folder):
             get_peft_model(model, MoELoraConfig(**copy.deepcopy(drawn.fields)))
         assert_unchanged(model, before)
         return
-    fields = copy.deepcopy(drawn.fields)
-    adapted = get_peft_model(model, MoELoraConfig(**fields)).eval()
-    assert fields == drawn.fields, "the user's own values were changed"
+    given = copy.deepcopy(drawn.fields)
+    adapted = get_peft_model(model, MoELoraConfig(**given)).eval()
+    assert given == drawn.fields, "the user's own values were changed"
     life = fill(base, drawn, adapted, meant)
     check_forward_and_gradients(base, life)
     check_merged(base, life)
@@ -66,16 +76,16 @@ def check_life(base, drawn, folder):
 
 def meaning_or_refusal(base, drawn):
     """What the configuration means, or the names of the fields that an error may blame."""
-    fields = dict(drawn.fields)
+    given = dict(drawn.fields)
     blamed = []
     if drawn.wrong:
         blamed.append(drawn.wrong)
         # the other fields beside a right value, as they may be looked at first
-        fields[drawn.wrong] = {"r": 4, "target_modules": ["experts"]}.get(drawn.wrong)
-        fields = {name: value for name, value in fields.items() if value is not None}
+        given[drawn.wrong] = {"r": 4, "target_modules": ["experts"]}.get(drawn.wrong)
+        given = {name: value for name, value in given.items() if value is not None}
     meant = None
     try:
-        meant = written_out.meaning({"target_modules": None, **fields}, base.names)
+        meant = written_out.meaning({"target_modules": None, **given}, base.names)
     except written_out.Refused as error:
         blamed.append(str(error))
     return meant, "|".join(blamed)

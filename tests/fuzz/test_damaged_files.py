@@ -31,6 +31,7 @@ from fuzz.entries import (
     logits_of,
 )
 from fuzz.filled import fill
+from fuzz.listed import LISTED
 from helpers import assert_unchanged, relative_error, snapshot
 from peft_moe_lora import MoELoraConfig, convert_adapter
 
@@ -112,6 +113,20 @@ def test_without_damage_every_entry_is_right(subjects, name, tmp_path):
     # per-expert tensors cannot be combined without the base model
     blind = {"convert_without_base", "inspect_without_base", "shell_inspect_json", "shell_convert"}
     assert refused == (blind if name == "per_expert" else set()), outcomes
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ours", "per_expert"])
+@pytest.mark.parametrize("damage", LISTED)
+@pytest.mark.usefixtures("_temporary")
+def test_listed_damage_is_right_or_refused(subjects, tmp_path, damage, name):
+    listed = LISTED[damage]
+    outcomes = check_entries(subjects[name], listed.damage, tmp_path)
+    if name == "ours" and listed.becomes != "either":
+        # it gets the configuration of the undamaged adapter
+        outcomes.pop("from_pretrained_with_config")
+        are_right = {outcome == "right" for outcome in outcomes.values()}
+        assert are_right == {listed.becomes == "right"}, outcomes
 
 
 def check_entries(subject, damage, tmp_path):

@@ -46,7 +46,7 @@ def _faults(fields, names, targeted):
     experts = [path for path in targeted if path in names.experts]
     materialized = fields.get("backend") == "materialize"
     if isinstance(fields["target_modules"], str) and "layers_to_transform" in fields:
-        yield "layers_to_transform"
+        yield "layers_to_transform|layers_pattern"
     if not targeted:
         yield "target_modules|exclude_modules|layers_to_transform"
     if materialized and fields.get("recompute"):

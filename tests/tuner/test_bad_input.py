@@ -116,6 +116,8 @@ def test_the_ends_of_the_ranges_are_allowed(field, value):
             {"target_modules": ["experts"], "exclude_modules": ["experts"]},
             "exclude",
         ),
+        ("a part of the experts", {"target_modules": ["experts", "act_fn"]}, "experts.act_fn"),
+        ("experts and their parts", {"target_modules": r".*experts.*"}, "experts.act_fn"),
         ("a block is no linear layer", {"target_modules": ["experts", "self_attn"]}, "Attention"),
     ],
 )
