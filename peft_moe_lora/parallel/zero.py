@@ -112,8 +112,12 @@ def linear_of_torch() -> Iterator[None]:
     The replacement frees the weight between forward and backward. It multiplies within an autograd
     function, where nothing can be added to the product that gets a gradient.
     """
-    deepspeed = sys.modules.get(_LINEAR_OF_DEEPSPEED)
     replaced = F.linear
+    if replaced is _LINEAR:
+        # returns before it reads sys.modules: a graph of torch.compile would depend on their number
+        yield
+        return
+    deepspeed = sys.modules.get(_LINEAR_OF_DEEPSPEED)
     if deepspeed is None or replaced is not deepspeed.zero3_linear_wrap:
         yield
         return
