@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 import peft_moe_lora
+from docs.messages import DOTS, PAGE, QUOTED, is_quoted_from
 
 PACKAGE = Path(peft_moe_lora.__file__).parent
-PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-QUOTED = re.findall(r"^- `(.+)`$", PAGE, re.MULTILINE)
 ENTRY = re.compile(r"^- `(.+)`\n    - Cause: .+\n    - Remedy: .+$", re.MULTILINE)
 
-# a value in a message: as the page writes it, in a format string of logging, and below
-DOTS = "..."
+# a value in a message: in a format string of logging, and below
 FORMAT = re.compile(r"%(?:[sdr]|\.\df)")
 VALUE = "\0"
 
@@ -39,11 +37,6 @@ def texts_of_the_source():
 
 
 TEXTS = texts_of_the_source()
-
-
-def is_quoted_from(message, text):
-    """Whether a message is a part of a text; DOTS stand for anything."""
-    return re.search(".*".join(map(re.escape, message.split(DOTS))), text) is not None
 
 
 @pytest.mark.parametrize("message", QUOTED)
