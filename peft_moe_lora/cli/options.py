@@ -7,7 +7,7 @@ import typer
 
 BASE_HELP = "The base model: a folder with a config.json, or a name on the hub."
 
-# the names of FORMATS, WRITTEN_ONLY and B_LAYOUTS of convert.formats, which a test compares: help
+# the names of WRITABLE and B_LAYOUTS of convert.formats, which a test compares: help
 # does not import them, because it needs no torch
 FormatName = Literal["moe_lora", "peft", "per_expert", "vllm_3d", "sglang_3d", "mlx", "gguf"]
 BLayoutName = Literal["auto", "rank_major", "expert_major"]

@@ -16,7 +16,6 @@ from ..experts.families import ONE_EACH
 from ..experts.layout import PROJECTIONS
 from ..files.card import write_card
 from ..files.folders import SIDE_FILES, new_folder, own_files
-from ..files.servers import Server
 from ..files.tensor_file import (
     AdapterError,
     Block,
@@ -26,7 +25,7 @@ from ..files.tensor_file import (
 )
 from .base import BaseConfig
 from .fit import fill_in, make_uniform
-from .formats import FORMATS, LEGACY_NAME, WRITTEN_ONLY, Format
+from .formats import FORMATS, LEGACY_NAME, WRITABLE, Format
 from .model import Adapter, LinearPair, pad, rescale
 from .reading import open_adapter, read_paths
 
@@ -86,13 +85,12 @@ def convert_adapter(
             can be read in two ways.
         ExistsError: if `dst` exists and may not be replaced.
     """
-    forms = {**FORMATS, **WRITTEN_ONLY}
-    if to not in forms:
+    if to not in WRITABLE:
         raise RefusedError(
-            f"to={to!r} is not a format that can be written; choose one of {', '.join(forms)} "
+            f"to={to!r} is not a format that can be written; choose one of {', '.join(WRITABLE)} "
             f"({LEGACY_NAME} is read only)."
         )
-    form = forms[to]
+    form = WRITABLE[to]
     adapter = prepare(open_adapter(src, base_config, b_layout), form)
     copied = _side_files(src)
     with new_folder(dst, force, read_paths(src, adapter), copied) as folder:
@@ -159,16 +157,10 @@ def _refuse_families_without_export(adapter: Adapter, form: Format) -> None:
 
 def _serving_notes(adapter: Adapter, form: Format) -> Iterator[str]:
     """Notes on the maximum rank to serve with, for servers that accept only some values."""
-    for server in _servers(adapter, form):
+    for server in form.servers(adapter):
         rank = server.allocated(adapter.config["r"])
         if server.ranks and rank is not None:
             yield f"{server.name}: serve with --max-lora-rank {rank}"
-
-
-def _servers(adapter: Adapter, form: Format) -> list[Server]:
-    """The servers that read a prepared adapter in a format."""
-    refused = form.refusals(adapter)
-    return [server for server in form.card.served_by if server not in refused]
 
 
 def _losses(adapter: Adapter, form: Format) -> Iterator[str]:
@@ -197,7 +189,7 @@ def write_adapter(
     config = form.save_config(adapter, folder)
     for file in copied:
         shutil.copyfile(file, folder / file.name)
-    write_card(folder, form.card, config, adapter.notes, _servers(adapter, form))
+    write_card(folder, form.card, config, adapter.notes, form.servers(adapter))
 
 
 def _blocks(adapter: Adapter, form: Format) -> Iterator[Block]:

@@ -9,7 +9,7 @@ from ..experts.layout import EVERY_PROJECTION
 from ..files.tensor_file import FilePath, RefusedError
 from .base import BaseConfig
 from .convert import prepare
-from .formats import FORMATS, Format
+from .formats import WRITABLE, Format
 from .model import Adapter
 from .reading import open_adapter
 
@@ -83,7 +83,7 @@ def inspect_adapter(
         linears=dict(Counter(path.rpartition(".")[2] for path in adapter.linears)),
         carried=tuple(adapter.without_lora()),
         parameters=sum(math.prod(info.shape) for info in lora),
-        readers={name: _answer(adapter, form) for name, form in FORMATS.items()},
+        readers={name: _answer(adapter, form) for name, form in WRITABLE.items()},
         notes=adapter.notes,
     )
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from ..experts.families import SGLANG_NO_QUERY, VLLM_3D, VLLM_NO_EXPERT_BY_EXPERT
-from ..files.servers import SGLANG, VLLM
+from ..files.servers import SGLANG, VLLM, Server, mixed_vllm
 from .base import BaseModel
 from .model import Adapter
 
@@ -85,6 +85,13 @@ def vllm_needs_mixed(base: BaseModel, stacked: bool) -> str | None:
         f"vLLM reads {base.architecture} as {own}: convert to that, or serve with "
         f"--enable-mixed-moe-lora-format and is_3d_lora_weight {str(stacked).lower()}"
     )
+
+
+def started(servers: Iterable[Server], base: BaseModel, stacked: bool) -> list[Server]:
+    """The servers with the options that they need for a format; only vLLM needs some."""
+    if vllm_needs_mixed(base, stacked) is None:
+        return list(servers)
+    return [mixed_vllm(stacked) if server is VLLM else server for server in servers]
 
 
 def sglang_refuses(adapter: Adapter, base: BaseModel) -> str | None:

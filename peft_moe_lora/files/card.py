@@ -42,11 +42,14 @@ class CardText:
         loading: the lines on how to load it, in Markdown, with the field {base},
             a string of Python.
         served_by: the servers that read the format; empty if it has to be converted first.
+        serving: the commands that serve it with a program of its own, with the field {base}; empty
+            for formats of servers.
     """
 
     layout: str
     loading: tuple[str, ...]
     served_by: tuple[Server, ...] = ()
+    serving: tuple[str, ...] = ()
 
 
 def loading_with_peft(*imports: str) -> tuple[str, ...]:
@@ -153,6 +156,8 @@ def _serving(
 
     `base` is quoted for a shell.
     """
+    if card.serving:
+        return ["```sh", *(line.format(base=base) for line in card.serving), "```"]
     ranks = config.get("rank_pattern") or {}
     rank = max((config.get("r") or 1, *ranks.values()))
     commands = []

@@ -1,6 +1,6 @@
 """The programs that serve adapters together with their base model, and the ranks they accept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -9,7 +9,8 @@ class Server:
 
     Attributes:
         name: the program's name.
-        command: the command that starts it, with the fields {base}, {rank} and {adapter}.
+        command: the command that starts it, with the fields {base}, {rank} and {adapter}; other
+            braces are doubled.
         ranks: the values that its maximum rank can have, ascending; empty if it accepts any rank.
     """
 
@@ -34,3 +35,20 @@ SGLANG = Server(
     "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank}"
     " --lora-paths adapter={adapter}",
 )
+
+
+def mixed_vllm(stacked: bool) -> Server:
+    """vLLM as it is started for an adapter in the layout that is not its own for the model.
+
+    Args:
+        stacked: whether the adapter holds all experts in one tensor (3-D).
+    """
+    is_3d = "false"
+    if stacked:
+        is_3d = "true"
+    entry = f'{{{{"name": "adapter", "path": "{{adapter}}", "is_3d_lora_weight": {is_3d}}}}}'
+    command = (
+        "vllm serve {base} --enable-lora --max-lora-rank {rank} --enable-mixed-moe-lora-format"
+        f" --lora-modules '{entry}'"
+    )
+    return replace(VLLM, command=command)

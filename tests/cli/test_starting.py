@@ -22,7 +22,7 @@ from peft_moe_lora import cli
 from peft_moe_lora.cli.adapters import convert
 from peft_moe_lora.cli.app import app
 from peft_moe_lora.cli.options import BLayoutName, FormatName
-from peft_moe_lora.convert.formats import B_LAYOUTS, DEFAULT_FORMAT, FORMATS, WRITTEN_ONLY
+from peft_moe_lora.convert.formats import B_LAYOUTS, DEFAULT_FORMAT, WRITABLE
 
 # a wheel holds peft_moe_lora_command beside peft_moe_lora
 SCRIPT_FOLDER = Path(cli.__file__).parent
@@ -145,7 +145,7 @@ def test_it_completes_names(shell):
 
 
 def test_choices_are_those_of_the_package():
-    assert get_args(FormatName) == (*FORMATS, *WRITTEN_ONLY)
+    assert get_args(FormatName) == tuple(WRITABLE)
     assert get_args(BLayoutName) == B_LAYOUTS
     assert signature(convert).parameters["to"].default == DEFAULT_FORMAT
 

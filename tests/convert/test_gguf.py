@@ -1,10 +1,12 @@
 """The GGUF adapter of llama.cpp holds our update, by the package gguf; the rest is refused."""
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from convert.adapters import (
     INTERLEAVED,
@@ -31,6 +33,8 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "gpt_oss": "gpt-oss",
 }
+GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDENS = sorted(file.parents[1] for file in GOLDEN.glob("*/gguf/adapter.gguf"))
 ROUTERS = {"gpt_oss": "router"}
 PARTS = ("gate", "up", "down")
 
@@ -72,6 +76,14 @@ def delta(tensors, alpha, name):
     return alpha / A.shape[-2] * B @ A
 
 
+def joined(family, found):
+    """gate_up in the order of the base's rows."""
+    halves = [found["gate"], found["up"]]
+    if family in INTERLEAVED:
+        return torch.stack(halves, 2).flatten(1, 2)
+    return torch.cat(halves, 1)
+
+
 @every_family
 def test_the_update_is_ours(family, tmp_path):
     convert_adapter(family.ours, tmp_path / "out", to="gguf", base_config=family.config)
@@ -82,15 +94,44 @@ def test_the_update_is_ours(family, tmp_path):
     for layer, path in layers.items():
         found = {p: delta(tensors, alpha, f"blk.{layer}.ffn_{p}_exps") for p in PARTS}
         assert found["down"].shape[0] == experts_count(family.base, path)
-        gate_up = torch.cat([found["gate"], found["up"]], 1)
-        if family.name in INTERLEAVED:
-            gate_up = torch.stack([found["gate"], found["up"]], 2).flatten(1, 2)
+        gate_up = joined(family.name, found)
         assert_close(gate_up, right[path]["gate_up"], 1e-6, f"{path}, gate_up")
         assert_close(found["down"], right[path]["down"], 1e-6, f"{path}, down")
     beside = {name for name in tensors if "exps" not in name}
     names = [f"blk.{layer}.attn_output" for layer in range(2)]
     names += [f"blk.{layer}.ffn_gate_inp" for layer in layers]
     assert beside == {f"{name}.weight.lora_{side}" for name in names for side in "ab"}
+
+
+golden = pytest.mark.parametrize("golden", GOLDENS, ids=lambda folder: folder.name)
+
+
+def test_the_golden_families():
+    assert [folder.name for folder in GOLDENS] == ["gpt_oss", "mixtral", "qwen3_moe"]
+    assert all((folder / "gguf" / "adapter.gguf").stat().st_size < 4000 for folder in GOLDENS)
+
+
+@golden
+def test_a_golden_file_holds_the_update_that_peft_formed(golden):
+    architecture, alpha, tensors = read(golden / "gguf" / "adapter.gguf")
+    assert architecture == ARCHITECTURES[golden.name]
+    right = load_file(golden / "expected.safetensors")
+    found = {p: delta(tensors, alpha, f"blk.0.ffn_{p}_exps") for p in PARTS}
+    gate_up = joined(golden.name, found)
+    assert_close(gate_up, right["gate_up"], 1e-6, "gate_up")
+    assert_close(found["down"], right["down"], 1e-6, "down")
+
+
+@golden
+def test_the_golden_adapter_of_every_format_becomes_this_file_bit_for_bit(golden, tmp_path):
+    right_architecture, right_alpha, right = read(golden / "gguf" / "adapter.gguf")
+    for config in golden.glob("*/adapter_config.json"):
+        out = tmp_path / config.parent.name
+        convert_adapter(config.parent, out, to="gguf", base_config=golden / "base")
+        architecture, alpha, found = read(out / "adapter.gguf")
+        assert (architecture, alpha) == (right_architecture, right_alpha), out.name
+        assert found.keys() == right.keys(), out.name
+        assert all(torch.equal(found[name], tensor) for name, tensor in right.items()), out.name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe"], indirect=True)

@@ -3,6 +3,8 @@
 vLLM and SGLang are not installed here: what they do was found by driving their own loaders.
 """
 
+import json
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -82,10 +84,18 @@ def test_per_expert_files_name_the_format_of_each_server(family, server, start, 
 )
 def test_the_architecture_decides_what_vllm_reads(qwen, architecture, own, to, tmp_path):
     base = replace(read_base(qwen.config), architecture=architecture)
-    notes, _ = converted(qwen, tmp_path / "out", to, base)
+    notes, card = converted(qwen, tmp_path / "out", to, base)
     assert (f"vLLM reads {architecture} as {own}" in notes) == (own != to)
     stacked = {"vllm_3d": "true", "per_expert": "false"}[to]
     assert (f"is_3d_lora_weight {stacked}" in notes) == (own != to)
+    (command,) = (line for line in card.splitlines() if line.startswith("vllm serve"))
+    arguments = shlex.split(command)
+    assert ("--enable-mixed-moe-lora-format" in arguments) == (own != to)
+    if own == to:
+        assert arguments[-1] == "adapter=ADAPTER"
+        return
+    entry = {"name": "adapter", "path": "ADAPTER", "is_3d_lora_weight": to == "vllm_3d"}
+    assert json.loads(arguments[-1]) == entry
 
 
 def test_the_architecture_is_the_configs_or_the_models(qwen):
@@ -174,6 +184,22 @@ def test_the_card_of_an_adapter_with_more_than_lora_serves_it_merged(more):
     assert "vllm serve" not in card
     assert "peft-moe-lora convert" not in card
     assert "peft-moe-lora merge" in card
+
+
+@pytest.mark.parametrize(
+    ("to", "command"),
+    [
+        ("mlx", "mlx_lm.server --model BASE --adapter-path ADAPTER"),
+        ("gguf", "llama-server --model BASE.gguf --lora ADAPTER/adapter.gguf"),
+    ],
+)
+def test_a_format_of_one_program_is_served_by_that_program(qwen, to, command, tmp_path):
+    if to == "gguf":
+        pytest.importorskip("gguf", reason="the package gguf is not installed")
+    _, card = converted(qwen, tmp_path / "out", to)
+    serve = card.split("### Serve")[1]
+    assert serve.split("```sh")[1].split("```")[0].strip() == command
+    assert "peft-moe-lora" not in serve.partition("<!--")[0]
 
 
 def test_every_misreading_is_tested_here():

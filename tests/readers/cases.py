@@ -1,6 +1,7 @@
 """The adapters that every reader is given: families, and what is adapted beside their experts."""
 
 import copy
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft_moe_lora import convert_adapter
 from peft_moe_lora.convert.base import read_base
 from peft_moe_lora.convert.convert import write_adapter
 from peft_moe_lora.convert.fit import fill_in, make_uniform
-from peft_moe_lora.convert.formats import FORMATS, WRITTEN_ONLY
+from peft_moe_lora.convert.formats import WRITABLE
 from peft_moe_lora.convert.reading import open_adapter
 from peft_moe_lora.experts.layout import PROJECTIONS
 from peft_moe_lora.files.tensor_file import RefusedError
@@ -189,6 +190,13 @@ def _use_published_words(config: Path) -> None:
     config.write_text(config.read_text().replace('"full_attention"', '"attention"'))
 
 
+def command_of_card(adapter: Path, program: str) -> list[str]:
+    """The arguments with which an adapter's model card starts a server."""
+    lines = (adapter / "README.md").read_text().splitlines()
+    (command,) = (line for line in lines if line.startswith(program))
+    return shlex.split(command.removeprefix(program))
+
+
 def swapped_copy(ours: Path, folder: Path, kind: str) -> None:
     """Write a copy of an adapter in our own format with a defect of `SWAPS`."""
     shutil.copytree(ours, folder)
@@ -214,7 +222,7 @@ def write_unchecked(ours: Path, base: Path, to: str, out: Path) -> None:
 
     So a reader itself shows what it does with such a file.
     """
-    form = {**FORMATS, **WRITTEN_ONLY}[to]
+    form = WRITABLE[to]
     adapter = make_uniform(fill_in(open_adapter(ours, base), PROJECTIONS, to), to)
     out.mkdir()
     write_adapter(adapter, form, out)

@@ -9,6 +9,7 @@ Nothing is computed. Stubs, each for something that a CPU lacks:
 - The binding of threads to cores, which SGLang's kernels for a CPU bring.
 """
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sglang.srt.server_args import ServerArgs
 
 from readers.deltas import Deltas, layer_of
 
-__all__ = ["load"]
+__all__ = ["load", "parser"]
 
 # name of a layer of SGLang -> the projections that it stacks
 _STACKED = {
@@ -53,6 +54,13 @@ torch.Tensor.pin_memory = lambda self: self
 bootstrap._bind_threads_if_cpu = lambda device: None
 bootstrap._init_cpu_threads_env = lambda **settings: None
 mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `sglang.launch_server`."""
+    made = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(made)
+    return made
 
 
 def load(base: Path, adapter: Path) -> Deltas:

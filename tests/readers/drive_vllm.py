@@ -28,6 +28,7 @@ import vllm.model_executor.models.registry as registry
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.common.cli_args import make_arg_parser
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
 from vllm.lora.request import LoRARequest
@@ -35,9 +36,10 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-__all__ = ["FLAG", "load"]
+__all__ = ["FLAG", "load", "parser"]
 
 FLAG = {"enable_mixed_moe_lora_format": True}
 
@@ -50,6 +52,11 @@ class _LikeCuda:
 
     def is_cuda_alike(self) -> bool:
         return True
+
+
+def parser() -> FlexibleArgumentParser:
+    """The parser of `vllm serve`."""
+    return make_arg_parser(FlexibleArgumentParser())
 
 
 def _init_without_kernel(self: FusedMoEWithLoRA, base_layer: nn.Module) -> None:

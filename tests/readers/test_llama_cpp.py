@@ -4,10 +4,12 @@ import copy
 import importlib.metadata
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert.adapters import rewrite
 from helpers import FP32, outputs, relative_error, tiny_model
@@ -35,6 +37,7 @@ MODELS = {
     "DeepseekV3ForCausalLM": ("deepseek_v3", {}),
     "GptOssForCausalLM": ("gpt_oss", {}),
 }
+GOLDEN = Path(__file__).parents[1] / "golden"
 IDS = torch.randint(3, 64, (11,), generator=torch.Generator().manual_seed(4))
 
 
@@ -88,6 +91,26 @@ def test_logits(run, architecture, kind):
     assert relative_error(plain(case), right) > 0.1
     assert relative_error(logits(base, IDS), plain(case)) < FP32
     assert relative_error(logits(base, IDS, adapter), right) < FP32
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_golden_file(family, tmp_path):
+    """Its attention is adapted too, in the order of rows that llama.cpp has."""
+    config = AutoConfig.from_pretrained(GOLDEN / family / "base")
+    # llama.cpp knows published models only
+    config.norm_topk_prob = True
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    write_base(model, tmp_path / "base.gguf")
+    ids = torch.arange(8)
+    right = outputs(
+        PeftModel.from_pretrained(model, GOLDEN / family / "moe_lora").eval(), ids[None]
+    )
+    found = logits(tmp_path / "base.gguf", ids, GOLDEN / family / "gguf" / "adapter.gguf")
+    assert relative_error(found, right[0].detach()) < FP32
+    assert relative_error(logits(tmp_path / "base.gguf", ids), right[0].detach()) > 0.01
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "o_proj"])

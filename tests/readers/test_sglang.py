@@ -5,13 +5,14 @@ import re
 
 import pytest
 
-from readers.cases import SWAPS, swapped_names, write_unchecked
+from helpers import R
+from readers.cases import SWAPS, command_of_card, swapped_names, write_unchecked
 from readers.deltas import wrong
 from readers.verdicts import EXACT, SGLANG_0_5_23
 
 pytest.importorskip("sglang", reason="SGLang is not installed here; make test-readers installs it")
 
-from readers.drive_sglang import load
+from readers.drive_sglang import load, parser
 
 pytestmark = pytest.mark.readers
 
@@ -48,6 +49,15 @@ def test_experts(cases, architecture, to, verdict):
 @pytest.mark.parametrize("kind", ["attention", "router"])
 def test_what_is_adapted_beside_the_experts(cases, architecture, to, kind):
     check(cases(architecture), kind, to, getattr(SGLANG_0_5_23.rows[architecture], kind))
+
+
+@pytest.mark.parametrize("to", ["per_expert", "sglang_3d"])
+def test_it_understands_the_command_of_the_card(cases, to):
+    adapter = cases("Qwen3MoeForCausalLM").written("experts", to)
+    given = parser().parse_args(command_of_card(adapter, "python -m sglang.launch_server"))
+    assert given.enable_lora
+    assert given.lora_paths == ["adapter=ADAPTER"]
+    assert given.max_lora_rank == R
 
 
 @pytest.mark.parametrize("to", ["per_expert", "sglang_3d"])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from peft_moe_lora.convert.convert import prepare
-from peft_moe_lora.convert.formats import FORMATS, WRITTEN_ONLY
+from peft_moe_lora.convert.formats import WRITABLE
 from peft_moe_lora.convert.reading import open_adapter
 from peft_moe_lora.experts.families import VLLM_3D
 from peft_moe_lora.files.servers import VLLM
@@ -34,14 +34,17 @@ def verdict_of(reader, architecture, to, kind):
 
 def answer(adapter, reader, to):
     """Whether a conversion promises that the reader reads the result, and what it notes."""
-    form = {**FORMATS, **WRITTEN_ONLY}[to]
+    form = WRITABLE[to]
     assert reader.server is None or reader.server in form.card.served_by
     try:
         prepared = prepare(adapter, form)
     except RefusedError as error:
         return False, str(error)
     notes = " ".join(note for note in prepared.notes if reader.name in note)
-    return reader.server not in form.refusals(prepared), notes
+    if reader.server is None:
+        return True, notes
+    started = {server.name: server.command for server in form.servers(prepared)}
+    return reader.name in started, f"{notes} {started.get(reader.name)}"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,8 @@ def test_a_conversion_promises_what_the_reader_did(cases, reader, architecture, 
     verdict = verdict_of(reader, architecture, to, kind)
     assert promised == (verdict in (EXACT, MIXED)), notes
     if reader.server is VLLM and promised:
-        assert ("--enable-mixed-moe-lora-format" in notes) == (verdict == MIXED)
+        # in the notes, and in the command of the model card
+        assert notes.count("--enable-mixed-moe-lora-format") == 2 * (verdict == MIXED)
     if not promised:
         assert reader.name in notes
 

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from readers.cases import SWAPS, swapped_names
+from readers.cases import SWAPS, command_of_card, swapped_names
 from readers.deltas import lost, wrong
 from readers.verdicts import EXACT, IGNORED, MISREAD_MIXED, MIXED, VLLM_0_33
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-readers installs it")
 
-from readers.drive_vllm import FLAG, load
+from readers.drive_vllm import FLAG, load, parser
 
 pytestmark = pytest.mark.readers
 
@@ -66,6 +66,22 @@ def test_without_the_flag_the_other_layout_is_refused(cases, architecture, to, v
     if verdict == MIXED:
         with pytest.raises(ValueError, match=r"fused 3D MoE weights|expected target modules"):
             loaded(cases(architecture), "experts", to, EXACT)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration"]
+)
+@pytest.mark.parametrize("to", ["per_expert", "vllm_3d"])
+def test_it_understands_the_command_of_the_card(cases, architecture, to):
+    adapter = cases(architecture).written("experts", to)
+    given = parser().parse_args(command_of_card(adapter, "vllm serve"))
+    mixed = VLLM_0_33.rows[architecture].formats[to] == MIXED
+    (module,) = given.lora_modules
+    assert (module.name, module.path) == ("adapter", "ADAPTER")
+    assert module.is_3d_lora_weight == (mixed and to == "vllm_3d")
+    assert given.enable_mixed_moe_lora_format == mixed
+    assert given.enable_lora
+    assert given.max_lora_rank == 8
 
 
 @pytest.mark.parametrize("to", ["per_expert", "vllm_3d"])

@@ -25,7 +25,7 @@ __all__ = [
     "OURS",
     "PREFIX",
     "READERS",
-    "WRITTEN_ONLY",
+    "WRITABLE",
     "Format",
 ]
 
@@ -38,8 +38,9 @@ _SGLANG_3D = Sglang3d()
 FORMATS: dict[str, Format] = {
     form.name: form for form in (OURS, _PEFT, _PER_EXPERT, Vllm3d(), _SGLANG_3D, Mlx())
 }
-# formats that can be written and not read
-WRITTEN_ONLY: dict[str, Format] = {form.name: form for form in (Gguf(),)}
+# all that can be written: llama.cpp's files are not read
+_GGUF = Gguf()
+WRITABLE: dict[str, Format] = {**FORMATS, _GGUF.name: _GGUF}
 # the formats whose patterns are compared with a file's keys, the most specific first; vllm_3d
 # is missing because it has peft's keys, and mlx because its files are read as sglang_3d
 READERS: tuple[Format, ...] = (OURS, _PER_EXPERT, _SGLANG_3D, _PEFT)

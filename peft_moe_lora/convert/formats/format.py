@@ -149,6 +149,11 @@ class Format(ABC):
         """The servers of the format's card that refuse or misread an adapter, and why."""
         return {}
 
+    def servers(self, adapter: Adapter) -> list[Server]:
+        """The servers that read a prepared adapter, as they are started for it."""
+        refused = self.refusals(adapter)
+        return [server for server in self.card.served_by if server not in refused]
+
     @abstractmethod
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
         """The tensors of one projection of one experts module."""

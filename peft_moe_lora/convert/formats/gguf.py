@@ -36,6 +36,7 @@ class Gguf(Format):
         layout="GGUF for llama.cpp: `blk.<layer>.ffn_gate_exps|ffn_up_exps|ffn_down_exps.weight"
         ".lora_a` `[E, r, K]` and `.lora_b` `[E, N, r]`.",
         loading=("`llama-cli --model BASE.gguf --lora ADAPTER/adapter.gguf`",),
+        serving=("llama-server --model BASE.gguf --lora ADAPTER/adapter.gguf",),
     )
     one_rank = True
 

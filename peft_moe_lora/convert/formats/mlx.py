@@ -49,6 +49,7 @@ class Mlx(Sglang3d):
             'model, tokenizer = load({base}, adapter_path="ADAPTER")',
             "```",
         ),
+        serving=("mlx_lm.server --model {base} --adapter-path ADAPTER",),
     )
     both_projections = False
     weights_name = _MLX_WEIGHTS

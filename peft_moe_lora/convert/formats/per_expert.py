@@ -17,7 +17,7 @@ from ...files.servers import SGLANG, VLLM, Server
 from ...files.tensor_file import AdapterError, Block, RefusedError
 from ..base import BaseModel, need_base
 from ..model import Adapter, Experts, Pair
-from ..serving import sglang_refuses_experts, vllm_needs_mixed, vllm_refuses_experts
+from ..serving import sglang_refuses_experts, started, vllm_needs_mixed, vllm_refuses_experts
 from ..source import Slot, Source
 from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
@@ -102,6 +102,9 @@ class PerExpert(Format):
             SGLANG: sglang_refuses_experts(adapter, base),
         }
         return {server: reason for server, reason in reasons.items() if reason is not None}
+
+    def servers(self, adapter: Adapter) -> list[Server]:
+        return started(super().servers(adapter), _base_of(adapter), stacked=False)
 
     def block(self, adapter: Adapter, path: str, projection: str, pair: Pair) -> Block:
         base = _base_of(adapter)

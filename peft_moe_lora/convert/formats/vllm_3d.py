@@ -5,11 +5,11 @@ modules that are saved whole, and accepts only some values of the maximum rank.
 """
 
 from ...files.card import CardText, loading_with_peft
-from ...files.servers import VLLM
+from ...files.servers import VLLM, Server
 from ...files.tensor_file import RefusedError
 from ..base import need_base
 from ..model import Adapter
-from ..serving import vllm_needs_mixed, vllm_refuses_stacks
+from ..serving import started, vllm_needs_mixed, vllm_refuses_stacks
 from .peft import LAYOUT, Peft
 
 
@@ -32,3 +32,7 @@ class Vllm3d(Peft):
         if advice is not None:
             return adapter.noted(advice)
         return adapter
+
+    def servers(self, adapter: Adapter) -> list[Server]:
+        assert adapter.base is not None, "the adapter was not prepared for vLLM"
+        return started(super().servers(adapter), adapter.base, stacked=True)
