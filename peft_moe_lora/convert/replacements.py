@@ -115,7 +115,7 @@ def check_tied(adapter: Adapter, base: BaseModel) -> None:
     Raises:
         RefusedError: if the adapter changes one of them and not the others.
     """
-    changed = sorted(name for name in base.tied if _changes(adapter, name))
+    changed = changed_ties(adapter, base)
     if changed and not _are_one(adapter, base, changed):
         raise RefusedError(
             f"{base.name} has one weight for {' and '.join(sorted(base.tied))}, but the adapter "
@@ -123,6 +123,11 @@ def check_tied(adapter: Adapter, base: BaseModel) -> None:
             "hold. Save the base model with tie_word_embeddings=False and both weights, and merge "
             "into that."
         )
+
+
+def changed_ties(adapter: Adapter, base: BaseModel) -> list[str]:
+    """The names of tied embeddings that an adapter changes."""
+    return sorted(name for name in base.tied if _changes(adapter, name))
 
 
 def _changes(adapter: Adapter, name: str) -> bool:

@@ -17,6 +17,7 @@ from ..files.tensor_file import AdapterError, FilePath, Progress
 from .base import BaseConfig
 from .model import Adapter, Pair, Tokens
 from .reading import open_adapter
+from .replacements import changed_ties
 
 # number of elements of an update that are computed at once
 _CHUNK = 2**22
@@ -162,7 +163,9 @@ def _check_same_modules(first: Adapter, second: Adapter) -> None:
             f"differ in {len(different)} modules."
         )
     ties = {bool(adapter.config.get("ensure_weight_tying")) for adapter in (first, second)}
-    if len(ties) > 1:
+    # both change the same modules, so one of them tells
+    is_of_ties = first.base is None or changed_ties(first, first.base)
+    if len(ties) > 1 and is_of_ties:
         raise AdapterError(
             f"ensure_weight_tying is true in only one of {first.file.path} and "
             f"{second.file.path}, so they change different embeddings."

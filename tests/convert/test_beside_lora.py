@@ -5,6 +5,7 @@ what was converted.
 """
 
 import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -247,6 +248,23 @@ def test_one_of_tied_embeddings_is_not_merged_alone(tied, config, tmp_path):
     with pytest.raises(RefusedError, match="tie_word_embeddings=False"):
         merge_adapter(tmp_path / "in", tied.config, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_verify_asks_for_ties_where_tied_embeddings_change(tied, tmp_path):
+    """Elsewhere ensure_weight_tying says nothing."""
+    for name, config, ties in (
+        ("saved", {"modules_to_save": ["embed_tokens"]}, "change different embeddings"),
+        ("experts", {}, None),
+    ):
+        trained(tied.base, tmp_path / name, **config)
+        shutil.copytree(tmp_path / name, tmp_path / f"{name} tied")
+        rewrite(tmp_path / f"{name} tied", ensure_weight_tying=True)
+        folders = (tmp_path / name, tied.config, tmp_path / f"{name} tied")
+        if ties is None:
+            assert verify_adapter(*folders).max_error == 0
+        else:
+            with pytest.raises(AdapterError, match=ties):
+                verify_adapter(*folders)
 
 
 # ---- verify sees it ------------------------------------------------------------------------------
