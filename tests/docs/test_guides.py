@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 import measured
-from documents.pages import (
+from docs.blocks import (
     FENCE,
     GUIDES,
     PAGES,

