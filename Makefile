@@ -34,6 +34,7 @@ LINTERS = ruff==0.17.5 import-linter==2.17 mypy==2.4.1
 MUTANTS = mutmut==3.8.1
 # what builds the documentation site and looks at it. Docstrings are read, not imported: no torch
 DOCS = zensical==0.0.73 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1 ruff==0.17.5 \
+       mkdocs==1.6.1 mkdocs-autorefs==1.4.5 markdown==3.11.3 pymdown-extensions==13.1.2 pygments==2.21.0 jinja2==3.1.6 nbformat==5.11.1 \
        nbconvert==7.17.2 latex2mathml==3.81.1 playwright==1.65.2 pytest==9.2.0 pytest-timeout==2.4.0
 # programs that read adapters. They are installed without what they depend on, which is CUDA and other releases of torch: only
 # their loading code runs, on a CPU. READERS_IMPORT is what that code imports.
