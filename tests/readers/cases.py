@@ -13,7 +13,7 @@ from torch import nn
 from convert.adapters import rewrite
 from helpers import R, experts_paths, fill, moe_lora, tiny_model
 from helpers.models import config_settings
-from peft_moe_lora import convert_adapter
+from peft_moe_lora import convert_adapter, verify_adapter
 from peft_moe_lora.convert.base import read_base
 from peft_moe_lora.convert.convert import write_adapter
 from peft_moe_lora.convert.fit import fill_in, make_uniform
@@ -183,6 +183,14 @@ class Case:
             except RefusedError:
                 write_unchecked(self.ours(kind), self.base, to, out)
         return out
+
+    def verified(self, kind: str, to: str) -> float:
+        """The error that `verify` finds between the adapter on experts, or of `kind`, and its copy.
+
+        A copy with a defect of `SWAPS` is compared with the right adapter.
+        """
+        ours = self.ours("experts" if kind in SWAPS else kind)
+        return verify_adapter(ours, self.base_model, self.written(kind, to)).max_error
 
 
 def _use_published_words(config: Path) -> None:

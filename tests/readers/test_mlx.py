@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_close, moe_lora, outputs, token_ids
 from peft_moe_lora import convert_adapter, load_peft_adapter
 from readers.cases import BASES, SWAPS, swapped_names
-from readers.deltas import wrong
+from readers.deltas import TOLERANCE, wrong
 from readers.verdicts import EXACT, MLX_0_32
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed here; make test-readers installs it")
@@ -39,6 +39,7 @@ def test_deltas(cases, architecture, kind):
         return
     assert said == EXACT
     assert not wrong(load(case.base, adapter), case.right(kind))
+    assert case.verified(kind, "mlx") <= TOLERANCE
 
 
 @pytest.mark.parametrize("architecture", WITH_WEIGHTS)
@@ -61,3 +62,4 @@ def test_a_swap_is_seen(cases, kind):
     case = cases("Qwen3MoeForCausalLM")
     found = load(case.base, case.written(kind, "mlx"))
     assert sorted(wrong(found, case.right("experts"))) == swapped_names(kind)
+    assert case.verified(kind, "mlx") > 0.1

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import R
 from readers.cases import SWAPS, command_of_card, swapped_names, write_unchecked
-from readers.deltas import wrong
+from readers.deltas import TOLERANCE, wrong
 from readers.verdicts import EXACT, SGLANG_0_5_23
 
 pytest.importorskip("sglang", reason="SGLang is not installed here; make test-readers installs it")
@@ -34,6 +34,7 @@ def check(case, kind, to, verdict):
         return
     assert verdict == EXACT
     assert not wrong(load(case.base, adapter), case.right(kind))
+    assert case.verified(kind, to) <= TOLERANCE
 
 
 def test_the_release_is_the_tables():
@@ -66,6 +67,7 @@ def test_a_swap_is_seen(cases, to, kind):
     case = cases("Qwen3MoeForCausalLM")
     found = load(case.base, case.written(kind, to))
     assert sorted(wrong(found, case.right("experts"))) == swapped_names(kind)
+    assert case.verified(kind, to) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 
 from peft_moe_lora.convert.convert import prepare
-from peft_moe_lora.convert.formats import WRITABLE
+from peft_moe_lora.convert.formats import FORMATS, WRITABLE
 from peft_moe_lora.convert.reading import open_adapter
 from peft_moe_lora.experts.families import VLLM_3D
 from peft_moe_lora.files.servers import VLLM
 from peft_moe_lora.files.tensor_file import RefusedError
+from readers.cases import SWAPS
+from readers.deltas import TOLERANCE
 from readers.readers_table import tables, written
 from readers.verdicts import EXACT, MIXED, READERS, VLLM_0_33
 
@@ -63,6 +65,28 @@ def test_a_conversion_promises_what_the_reader_did(cases, reader, architecture, 
         assert notes.count("--enable-mixed-moe-lora-format") == 2 * (verdict == MIXED)
     if not promised:
         assert reader.name in notes
+
+
+# every cell that a reader reads, once a format; gguf is not read by `verify`
+READ = sorted(
+    {
+        (architecture, to)
+        for reader, architecture, to, kind in CELLS
+        if kind == "experts" and to in FORMATS
+        if verdict_of(reader, architecture, to, kind) in (EXACT, MIXED)
+    }
+)
+
+
+@pytest.mark.parametrize(("architecture", "to"), READ)
+def test_verify_agrees_with_the_readers(cases, architecture, to):
+    assert cases(architecture).verified("experts", to) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", SWAPS)
+@pytest.mark.parametrize("to", ["per_expert", "vllm_3d", "sglang_3d", "mlx"])
+def test_verify_sees_the_swaps_that_the_readers_see(cases, to, kind):
+    assert cases("Qwen3MoeForCausalLM").verified(kind, to) > 0.1
 
 
 def test_the_3d_architectures_are_those_that_were_run():

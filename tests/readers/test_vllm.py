@@ -6,7 +6,7 @@ import re
 import pytest
 
 from readers.cases import SWAPS, command_of_card, swapped_names
-from readers.deltas import lost, wrong
+from readers.deltas import TOLERANCE, lost, wrong
 from readers.verdicts import EXACT, IGNORED, MISREAD_MIXED, MIXED, VLLM_0_33
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-readers installs it")
@@ -38,6 +38,7 @@ def check(case, kind, to, verdict):
     found = loaded(case, kind, to, verdict)
     if verdict in (EXACT, MIXED):
         assert not wrong(found, right)
+        assert case.verified(kind, to) <= TOLERANCE
     elif verdict == IGNORED:
         assert lost(found, right)
     else:
@@ -91,3 +92,4 @@ def test_a_swap_is_seen(cases, to, kind):
     verdict = VLLM_0_33.rows["Qwen3MoeForCausalLM"].formats[to]
     found = loaded(case, kind, to, verdict)
     assert sorted(wrong(found, case.right("experts"))) == swapped_names(kind)
+    assert case.verified(kind, to) > 0.1
