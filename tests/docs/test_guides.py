@@ -68,6 +68,8 @@ def test_python_runs(path, folder):
         functools.reduce(lambda text, pair: text.replace(*pair), HERE.items(), code)
         for code in blocks(path, "python")
     ]
+    if any("BitsAndBytesConfig" in code for code in codes):
+        pytest.importorskip("bitsandbytes")
     names = start()
     for code in codes:
         names["base"] = AutoModelForCausalLM.from_pretrained("BASE")
