@@ -24,6 +24,8 @@ from texts import documentation
 
 STEPS, VOCAB, SCALING = 50, 128, 2.0
 FAMILIES = [*tiny_families(), *CONFIGS]
+# a gate in the kernels; none; experts that are not on transformers' interface
+COMPILED_FAMILIES = ["qwen3_moe", "nemotron_h", "llama4"]
 
 
 @cache
@@ -62,8 +64,11 @@ def train(call, parameters, ids, dtype):
     return torch.tensor(losses)
 
 
-def curves(family, size, device="cpu", dtype=torch.float32, **config):
-    """Losses of our route and the explicit one from the same A and B; `size` is batch, length."""
+def curves(family, size, device="cpu", dtype=torch.float32, compiler=None, **config):
+    """Losses of our route and the explicit one from the same A and B; `size` is batch, length.
+
+    With a compiler, a backend of torch.compile, our route is compiled.
+    """
     base = build(family).to(device, dtype)
     model = moe_lora(copy.deepcopy(base), randomize=False, target_modules=None, **config).train()
     paths = paths_of(base) if family in CONFIGS else experts_paths(base)
@@ -95,6 +100,9 @@ def curves(family, size, device="cpu", dtype=torch.float32, **config):
     assert len(trained) == len(leaves)
     ids = batches(size).to(device)
     right = train(explicit, leaves, ids, dtype)
+    if compiler is not None:
+        torch.compiler.reset()
+        model.compile(backend=compiler)
     ours = train(lambda batch: model(input_ids=batch, use_cache=False), trained, ids, dtype)
     return ours, right
 
@@ -112,6 +120,18 @@ def check(ours, right, tolerance):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_those_of_base_plus_delta(family):
     check(*curves(family, (4, 32)), 1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", COMPILED_FAMILIES)
+def test_losses_of_a_compiled_model_are_those_of_base_plus_delta(family):
+    check(*curves(family, (4, 32), compiler="aot_eager"), 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", COMPILED_FAMILIES)
+def test_losses_compiled_on_the_kernels_are_those_of_base_plus_delta(family):
+    check(*curves(family, (16, 64), "cuda", compiler="inductor", backend="triton"), 1e-4)
 
 
 @pytest.mark.gpu
