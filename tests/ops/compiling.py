@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler.code_generator import CodeGenerator
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -35,6 +37,46 @@ class _NoDriver:
 
     def get_current_stream(self, device):
         return 0
+
+
+def _named_tuples(value, place: tuple):
+    """(place, names of the members, members) of each named tuple in an argument of a helper."""
+    if isinstance(value, tl.constexpr):
+        value = value.value
+    if isinstance(value, tl.tuple):
+        names, members = value.type.fields, list(value.values)
+    elif isinstance(value, tuple):
+        names, members = getattr(value, "_fields", None), list(value)
+    else:
+        return
+    # a tuple without names has None or, in Triton 3.6, empty names
+    if names and all(names):
+        yield place, tuple(names), members
+    for index, member in enumerate(members):
+        yield from _named_tuples(member, (*place, index))
+
+
+@contextlib.contextmanager
+def rules_of_tuples():
+    """In this context a kernel that breaks a rule of `operands` does not compile."""
+    call, seen = CodeGenerator.call_JitFunction, {}
+
+    def checked(self, fn, args, kwargs, *rest, **more):
+        args = list(args)  # an iterator, if a partition of warps is called
+        arguments = [*enumerate(args), *kwargs.items()]
+        for name, argument in arguments:
+            for place, names, members in _named_tuples(argument, (name,)):
+                first = seen.setdefault((fn.__name__, place), names)
+                assert first == names, f"{fn.__name__} takes {first} and {names} at {place}"
+                tuples = [isinstance(m, (tuple, tl.tuple)) for m in members]
+                assert len(set(tuples)) == 1, f"{names} of {fn.__name__} has tuples and others"
+        return call(self, fn, args, kwargs, *rest, **more)
+
+    CodeGenerator.call_JitFunction = checked
+    try:
+        yield
+    finally:
+        CodeGenerator.call_JitFunction = call
 
 
 @contextlib.contextmanager
@@ -329,7 +371,7 @@ if __name__ == "__main__":
     arch = int(sys.argv[1])
     import peft_moe_lora.ops.kernels  # noqa: F401
 
-    with compiling_for(arch) as compiled:
+    with rules_of_tuples(), compiling_for(arch) as compiled:
         for case in json.loads(sys.argv[2]):
             case["dtype"] = getattr(torch, case["dtype"])
             launches = {"decoding": launch_decoding, "products": launch_products_of_codes}

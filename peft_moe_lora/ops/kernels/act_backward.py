@@ -17,6 +17,7 @@ from ..activation import Activation
 from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, find, power_of_2
+from .operands import Act, Bias, Operand
 from .tiles.activation import activate_backward, activate_plain_backward, activation_constants
 from .tiles.bias import bias_times_dout
 from .tiles.eights import as_eights, by_8
@@ -34,6 +35,7 @@ def _act_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Grid [M / BLOCK_M]: whole rows. act is written over draw; dw of a sentinel's row is 0."""
+    ACT: tl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     routed = offs_m < tl.load(expert_offsets_ptr + E)
     slots = tl.load(row_slot_ptr + offs_m, mask=offs_m < M, other=0)
@@ -60,7 +62,7 @@ def _act_backward_kernel(
                 gate = tl.load(pre_ptrs + cols * stride_pren, mask=mask, other=0.0)
                 up = tl.load(pre_ptrs + (I + cols) * stride_pren, mask=mask, other=0.0)
             act, dgate, dup = activate_backward(
-                gate.to(tl.float32), up.to(tl.float32), w * draw, KIND, LIMIT, ALPHA, UP_SHIFT
+                gate.to(tl.float32), up.to(tl.float32), w * draw, ACT
             )
             dgate = dgate.to(dpre_ptr.dtype.element_ty)
             dup = dup.to(dpre_ptr.dtype.element_ty)
@@ -72,15 +74,15 @@ def _act_backward_kernel(
                 tl.store(dpre_ptr + rows * N + I + cols, dup, mask=mask)
         else:
             pre = tl.load(pre_ptr + rows * stride_prem + cols * stride_pren, mask=mask, other=0.0)
-            act, dpre = activate_plain_backward(pre.to(tl.float32), w * draw, KIND, ALPHA)
+            act, dpre = activate_plain_backward(pre.to(tl.float32), w * draw, ACT)
             tl.store(dpre_ptr + rows * N + cols, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
         tl.store(draw_ptrs, act.to(draw_ptr.dtype.element_ty), mask=mask)
         dw += act * draw
     dw = tl.sum(dw, axis=1)
     if bias_ptr is not None:
         dw += bias_times_dout(
-            bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, offs_m, routed, E, H,
-            stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED, BLOCK_I,
+            Bias(bias_ptr, stride_biase, stride_biasn), Operand(dout_ptr, stride_dm, stride_dh),
+            row_token_ptr, expert_offsets_ptr, offs_m, routed, E, H, E_PADDED, BLOCK_I,
         )  # fmt: skip
     tl.store(dw_ptr + slots, dw, mask=offs_m < M)
 

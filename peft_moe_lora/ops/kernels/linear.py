@@ -18,12 +18,17 @@ from .codes.product_4bit import weight_operands
 from .launching.launch import facts, launch
 from .launching.table import dot_precision, padded_rank
 from .linear_ordered import linear_ordered
+from .operands import Bias, Codes, Drop, Format, LowRank, Operand, Shape, Weight
 from .parts import of_experts, parts
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
 from .tiles.descriptors import row_descriptor
 from .tiles.dropout import probability_and_seed
 from .tiles.tile import (
+    Descriptors,
+    Inputs,
+    Spot,
+    Tile,
     launch_facts,
     position,
     rank_of,
@@ -37,32 +42,20 @@ from .tiles.tile import (
 
 @triton.jit
 def _linear_tile(
-    x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, y_ptr, seed_ptr,
-    row_token_ptr, row_slot_ptr, e, first_row, end, n0, N, K, r,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
-    stride_bn, stride_br, stride_biase, stride_biasn, stride_ym,
-    GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
+    inputs, y_ptr, stride_ym, row_token_ptr, e, first_row, end, n, TILE: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """Compute one output tile of expert e, with columns n0 up to n0 + BLOCK_N.
-
-    The rows of the tile are first_row up to min(first_row + BLOCK_M, end).
-    """
-    offs_m = first_row + tl.arange(0, BLOCK_M)
+    """Compute column tile n of expert e, for rows first_row up to min(first_row + BLOCK_M, end)."""
+    n0 = n * TILE.N
+    offs_m = first_row + tl.arange(0, TILE.M)
     # past the expert's last row, that row is repeated: loads need no mask. Copies are not stored
     rows = tl.minimum(offs_m, end - 1)
     x_rows = rows
-    if GATHER:
+    if TILE.GATHER:
         x_rows = tl.load(row_token_ptr + rows)
-    cols, mask_n = tile_columns(n0, N, BLOCK_N, 1)
-    acc = tile_product(
-        x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr,
-        row_slot_ptr, e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
-        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
-        stride_bn, stride_br, stride_biase, stride_biasn, P, R, PRECISION, BLOCK_M, BLOCK_N,
-        BLOCK_K, EVEN_K, K_UNIT, FORMAT,
-    )  # fmt: skip
+    cols, mask_n = tile_columns(n0, inputs.shape.N, TILE.N, 1)
+    spot = Spot(e, first_row, n0, rows, x_rows, cols, mask_n)
+    acc = tile_product(inputs, spot, TILE, FORMAT)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + cols[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < end)[:, None] & mask_n[None, :])
 
@@ -79,8 +72,24 @@ def _linear_kernel(
     SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr, LOW_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Persistent grid: each program computes every num_programs-th output tile."""
-    codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
-    FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, GATHER, P, R, PRECISION)
+    HALF_TILE: tl.constexpr = Tile(
+        BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, GATHER, P, R, PRECISION
+    )
+    FORMAT: tl.constexpr = Format(BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
+    x = Operand(x_ptr, stride_xm, stride_xk)
+    weight = Weight(weight_ptr, stride_we, stride_wn, stride_wk)
+    codes = Codes(scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
+    bias = Bias(bias_ptr, stride_biase, stride_biasn)
+    lora_B = Weight(lora_B_ptr, stride_be, stride_bn, stride_br)
+    low_rank = LowRank(Operand(xa_ptr, stride_xam, stride_xar), lora_B)
+    drop = Drop(seed_ptr, row_slot_ptr)
+    shape = Shape(N, K, r)
+    descs = Descriptors(x_desc, weight_desc)
+    inputs = Inputs(descs, x, weight, codes, bias, low_rank, drop, shape)
+    # the descriptor of x has boxes of BLOCK_M rows
+    half_descs = Descriptors(None, weight_desc)
+    half_inputs = Inputs(half_descs, x, weight, codes, bias, low_rank, drop, shape)
     num_tiles = table_size(tiles_ptr, lines)
     num_n = tl.cdiv(N, BLOCK_N)
     total = num_tiles * num_n
@@ -97,20 +106,13 @@ def _linear_kernel(
         if TAIL and end - first_row <= BLOCK_M // 2:
             # an expert's last rows, if they fill at most half a tile
             _linear_tile(
-                x_ptr, None, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, y_ptr,
-                seed_ptr, row_token_ptr, row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r,
-                stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar,
-                stride_be, stride_bn, stride_br, stride_biase, stride_biasn, stride_ym, GATHER, P,
-                R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, FORMAT,
+                half_inputs, y_ptr, stride_ym, row_token_ptr, e, first_row, end, n, HALF_TILE,
+                FORMAT,
             )  # fmt: skip
         else:
             _linear_tile(
-                x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, y_ptr,
-                seed_ptr, row_token_ptr, row_slot_ptr, e, first_row, end, n * BLOCK_N, N, K, r,
-                stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar,
-                stride_be, stride_bn, stride_br, stride_biase, stride_biasn, stride_ym, GATHER, P,
-                R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, FORMAT,
-            )  # fmt: skip
+                inputs, y_ptr, stride_ym, row_token_ptr, e, first_row, end, n, TILE, FORMAT
+            )
         e = next_e
         first_row = next_first_row
         end = next_end

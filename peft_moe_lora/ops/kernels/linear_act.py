@@ -17,11 +17,16 @@ from ..routing import Routing
 from .codes.product_4bit import weight_operands
 from .launching.launch import facts, launch
 from .launching.table import dot_precision, padded_rank
+from .operands import Act, Bias, Codes, Drop, Format, LowRank, Operand, Shape, Weight
 from .parts import of_experts, parts
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
 from .tiles.activation import activate, activate_plain, activation_constants
 from .tiles.tile import (
+    Descriptors,
+    Inputs,
+    Spot,
+    Tile,
     halves,
     launch_facts,
     position,
@@ -35,52 +40,26 @@ from .tiles.tile import (
 
 
 @triton.jit
-def _linear_act_tile(
-    x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr, act_ptr,
-    row_token_ptr, e, first_row, end, n, N, K, r,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
-    stride_bn, stride_br, stride_biase, stride_biasn,
-    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr, HALVES: tl.constexpr, GATHER: tl.constexpr,
-    R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr, FORMAT: tl.constexpr,
-):  # fmt: skip
-    """Compute column tile n of expert e, for rows first_row up to min(first_row + BLOCK_M, end)."""
-    BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    offs_m = first_row + tl.arange(0, BLOCK_M)
-    # past the expert's last row, that row is repeated: loads need no mask. Copies are not stored
-    rows = tl.minimum(offs_m, end - 1)
-    x_rows = rows
-    if GATHER:
-        x_rows = tl.load(row_token_ptr + rows)
-    n0 = n * (BLOCK_N // HALVES)
-    cols, mask_n = tile_columns(n0, N // HALVES, BLOCK_N, HALVES)
-    acc = tile_product(
-        x_ptr, None, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, None, None,
-        e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
-        stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
-        stride_bn, stride_br, stride_biase, stride_biasn, 0.0, R, PRECISION, BLOCK_M, BLOCK_N,
-        BLOCK_K, EVEN_K, K_UNIT, FORMAT,
-    )  # fmt: skip
+def _store_act(acc, outputs, offs_m, end, n, N, cols, mask_n, ACT: tl.constexpr):
+    """Store a tile [BLOCK_M, BLOCK_N] of pre, if it is wanted, and its activation."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_I: tl.constexpr = acc.shape[1] // 2 if ACT.GATED else acc.shape[1]
+    pre_ptr, act_ptr = outputs
     mask_m = (offs_m < end)[:, None]
     rows_out = offs_m.to(tl.int64)[:, None]
     dtype = act_ptr.dtype.element_ty
     offs_i = n * BLOCK_I + tl.arange(0, BLOCK_I)
-    I = N // 2 if GATED else N  # noqa: E741
+    I = N // 2 if ACT.GATED else N  # noqa: E741
     mask_i = mask_m & (offs_i < I)[None, :]
     act_ptrs = act_ptr + rows_out * I + offs_i[None, :]
-    if not GATED:
+    if not ACT.GATED or ACT.INTERLEAVED:
         if pre_ptr is not None:
             mask_pre = mask_m & mask_n[None, :]
-            pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
-            tl.store(pre_ptrs, acc.to(dtype), mask=mask_pre)
-        tl.store(act_ptrs, activate_plain(acc, KIND, ALPHA).to(dtype), mask=mask_i)
+            tl.store(pre_ptr + rows_out * N + cols[None, :], acc.to(dtype), mask=mask_pre)
+    if not ACT.GATED:
+        tl.store(act_ptrs, activate_plain(acc, ACT).to(dtype), mask=mask_i)
     else:
-        if INTERLEAVED:
-            if pre_ptr is not None:
-                mask_pre = mask_m & mask_n[None, :]
-                pre_ptrs = pre_ptr + rows_out * N + cols[None, :]
-                tl.store(pre_ptrs, acc.to(dtype), mask=mask_pre)
+        if ACT.INTERLEAVED:
             gate, up = tl.split(acc.reshape(BLOCK_M, BLOCK_I, 2))
         else:
             gate, up = halves(acc, BLOCK_M, BLOCK_I)
@@ -90,7 +69,28 @@ def _linear_act_tile(
         # act is computed from the rounded values that are stored: fp32 values need more registers
         gate = gate.to(dtype).to(tl.float32)
         up = up.to(dtype).to(tl.float32)
-        tl.store(act_ptrs, activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT).to(dtype), mask=mask_i)
+        tl.store(act_ptrs, activate(gate, up, ACT).to(dtype), mask=mask_i)
+
+
+@triton.jit
+def _linear_act_tile(
+    inputs, outputs, row_token_ptr, e, first_row, end, n, TILE: tl.constexpr, ACT: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Compute column tile n of expert e, for rows first_row up to min(first_row + BLOCK_M, end)."""
+    HALVES: tl.constexpr = 2 if ACT.GATED and not ACT.INTERLEAVED else 1
+    N = inputs.shape.N
+    offs_m = first_row + tl.arange(0, TILE.M)
+    # past the expert's last row, that row is repeated: loads need no mask. Copies are not stored
+    rows = tl.minimum(offs_m, end - 1)
+    x_rows = rows
+    if TILE.GATHER:
+        x_rows = tl.load(row_token_ptr + rows)
+    n0 = n * (TILE.N // HALVES)
+    cols, mask_n = tile_columns(n0, N // HALVES, TILE.N, HALVES)
+    spot = Spot(e, first_row, n0, rows, x_rows, cols, mask_n)
+    acc = tile_product(inputs, spot, TILE, FORMAT)
+    _store_act(acc, outputs, offs_m, end, n, N, cols, mask_n, ACT)
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -107,8 +107,24 @@ def _linear_act_kernel(
     LOW_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Persistent grid: each program computes every num_programs-th output tile."""
-    codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
-    FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, GATHER, 0.0, R, PRECISION)
+    HALF_TILE: tl.constexpr = Tile(
+        BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, GATHER, 0.0, R, PRECISION
+    )
+    ACT: tl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
+    FORMAT: tl.constexpr = Format(BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
+    lora_B = Weight(lora_B_ptr, stride_be, stride_bn, stride_br)
+    inputs = Inputs(
+        Descriptors(None, weight_desc),
+        Operand(x_ptr, stride_xm, stride_xk),
+        Weight(weight_ptr, stride_we, stride_wn, stride_wk),
+        Codes(scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr),
+        Bias(bias_ptr, stride_biase, stride_biasn),
+        LowRank(Operand(xa_ptr, stride_xam, stride_xar), lora_B),
+        Drop(None, None),
+        Shape(N, K, r),
+    )
+    outputs = pre_ptr, act_ptr
     HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
     num_tiles = table_size(tiles_ptr, lines)
     num_n = tl.cdiv(N // HALVES, BLOCK_N // HALVES)
@@ -126,22 +142,12 @@ def _linear_act_kernel(
         if TAIL and end - first_row <= BLOCK_M // 2:
             # an expert's last rows, if they fill at most half a tile
             _linear_act_tile(
-                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr,
-                act_ptr, row_token_ptr, e, first_row, end, n, N, K, r, stride_xm, stride_xk,
-                stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn,
-                stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED, LIMIT, ALPHA,
-                UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K,
-                K_UNIT, FORMAT,
-            )  # fmt: skip
+                inputs, outputs, row_token_ptr, e, first_row, end, n, HALF_TILE, ACT, FORMAT
+            )
         else:
             _linear_act_tile(
-                x_ptr, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, pre_ptr,
-                act_ptr, row_token_ptr, e, first_row, end, n, N, K, r, stride_xm, stride_xk,
-                stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be, stride_bn,
-                stride_br, stride_biase, stride_biasn, KIND, GATED, INTERLEAVED, LIMIT, ALPHA,
-                UP_SHIFT, HALVES, GATHER, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT,
-                FORMAT,
-            )  # fmt: skip
+                inputs, outputs, row_token_ptr, e, first_row, end, n, TILE, ACT, FORMAT
+            )
         e = next_e
         first_row = next_first_row
         end = next_end

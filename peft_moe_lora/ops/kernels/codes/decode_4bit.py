@@ -3,14 +3,8 @@
 `dequantize_4bit` writes these values to memory; `product_4bit` multiplies by them in registers.
 
 Legend:
-    codes: (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr), the tensors of
-        `Codes4bit` without the packed bytes
-    FORMAT: (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST), the constants of `Codes4bit`
-        BLOCKSIZE: values that share a scale
-        SPAN: values that are adjacent in memory and share a scale, and are loaded together
-        NESTED: number of scales that share a second-level scale; 0 if scales are not quantized
-        EXPONENTS: whether a scale is stored as an exponent of 2 in 8 bits
-        LOW_FIRST: whether the low four bits of a byte are the first of its two codes
+    codes: `operands.Codes`, the tensors of `Codes4bit` without the packed bytes
+    FORMAT: `operands.Format`, the constants of `Codes4bit`
 """
 
 import torch
@@ -23,22 +17,21 @@ from ...quantized import Codes4bit
 @triton.jit
 def load_scales(codes, block, mask, FORMAT: tl.constexpr):
     """Load the stored scales of blocks and, if they are nested, the scales of these scales."""
-    NESTED: tl.constexpr = FORMAT[2]
-    stored = tl.load(codes[0] + block, mask=mask, other=0)
+    stored = tl.load(codes.scales + block, mask=mask, other=0)
     nested = stored
-    if NESTED > 0:
-        nested = tl.load(codes[3] + block // NESTED, mask=mask, other=0.0)
+    if FORMAT.NESTED > 0:
+        nested = tl.load(codes.nested_scales + block // FORMAT.NESTED, mask=mask, other=0.0)
     return stored, nested
 
 
 @triton.jit
 def decoded_scales(codes, stored, nested, FORMAT: tl.constexpr):
     """fp32 scales from the two results of `load_scales`."""
-    if FORMAT[2] > 0:
+    if FORMAT.NESTED > 0:
         # bitsandbytes rounds the product and the sum, so `code_operands` disables fused
         # multiply-add
-        scales = tl.load(codes[2] + stored.to(tl.int32)) * nested + tl.load(codes[4])
-    elif FORMAT[3]:
+        scales = tl.load(codes.nested_code + stored.to(tl.int32)) * nested + tl.load(codes.offset)
+    elif FORMAT.EXPONENTS:
         # e becomes the exponent bits of an fp32. e = 0 means 2**-127, a denormal with bits 1 << 22
         scales = tl.maximum(stored.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
     else:
@@ -49,9 +42,9 @@ def decoded_scales(codes, stored, nested, FORMAT: tl.constexpr):
 @triton.jit
 def decoded_values(codes, packed, scales, dtype: tl.constexpr, FORMAT: tl.constexpr):
     """[..., 2 n] values of packed bytes [..., n], times scales that broadcast to [..., n]."""
-    high = (tl.load(codes[1] + (packed >> 4).to(tl.int32)) * scales).to(dtype)
-    low = (tl.load(codes[1] + (packed & 15).to(tl.int32)) * scales).to(dtype)
-    return tl.interleave(low, high) if FORMAT[4] else tl.interleave(high, low)
+    high = (tl.load(codes.code + (packed >> 4).to(tl.int32)) * scales).to(dtype)
+    low = (tl.load(codes.code + (packed & 15).to(tl.int32)) * scales).to(dtype)
+    return tl.interleave(low, high) if FORMAT.LOW_FIRST else tl.interleave(high, low)
 
 
 def code_operands(weight: Codes4bit, span: int) -> tuple[tuple, dict]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from ...quantized import Codes4bit
 from ..launching.launch import launch
 from ..launching.table import ceil_div, device_facts, find
+from ..operands import Codes, Format
 from .decode_4bit import code_operands, decoded_scales, decoded_values, load_scales
 
 
@@ -29,8 +30,8 @@ def _dequantize_4bit_kernel(
     e = first + tl.program_id(1)
     if tl.load(expert_offsets_ptr + e + 1) == tl.load(expert_offsets_ptr + e):
         return
-    codes = (scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
-    FORMAT: tl.constexpr = (BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
+    codes = Codes(scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
+    FORMAT: tl.constexpr = Format(BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
     HALF: tl.constexpr = SPAN // 2
     g = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mask = g < groups

@@ -39,57 +39,58 @@ def _load_spans(packed_ptr, codes, flat, mask, FORMAT: tl.constexpr):
 
     flat [P, Q]: the index, in the flat stack, of the first value of each span.
     """
-    HALF: tl.constexpr = FORMAT[1] // 2
+    HALF: tl.constexpr = FORMAT.SPAN // 2
     first = tl.multiple_of(flat // 2, [16, 16])
     bytes_ptrs = packed_ptr + first[:, :, None] + tl.arange(0, HALF)[None, None, :]
     packed = tl.load(bytes_ptrs, mask=mask[:, :, None], other=0)
-    stored, nested = load_scales(codes, flat // FORMAT[0], mask, FORMAT)
+    stored, nested = load_scales(codes, flat // FORMAT.BLOCKSIZE, mask, FORMAT)
     return packed, stored, nested
 
 
 @triton.jit
 def add_product_4bit(
-    acc, x_ptrs, packed_ptr, codes, e, cols, mask_n, K, stride_xk, stride_we, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_UNIT: tl.constexpr,
+    acc, x_ptrs, stride_xk, weight, codes, e, cols, mask_n, K, TILE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] + x W[e]^T.
 
     x_ptrs [BLOCK_M, BLOCK_K]: the first tile of x. cols [BLOCK_N]: the columns of the tile.
-    Strides of the weight count values, not bytes. K_UNIT: whether adjacent values lie along K.
+    weight: `operands.Weight` of the packed bytes; its strides count values.
+    TILE: as in `tiles.tile`.
     codes, FORMAT: as in `decode_4bit`.
     """
-    SPAN: tl.constexpr = FORMAT[1]
-    offs_k = tl.arange(0, BLOCK_K)
-    if K_UNIT:
+    SPAN: tl.constexpr = FORMAT.SPAN
+    offs_k = tl.arange(0, TILE.K)
+    if TILE.K_UNIT:
         # spans [N, K / SPAN]
         n = cols[:, None]
         exists = mask_n[:, None]
-        span_k = tl.arange(0, BLOCK_K // SPAN)[None, :] * SPAN
+        span_k = tl.arange(0, TILE.K // SPAN)[None, :] * SPAN
     else:
         # spans [K, N / SPAN]: a span never crosses from the gate half to the up half, and either
         # all or none of its columns exist
-        n = tl.min(cols.reshape(BLOCK_N // SPAN, SPAN), 1)[None, :]
-        exists = tl.max(mask_n.reshape(BLOCK_N // SPAN, SPAN).to(tl.int32), 1)[None, :] > 0
+        n = tl.min(cols.reshape(TILE.N // SPAN, SPAN), 1)[None, :]
+        exists = tl.max(mask_n.reshape(TILE.N // SPAN, SPAN).to(tl.int32), 1)[None, :] > 0
         span_k = offs_k[:, None]
-    flat = e * stride_we + n.to(tl.int64) * stride_wn + span_k.to(tl.int64) * stride_wk
-    packed, stored, nested = _load_spans(packed_ptr, codes, flat, exists & (span_k < K), FORMAT)
+    flat = e * weight.stride_e + n.to(tl.int64) * weight.stride_n
+    flat += span_k.to(tl.int64) * weight.stride_k
+    packed, stored, nested = _load_spans(weight.ptr, codes, flat, exists & (span_k < K), FORMAT)
     x = tl.load(x_ptrs, mask=offs_k[None, :] < K, other=0.0)
-    for k in range(0, K, BLOCK_K):
+    for k in range(0, K, TILE.K):
         # the loads of the next tile are in flight while this one is decoded
-        x_ptrs += BLOCK_K * stride_xk
-        flat += BLOCK_K * stride_wk
-        left = K - k - BLOCK_K
+        x_ptrs += TILE.K * stride_xk
+        flat += TILE.K * weight.stride_k
+        left = K - k - TILE.K
         mask = exists & (span_k < left)
-        next_packed, next_stored, next_nested = _load_spans(packed_ptr, codes, flat, mask, FORMAT)
+        next_packed, next_stored, next_nested = _load_spans(weight.ptr, codes, flat, mask, FORMAT)
         next_x = tl.load(x_ptrs, mask=offs_k[None, :] < left, other=0.0)
         scales = decoded_scales(codes, stored, nested, FORMAT)[:, :, None]
-        weight = decoded_values(codes, packed, scales, x.dtype, FORMAT)
-        if K_UNIT:
-            weight = weight.reshape(BLOCK_N, BLOCK_K).trans()
+        values = decoded_values(codes, packed, scales, x.dtype, FORMAT)
+        if TILE.K_UNIT:
+            values = values.reshape(TILE.N, TILE.K).trans()
         else:
-            weight = weight.reshape(BLOCK_K, BLOCK_N)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # [M, K] @ [K, N] -> [M, N]
+            values = values.reshape(TILE.K, TILE.N)
+        acc = tl.dot(x, values, acc, input_precision=TILE.PRECISION)  # [M, K] @ [K, N] -> [M, N]
         x = next_x
         packed = next_packed
         stored = next_stored

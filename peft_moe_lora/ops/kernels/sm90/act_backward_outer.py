@@ -29,6 +29,8 @@ Legend: chunks as in `tiles.chunks`
         used only for experts with several chunks
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -44,6 +46,7 @@ from ...operations import RankRows
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
+from ..operands import Act
 from ..tiles.activation import activate_backward, activation_constants
 from ..tiles.chunks import chunk_rows, sum_chunks
 from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
@@ -72,6 +75,30 @@ STAGED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
+class _Quarter(NamedTuple):
+    """A quarter of a step.
+
+    Attributes:
+        h, c: as in the legend.
+        left: number of rows of the chunk from the first row of the step on.
+        col: first column of the panel in act. I: columns of act.
+    """
+
+    h: Any
+    c: Any
+    left: Any
+    col: Any
+    I: Any  # noqa: E741
+
+
+class _Operands(NamedTuple):
+    """Shared memory that receives the operands of wgmma: of both sides and of act."""
+
+    side0: Any
+    side1: Any
+    act: Any
+
+
 @gluon.jit
 def _opaque_zero(n):
     """0, but the compiler does not know that.
@@ -93,14 +120,9 @@ def _split_pairs(pairs, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.con
 
 
 @gluon.jit
-def _load_quarter(
-    staged, s, draw_ptrs, pre_ptrs, left, h, c, col, I, stride_prem,  # noqa: E741
-    INTERLEAVED: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of both sides and draw of a quarter into stage s.
-
-    left: number of rows of the chunk from the first row of the step on.
-    """
+def _load_quarter(staged, s, draw_ptrs, pre_ptrs, quarter, stride_prem, INTERLEAVED: gl.constexpr):
+    """Start the copies of both sides and draw of a quarter into stage s."""
+    h, c, left, col, I = quarter  # noqa: E741
     exists = col + c * COLS < I
     mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS)) < left)[:, None] & exists
     pre_ptrs += h * HALF * stride_prem + c * COLS * (1 + INTERLEAVED)
@@ -118,9 +140,8 @@ def _load_quarter(
 
 @gluon.jit
 def _activate_side(
-    staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m,
-    KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
-):  # fmt: skip
+    staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m, ACT: gl.constexpr
+):
     """Compute act and dpre of a side of interleaved gate and up.
 
     Stores dpre, and puts dpre and act into shared memory for wgmma.
@@ -133,7 +154,7 @@ def _activate_side(
     )
     w = gl.convert_layout(w, gl.SliceLayout(1, gate.type.layout), assert_trivial=True)
     act, dgate, dup = activate_backward(
-        gate.to(gl.float32), up.to(gl.float32), w[:, None] * draw, KIND, LIMIT, ALPHA, UP_SHIFT
+        gate.to(gl.float32), up.to(gl.float32), w[:, None] * draw, ACT
     )
     act_smem.store(gl.convert_layout(act.to(dtype), BY_PAIRS, assert_trivial=True))
     dpre = gl.join(dgate.to(dtype), dup.to(dtype)).reshape([HALF, COLS])
@@ -145,14 +166,14 @@ def _activate_side(
 
 @gluon.jit
 def _activate_quarter(
-    staged, s, w_smem, dw_ptr, dpre_ptrs, left, h, c, col, I, M,  # noqa: E741
-    side0_smem, side1_smem, act_smem, INTERLEAVED: gl.constexpr,
-    KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
-):  # fmt: skip
+    staged, s, w_smem, dw_ptr, dpre_ptrs, quarter, M, operands, ACT: gl.constexpr
+):
     """Compute act and dpre of the quarter in stage s.
 
     Stores dpre and the quarter's part of dw, and puts dpre and act into shared memory for wgmma.
     """
+    h, c, left, col, I = quarter  # noqa: E741
+    side0_smem, side1_smem, act_smem = operands
     dtype: gl.constexpr = act_smem.dtype
     w = w_smem.load(gl.SliceLayout(1, BY_ELEMENTS))
     side0 = staged[0].index(s)
@@ -160,15 +181,15 @@ def _activate_quarter(
     draw = staged[2].index(s)
     rows = h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
     mask_m = (rows < left) & (col + c * COLS < I)
-    dpre_ptrs += h * HALF * 2 * I + c * COLS * (1 + INTERLEAVED)
-    if INTERLEAVED:
+    dpre_ptrs += h * HALF * 2 * I + c * COLS * (1 + ACT.INTERLEAVED)
+    if ACT.INTERLEAVED:
         product = _activate_side(
             side0, draw.slice(0, PAIRS, 1), w, side0_smem, act_smem.slice(0, PAIRS, 1), dpre_ptrs,
-            mask_m, KIND, LIMIT, ALPHA, UP_SHIFT,
+            mask_m, ACT,
         )  # fmt: skip
         product += _activate_side(
             side1, draw.slice(PAIRS, PAIRS, 1), w, side1_smem, act_smem.slice(PAIRS, PAIRS, 1),
-            dpre_ptrs + COLS, mask_m, KIND, LIMIT, ALPHA, UP_SHIFT,
+            dpre_ptrs + COLS, mask_m, ACT,
         )  # fmt: skip
         dw = gl.convert_layout(
             gl.sum(product, axis=1), gl.SliceLayout(1, BY_ELEMENTS), assert_trivial=True
@@ -177,9 +198,7 @@ def _activate_quarter(
         gate = side0.load(BY_ELEMENTS).to(gl.float32)
         up = side1.load(BY_ELEMENTS).to(gl.float32)
         draw = draw.load(BY_ELEMENTS).to(gl.float32)
-        act, dgate, dup = activate_backward(
-            gate, up, w[:, None] * draw, KIND, LIMIT, ALPHA, UP_SHIFT
-        )
+        act, dgate, dup = activate_backward(gate, up, w[:, None] * draw, ACT)
         dw = gl.sum(act * draw, axis=1)
         dgate = dgate.to(dtype)
         dup = dup.to(dtype)
@@ -302,6 +321,7 @@ def _act_backward_outer_kernel(
 
     The sums of an expert with one chunk or without rows are written to dA and dB directly.
     """
+    ACT: gl.constexpr = Act(KIND, True, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
     dtype: gl.constexpr = pre_ptr.dtype.element_ty
     NARROW: gl.constexpr = narrow(RANKS)
     # layout of wgmma's sums: each of the two groups of four warps has all rows, and half of the
@@ -335,12 +355,10 @@ def _act_backward_outer_kernel(
     staged = staged0, staged1, staged_draws
     left = end - start
     zero = start * 0
-    _load_quarter(
-        staged, 0, draw_ptrs, pre_ptrs, left, zero, zero, col, I, stride_prem, INTERLEAVED
-    )
-    _load_quarter(
-        staged, 1, draw_ptrs, pre_ptrs, left, zero, zero + 1, col, I, stride_prem, INTERLEAVED
-    )
+    first = _Quarter(zero, zero, left, col, I)
+    _load_quarter(staged, 0, draw_ptrs, pre_ptrs, first, stride_prem, INTERLEAVED)
+    second = _Quarter(zero, zero + 1, left, col, I)
+    _load_quarter(staged, 1, draw_ptrs, pre_ptrs, second, stride_prem, INTERLEAVED)
 
     sides0 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     sides1 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
@@ -405,16 +423,15 @@ def _act_backward_outer_kernel(
             c = j % 2
             # two quarters ahead: the same columns of the next 32 rows
             ahead = gl.where(s == 0, 2, s - 1)
-            _load_quarter(
-                staged, ahead, draw_ptrs, pre_ptrs, left, h + 1, c, col, I, stride_prem, INTERLEAVED
-            )
+            loaded = _Quarter(h + 1, c, left, col, I)
+            _load_quarter(staged, ahead, draw_ptrs, pre_ptrs, loaded, stride_prem, INTERLEAVED)
             # a thread computes only on elements that it copied itself, so no barrier is needed
             async_copy.wait_group(2)
             q = 2 * c + h
-            _activate_quarter(
-                staged, s, ws.index(h), dw_ptr, dpre_ptrs, left, h, c, col, I, M, sides0.index(q),
-                sides1.index(q), acts.index(q), INTERLEAVED, KIND, LIMIT, ALPHA, UP_SHIFT,
-            )  # fmt: skip
+            computed = _Quarter(h, c, left, col, I)
+            w_smem = ws.index(h)
+            operands = _Operands(sides0.index(q), sides1.index(q), acts.index(q))
+            _activate_quarter(staged, s, w_smem, dw_ptr, dpre_ptrs, computed, M, operands, ACT)
             s = gl.where(s == 2, 0, s + 1)
         if RANKS > 16:
             step_xa = _load_ranks(xa_pairs, end - left, left, width, RANKS)

@@ -16,12 +16,7 @@ Legend, of one program (its sizes are in `linear_roles_tile`):
         computes 64 rows, but any multiple of 8 columns. So the product of a tail is transposed: its
         rows are the weight's columns. Each consumer computes 64 from the left half of the tile's
         columns and 64 from the right half: left and right, [64, 32] each.
-    HALVES: 2 if a tile holds the same 128 columns of a gate half and of an up half, else 1
     step: 64 columns of x or of xa; the operands of each step are one stage of a pipeline
-    stages: (rows, columns, full, empty), the buffers and mbarriers of the pipeline
-        rows: halves [2 * STAGES, 64, 64] and tails [STAGES, 32, 64] of x or xa
-        columns: of the weight or of B, [STAGES, 256, 64] if K_UNIT, else [STAGES, 64, 256]
-        full, empty: mbarriers, as in `pipeline`
     messages: the pipeline through which the warps that load send each output tile to the consumers:
         (expert, first row, end of the rows and the tail, column tile). Expert -1 means that there
         are no more tiles.
@@ -43,13 +38,14 @@ from ...dropout import Dropout
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, padded_rank
+from ..operands import Act, Bias, Drop
 from ..tiles.activation import activation_constants
 from ..tiles.descriptors import operand_descriptors
 from ..tiles.dropout import dropout_mask, probability_and_seed
 from ..tiles.tile import rank_of, strides_or_zeros
 from .linear_roles_load import produce
 from .linear_roles_store import store_half, store_tail
-from .linear_roles_tile import BLOCK_K, BLOCK_N, BOX_M, HALF_M
+from .linear_roles_tile import BLOCK_K, BLOCK_N, BOX_M, HALF_M, Line, Sizes, Stages
 from .pieces import WIDE
 from .pipeline import make_barriers, make_messages, receive, stage_of, wait_full
 
@@ -63,7 +59,7 @@ NO_ACTIVATION = {
 @gluon.jit
 def _multiply_step(
     acc, left, right, stages, step, continued, HALF: gl.constexpr, TAIL: gl.constexpr,
-    WIDTH: gl.constexpr, COPIED: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    WIDTH: gl.constexpr, COPIED: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     """Add the products of a step's first WIDTH columns of x, and release the previous step's stage.
 
@@ -73,19 +69,18 @@ def _multiply_step(
         COPIED: whether threads copied the rows, not TMA. Then a fence makes them visible to wgmma.
     Returns: acc, left, right, the number of the next step.
     """
-    rows, columns, full, empty = stages
-    s = stage_of(step, STAGES)
-    wait_full(full, step, STAGES)
+    s = stage_of(step, SIZES.STAGES)
+    wait_full(stages.full, step, SIZES.STAGES)
     if COPIED:
         fence_async_shared()
-    x = rows[0].index(2 * s + HALF)
-    weight = columns.index(s)
-    tail = rows[1].index(s)
+    x = stages.halves.index(2 * s + HALF)
+    weight = stages.columns.index(s)
+    tail = stages.tails.index(s)
     if WIDTH < BLOCK_K:
         x = x.slice(0, WIDTH, 1)
-        weight = weight.slice(0, WIDTH, 1 if K_UNIT else 0)
+        weight = weight.slice(0, WIDTH, 1 if SIZES.K_UNIT else 0)
         tail = tail.slice(0, WIDTH, 1)
-    if K_UNIT:
+    if SIZES.K_UNIT:
         weight = weight.permute([1, 0])
     acc = warpgroup_mma(x, weight, acc, is_async=True)  # [M, K] @ [K, N] -> [M, N]
     # below, wait for the previous step's products; this step's products stay in flight
@@ -99,64 +94,56 @@ def _multiply_step(
         acc, left, right = warpgroup_mma_wait(3, deps=[acc, left, right])
     else:
         acc = warpgroup_mma_wait(1, deps=[acc])
-    mbarrier.arrive(empty.index(stage_of(step - 1, STAGES)), pred=continued)
+    mbarrier.arrive(stages.empty.index(stage_of(step - 1, SIZES.STAGES)), pred=continued)
     return acc, left, right, step + 1
 
 
 @gluon.jit
 def _masked_low_rank(
-    acc, left, right, dropout, stages, step, first_row, end, tail_end, n, P: gl.constexpr,
-    HALF: gl.constexpr, TAILS: gl.constexpr, R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr,
-    K_UNIT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    acc, left, right, drop, stages, step, line, HALF: gl.constexpr, SIZES: gl.constexpr
+):
     """The low-rank term of a tile, multiplied by the mask of dropout.
 
-    dropout: (pointer of the seed, pointer of the slot of each row).
     Returns: acc, left, right, the number of the next step.
     """
-    seed_ptr, row_slot_ptr = dropout
-    for TAIL in gl.static_range(2 if TAILS else 1):
+    _, first_row, end, tail_end, n = line
+    for TAIL in gl.static_range(2 if SIZES.TAILS else 1):
         runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
-        for i in range(R_STEPS * runs):
+        for i in range(SIZES.R_STEPS * runs):
             acc, left, right, step = _multiply_step(
-                acc, left, right, stages, step, i > 0, HALF, TAIL, R_WIDTH, False, K_UNIT, STAGES
+                acc, left, right, stages, step, i > 0, HALF, TAIL, SIZES.R_WIDTH, False, SIZES
             )
         if TAIL:
             acc, left, right = warpgroup_mma_wait(0, deps=[acc, left, right])
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(stages[3].index(stage_of(step - 1, STAGES)))
+    mbarrier.arrive(stages.empty.index(stage_of(step - 1, SIZES.STAGES)))
     rows = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, acc.type.layout))
     cols = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, acc.type.layout))
-    slots = gl.load(row_slot_ptr + gl.minimum(rows, end - 1))
-    acc *= dropout_mask(seed_ptr, slots[:, None], cols[None, :], P)
-    if TAILS and tail_end > end:
+    slots = gl.load(drop.row_slot + gl.minimum(rows, end - 1))
+    acc *= dropout_mask(drop.seed, slots[:, None], cols[None, :], SIZES.P)
+    if SIZES.TAILS and tail_end > end:
         # the product of a tail is transposed
         tail_rows = end + gl.arange(0, BOX_M, gl.SliceLayout(0, left.type.layout))
-        tail_slots = gl.load(row_slot_ptr + gl.minimum(tail_rows, tail_end - 1))[None, :]
+        tail_slots = gl.load(drop.row_slot + gl.minimum(tail_rows, tail_end - 1))[None, :]
         j = gl.arange(0, 64, gl.SliceLayout(1, left.type.layout))
         left_cols = (n * BLOCK_N + 64 * HALF + j)[:, None]
-        left *= dropout_mask(seed_ptr, tail_slots, left_cols, P)
-        right *= dropout_mask(seed_ptr, tail_slots, left_cols + 128, P)
+        left *= dropout_mask(drop.seed, tail_slots, left_cols, SIZES.P)
+        right *= dropout_mask(drop.seed, tail_slots, left_cols + 128, SIZES.P)
     return acc, left, right, step
 
 
 @gluon.jit
 def _consume(
-    output, dropout, stages, messages, N, K, dtype: gl.constexpr, P: gl.constexpr,
-    HALF: gl.constexpr, TAILS: gl.constexpr, GATHER: gl.constexpr, HALVES: gl.constexpr,
-    R_STEPS: gl.constexpr, R_WIDTH: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
-    KIND: gl.constexpr, GATED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
-    UP_SHIFT: gl.constexpr,
+    output, bias, drop, stages, messages, N, K, HALF: gl.constexpr, SIZES: gl.constexpr,
+    ACT: gl.constexpr,
 ):  # fmt: skip
     """In four warps: multiply and store one half of every tile, until there are no more tiles."""
-    y, act, bias = output
-    bias_ptr, stride_biase, stride_biasn = bias
-    full = stages[2]
-    empty = stages[3]
-    WIDTH: gl.constexpr = BLOCK_N // HALVES
+    WIDTH: gl.constexpr = BLOCK_N // SIZES.HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BOX_M.value, 16])
+    # of the steps after the K loop
+    R_STEPS: gl.constexpr = 0 if SIZES.P > 0 else SIZES.R_STEPS
     k_steps = gl.cdiv(K, BLOCK_K)
     # numbers of steps and of messages so far
     step = 0
@@ -166,58 +153,52 @@ def _consume(
         tail_end = end
         end = gl.minimum(end, first_row + 2 * HALF_M)
         first_row += HALF * HALF_M
+        line = Line(e, first_row, end, tail_end, n)
         if first_row < end:
-            if bias_ptr is not None:
+            if bias.ptr is not None:
                 # loaded before the K loop, so that it hides the latency; two columns a thread
                 j = gl.arange(0, BLOCK_N, gl.BlockedLayout([2], [32], [4], [0]))
                 in_half = n * WIDTH + j % WIDTH
-                cols = j // WIDTH * (N // HALVES) + in_half
+                cols = j // WIDTH * (N // SIZES.HALVES) + in_half
                 # int64: an expert index times a stride passes 2**31
-                bias_ptrs = bias_ptr + e.to(gl.int64) * stride_biase + cols * stride_biasn
-                values = gl.load(bias_ptrs, mask=in_half < N // HALVES, other=0.0)
+                bias_ptrs = bias.ptr + e.to(gl.int64) * bias.stride_e + cols * bias.stride_n
+                values = gl.load(bias_ptrs, mask=in_half < N // SIZES.HALVES, other=0.0)
             acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, layout)
             left = gl.zeros([64, BOX_M], gl.float32, tail_layout)
             right = gl.zeros([64, BOX_M], gl.float32, tail_layout)
-            if P > 0:
+            if SIZES.P > 0:
                 acc, left, right, step = _masked_low_rank(
-                    acc, left, right, dropout, stages, step, first_row, end, tail_end, n, P, HALF,
-                    TAILS, R_STEPS, R_WIDTH, K_UNIT, STAGES,
-                )  # fmt: skip
+                    acc, left, right, drop, stages, step, line, HALF, SIZES
+                )
             # one K loop without a tail and one with it; one of the two has no iterations. In a
             # single loop with a branch, products would not stay in flight
-            for TAIL in gl.static_range(2 if TAILS else 1):
+            for TAIL in gl.static_range(2 if SIZES.TAILS else 1):
                 runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
                 for i in range(k_steps * runs):
                     acc, left, right, step = _multiply_step(
-                        acc, left, right, stages, step, i > 0, HALF, TAIL, BLOCK_K, GATHER, K_UNIT,
-                        STAGES,
+                        acc, left, right, stages, step, i > 0, HALF, TAIL, BLOCK_K, SIZES.GATHER,
+                        SIZES,
                     )  # fmt: skip
-                for _ in range(0 if P > 0 else R_STEPS * runs):
+                for _ in range(R_STEPS * runs):
                     acc, left, right, step = _multiply_step(
-                        acc, left, right, stages, step, True, HALF, TAIL, R_WIDTH, False, K_UNIT,
-                        STAGES,
+                        acc, left, right, stages, step, True, HALF, TAIL, SIZES.R_WIDTH, False,
+                        SIZES,
                     )  # fmt: skip
                 if TAIL:
                     acc, left, right = warpgroup_mma_wait(0, deps=[acc, left, right])
                 else:
                     acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(stage_of(step - 1, STAGES)))
-            if TAILS and tail_end > end:
-                store_tail(
-                    left, right, y, act, bias, e, end, tail_end, n, N, dtype, HALF, HALVES, KIND,
-                    GATED, LIMIT, ALPHA, UP_SHIFT,
-                )  # fmt: skip
-            if bias_ptr is not None:
+            mbarrier.arrive(stages.empty.index(stage_of(step - 1, SIZES.STAGES)))
+            if SIZES.TAILS and tail_end > end:
+                store_tail(left, right, output, bias, line, N, HALF, SIZES, ACT)
+            if bias.ptr is not None:
                 acc += gl.convert_layout(values, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
-            store_half(
-                acc, y, act, first_row, end, n, N, dtype, HALVES, KIND, GATED, LIMIT, ALPHA,
-                UP_SHIFT,
-            )  # fmt: skip
+            store_half(acc, output, line, N, SIZES, ACT)
         else:
             # this half has no rows, and nothing was loaded for it: release its stages at once
-            for _ in range(k_steps + R_STEPS):
-                wait_full(full, step, STAGES)
-                mbarrier.arrive(empty.index(stage_of(step, STAGES)))
+            for _ in range(k_steps + SIZES.R_STEPS):
+                wait_full(stages.full, step, SIZES.STAGES)
+                mbarrier.arrive(stages.empty.index(stage_of(step, SIZES.STAGES)))
                 step += 1
         message += 1
         e, first_row, end, n = receive(messages, message)
@@ -241,6 +222,10 @@ def _linear_roles_kernel(
     # no tails if the activation needs the registers: if it is ungated, or gelu of interleaved pairs
     TAILS: gl.constexpr = KIND is None or (GATED and not (INTERLEAVED and KIND == "gelu"))
     dtype: gl.constexpr = y_ptr.dtype.element_ty if act_ptr is None else act_ptr.dtype.element_ty
+    SIZES: gl.constexpr = Sizes(
+        dtype, P, TAILS, GATHER, EVEN_K, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES, GROUP
+    )
+    ACT: gl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
     row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], WIDE)
     row_tails = gl.allocate_shared_memory(dtype, [STAGES, BOX_M, BLOCK_K], WIDE)
     columns = gl.allocate_shared_memory(
@@ -248,39 +233,22 @@ def _linear_roles_kernel(
     )
     # arrivals that make a stage full: one for TMA and, if rows are gathered, one of each thread
     full, empty = make_barriers(STAGES, 129 if GATHER else 1, 2)
-    stages = (row_halves, row_tails), columns, full, empty
+    stages = Stages(row_halves, row_tails, columns, full, empty)
     messages = make_messages(2)
     operands = x_desc, weight_desc, xa_desc, lora_B_desc
     x = x_ptr, row_token_ptr, stride_xm
-    dropout = seed_ptr, row_slot_ptr
-    output = y_ptr, act_ptr, (bias_ptr, stride_biase, stride_biasn)
+    drop = Drop(seed_ptr, row_slot_ptr)
+    output = y_ptr, act_ptr
+    bias = Bias(bias_ptr, stride_biase, stride_biasn)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    output, dropout, stages, messages, N, K, dtype, P, 0, TAILS, GATHER, HALVES,
-                    R_STEPS, R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    output, dropout, stages, messages, N, K, dtype, P, 1, TAILS, GATHER, HALVES,
-                    R_STEPS, R_WIDTH, K_UNIT, STAGES, KIND, GATED, LIMIT, ALPHA, UP_SHIFT,
-                ),
-            ),
-            (
-                produce,
-                (
-                    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP, TAILS, GATHER,
-                    P > 0, EVEN_K, HALVES, R_STEPS, K_UNIT, STAGES,
-                ),
-            ),
+            (_consume, (output, bias, drop, stages, messages, N, K, 0, SIZES, ACT)),
+            (_consume, (output, bias, drop, stages, messages, N, K, 1, SIZES, ACT)),
+            (produce, (operands, x, tiles_ptr, lines, stages, messages, N, K, SIZES)),
         ],
         [4, 4 if GATHER else 1],
         [CONSUMER, PRODUCER],
-    )  # fmt: skip
+    )
 
 
 def _descriptor(

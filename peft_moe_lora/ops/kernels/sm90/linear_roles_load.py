@@ -41,43 +41,42 @@ def _tile_rows(tiles_ptr, tile, TAILS: gl.constexpr):
 
 
 @gluon.jit
-def _load_columns(desc, columns, full, s, e, n, k, HALVES: gl.constexpr, K_UNIT: gl.constexpr):
+def _load_columns(desc, columns, full, s, e, n, k, SIZES: gl.constexpr):
     """Start the copy of a step's columns into stage s; past N, K and r TMA writes zeros."""
-    if K_UNIT:
-        WIDTH: gl.constexpr = BLOCK_N // HALVES
-        load_box(
-            desc, [e, 0, n * WIDTH, k], full, columns.index(s).reshape([1, HALVES, WIDTH, BLOCK_K])
-        )
+    if SIZES.K_UNIT:
+        WIDTH: gl.constexpr = BLOCK_N // SIZES.HALVES
+        first = n * WIDTH
+        box = columns.index(s).reshape([1, SIZES.HALVES, WIDTH, BLOCK_K])
+        load_box(desc, [e, 0, first, k], full, box)
     else:
         load_box(desc, [e, k, n * BLOCK_N], full, columns.index(s).reshape([1, BLOCK_K, BLOCK_N]))
 
 
 @gluon.jit
 def _load_boxes(
-    rows_desc, columns_desc, steps, stages, step, e, first_row, end, n,
-    GATHER: gl.constexpr, HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
+    rows_desc, columns_desc, steps, stages, step, e, first_row, end, n, GATHER: gl.constexpr,
+    SIZES: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of `steps` steps whose rows lie in expert order.
 
-    Boxes without rows are not copied.
+    Boxes without rows are not copied. GATHER: whether other steps of the tile gather their rows.
     Returns: the number of the next step.
     """
-    rows, columns, full, empty = stages
     boxes = gl.cdiv(end - first_row, BOX_M)
     for i in range(steps):
-        s = stage_of(step, STAGES)
-        wait_empty(empty, step, STAGES)
-        filled = full.index(s)
+        s = stage_of(step, SIZES.STAGES)
+        wait_empty(stages.empty, step, SIZES.STAGES)
+        filled = stages.full.index(s)
         for j in gl.static_range(BOXES):
             mbarrier.expect(filled, COLUMN_BYTES + (j + 1) * BOX_BYTES, pred=boxes == j + 1)
         for j in gl.static_range(BOXES - 1):
-            box = rows[0].index(2 * s + j // 2).slice(j % 2 * BOX_M, BOX_M, 0)
+            box = stages.halves.index(2 * s + j // 2).slice(j % 2 * BOX_M, BOX_M, 0)
             load_box(rows_desc, [first_row + j * BOX_M, i * BLOCK_K], filled, box, pred=j < boxes)
         load_box(
-            rows_desc, [first_row + 2 * HALF_M, i * BLOCK_K], filled, rows[1].index(s),
+            rows_desc, [first_row + 2 * HALF_M, i * BLOCK_K], filled, stages.tails.index(s),
             pred=boxes == BOXES,
         )  # fmt: skip
-        _load_columns(columns_desc, columns, filled, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
+        _load_columns(columns_desc, stages.columns, filled, s, e, n, i * BLOCK_K, SIZES)
         if GATHER:
             # the mbarrier expects 128 threads to arrive, also in this step where they copy nothing
             async_copy.mbarrier_arrive(filled, increment_count=False)
@@ -111,29 +110,27 @@ def _copy_rows(smem, ptrs, k, K, EVEN_K: gl.constexpr):
 
 @gluon.jit
 def _load_gathered(
-    x, weight_desc, steps, stages, step, e, first_row, end, n, K,
-    EVEN_K: gl.constexpr, HALVES: gl.constexpr, K_UNIT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    x, weight_desc, steps, stages, step, e, first_row, end, n, K, SIZES: gl.constexpr
+):
     """Start the copies of `steps` steps whose rows are gathered.
 
     Returns: the number of the next step.
     """
-    rows, columns, full, empty = stages
     x_ptr, row_token_ptr, stride_xm = x
     upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, HALF_M)
     lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm, HALF_M)
     tail = _row_pointers(x_ptr, row_token_ptr, first_row + 2 * HALF_M, end, stride_xm, BOX_M)
     for i in range(steps):
-        s = stage_of(step, STAGES)
-        wait_empty(empty, step, STAGES)
-        filled = full.index(s)
+        s = stage_of(step, SIZES.STAGES)
+        wait_empty(stages.empty, step, SIZES.STAGES)
+        filled = stages.full.index(s)
         mbarrier.expect(filled, COLUMN_BYTES)
-        _load_columns(weight_desc, columns, filled, s, e, n, i * BLOCK_K, HALVES, K_UNIT)
-        _copy_rows(rows[0].index(2 * s), upper, i * BLOCK_K, K, EVEN_K)
+        _load_columns(weight_desc, stages.columns, filled, s, e, n, i * BLOCK_K, SIZES)
+        _copy_rows(stages.halves.index(2 * s), upper, i * BLOCK_K, K, SIZES.EVEN_K)
         if first_row + HALF_M < end:
-            _copy_rows(rows[0].index(2 * s + 1), lower, i * BLOCK_K, K, EVEN_K)
+            _copy_rows(stages.halves.index(2 * s + 1), lower, i * BLOCK_K, K, SIZES.EVEN_K)
         if first_row + 2 * HALF_M < end:
-            _copy_rows(rows[1].index(s), tail, i * BLOCK_K, K, EVEN_K)
+            _copy_rows(stages.tails.index(s), tail, i * BLOCK_K, K, SIZES.EVEN_K)
         # each thread arrives when its own copies are complete
         async_copy.mbarrier_arrive(filled, increment_count=False)
         upper += BLOCK_K
@@ -144,12 +141,7 @@ def _load_gathered(
 
 
 @gluon.jit
-def produce(
-    operands, x, tiles_ptr, lines, stages, messages, N, K, GROUP: gl.constexpr,
-    TAILS: gl.constexpr, GATHER: gl.constexpr, LOW_RANK_FIRST: gl.constexpr,
-    EVEN_K: gl.constexpr, HALVES: gl.constexpr, R_STEPS: gl.constexpr, K_UNIT: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def produce(operands, x, tiles_ptr, lines, stages, messages, N, K, SIZES: gl.constexpr):
     """Take output tiles from the queue until it is empty; announce each tile and load its steps.
 
     The queue is a counter in global memory. Programs that take their tiles from it compute tiles
@@ -157,6 +149,7 @@ def produce(
     tile differs from run to run, but the result is the same.
     """
     x_desc, weight_desc, xa_desc, lora_B_desc = operands
+    GATHER: gl.constexpr = SIZES.GATHER
     WARPS: gl.constexpr = 4 if GATHER else 1
     counter_ptr = tiles_ptr + 2 * lines - 1
     num_tiles = table_size(tiles_ptr, lines)
@@ -167,31 +160,29 @@ def produce(
     message = 0
     t = gl.program_id(0)
     while t < total:
-        tile, n = position(t, num_tiles, num_n, GROUP)
-        e, first_row, end = _tile_rows(tiles_ptr, tile, TAILS)
+        tile, n = position(t, num_tiles, num_n, SIZES.GROUP)
+        e, first_row, end = _tile_rows(tiles_ptr, tile, SIZES.TAILS)
         if first_row < end:
             send(messages, message, e, first_row, end, n, WARPS)
             message += 1
             steps = gl.cdiv(K, BLOCK_K)
-            if LOW_RANK_FIRST:
+            if SIZES.P > 0:
                 step = _load_boxes(
-                    xa_desc, lora_B_desc, R_STEPS, stages, step, e, first_row, end, n, GATHER,
-                    HALVES, K_UNIT, STAGES,
+                    xa_desc, lora_B_desc, SIZES.R_STEPS, stages, step, e, first_row, end, n,
+                    GATHER, SIZES,
                 )  # fmt: skip
             if GATHER:
                 step = _load_gathered(
-                    x, weight_desc, steps, stages, step, e, first_row, end, n, K, EVEN_K, HALVES,
-                    K_UNIT, STAGES,
-                )  # fmt: skip
+                    x, weight_desc, steps, stages, step, e, first_row, end, n, K, SIZES
+                )
             else:
                 step = _load_boxes(
-                    x_desc, weight_desc, steps, stages, step, e, first_row, end, n, False, HALVES,
-                    K_UNIT, STAGES,
-                )  # fmt: skip
-            if R_STEPS > 0 and not LOW_RANK_FIRST:
+                    x_desc, weight_desc, steps, stages, step, e, first_row, end, n, False, SIZES
+                )
+            if SIZES.R_STEPS > 0 and not SIZES.P > 0:
                 step = _load_boxes(
-                    xa_desc, lora_B_desc, R_STEPS, stages, step, e, first_row, end, n, GATHER,
-                    HALVES, K_UNIT, STAGES,
+                    xa_desc, lora_B_desc, SIZES.R_STEPS, stages, step, e, first_row, end, n,
+                    GATHER, SIZES,
                 )  # fmt: skip
         taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         # every tile adds 1; after the last addition the counter is reset to 0 for the next kernel

@@ -3,9 +3,8 @@
 The activation is computed from the values of y after rounding to its dtype. Each thread stores
 eight adjacent columns of a row. For that, the threads of a warp exchange their values.
 
-Legend: e, n, end, half, HALF, HALVES as in `linear_roles`.
-    y, act: pointers; y is None if only the activation is stored
-    bias: (pointer, its two strides)
+Legend: line, SIZES as in `linear_roles_tile`; half, HALF as in `linear_roles`.
+    output: pointers (y, act); y is None if only the activation is stored
     width: number of columns of a half of y, or of y if it has no halves; a multiple of 8
 """
 
@@ -41,60 +40,57 @@ def _store_chunk(chunk, ptr, first_row, end, half, col, width, stride_m):
 
 
 @gluon.jit
-def _tail_chunk(
-    chunk, y, bias, e, first_row, end, half, col, N, dtype: gl.constexpr, HALVES: gl.constexpr
-):
-    """Add the bias to a chunk [64 columns, BOX_M rows] of a tail, and store the rows before `end`.
+def _tail_chunk(chunk, y, bias, line, half, col, N, SIZES: gl.constexpr):
+    """Add the bias to a chunk [64 columns, BOX_M rows] of a tail, and store the rows of the tail.
 
     Returns: the values as they are stored, [BOX_M, 64] in fp32.
     """
-    bias_ptr, stride_biase, stride_biasn = bias
-    width = N // HALVES
-    if bias_ptr is not None:
+    width = N // SIZES.HALVES
+    if bias.ptr is not None:
         offs_n = col + gl.arange(0, 64, gl.SliceLayout(1, chunk.type.layout))
         # int64: an expert index times a stride passes 2**31
-        ptrs = bias_ptr + e.to(gl.int64) * stride_biase + (half * width + offs_n) * stride_biasn
+        ptrs = bias.ptr + line.e.to(gl.int64) * bias.stride_e
+        ptrs += (half * width + offs_n) * bias.stride_n
         chunk += gl.load(ptrs, mask=offs_n < width, other=0.0).to(gl.float32)[:, None]
-    rows = gl.convert_layout(chunk.to(dtype).permute([1, 0]), BY_ROWS)
+    rows = gl.convert_layout(chunk.to(SIZES.dtype).permute([1, 0]), BY_ROWS)
     if y is not None:
-        _store(rows, y, first_row, end, half, col, width, N)
+        _store(rows, y, line.end, line.tail_end, half, col, width, N)
     return rows.to(gl.float32)
 
 
 @gluon.jit
 def store_tail(
-    left, right, y, act, bias, e, first_row, end, n, N, dtype: gl.constexpr, HALF: gl.constexpr,
-    HALVES: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, LIMIT: gl.constexpr,
-    ALPHA: gl.constexpr, UP_SHIFT: gl.constexpr,
-):  # fmt: skip
+    left, right, output, bias, line, N, HALF: gl.constexpr, SIZES: gl.constexpr, ACT: gl.constexpr
+):
     """Store the two column chunks of a tail that this consumer has, and their activation."""
-    if HALVES == 2:
+    y, act = output
+    dtype: gl.constexpr = SIZES.dtype
+    if SIZES.HALVES == 2:
         # the left half of the tile is gate, the right half is up
-        col = n * 128 + 64 * HALF
-        gate = _tail_chunk(left, y, bias, e, first_row, end, 0, col, N, dtype, 2)
-        up = _tail_chunk(right, y, bias, e, first_row, end, 1, col, N, dtype, 2)
-        result = activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT).to(dtype)
-        _store(result, act, first_row, end, 0, col, N // 2, N // 2)
+        col = line.n * 128 + 64 * HALF
+        gate = _tail_chunk(left, y, bias, line, 0, col, N, SIZES)
+        up = _tail_chunk(right, y, bias, line, 1, col, N, SIZES)
+        result = activate(gate, up, ACT).to(dtype)
+        _store(result, act, line.end, line.tail_end, 0, col, N // 2, N // 2)
     else:
         chunks = left, right
         for i in gl.static_range(2):
-            col = n * BLOCK_N + 128 * i + 64 * HALF
-            rows = _tail_chunk(chunks[i], y, bias, e, first_row, end, 0, col, N, dtype, 1)
-            if GATED:
+            col = line.n * BLOCK_N + 128 * i + 64 * HALF
+            rows = _tail_chunk(chunks[i], y, bias, line, 0, col, N, SIZES)
+            if ACT.GATED:
                 gate, up = rows.reshape([BOX_M, 32, 2]).split()
-                result = activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT).to(dtype)
-                _store(result, act, first_row, end, 0, col // 2, N // 2, N // 2)
+                result = activate(gate, up, ACT).to(dtype)
+                _store(result, act, line.end, line.tail_end, 0, col // 2, N // 2, N // 2)
 
 
 @gluon.jit
-def store_half(
-    acc, y, act, first_row, end, n, N, dtype: gl.constexpr, HALVES: gl.constexpr,
-    KIND: gl.constexpr, GATED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
-    UP_SHIFT: gl.constexpr,
-):  # fmt: skip
+def store_half(acc, output, line, N, SIZES: gl.constexpr, ACT: gl.constexpr):
     """Store the rows before `end` of a half, and their activation, in chunks of 64 columns."""
+    y, act = output
+    dtype: gl.constexpr = SIZES.dtype
+    _, first_row, end, _, n = line
     left, right = halves(acc, HALF_M, 128)
-    if HALVES == 2:
+    if SIZES.HALVES == 2:
         # the left half of the tile is gate, the right half is up: two chunks of each
         gates = halves(left, HALF_M, 64)
         ups = halves(right, HALF_M, 64)
@@ -106,7 +102,7 @@ def store_half(
             if y is not None:
                 _store_chunk(gate, y, first_row, end, 0, col, I, N)
                 _store_chunk(up, y, first_row, end, 1, col, I, N)
-            result = activate(gate.to(gl.float32), up.to(gl.float32), KIND, LIMIT, ALPHA, UP_SHIFT)
+            result = activate(gate.to(gl.float32), up.to(gl.float32), ACT)
             _store_chunk(result, act, first_row, end, 0, col, I, I)
     else:
         wide = left, right
@@ -117,10 +113,10 @@ def store_half(
                 chunk = chunks[j].to(dtype)
                 if y is not None:
                     _store_chunk(chunk, y, first_row, end, 0, col + 64 * j, N, N)
-                if KIND is not None and not GATED:
-                    result = activate_plain(chunk.to(gl.float32), KIND, ALPHA)
+                if ACT.KIND is not None and not ACT.GATED:
+                    result = activate_plain(chunk.to(gl.float32), ACT)
                     _store_chunk(result, act, first_row, end, 0, col + 64 * j, N, N)
-            if KIND is not None and GATED:
+            if ACT.KIND is not None and ACT.GATED:
                 gate, up = wide[i].to(dtype).to(gl.float32).reshape([HALF_M, 64, 2]).split()
-                result = activate(gate, up, KIND, LIMIT, ALPHA, UP_SHIFT)
+                result = activate(gate, up, ACT)
                 _store_chunk(result, act, first_row, end, 0, col // 2, N // 2, N // 2)

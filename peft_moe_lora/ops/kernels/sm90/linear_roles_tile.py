@@ -3,6 +3,8 @@
 These numbers cannot be changed: the layouts and the instructions of the kernel depend on them.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental.gluon import language as gl
 
 # a tile has two halves of HALF_M rows and BLOCK_N columns; a step of its K loop takes BLOCK_K of K
@@ -28,3 +30,63 @@ STORED = gl.constexpr(
         shape=[64, 64],
     )
 )
+
+
+class Stages(NamedTuple):
+    """The buffers and mbarriers of the pipeline.
+
+    Attributes:
+        halves: rows of x or xa, [2 * STAGES, 64, 64]. tails: [STAGES, 32, 64].
+        columns: of the weight or of B, [STAGES, 256, 64] if K_UNIT, else [STAGES, 64, 256].
+        full, empty: mbarriers, as in `pipeline`.
+    """
+
+    halves: Any
+    tails: Any
+    columns: Any
+    full: Any
+    empty: Any
+
+
+class Line(NamedTuple):
+    """An output tile as a consumer sees it.
+
+    Attributes:
+        e: the expert.
+        first_row, end: rows of this consumer's half; the rows of a full tile end at `end`.
+        tail_end: end of the tail; `end` if there is none.
+        n: the column tile.
+    """
+
+    e: Any
+    first_row: Any
+    end: Any
+    tail_end: Any
+    n: Any
+
+
+class Sizes(NamedTuple):
+    """Constants of the kernel.
+
+    Attributes:
+        dtype: of the operands and outputs.
+        P: probability of dropout. The low-rank steps come first if it is not 0.
+        TAILS: whether tails are multiplied together with full tiles.
+        GATHER: whether rows of x are gathered. EVEN_K: whether K is a multiple of BLOCK_K.
+        HALVES: 2 if a tile holds the same 128 columns of a gate half and of an up half, else 1.
+        R_STEPS: steps of the low-rank term. R_WIDTH: columns that each of them multiplies.
+        K_UNIT: whether adjacent values of the weight lie along K.
+        STAGES: of the pipeline. GROUP: as in `tiles.tile.position`.
+    """
+
+    dtype: Any
+    P: Any
+    TAILS: Any
+    GATHER: Any
+    EVEN_K: Any
+    HALVES: Any
+    R_STEPS: Any
+    R_WIDTH: Any
+    K_UNIT: Any
+    STAGES: Any
+    GROUP: Any

@@ -11,6 +11,7 @@ import triton.language as tl
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
+from ..operands import Bias, Operand
 from ..tiles.bias import bias_times_dout
 from ..tiles.tile import strides_or_zeros
 
@@ -47,8 +48,8 @@ def _sum_panels_kernel(
     dw = tl.sum(dw, axis=0)
     if bias_ptr is not None:
         dw += bias_times_dout(
-            bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
-            stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED, BLOCK_H,
+            Bias(bias_ptr, stride_biase, stride_biasn), Operand(dout_ptr, stride_dm, stride_dh),
+            row_token_ptr, expert_offsets_ptr, rows, routed, E, H, E_PADDED, BLOCK_H,
         )  # fmt: skip
     tl.store(dw_ptr + slots, dw, mask=rows < M)
 

@@ -1,8 +1,7 @@
 """act = f(gate) * (up + up_shift) and its gradient, computed in fp32 on tiles in registers.
 
-The constexprs KIND, LIMIT, ALPHA and UP_SHIFT are fields of `Activation`, whose methods are the
-twins. LIMIT is None if nothing is clamped. A new kind of activation needs a branch in `_f_and_df`
-and a branch in `Activation`.
+ACT holds the fields of `Activation`, whose methods are the twins. LIMIT is None if nothing is
+clamped. A new kind of activation needs a branch in `_f_and_df` and a branch in `Activation`.
 """
 
 import triton
@@ -36,22 +35,22 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _f_and_df(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
+def _f_and_df(x, ACT: tl.constexpr):
     """f(x) and f'(x); the compiler drops the one that the caller does not use."""
-    if KIND == "silu":
-        sigmoid = _sigmoid(ALPHA * x)
+    if ACT.KIND == "silu":
+        sigmoid = _sigmoid(ACT.ALPHA * x)
         f = x * sigmoid
-        df = sigmoid * (1.0 + ALPHA * x * (1.0 - sigmoid))
-    elif KIND == "relu2":
+        df = sigmoid * (1.0 + ACT.ALPHA * x * (1.0 - sigmoid))
+    elif ACT.KIND == "relu2":
         relu = tl.maximum(x, 0.0)
         f = relu * relu
         df = 2.0 * relu
-    elif KIND == "gelu":
+    elif ACT.KIND == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         f = x * cdf
         df = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     else:
-        tl.static_assert(KIND == "gelu_tanh", "the kernels do not have this kind of activation")
+        tl.static_assert(ACT.KIND == "gelu_tanh", "the kernels do not have this kind of activation")
         # tanh(z) = 2 sigmoid(2 z) - 1
         tanh = 2.0 * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1.0
         f = 0.5 * x * (1.0 + tanh)
@@ -62,49 +61,44 @@ def _f_and_df(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def activate(
-    gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr
-):
+def activate(gate, up, ACT: tl.constexpr):
     """act [M, I] from gate and up [M, I]."""
-    if LIMIT is not None:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    f, _ = _f_and_df(gate, KIND, ALPHA)
-    return f * (up + UP_SHIFT)
+    if ACT.LIMIT is not None:
+        gate = tl.minimum(gate, ACT.LIMIT)
+        up = tl.minimum(tl.maximum(up, -ACT.LIMIT), ACT.LIMIT)
+    f, _ = _f_and_df(gate, ACT)
+    return f * (up + ACT.UP_SHIFT)
 
 
 @triton.jit
-def activate_plain(pre, KIND: tl.constexpr, ALPHA: tl.constexpr):
+def activate_plain(pre, ACT: tl.constexpr):
     """act [M, I] from an ungated pre-activation [M, I]."""
-    f, _ = _f_and_df(pre, KIND, ALPHA)
+    f, _ = _f_and_df(pre, ACT)
     return f
 
 
 @triton.jit
-def activate_backward(
-    gate, up, dact,
-    KIND: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr,
-):  # fmt: skip
+def activate_backward(gate, up, dact, ACT: tl.constexpr):
     """(act, dgate, dup) from gate, up and dact, all [M, I]; clamped values get gradient 0."""
     raw_gate = gate
     raw_up = up
-    if LIMIT is not None:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    f, df = _f_and_df(gate, KIND, ALPHA)
-    act = f * (up + UP_SHIFT)
-    dgate = dact * df * (up + UP_SHIFT)
+    if ACT.LIMIT is not None:
+        gate = tl.minimum(gate, ACT.LIMIT)
+        up = tl.minimum(tl.maximum(up, -ACT.LIMIT), ACT.LIMIT)
+    f, df = _f_and_df(gate, ACT)
+    act = f * (up + ACT.UP_SHIFT)
+    dgate = dact * df * (up + ACT.UP_SHIFT)
     dup = dact * f
-    if LIMIT is not None:
-        dgate = tl.where(raw_gate > LIMIT, 0.0, dgate)
-        dup = tl.where(tl.abs(raw_up) > LIMIT, 0.0, dup)
+    if ACT.LIMIT is not None:
+        dgate = tl.where(raw_gate > ACT.LIMIT, 0.0, dgate)
+        dup = tl.where(tl.abs(raw_up) > ACT.LIMIT, 0.0, dup)
     return act, dgate, dup
 
 
 @triton.jit
-def activate_plain_backward(pre, dact, KIND: tl.constexpr, ALPHA: tl.constexpr):
+def activate_plain_backward(pre, dact, ACT: tl.constexpr):
     """(act, dpre) from an ungated pre-activation and dact, all [M, I]."""
-    f, df = _f_and_df(pre, KIND, ALPHA)
+    f, df = _f_and_df(pre, ACT)
     return f, dact * df
 
 

@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def bias_times_dout(
-    bias_ptr, dout_ptr, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
-    stride_biase, stride_biasn, stride_dm, stride_dh, E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    bias, dout, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
+    E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """<bias[e], dout[t]> for each of `rows` [M]: [M] fp32, 0 where `routed` [M] is false.
 
@@ -22,7 +22,7 @@ def bias_times_dout(
     for h in range(0, H, BLOCK):
         cols = (h + tl.arange(0, BLOCK))[None, :]
         mask = routed[:, None] & (cols < H)
-        bias = tl.load(bias_ptr + e * stride_biase + cols * stride_biasn, mask=mask, other=0.0)
-        dout = tl.load(dout_ptr + tokens * stride_dm + cols * stride_dh, mask=mask, other=0.0)
-        products += bias.to(tl.float32) * dout.to(tl.float32)
+        b = tl.load(bias.ptr + e * bias.stride_e + cols * bias.stride_n, mask=mask, other=0.0)
+        d = tl.load(dout.ptr + tokens * dout.stride_m + cols * dout.stride_k, mask=mask, other=0.0)
+        products += b.to(tl.float32) * d.to(tl.float32)
     return tl.sum(products, axis=1)

@@ -10,16 +10,16 @@ Legend, of one tile:
     cols [BLOCK_N]: columns of weight, bias and lora_B
     HALVES: 2 if a tile holds BLOCK_N / 2 columns of the gate half and as many of the up half
     width: columns of a half       n0: the tile's first column within a half
-    weight_desc: descriptor [E, HALVES, width, K] if K_UNIT, else [E, K, N]; None if the weight is
+    descs.weight: descriptor [E, HALVES, width, K] if K_UNIT, else [E, K, N]; None if the weight is
         loaded by pointers
-    codes, FORMAT: as in `decode_4bit`; weight_ptr then points to packed bytes. For a dense weight
-        codes[0] is None.
+    codes, FORMAT: as in `decode_4bit`; weight.ptr then points to packed bytes. For a dense weight
+        codes.scales is None.
 With dropout the low-rank term is computed first, and the accumulator is multiplied by the mask.
 Then the bias is added, and the K loop adds W[e] x[row].
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,62 @@ EXPERT_BYTES = 12 * 2**20, 32 * 2**20
 # half tiles (TAIL) are used up to this K; with K=7168 they took 7.1 ms instead of 6.5 (NVIDIA H200,
 # 2026-11-21)
 TAIL_MAX_K = 5120
+
+
+class Descriptors(NamedTuple):
+    """Descriptors of x and of the weight; None for what is loaded by pointers."""
+
+    x: Any
+    weight: Any
+
+
+class Inputs(NamedTuple):
+    """What a linear kernel reads: named tuples of `operands`, and `Descriptors`."""
+
+    descs: Any
+    x: Any
+    weight: Any
+    codes: Any
+    bias: Any
+    low_rank: Any
+    drop: Any
+    shape: Any
+
+
+class Spot(NamedTuple):
+    """Where an output tile lies; the legend of this file names its members."""
+
+    e: Any
+    first_row: Any
+    n0: Any
+    rows: Any
+    x_rows: Any
+    cols: Any
+    mask_n: Any
+
+
+class Tile(NamedTuple):
+    """Constants of an output tile.
+
+    Attributes:
+        M, N, K: BLOCK_M, BLOCK_N and the columns of x in a step of the K loop.
+        EVEN_K: whether K is a multiple of these columns.
+        K_UNIT: whether adjacent values of the weight lie along K.
+        GATHER: whether x is gathered.
+        P: probability of dropout.
+        R: the rank, padded.
+        PRECISION: input_precision of the products.
+    """
+
+    M: Any
+    N: Any
+    K: Any
+    EVEN_K: Any
+    K_UNIT: Any
+    GATHER: Any
+    P: Any
+    R: Any
+    PRECISION: Any
 
 
 @triton.jit
@@ -84,22 +140,21 @@ def halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _low_rank_factors(
-    xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar, stride_be, stride_bn,
-    stride_br, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def _low_rank_factors(low_rank, spot, e, r0, r, BLOCK_R: tl.constexpr):
     """xa [M, BLOCK_R], B [BLOCK_R, N] and the mask [BLOCK_R] of ranks r0 up to r0 + BLOCK_R.
 
     The mask is false from rank r on; there the values of xa and B are undefined.
     """
+    xa, B = low_rank
     offs_r = r0 + tl.arange(0, BLOCK_R)
-    xa_ptrs = xa_ptr + rows.to(tl.int64)[:, None] * stride_xam + offs_r[None, :] * stride_xar
+    xa_ptrs = xa.ptr + spot.rows.to(tl.int64)[:, None] * xa.stride_m
+    xa_ptrs += offs_r[None, :] * xa.stride_k
     # int64: a column times r * E passes 2**31
-    lora_B_ptrs = lora_B_ptr + e * stride_be + cols.to(tl.int64)[None, :] * stride_bn
-    lora_B_ptrs += offs_r.to(tl.int64)[:, None] * stride_br
-    xa = tl.load(xa_ptrs, mask=offs_r[None, :] < r)
-    lora_B = tl.load(lora_B_ptrs, mask=(offs_r[:, None] < r) & mask_n[None, :])
-    return xa, lora_B, offs_r < r
+    B_ptrs = B.ptr + e * B.stride_e + spot.cols.to(tl.int64)[None, :] * B.stride_n
+    B_ptrs += offs_r.to(tl.int64)[:, None] * B.stride_k
+    rows = tl.load(xa_ptrs, mask=offs_r[None, :] < r)
+    columns = tl.load(B_ptrs, mask=(offs_r[:, None] < r) & spot.mask_n[None, :])
+    return rows, columns, offs_r < r
 
 
 @triton.jit
@@ -111,73 +166,68 @@ def _add_low_rank(acc, xa, lora_B, mask_r, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile_product(
-    x_ptr, x_desc, weight_ptr, weight_desc, codes, bias_ptr, xa_ptr, lora_B_ptr, seed_ptr,
-    row_slot_ptr, e, rows, x_rows, first_row, n0, cols, mask_n, K, r,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_xam, stride_xar, stride_be,
-    stride_bn, stride_br, stride_biase, stride_biasn,
-    P: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, K_UNIT: tl.constexpr,
-    FORMAT: tl.constexpr,
-):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] in fp32: the formula of this file."""
-    expert = e
-    # int64: an expert index times a stride passes 2**31
-    e = e.to(tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # factors of rank 16 are loaded before the K loop and used after it: the loop hides the latency
-    LATE: tl.constexpr = xa_ptr is not None and P == 0 and R == 16
-    BLOCK_R: tl.constexpr = R if R < 32 else 32
-    if LATE:
-        xa, lora_B, mask_r = _low_rank_factors(
-            xa_ptr, lora_B_ptr, e, rows, cols, mask_n, 0, r, stride_xam, stride_xar, stride_be,
-            stride_bn, stride_br, BLOCK_R,
-        )  # fmt: skip
-    elif xa_ptr is not None:
-        # not unrolled: the compiler would load all ranks at once and spill registers
-        for r0 in tl.range(0, R, BLOCK_R, num_stages=2):
-            xa, lora_B, mask_r = _low_rank_factors(
-                xa_ptr, lora_B_ptr, e, rows, cols, mask_n, r0, r, stride_xam, stride_xar,
-                stride_be, stride_bn, stride_br, BLOCK_R,
-            )  # fmt: skip
-            acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
-        if P > 0:
-            slots = tl.load(row_slot_ptr + rows)
-            acc *= dropout_mask(seed_ptr, slots[:, None], cols[None, :], P)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + e * stride_biase + cols * stride_biasn, mask=mask_n, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
+def _add_product(acc, descs, x_ptrs, stride_xk, weight, spot, e, K, TILE: tl.constexpr):
+    """acc [BLOCK_M, BLOCK_N] + x W[e]^T of a dense weight; e is the expert as int64."""
+    offs_k = tl.arange(0, TILE.K)
+    weight_ptrs = weight.ptr + e * weight.stride_e
+    weight_ptrs += spot.cols.to(tl.int64)[None, :] * weight.stride_n
+    weight_ptrs += offs_k.to(tl.int64)[:, None] * weight.stride_k
+    for k in range(0, K, TILE.K):
+        if descs.x is not None:
+            rows = descs.x.load([spot.first_row, k])
+        elif TILE.EVEN_K:
+            rows = tl.load(x_ptrs)
+        else:
+            rows = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+        if descs.weight is None:
+            columns = tl.load(
+                weight_ptrs, mask=(offs_k[:, None] < K - k) & spot.mask_n[None, :], other=0.0
+            )
+        elif TILE.K_UNIT:
+            columns = descs.weight.load([spot.e, 0, spot.n0, k]).reshape(TILE.N, TILE.K).trans()
+        else:
+            columns = descs.weight.load([spot.e, k, spot.n0]).reshape(TILE.K, TILE.N)
+        # [M, K] @ [K, N] -> [M, N]
+        acc = tl.dot(rows, columns, acc, input_precision=TILE.PRECISION)
+        x_ptrs += TILE.K * stride_xk
+        weight_ptrs += TILE.K * weight.stride_k
+    return acc
 
-    offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    if codes[0] is not None:
-        acc = add_product_4bit(
-            acc, x_ptrs, weight_ptr, codes, e, cols, mask_n, K, stride_xk, stride_we, stride_wn,
-            stride_wk, PRECISION, BLOCK_N, BLOCK_K, K_UNIT, FORMAT,
-        )  # fmt: skip
-    else:
-        weight_ptrs = weight_ptr + e * stride_we + cols.to(tl.int64)[None, :] * stride_wn
-        weight_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
-        for k in range(0, K, BLOCK_K):
-            if x_desc is not None:
-                x = x_desc.load([first_row, k])
-            elif EVEN_K:
-                x = tl.load(x_ptrs)
-            else:
-                x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-            if weight_desc is None:
-                weight = tl.load(
-                    weight_ptrs, mask=(offs_k[:, None] < K - k) & mask_n[None, :], other=0.0
-                )
-            elif K_UNIT:
-                weight = weight_desc.load([expert, 0, n0, k]).reshape(BLOCK_N, BLOCK_K).trans()
-            else:
-                weight = weight_desc.load([expert, k, n0]).reshape(BLOCK_K, BLOCK_N)
-            acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # [M, K] @ [K, N] -> [M, N]
-            x_ptrs += BLOCK_K * stride_xk
-            weight_ptrs += BLOCK_K * stride_wk
+
+@triton.jit
+def tile_product(inputs, spot, TILE: tl.constexpr, FORMAT: tl.constexpr):
+    """acc [BLOCK_M, BLOCK_N] in fp32: the formula of this file."""
+    descs, x, weight, codes, bias, low_rank, drop, shape = inputs
+    # int64: an expert index times a stride passes 2**31
+    e = spot.e.to(tl.int64)
+    acc = tl.zeros((TILE.M, TILE.N), dtype=tl.float32)
+    # factors of rank 16 are loaded before the K loop and used after it: the loop hides the latency
+    LATE: tl.constexpr = low_rank.xa.ptr is not None and TILE.P == 0 and TILE.R == 16
+    BLOCK_R: tl.constexpr = TILE.R if TILE.R < 32 else 32
     if LATE:
-        acc = _add_low_rank(acc, xa, lora_B, mask_r, PRECISION)
+        xa, lora_B, mask_r = _low_rank_factors(low_rank, spot, e, 0, shape.r, BLOCK_R)
+    elif low_rank.xa.ptr is not None:
+        # not unrolled: the compiler would load all ranks at once and spill registers
+        for r0 in tl.range(0, TILE.R, BLOCK_R, num_stages=2):
+            xa, lora_B, mask_r = _low_rank_factors(low_rank, spot, e, r0, shape.r, BLOCK_R)
+            acc = _add_low_rank(acc, xa, lora_B, mask_r, TILE.PRECISION)
+        if TILE.P > 0:
+            slots = tl.load(drop.row_slot + spot.rows)
+            acc *= dropout_mask(drop.seed, slots[:, None], spot.cols[None, :], TILE.P)
+    if bias.ptr is not None:
+        bias_ptrs = bias.ptr + e * bias.stride_e + spot.cols * bias.stride_n
+        acc += tl.load(bias_ptrs, mask=spot.mask_n, other=0.0).to(tl.float32)[None, :]
+
+    offs_k = tl.arange(0, TILE.K)
+    x_ptrs = x.ptr + spot.x_rows.to(tl.int64)[:, None] * x.stride_m + offs_k[None, :] * x.stride_k
+    if codes.scales is not None:
+        acc = add_product_4bit(
+            acc, x_ptrs, x.stride_k, weight, codes, e, spot.cols, spot.mask_n, shape.K, TILE, FORMAT
+        )
+    else:
+        acc = _add_product(acc, descs, x_ptrs, x.stride_k, weight, spot, e, shape.K, TILE)
+    if LATE:
+        acc = _add_low_rank(acc, xa, lora_B, mask_r, TILE.PRECISION)
     return acc
 
 
