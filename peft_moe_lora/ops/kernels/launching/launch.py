@@ -22,6 +22,10 @@ from triton.runtime import JITFunction, driver
 # when the floor is 3.6
 COMPILES_AHEAD = "ignore_errors" in signature(triton.AsyncCompileMode).parameters
 
+# options of every kernel whose constexprs do not say otherwise. Said aloud because Triton 3.9 warns
+# that its default will change
+OPTIONS = {"enable_fp_fusion": True}
+
 Grid = tuple[int, int, int]
 # returns (the arguments after `sizes`, the constexprs)
 Rest = Callable[[], tuple[tuple, dict[str, Any]]]
@@ -95,7 +99,7 @@ def launch(
     fixed, constants = rest()
     operands = (*descriptors, *tensors, *sizes, *fixed)
     with _loading:
-        compiled = kernel[grid](*operands, **constants)
+        compiled = kernel[grid](*operands, **{**OPTIONS, **constants})
     # in the interpreter nothing is compiled, and `compiled` is None
     if compiled is not None and aligned:
         constexprs = [constants[name] for name in kernel.arg_names[len(operands) :]]
@@ -158,7 +162,8 @@ def _compile_at_once(launches: list[tuple], device: int) -> None:
                 kernels = []
                 for kernel, grid, operands, rest in launches:
                     fixed, constants = rest()
-                    kernels.append(kernel.warmup(*operands, *fixed, grid=grid, **constants))
+                    options = {**OPTIONS, **constants}
+                    kernels.append(kernel.warmup(*operands, *fixed, grid=grid, **options))
             built = list(pool.map(build, kernels))
         # one after the other, from the cache
         with torch.cuda.device(device):
