@@ -7,7 +7,12 @@ adapter. They say what the loaders of vLLM 0.33 and SGLang 0.5.23 do.
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ..experts.families import SGLANG_NO_QUERY, VLLM_3D, VLLM_NO_EXPERT_BY_EXPERT
+from ..experts.families import (
+    SGLANG_NO_QUERY,
+    SGLANG_ROUTER_CLASSES,
+    VLLM_3D,
+    VLLM_NO_EXPERT_BY_EXPERT,
+)
 from ..files.servers import SGLANG, VLLM, Server, mixed_vllm
 from .base import BaseModel
 from .model import Adapter
@@ -15,6 +20,13 @@ from .model import Adapter
 # projections that SGLang stacks: those that it needs, and those that may be missing
 _STACKED = ((("q_proj", "v_proj"), ("k_proj",)), (("q_a_proj", "kv_a_proj_with_mqa"), ()))
 MERGE = "merge it into the base model instead (peft-moe-lora merge)"
+
+
+def in_its_words(words: str) -> str:
+    """What a reader says to such an adapter, in brackets."""
+    if not words:
+        return "(it says nothing)"
+    return f'(it says "{words}")'
 
 
 def refuses_other_than_lora(adapter: Adapter, program: str) -> str | None:
@@ -68,8 +80,8 @@ def vllm_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
     """What vLLM refuses or misreads with tensors of each expert (2-D)."""
     if base.architecture in VLLM_NO_EXPERT_BY_EXPERT:
         return (
-            f"vLLM does not find the experts of {base.architecture} in this format; convert to "
-            "vllm_3d for it"
+            f"vLLM does not find the experts of {base.architecture} in this format "
+            f"{in_its_words('expected target modules')}; convert to vllm_3d for it"
         )
     return vllm_refuses(adapter, base)
 
@@ -101,11 +113,17 @@ def sglang_refuses(adapter: Adapter, base: BaseModel) -> str | None:
         return held
     router = _first_router(adapter)
     if router is not None:
-        return f"SGLang has no LoRA on routers, but this adapter adapts {router}; {MERGE}"
+        words = f"get_hidden_dim not implemented for {router.rpartition('.')[2]}"
+        if base.architecture in SGLANG_ROUTER_CLASSES:
+            words = "No corresponding LoRA layer supported"
+        return (
+            f"SGLang has no LoRA on routers {in_its_words(words)}, but this adapter adapts "
+            f"{router}; {MERGE}"
+        )
     if base.architecture in SGLANG_NO_QUERY and _adapts(adapter, "q_proj"):
         return (
             f"SGLang refuses LoRA on q_proj of {base.architecture}, of which it expects half the "
-            f"rows; {MERGE}"
+            f"rows {in_its_words('does not match weight shape')}; {MERGE}"
         )
     incomplete = _incomplete_stack(adapter.linears)
     if incomplete is not None:
@@ -116,9 +134,15 @@ def sglang_refuses(adapter: Adapter, base: BaseModel) -> str | None:
 def sglang_refuses_experts(adapter: Adapter, base: BaseModel) -> str | None:
     """What SGLang refuses or misreads with tensors of each expert (2-D)."""
     names = (base.hub_names.gate, base.hub_names.up, base.hub_names.down)
-    if names != ("gate_proj", "up_proj", "down_proj") or not _is_gated(adapter, base):
+    words = ""
+    if not _is_gated(adapter, base):
+        words = "Cannot find target module name"
+    elif names != ("gate_proj", "up_proj", "down_proj"):
+        words = f"get_hidden_dim not implemented for {names[0]}"
+    if words:
         return (
-            f"SGLang does not take {base.architecture} in this format; convert to sglang_3d for it"
+            f"SGLang does not take {base.architecture} in this format {in_its_words(words)}; "
+            "convert to sglang_3d for it"
         )
     return sglang_refuses(adapter, base)
 

@@ -281,6 +281,8 @@ VLLM_NO_EXPERT_BY_EXPERT = frozenset({"GptOssForCausalLM"})
 # Architectures of which SGLang 0.5.23 has no class of its own. It takes transformers' class, and
 # the sizes of a q_proj without the gate that is in the other half of its rows.
 SGLANG_NO_QUERY = frozenset({"Qwen3_5MoeForCausalLM"})
+# Architectures whose router is a class of its own in SGLang; in the others it is a linear layer.
+SGLANG_ROUTER_CLASSES = frozenset({"DeepseekV3ForCausalLM", "Glm4MoeForCausalLM"})
 
 # Model type -> the module with the experts in mlx-lm 0.32, whose block has the published name.
 MLX_BLOCKS = {
@@ -292,10 +294,12 @@ MLX_BLOCKS = {
     "qwen2_moe": "switch_mlp",
     "qwen3_moe": "switch_mlp",
 }
-# Model type -> last names of layers that mlx-lm computes otherwise, and so without LoRA.
+# Model type -> last name of a layer that mlx-lm computes otherwise, and so without LoRA -> what it
+# says to an adapter on it.
+_MLX_GATE = "Can't convert layer of type MoEGate to LoRA"
 MLX_NO_LORA = {
-    "deepseek_v3": frozenset({"gate", "kv_b_proj"}),
-    "glm4_moe": frozenset({"gate"}),
+    "deepseek_v3": {"gate": _MLX_GATE, "kv_b_proj": "not an adapter parameter in the model"},
+    "glm4_moe": {"gate": _MLX_GATE},
 }
 
 # Model type -> architecture of llama.cpp whose runtime was run with adapters on experts.
@@ -308,12 +312,17 @@ GGUF_ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
 }
-# Architecture of llama.cpp -> last names of layers that it computes without LoRA: an adapter on
-# them loads and has no effect, or its tensors do not exist there.
+# Architecture of llama.cpp -> last name of a layer that it computes without LoRA -> what it says to
+# an adapter on it; nothing if the adapter loads and has no effect.
 GGUF_NO_LORA = {
-    "deepseek2": frozenset(
-        {"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"}
-    ),
+    "deepseek2": {
+        "q_proj": "",
+        "q_a_proj": "",
+        "q_b_proj": "",
+        "kv_a_proj_with_mqa": "",
+        "kv_b_proj": "does not exist in base model",
+        "lm_head": "",
+    },
 }
 # Model type -> last names of layers in which llama.cpp stores the two halves of each head as pairs
 # of rows.

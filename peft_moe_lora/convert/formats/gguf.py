@@ -18,7 +18,7 @@ from ...files.card import CardText
 from ...files.tensor_file import Block, Progress, RefusedError
 from ..base import BaseModel, need_base
 from ..model import Adapter, LinearPair, Pair
-from ..serving import MERGE, refuses_other_than_lora
+from ..serving import MERGE, in_its_words, refuses_other_than_lora
 from ..source import Source
 from ..targets import common_fields, short_names
 from .format import Format, Read, Slots, stacked_parts
@@ -58,8 +58,7 @@ class Gguf(Format):
         refusal = refuses_other_than_lora(adapter, "llama.cpp")
         if refusal is not None:
             raise RefusedError(f"{refusal}.")
-        for path in adapter.linears:
-            _check_has_lora(base, path)
+        _check_have_lora(base, adapter.linears)
         for path, pairs in adapter.experts.items():
             if "gate_up" in pairs:
                 base.gate_and_up(path)  # raises if the order is not known
@@ -133,20 +132,28 @@ def _base_of(adapter: Adapter) -> BaseModel:
     return adapter.base
 
 
-def _check_has_lora(base: BaseModel, path: str) -> None:
-    """Refuse LoRA on a layer that llama.cpp computes without it."""
-    architecture = GGUF_ARCHITECTURES[base.model_type]
-    if path.rpartition(".")[2] in GGUF_NO_LORA.get(architecture, ()):
+def _check_have_lora(base: BaseModel, paths: Iterable[str]) -> None:
+    """Refuse LoRA on layers that llama.cpp computes without it."""
+    without = GGUF_NO_LORA.get(GGUF_ARCHITECTURES[base.model_type], {})
+    computed = {}
+    for path in paths:
+        name = path.rpartition(".")[2]
+        if name in without:
+            computed[path] = without[name]
+        elif path in base.embeddings[1:] and f"{path}.weight" in base.tied:
+            raise RefusedError(
+                f"llama.cpp stores no {path} of its own for a model that ties it to the "
+                f"embeddings; {MERGE}."
+            )
+        else:
+            _gguf_name(base, path)
+    if computed:
+        # one at which llama.cpp stops, before those that it ignores
+        path = max(computed, key=lambda path: len(computed[path]))
         raise RefusedError(
-            f"llama.cpp computes {path} of {base.model_type} without LoRA, and says nothing; "
-            f"{MERGE}."
+            f"llama.cpp computes {path} of {base.model_type} without LoRA "
+            f"{in_its_words(computed[path])}; {MERGE}."
         )
-    if path in base.embeddings[1:] and f"{path}.weight" in base.tied:
-        raise RefusedError(
-            f"llama.cpp stores no {path} of its own for a model that ties it to the embeddings; "
-            f"{MERGE}."
-        )
-    _gguf_name(base, path)
 
 
 def _gguf_name(base: BaseModel, path: str) -> str:

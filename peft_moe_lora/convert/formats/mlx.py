@@ -23,7 +23,7 @@ from ...files.text import quoted
 from ...files.writing import CONFIG_NAME
 from ..base import BaseModel, need_base
 from ..model import Adapter, LinearPair, Pair
-from ..serving import MERGE, refuses_other_than_lora
+from ..serving import MERGE, in_its_words, refuses_other_than_lora
 from ..targets import common_fields, short_names
 from .format import PREFIX, Opened, stacked_parts
 from .sglang_3d import Sglang3d
@@ -71,9 +71,12 @@ class Mlx(Sglang3d):
             raise RefusedError(f"{refusal}.")
         for path, layer in adapter.linears.items():
             name = path.rpartition(".")[2]
-            if layer.is_embedding or name in MLX_NO_LORA.get(base.model_type, ()):
+            words = MLX_NO_LORA.get(base.model_type, {}).get(name)
+            if layer.is_embedding:
+                raise RefusedError(f"mlx-lm has no LoRA that fits this one on {path}; {MERGE}.")
+            if words is not None:
                 raise RefusedError(
-                    f"mlx-lm has no LoRA that fits this one on {path} of {base.model_type}; "
+                    f"mlx-lm has no LoRA on {path} of {base.model_type} {in_its_words(words)}; "
                     f"{MERGE}."
                 )
         for path, pairs in adapter.experts.items():
