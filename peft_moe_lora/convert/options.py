@@ -1,6 +1,6 @@
 """Options of an adapter_config.json that a conversion does not carry."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ _OF_THE_COMPUTATION = (
     "use_dora",
     "lora_bias",
     "use_qalora",
-    "fan_in_fan_out",
     "layer_replication",
     "alora_invocation_tokens",
     "use_bdlora",
@@ -45,6 +44,23 @@ def refuse_options(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights={quoted(start)} changed the weights of the base model, and "
             "A and B belong to those; save the adapter again with PEFT's "
             "path_initial_model_for_weight_conversion."
+        )
+
+
+def refuse_transposed(path: Path, config: Mapping[str, Any], linears: Collection[str]) -> None:
+    """Refuse LoRA on layers that hold their weights transposed; of experts the field says nothing.
+
+    Args:
+        path: the adapter's file, for the message.
+        config: its configuration.
+        linears: paths of the layers beside experts that it adapts.
+    Raises:
+        RefusedError: if fan_in_fan_out is true and there are such layers.
+    """
+    if config.get("fan_in_fan_out") and linears:
+        raise RefusedError(
+            f"{path}: fan_in_fan_out=True says that the weights of {min(linears)} are transposed, "
+            "which no format can express; merge the adapter with the program that trained it."
         )
 
 

@@ -32,7 +32,7 @@ from .formats import FORMATS, PREFIX, READERS, Format
 from .formats.format import Opened, Slots
 from .linears import natural, read_linears
 from .model import Adapter, Experts, LinearPair, Pair
-from .options import left_out, refuse_options
+from .options import left_out, refuse_options, refuse_transposed
 from .saved import read_saved
 from .source import Source
 
@@ -97,6 +97,7 @@ def _read(
     _check_all_read(source, slots)
     _check_description(source, read.experts)
     linears, others = read_linears(source, [key for key in names if key not in taken])
+    refuse_transposed(file.path, config, linears)
     _check_trained(source, read.experts, linears)
     beside = read_saved(source, others)
     return Adapter(

@@ -222,6 +222,16 @@ def test_configurations_that_are_no_lora_of_ours_are_refused(qwen, tmp_path, cha
     refused(qwen, tmp_path, match)
 
 
+def test_transposed_weights_are_of_layers_beside_experts(qwen, tmp_path):
+    """PEFT resets fan_in_fan_out only where it adapts a linear layer."""
+    for name, beside in (("in", []), ("beside", ["q_proj"])):
+        save_ours(qwen.base, tmp_path / name, r=4, target_modules=["experts", *beside])
+        rewrite(tmp_path / name, fan_in_fan_out=True)
+    assert verify_adapter(tmp_path / "in", qwen.config).ok
+    with pytest.raises(RefusedError, match=r"fan_in_fan_out=True.*q_proj"):
+        verify_adapter(tmp_path / "beside", qwen.config)
+
+
 def test_fields_that_are_not_known_are_refused_in_our_format(qwen, tmp_path):
     """A newer release may have written them, and A and B may mean something else with them."""
     shutil.copytree(qwen.ours, tmp_path / "in")

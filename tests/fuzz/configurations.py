@@ -53,7 +53,7 @@ NOT_DRAWN = {
     "auto_mapping": "set by PEFT",
     "runtime_config": "PEFT uses it for DoRA alone",
     "inference_mode": "True trains nothing",
-    "fan_in_fan_out": "True is for layers that these models do not have",
+    "fan_in_fan_out": "PEFT sets it to False where these models have linear layers",
     "target_parameters": "in the tests of PEFT's words",
     "loftq_config": "PEFT leaves it out",
     "megatron_core": "PEFT uses it beside a feature that is refused",

@@ -171,8 +171,11 @@ def _of_module(inner, value):
 # ---- tensors -------------------------------------------------------------------------------------
 
 _VALUES = [float("nan"), float("inf"), float("-inf"), 1e39, -1e300]
-_TORCH_DTYPES = ["float64", "bfloat16", "float16", "int8", "int32", "bool", "uint8", "complex64"]
 # fmt: off
+_TORCH_DTYPES = [
+    "float64", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int32", "bool",
+    "uint8", "complex64",
+]
 _RENAMES = {
     "no prefix": lambda name: name.removeprefix(PREFIX),
     "two prefixes": lambda name: PREFIX + name,

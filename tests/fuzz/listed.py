@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from fuzz.damaged_tensors import _change_header, _split
 from fuzz.values import CONFIG, WEIGHTS, Damage
+from peft_moe_lora import MoELoraConfig
 
 # ---- the weights ---------------------------------------------------------------------------------
 
@@ -123,6 +124,10 @@ def _field(name, value):
     return _text(lambda text: json.dumps(json.loads(text) | {name: value}).encode())
 
 
+def _of_another_adapter(folder):
+    MoELoraConfig(r=2, lora_alpha=4, target_modules=["experts"]).save_pretrained(folder)
+
+
 # ---- the files -----------------------------------------------------------------------------------
 
 
@@ -193,6 +198,7 @@ LISTED = {
     "another layout": Listed(_field("layout", "rank_major")),
     "a newer field": Listed(_field("use_new_thing", True)),
     "a newer field, unset": Listed(_field("use_new_thing", None), "right"),
+    "of another adapter": Listed(_of_another_adapter),
     "weights behind a link": Listed(_linked(WEIGHTS), "right"),
     "configuration behind a link": Listed(_linked(CONFIG), "right"),
     "both behind links": Listed(_behind_a_link, "right"),

@@ -123,6 +123,12 @@ NEAREST = {
         "convert/test_bad_adapters.py",
     ),
     "files/expressions.py": ("files/test_expressions.py", "tuner/test_choosing.py"),
+    "files/field_rules.py": (
+        "files/test_every_field.py",
+        "files/test_damaged_json.py",
+        "tuner/test_bad_input.py",
+        "convert/test_bad_adapters.py",
+    ),
     "files/folders.py": ("convert/test_folders.py", "convert/test_interruptions.py"),
     "files/peft_words.py": ("tuner/test_lora_config.py", "tuner/test_pefts_words.py"),
     "files/tensor_file.py": (
@@ -185,6 +191,7 @@ NEAREST = {
     "quant": ("quant",),
     "stats": ("stats",),
     "config.py": (
+        "files/test_every_field.py",
         "tuner/test_bad_input.py",
         "tuner/test_choosing.py",
         "tuner/test_peft_api.py",
