@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cases import PROJECTIONS
-from peft_moe_lora import MoELoraConfig
+from peft_moe_lora import MoELoraConfig, keep_experts
 from peft_moe_lora.experts.decoding import store
 from peft_moe_lora.ops.quantize import quantize
 from routes import Parameters, moe_lora_parameters, peft_parameters
@@ -82,14 +82,21 @@ def sharing_weights(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Turn checkpointing of every layer on (non-reentrant) or off."""
+def set_checkpointing(model: nn.Module, on: bool, keeps: bool = False) -> None:
+    """Turn checkpointing of every layer on (non-reentrant) or off.
+
+    Args:
+        keeps: whether experts run once, see `keep_experts`.
+    """
+    options: dict[str, object] = {"use_reentrant": False}
+    if keeps:
+        options["context_fn"] = keep_experts
     # transformers 5.17 has only the old name, 5.23 warns of it; drop when the floor moves
     word = "gradient"
     if hasattr(model, "activation_checkpointing_enable"):
         word = "activation"
     if on:
-        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+        getattr(model, f"{word}_checkpointing_enable")(options)
     else:
         getattr(model, f"{word}_checkpointing_disable")()
 

@@ -41,8 +41,8 @@ from models import build_dense
 from options import parse
 from peft_moe_lora import MoELoraConfig
 from report import Column, describe_machine, format_table, machine_line, write_json
+from step_cases import SLICE, Batch
 from timing import peak_bytes, seconds_per_call
-from train_step import SLICE, Batch
 
 ENGINES = ("alone", "ddp", "fsdp2", "fsdp2-kept", "ep")
 ROUTES = ("base", "peft", "moe_lora")

@@ -8,19 +8,25 @@ fp32 on a bf16 base; sdpa, experts on grouped_mm). Every route runs on the same 
 and in every route the embeddings' output requires a gradient, so that backward goes through every
 layer; `base` has nothing to train and no optimizer. Before anything is timed, PEFT's adapter gets
 the values of ours, and both must give the same logits and gradients.
+
+A case is a batch and how its steps run: eager, compiled or with Liger; with checkpointing, plain or
+under `keep_experts`; with a vocabulary (`step_cases`). After each case all numbers are written, and
+a row that fails leaves the others alone.
 """
 
 import gc
 import inspect
-import statistics
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 
 from agreement import check
@@ -28,93 +34,34 @@ from cases import MIB, QWEN3_30B, TINY_QWEN3, dtype_name
 from checking import CheckFailed
 from models import MODEL_ROUTES, ModelRoute, build_dense, set_checkpointing
 from options import parse
-from report import Column, describe_machine, format_table, machine_line, write_json
+from report import (
+    describe_machine,
+    format_cells,
+    format_table,
+    machine_line,
+    markdown_table,
+    write_json,
+)
+from step_cases import DEFAULT, TINY, VOCABULARY, Batch, StepCase, in_order, read_case
+from step_parts import profile_step
+from step_picture import draw
+from step_rows import COLUMNS, Row, compare_rows, fill_in
 from timing import peak_bytes, seconds_per_call
 
-SLICE = QWEN3_30B | {"vocab_size": 32768}
 TINY_DEFAULTS = {
     "device": "cpu",
     "layers": 2,
-    "batches": ["4x32", "1x32"],
+    "cases": list(TINY),
     "rounds": 2,
     "steps": 1,
 }
-
-
-# what moe_lora is held to on an H200: by batch, how many times as fast as PEFT; peak over PEFT's
-GOAL_SPEED = {"4x2048": 1.6, "1x2048": 2.0}
-GOAL_PEAK = 0.4
-
-
-@dataclass
-class Row:
-    """Whole training steps of one route: forward, backward, AdamW on the adapters.
-
-    Routes share the base weights and take turns in every round. What was not measured is null.
-
-    Attributes:
-        route: base is frozen, without adapter and optimizer: forward and backward alone.
-        batch: sequences x tokens.
-        ckpt: whether every layer is checkpointed.
-        failed: why the route has no numbers.
-        ms: of a step: the median over the rounds of each round's mean.
-        tok_s: tokens per second.
-        peak: MiB, the most allocated during a step above the base weights: the route's adapter,
-            gradients and optimizer state are included.
-        first: seconds of the route's first step of this case.
-        spread: (slowest - fastest round) / median.
-        x_base, x_peft: ms of the other route over this one's.
-        peak_of_peft: this route's peak over PEFT's.
-        goal_x_peft, goal_x_base, goal_peak_of_peft: what moe_lora is held to on an H200.
-    """
-
-    route: str
-    batch: str
-    ckpt: bool
-    failed: str | None = None
-    ms: float | None = None
-    tok_s: float | None = None
-    peak: float | None = None
-    first: float | None = None
-    spread: float | None = None
-    x_base: float | None = None
-    x_peft: float | None = None
-    peak_of_peft: float | None = None
-    goal_x_peft: float | None = None
-    goal_x_base: float | None = None
-    goal_peak_of_peft: float | None = None
-
-
-COLUMNS = {
-    "batch": Column("batch", is_label=True),
-    "checkpointing": Column("checkpointing", is_label=True),
-    "route": Column("route", is_label=True),
-    "ms": Column("ms", "{:.1f}"),
-    "tok_s": Column("tokens/s", "{:,.0f}"),
-    "x_peft": Column("x PEFT", "{:.2f}"),
-    "goal_x_peft": Column("goal", "{:.1f}"),
-    "x_base": Column("x base", "{:.2f}"),
-    "goal_x_base": Column("goal", "{:.1f}"),
-    "peak": Column("peak MiB", "{:,.1f}"),
-    "peak_of_peft": Column("of PEFT's", "{:.2f}"),
-    "goal_peak_of_peft": Column("goal", "{:.1f}"),
-    "first": Column("first s", "{:.2f}"),
-    "spread": Column("spread", "{:.0%}"),
-}
-YES_NO = {False: "no", True: "yes"}
+# so few that the host bounds a step on any GPU
+HOST_BATCH = Batch(1, 4)
+# what a route may raise that ends its row alone; an error of the device ends the process's others
+MAY_FAIL = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 
 
 # ---- the command line --------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """So many sequences of so many tokens."""
-
-    sequences: int
-    length: int
-
-    def __str__(self) -> str:
-        return f"{self.sequences}x{self.length}"
 
 
 @dataclass
@@ -124,39 +71,50 @@ class Arguments:
     tiny: bool = field(default=False, metadata={"help": "a tiny model in fp32 on a CPU"})
     device: str = field(default="cuda", metadata={"help": "default: cuda, with --tiny cpu"})
     layers: int = field(default=8, metadata={"help": "default: 8, with --tiny 2"})
-    batches: list[str] = field(
-        default_factory=lambda: ["4x2048", "1x2048"],
-        metadata={"metavar": "BxT", "help": "sequences x tokens (default: 4x2048 1x2048)"},
+    cases: list[str] = field(
+        default_factory=lambda: list(DEFAULT),
+        metadata={
+            "metavar": "CASE",
+            "help": "sequences x tokens, then any of +plain or +experts (checkpointing), +compile, "
+            "+liger and +vocabulary=N (default: 14 cases, 5 minutes on an H200)",
+        },
     )
     rank: int = field(default=16, metadata={"help": "r; lora_alpha is 2 r (default: 16)"})
     routes: list[str] = field(
         default_factory=lambda: ["base", "peft", "moe_lora"],
         metadata={"choices": list(MODEL_ROUTES)},
     )
-    checkpointing: list[str] = field(
-        default_factory=lambda: ["no", "yes"], metadata={"choices": ["no", "yes"]}
+    compiled_routes: list[str] = field(
+        default_factory=lambda: ["base", "moe_lora"],
+        metadata={"choices": list(MODEL_ROUTES), "help": "those of --routes that are compiled too"},
     )
     rounds: int = field(
-        default=6,
-        metadata={"help": "in each every route takes its turn (default: 6, with --tiny 2)"},
+        default=3,
+        metadata={"help": "in each every route takes its turn (default: 3, with --tiny 2)"},
     )
     steps: int = field(
-        default=5, metadata={"help": "timed in a row per turn (default: 5, with --tiny 1)"}
+        default=3, metadata={"help": "timed in a row per turn (default: 3, with --tiny 1)"}
     )
-    liger: bool = field(
-        default=False,
-        metadata={"help": "every route with Liger's norms, rope and chunked loss (extra `liger`)"},
+    seconds: float = field(
+        default=300.0, metadata={"help": "no case begins once so many have passed (default: 300)"}
     )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "write every number here"}
     )
+    markdown: Path | None = field(
+        default=None, metadata={"metavar": "FILE", "help": "write the table here"}
+    )
+    picture: Path | None = field(
+        default=None,
+        metadata={"metavar": "FILE", "help": "draw where the time goes, as SVG or PNG"},
+    )
 
-    @property
-    def sizes(self) -> dict:
+    def sizes(self, vocabulary: int) -> dict[str, Any]:
         """Of the model, as fields of its configuration."""
+        sizes = QWEN3_30B
         if self.tiny:
-            return TINY_QWEN3 | {"num_hidden_layers": self.layers}
-        return SLICE | {"num_hidden_layers": self.layers}
+            sizes = TINY_QWEN3
+        return sizes | {"num_hidden_layers": self.layers, "vocab_size": vocabulary}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,20 +123,16 @@ class Arguments:
             return torch.float32
         return torch.bfloat16
 
-    def batch_list(self) -> list[Batch]:
-        """The batches as numbers.
+    def case_list(self) -> list[StepCase]:
+        """The cases, in the order in which they are measured.
 
         Raises:
-            ValueError: if one is not written as sequences x tokens, or has less than two tokens.
+            ValueError: if one is not written as a case.
         """
-        batches = []
-        for text in self.batches:
-            sequences, _, length = text.partition("x")
-            batch = Batch(int(sequences), int(length))
-            if batch.sequences < 1 or batch.length < 2:
-                raise ValueError(f"{text} has no sequence or less than two tokens")
-            batches.append(batch)
-        return batches
+        vocabulary = VOCABULARY
+        if self.tiny:
+            vocabulary = TINY_QWEN3["vocab_size"]
+        return in_order([read_case(text, vocabulary) for text in self.cases])
 
 
 def model_defaults(args: Arguments) -> dict[str, Any]:
@@ -194,19 +148,19 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     if min(args.layers, args.rank, args.rounds, args.steps) < 1:
         parser.error("--layers, --rank, --rounds and --steps must be at least 1")
     try:
-        args.batch_list()
+        args.case_list()
     except ValueError as error:
-        parser.error(f"--batches must all be like 4x2048: {error}")
+        parser.error(f"--cases must all be like 4x2048+plain: {error}")
     return args
 
 
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def batch_of(args: Arguments, batch: Batch, seed: int = 0) -> torch.Tensor:
+def batch_of(args: Arguments, batch: Batch, vocabulary: int, seed: int = 0) -> torch.Tensor:
     """[sequences, length] random token ids on the device."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(args.sizes["vocab_size"], batch, generator=generator)
+    ids = torch.randint(vocabulary, batch, generator=generator)
     return ids.to(args.device)
 
 
@@ -215,104 +169,182 @@ def peak_of_step(route: ModelRoute, ids: torch.Tensor) -> int:
     return peak_bytes(partial(route.step, ids), ids.device) + route.static_bytes()
 
 
-def run_case(
-    routes: dict[str, ModelRoute], batch: Batch, checkpointing: bool, args: Arguments
-) -> list[Row]:
+def run_case(routes: dict[str, ModelRoute], case: StepCase, args: Arguments) -> list[Row]:
     """One row per route, measured in rounds in which every route takes its turn."""
-    ids = batch_of(args, batch)
-    rows = {name: Row(name, str(batch), checkpointing) for name in routes}
+    ids = batch_of(args, case.batch, case.vocabulary)
+    rows = {
+        name: Row(name, str(case.batch), case.checkpointing, case.variant, case.vocabulary)
+        for name in routes
+        if not case.compiled or name in args.compiled_routes
+    }
     for name, row in rows.items():
-        warm_up(routes[name], ids, row)
-    running = [name for name, row in rows.items() if not row.failed]
-    times: dict[str, list[float]] = {name: [] for name in running}
+        attempt(routes[name], row, partial(warm_up, routes[name], ids, case, row, args))
+    times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(args.rounds):
-        for name in running:
-            seconds = seconds_per_call(partial(routes[name].step, ids), ids.device, args.steps)
-            times[name].append(1e3 * seconds)
-    for name, measured in times.items():
-        row = rows[name]
-        row.ms = statistics.median(measured)
-        row.tok_s = 1e3 * batch.sequences * batch.length / row.ms
-        row.spread = (max(measured) - min(measured)) / row.ms
+        for name, row in rows.items():
+            attempt(routes[name], row, partial(time_turn, routes[name], ids, args, times[name]))
+    for name, row in rows.items():
+        if not row.failed:
+            fill_in(row, case.batch, times[name])
+    for name in rows:
+        routes[name].model._compiled_call_impl = None
+    torch._dynamo.reset()
     compare_rows(rows)
     return list(rows.values())
 
 
-def warm_up(route: ModelRoute, ids: torch.Tensor, row: Row) -> None:
-    """Fill in the first step's time and the peak; where memory does not suffice, say so."""
-    set_checkpointing(route.model, row.ckpt)
-    step = partial(route.step, ids)
+def attempt(route: ModelRoute, row: Row, measure: Callable[[], None]) -> None:
+    """Measure, unless the row has failed; if it fails, note why and free what it holds."""
+    if row.failed:
+        return
     try:
-        row.first = seconds_per_call(step, ids.device, 1)
-        seconds_per_call(step, ids.device, 2)
-        row.peak = peak_of_step(route, ids) / MIB
-    except torch.OutOfMemoryError as error:
-        row.first = None
+        measure()
+    except MAY_FAIL as error:
         row.failed = f"raised {type(error).__name__}"
-        print(f"  {row.route}: {row.failed}: {str(error).splitlines()[0]}", file=sys.stderr)
+        first_line = str(error).partition("\n")[0]
+        print(f"  {row.route}: {row.failed}: {first_line}", file=sys.stderr)
+    if row.failed:
         route.model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def compare_rows(rows: dict[str, Row]) -> None:
-    """Fill in how each route compares with base and PEFT, and what moe_lora is held to."""
-    measured = {name: row for name, row in rows.items() if not row.failed}
-    base = measured.get("base")
-    peft = measured.get("peft")
-    for row in measured.values():
-        if base and row is not base:
-            row.x_base = base.ms / row.ms
-        if peft and row is not peft:
-            row.x_peft = peft.ms / row.ms
-            row.peak_of_peft = row.peak / peft.peak
-        if row.route == "moe_lora" and row.batch in GOAL_SPEED:
-            row.goal_x_peft = GOAL_SPEED[row.batch]
-            row.goal_x_base = 1.0
-            if not row.ckpt:
-                row.goal_peak_of_peft = GOAL_PEAK
+def warm_up(
+    route: ModelRoute, ids: torch.Tensor, case: StepCase, row: Row, args: Arguments
+) -> None:
+    """Fill in the first step's time, the peak, and what one step consists of."""
+    set_checkpointing(route.model, case.checkpointing != "no", case.checkpointing == "experts")
+    if case.compiled:
+        route.model.compile()
+    step = partial(route.step, ids)
+    first = seconds_per_call(step, ids.device, 1)
+    seconds_per_call(step, ids.device, 2)
+    row.peak = peak_of_step(route, ids) / MIB
+    profile = profile_step(route, ids, with_parts=not case.compiled)
+    row.launches = profile.launches
+    row.parts = profile.parts
+    if not case.compiled:
+        few = partial(route.step, batch_of(args, HOST_BATCH, case.vocabulary))
+        # new kinds of calls are learned and recorded in the first three
+        seconds_per_call(few, ids.device, 3)
+        row.host_us = 1e6 * seconds_per_call(few, ids.device, args.steps) / args.layers
+    row.first = first
+
+
+def time_turn(route: ModelRoute, ids: torch.Tensor, args: Arguments, times: list[float]) -> None:
+    """Append the ms of a step."""
+    times.append(1e3 * seconds_per_call(partial(route.step, ids), ids.device, args.steps))
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+class Run:
+    """A run of the command: its report, and what it has left out.
+
+    Args:
+        args: the command line.
+        argv: the same in words.
+    """
+
+    def __init__(self, args: Arguments, argv: list[str]) -> None:
+        self.args = args
+        self.started = datetime.now(UTC)
+        self.ends = time.monotonic() + args.seconds
+        self.rows: list[Row] = []
+        self.left_out: list[StepCase] = []
+        model = f"Qwen3-30B-A3B cut to {args.layers} layers, {dtype_name(args.dtype)}"
+        what = f"{model}; LoRA of rank {args.rank}.\n{inspect.cleandoc(Row.__doc__ or '')}"
+        self.report: dict[str, Any] = {
+            "machine": describe_machine(torch.device(args.device)),
+            "date": self.started.isoformat(timespec="seconds"),
+            "what": what,
+            "command": argv,
+            "losses": {},
+        }
+
+    def measure(self, cases: list[StepCase]) -> None:
+        """Measure cases of one vocabulary.
+
+        Raises:
+            CheckFailed: if the routes do not agree.
+        """
+        args = self.args
+        vocabulary = cases[0].vocabulary
+        gc.collect()
+        base = build_dense(args.sizes(vocabulary), args.dtype, torch.device(args.device))
+        routes = {name: MODEL_ROUTES[name](base, args.rank) for name in args.routes}
+        print("Checking that the routes with an adapter agree", file=sys.stderr)
+        # one sequence, because the check holds the logits of all routes
+        short = Batch(1, min(case.batch.length for case in cases))
+        ids = batch_of(args, short, vocabulary, seed=99)
+        self.report["losses"][str(vocabulary)] = check(routes, base, args.rank, ids)
+        has_liger = False
+        for case in cases:
+            if time.monotonic() > self.ends:
+                self.left_out.append(case)
+                continue
+            print(f"{case} ...", file=sys.stderr, flush=True)
+            if case.liger and not has_liger:
+                # after the check, which needs logits; the experts stay each route's own
+                has_liger = True
+                give_liger([route.model for route in routes.values()])
+            self.rows += run_case(routes, case, args)
+            # after every case, so that an interrupted run leaves what it has
+            self.write()
+
+    def write(self) -> None:
+        """Write the files that are asked for."""
+        rows = [asdict(row) for row in self.rows]
+        report = {**self.report, "rows": rows}
+        write_json(self.args.json, report)
+        if self.args.markdown is not None:
+            columns = {
+                key: column
+                for key, column in COLUMNS.items()
+                if any(row[key] is not None for row in rows)
+            }
+            titles = [column.title for column in columns.values()]
+            cells = [format_cells(row, columns) for row in rows]
+            self.args.markdown.write_text(markdown_table(titles, cells) + "\n")
+
+    def show(self) -> int:
+        """Print the table, draw the picture; 1 if a row failed or a case was left out."""
+        args = self.args
+        for case in self.left_out:
+            print(f"Left out after {args.seconds:.0f} s: {case}", file=sys.stderr)
+        if not self.rows:
+            return 1
+        line = f"{self.started:%Y-%m-%d}; {args.layers} layers, r = {args.rank}"
+        print(f"{machine_line(self.report['machine'])}, {line}")
+        rows = [asdict(row) for row in self.rows]
+        print(format_table(rows, COLUMNS))
+        if args.picture is not None:
+            draw({**self.report, "rows": rows}, args.picture)
+        return int(bool(self.left_out) or any(row.failed for row in self.rows))
+
+
+def give_liger(models: list[nn.Module]) -> None:
+    """Liger's norms, rope and loss in chunks."""
+    for model in models:
+        apply_liger_kernel(model, {"swiglu": False})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, measure, print a table; 1 if routes disagree or one failed."""
+    """Check, measure, print a table; 1 if routes disagree, one failed, or time ran out."""
     if argv is None:
         argv = sys.argv[1:]
     args = parse_arguments(argv)
-    started = datetime.now(UTC)
-    base = build_dense(args.sizes, args.dtype, torch.device(args.device))
-    routes = {name: MODEL_ROUTES[name](base, args.rank) for name in args.routes}
-    print("Checking that the routes with an adapter agree", file=sys.stderr)
-    try:
-        losses = check(routes, base, args.rank, batch_of(args, args.batch_list()[-1], seed=99))
-    except CheckFailed as error:
-        print(f"No numbers: {error}.", file=sys.stderr)
-        return 1
-    if args.liger:
-        # after the check, which needs logits; the experts stay each route's own
-        for route in routes.values():
-            apply_liger_kernel(route.model, {"swiglu": False})
-    machine = describe_machine(torch.device(args.device))
-    model = f"Qwen3-30B-A3B cut to {args.layers} layers, {dtype_name(args.dtype)}: {args.sizes}"
-    report = {
-        "machine": machine,
-        "date": started.isoformat(timespec="seconds"),
-        "what": f"{model}; LoRA of rank {args.rank}.\n{inspect.cleandoc(Row.__doc__ or '')}",
-        "command": argv,
-        "losses": losses,
-    }
-    rows: list[Row] = []
-    for batch in args.batch_list():
-        for checkpointing in args.checkpointing:
-            print(f"{batch}, checkpointing: {checkpointing} ...", file=sys.stderr, flush=True)
-            rows += run_case(routes, batch, checkpointing == "yes", args)
-            # after every case, so that an interrupted run leaves what it has
-            write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
-    line = f"{started:%Y-%m-%d}; {args.layers} layers, r = {args.rank}"
-    if args.liger:
-        line += ", with Liger"
-    print(f"{machine_line(machine)}, {line}")
-    print(format_table([asdict(r) | {"checkpointing": YES_NO[r.ckpt]} for r in rows], COLUMNS))
-    return int(any(row.failed for row in rows))
+    run = Run(args, argv)
+    cases = args.case_list()
+    disagree = False
+    for vocabulary in dict.fromkeys(case.vocabulary for case in cases):
+        try:
+            run.measure([case for case in cases if case.vocabulary == vocabulary])
+        except CheckFailed as error:
+            disagree = True
+            print(f"No numbers: {error}.", file=sys.stderr)
+    return max(int(disagree), run.show())
 
 
 if __name__ == "__main__":

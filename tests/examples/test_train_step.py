@@ -1,6 +1,7 @@
 """benchmarks/train_step.py on a CPU: every field, and no number where routes disagree."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import agreement
 import train_step
 from models import MODEL_ROUTES, ModelRoute, build_dense, moe_lora_route
 from peft_moe_lora.layers import own
+from step_cases import DEFAULT, Batch, StepCase, in_order, read_case
+from step_parts import PARTS, by_part, ranges
 
 ROUTES = ["base", "frozen", "peft", "moe_lora", "moe_lora-recompute", "moe_lora-peft-linear"]
 RANK = 16
@@ -23,7 +26,7 @@ def args() -> train_step.Arguments:
 
 @pytest.fixture
 def base(args) -> nn.Module:
-    return build_dense(args.sizes, args.dtype, CPU)
+    return build_dense(args.sizes(256), args.dtype, CPU)
 
 
 @pytest.fixture
@@ -31,28 +34,158 @@ def routes(base) -> dict[str, ModelRoute]:
     return {name: MODEL_ROUTES[name](base, RANK) for name in ROUTES}
 
 
+KEYS = {"machine", "date", "what", "command", "losses", "rows"}
+
+
 def test_report_has_every_field(tmp_path, capsys):
-    path = tmp_path / "steps.json"
-    words = "--tiny --batches 2x12 1x12 --rounds 1".split()
-    assert train_step.main([*words, "--routes", *ROUTES, "--json", str(path)]) == 0
+    path, table, picture = (tmp_path / name for name in ("steps.json", "steps.md", "steps.svg"))
+    cases = ["2x12", "1x12+experts"]
+    routes = ["base", "peft", "moe_lora"]
+    words = ["--tiny", "--cases", *cases, "--rounds", "1", "--routes", *routes]
+    files = ["--json", path, "--markdown", table, "--picture", picture]
+    assert train_step.main([*words, *map(str, files)]) == 0
     report = json.loads(path.read_text())
-    assert report.keys() == {"machine", "date", "what", "command", "losses", "rows"}
-    assert report["losses"].keys() == set(ROUTES) - {"base", "frozen"}
+    assert report.keys() == KEYS
+    assert report["losses"]["256"].keys() == set(routes) - {"base"}
     assert "cut to 2 layers" in report["what"]
-    expected = [(b, c, r) for b in ("2x12", "1x12") for c in (False, True) for r in ROUTES]
-    found = {(row["batch"], row["ckpt"], row["route"]): row for row in report["rows"]}
+    kinds = [("2x12", "no"), ("1x12", "experts")]
+    expected = [(*kind, route) for kind in kinds for route in routes]
+    found = {(r["batch"], r["checkpointing"], r["route"]): r for r in report["rows"]}
     assert list(found) == expected
-    for (batch, ckpt, name), row in found.items():
+    for (batch, checkpointing, name), row in found.items():
         assert row["failed"] is None
-        assert min(row[key] for key in ("ms", "tok_s", "peak", "first")) > 0
+        assert (row["variant"], row["vocabulary"]) == ("eager", 256)
+        assert min(row[key] for key in ("ms", "tok_s", "peak", "first", "host_us")) > 0
         assert row["tok_s"] == pytest.approx(1e3 * int(batch[0]) * 12 / row["ms"])
-        peft = found[batch, ckpt, "peft"]
+        assert list(row["parts"]) == list(PARTS)
+        assert all(ms > 0 for part, ms in row["parts"].items() if part != "optimizer")
+        assert (row["parts"]["optimizer"] > 0) == (name != "base")
+        peft = found[batch, checkpointing, "peft"]
         if name != "peft":
             assert row["x_peft"] == pytest.approx(peft["ms"] / row["ms"])
             assert row["peak_of_peft"] == pytest.approx(row["peak"] / peft["peak"])
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 + len(expected)
-    assert all(row["route"] in line for row, line in zip(report["rows"], table[2:], strict=True))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + len(expected)
+    assert all(row["route"] in line for row, line in zip(report["rows"], printed[2:], strict=True))
+    assert len(table.read_text().splitlines()) == 2 + len(expected)
+    drawn = picture.read_text()
+    assert all(part in drawn for part in PARTS)
+    assert "moe_lora, 1x12, checkpointing: experts" in drawn
+
+
+def test_a_row_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
+    def failing(base: nn.Module, rank: int) -> ModelRoute:
+        route = moe_lora_route(base, rank)
+        step = route.step
+
+        def fails(ids: torch.Tensor) -> None:
+            if ids.shape[0] == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+            step(ids)
+
+        route.step = fails
+        return route
+
+    monkeypatch.setitem(MODEL_ROUTES, "moe_lora", failing)
+    path = tmp_path / "steps.json"
+    words = "--tiny --layers 1 --cases 2x12 1x12 --rounds 1 --routes base moe_lora".split()
+    assert train_step.main([*words, "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    why = ["raised OutOfMemoryError" if i == 1 else None for i in range(4)]
+    assert [row["failed"] for row in rows] == why
+    assert [row["ms"] is None for row in rows] == [i == 1 for i in range(4)]
+    assert "CUDA out of memory. Tried" in capsys.readouterr().err
+
+
+def test_what_time_does_not_suffice_for_is_named(capsys):
+    words = "--tiny --layers 1 --cases 1x12 1x12+vocabulary=300 --rounds 1 --routes base".split()
+    assert train_step.main([*words, "--seconds", "0"]) == 1
+    said = capsys.readouterr()
+    assert not said.out
+    assert "Left out after 0 s: 1x12, checkpointing: no, eager, vocabulary 300" in said.err
+    assert train_step.main(words) == 0
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[2:]] == ["256", "300"]
+
+
+# ---- the cases ----------------------------------------------------------------------------------
+
+
+def test_cases_are_read_and_ordered():
+    words = ("4x8+liger", "2x4+experts", "4x8+compile+vocabulary=9")
+    cases = [read_case(text, 7) for text in words]
+    assert cases[0] == StepCase(Batch(4, 8), liger=True, vocabulary=7)
+    assert cases[1] == StepCase(Batch(2, 4), "experts", vocabulary=7)
+    assert cases[2] == StepCase(Batch(4, 8), compiled=True, vocabulary=9)
+    assert [case.variant for case in cases] == ["liger", "eager", "compile"]
+    # Liger is not taken off a model
+    assert in_order(cases) == [cases[1], cases[0], cases[2]]
+    assert len([read_case(text, 7) for text in DEFAULT]) == len(DEFAULT)
+
+
+def test_liger_is_given_once_and_compiled_models_are_given_back(monkeypatch):
+    """The names of a GPU's run, without their libraries."""
+    given = []
+    compiled = []
+    monkeypatch.setattr(train_step, "apply_liger_kernel", lambda *words: given.append(words))
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    cases = ["--cases", "1x12+liger", "1x12+compile", "1x12+compile+liger"]
+    words = "--tiny --layers 1 --rounds 1 --routes base --compiled-routes base".split()
+    run = train_step.Run(train_step.parse_arguments([*words, *cases]), [])
+    run.measure(run.args.case_list())
+    assert [options for _, options in given] == [{"swiglu": False}]
+    assert len(compiled) == 2
+    assert [row.variant for row in run.rows] == ["compile", "liger", "compile+liger"]
+    assert [bool(row.parts) for row in run.rows] == [False, True, False]
+
+
+# ---- the parts of a step ------------------------------------------------------------------------
+
+
+class Event:
+    """What the profiler records of an operation."""
+
+    def __init__(self, name, parent=None, sequence_nr=-1, thread=1, kernels=(), device="CPU"):
+        self.name = name
+        self.cpu_parent = parent
+        self.sequence_nr = sequence_nr
+        self.thread = thread
+        self.kernels = [SimpleNamespace(duration=us) for us in kernels]
+        self.device_type = getattr(torch.autograd.DeviceType, device)
+        self.self_cpu_time_total = 0
+
+
+def test_kernels_count_for_the_innermost_part_also_in_backward():
+    loss = Event("part: loss")
+    experts = Event("part: experts", loss)
+    forward = Event("experts", experts, sequence_nr=3, kernels=[1000, 500])
+    head = Event("aten::mm", loss, sequence_nr=4, kernels=[2000])
+    node = Event("autograd::engine::evaluate_function: expertsBackward", sequence_nr=3, thread=2)
+    backward = Event("expertsBackward", node, sequence_nr=3, thread=2, kernels=[3000])
+    # a second forward within backward
+    norm = Event("part: norms", node, thread=2)
+    again = Event("aten::mul", norm, sequence_nr=4, thread=2, kernels=[250])
+    lost = Event("aten::add_", Event("a node of no operation", thread=2), kernels=[125])
+    of_device = Event("part: loss", thread=9, kernels=[10**6], device="CUDA")
+    events = [loss, experts, forward, head, node, backward, norm, again, lost, of_device]
+    found = by_part(events, on_gpu=True)
+    assert {part: ms for part, ms in found.items() if ms} == {
+        "experts": 4.5,
+        "loss": 2.0,
+        "norms": 0.25,
+        "rest": 0.125,
+    }
+
+
+def test_forwards_are_given_back_after_a_step(routes):
+    for route in routes.values():
+        # as Liger binds one to an instance
+        norm = next(m for m in route.model.modules() if type(m).__name__ == "Qwen3MoeRMSNorm")
+        norm.forward = norm.forward
+        before = {name: vars(m).get("forward") for name, m in route.model.named_modules()}
+        with pytest.raises(KeyError), ranges(route.model):
+            raise KeyError
+        after = {name: vars(m).get("forward") for name, m in route.model.named_modules()}
+        assert after == before
 
 
 def test_every_route_runs_on_the_same_weights(base, routes):
@@ -63,7 +196,7 @@ def test_every_route_runs_on_the_same_weights(base, routes):
 
 
 def test_every_route_goes_backward_through_every_layer(args, routes):
-    ids = train_step.batch_of(args, train_step.Batch(1, 8))
+    ids = train_step.batch_of(args, Batch(1, 8), 256)
     for name, route in routes.items():
         reached = []
 
@@ -88,7 +221,7 @@ def test_adapters_have_the_same_tensors_under_the_same_names(routes):
 
 def test_the_peak_holds_adapter_and_optimizer_state(args, routes):
     route = routes["moe_lora"]
-    ids = train_step.batch_of(args, train_step.Batch(1, 8))
+    ids = train_step.batch_of(args, Batch(1, 8), 256)
     route.step(ids)
     adapter = sum(p.numel() * 4 for p in route.trained.values())
     # AdamW's two moments, and one counter per tensor
@@ -151,7 +284,15 @@ def test_routes_that_disagree_get_no_number(monkeypatch, tmp_path, capsys, damag
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--batches", "2048"], ["--rounds", "0"], ["--batches", "1x1"], ["--batches", "axb"]],
+    [
+        ["--cases", "2048"],
+        ["--rounds", "0"],
+        ["--cases", "1x1"],
+        ["--cases", "axb"],
+        ["--cases", "1x8+fast"],
+        ["--cases", "1x8+plain+experts"],
+        ["--cases", "1x8+liger+liger"],
+    ],
     ids=" ".join,
 )
 def test_bad_arguments_are_refused(arguments, capsys):
@@ -169,7 +310,7 @@ def test_the_frozen_route_runs_our_kernels_and_gives_the_same(args, routes, monk
         return compute(module, *rest, **options)
 
     monkeypatch.setattr(own, "compute", counted)
-    ids = train_step.batch_of(args, train_step.Batch(1, 8))
+    ids = train_step.batch_of(args, Batch(1, 8), 256)
     logits = {name: routes[name].model(input_ids=ids).logits for name in ("base", "frozen")}
     assert len(calls) == 2
     assert torch.allclose(logits["frozen"], logits["base"], atol=1e-4)

@@ -1,0 +1,121 @@
+"""The cases of train_step.py: a batch, and how its training steps run.
+
+4x2048                         4 sequences of 2048 tokens, eager
+4x2048+experts+liger           with checkpointing under `keep_experts`, and Liger
+4x2048+liger+vocabulary=151936
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cases import QWEN3_30B
+
+VOCABULARY = 32768
+SLICE = QWEN3_30B | {"vocab_size": VOCABULARY}
+# kinds of checkpointing; without one of them there is none
+CHECKPOINTING = ("plain", "experts")
+VARIANTS = ("compile", "liger")
+# what a run measures unless it is told otherwise: under 6 minutes on an H200 with three routes
+DEFAULT = (
+    "4x2048",
+    "4x2048+plain",
+    "4x2048+experts",
+    "1x2048",
+    "1x2048+plain",
+    "1x2048+experts",
+    "4x2048+compile",
+    "1x2048+compile",
+    "4x2048+liger",
+    "4x2048+plain+liger",
+    "4x2048+experts+liger",
+    "4x2048+vocabulary=151936",
+    "4x2048+liger+vocabulary=151936",
+    "4x2048+experts+liger+vocabulary=151936",
+)
+TINY = ("4x32", "4x32+plain", "4x32+experts", "1x32")
+
+
+class Batch(NamedTuple):
+    """So many sequences of so many tokens."""
+
+    sequences: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.sequences}x{self.length}"
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """What the steps of a case are.
+
+    Attributes:
+        batch: sequences x tokens.
+        checkpointing: "no", or one of CHECKPOINTING.
+        compiled: whether the model is compiled.
+        liger: whether Liger's norms, rope and loss run.
+        vocabulary: tokens of the model's vocabulary.
+    """
+
+    batch: Batch
+    checkpointing: str = "no"
+    compiled: bool = False
+    liger: bool = False
+    vocabulary: int = VOCABULARY
+
+    def __str__(self) -> str:
+        kind = f"checkpointing: {self.checkpointing}, {self.variant}"
+        return f"{self.batch}, {kind}, vocabulary {self.vocabulary}"
+
+    @property
+    def variant(self) -> str:
+        """How the model runs, in words."""
+        words = [word for word, on in (("compile", self.compiled), ("liger", self.liger)) if on]
+        return "+".join(words) or "eager"
+
+
+def read_case(text: str, vocabulary: int) -> StepCase:
+    """The case that a word of the command line names.
+
+    Args:
+        text: such as 4x2048+plain+liger.
+        vocabulary: where the word names none.
+    Raises:
+        ValueError: if the word is none of a case.
+    """
+    batch, *words = text.split("+")
+    checkpointing = [word for word in words if word in CHECKPOINTING]
+    variants = {word for word in words if word in VARIANTS}
+    sizes = [word.removeprefix("vocabulary=") for word in words if word.startswith("vocabulary=")]
+    known = len(checkpointing) + len(variants) + len(sizes)
+    if known != len(words) or len(checkpointing) > 1 or len(sizes) > 1:
+        raise ValueError(
+            f"{text} is no case: after sequences x tokens, one of {CHECKPOINTING}, "
+            f"any of {VARIANTS} and one vocabulary=N may follow, each once, joined by +"
+        )
+    return StepCase(
+        read_batch(batch),
+        next(iter(checkpointing), "no"),
+        "compile" in variants,
+        "liger" in variants,
+        int(next(iter(sizes), vocabulary)),
+    )
+
+
+def read_batch(text: str) -> Batch:
+    """A batch written as sequences x tokens.
+
+    Raises:
+        ValueError: if it is not written so, or has no sequence or less than two tokens.
+    """
+    sequences, _, length = text.partition("x")
+    batch = Batch(int(sequences), int(length))
+    if batch.sequences < 1 or batch.length < 2:
+        raise ValueError(f"{text} has no sequence or less than two tokens")
+    return batch
+
+
+def in_order(cases: list[StepCase]) -> list[StepCase]:
+    """The cases by vocabulary, with Liger's at the end of each: Liger is not taken off a model."""
+    vocabularies = list(dict.fromkeys(case.vocabulary for case in cases))
+    return sorted(cases, key=lambda case: (vocabularies.index(case.vocabulary), case.liger))
