@@ -46,7 +46,7 @@ from ...operations import RankRows
 from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
-from ..operands import Act
+from ..operands import Act, Weight
 from ..tiles.activation import activate_backward, activation_constants
 from ..tiles.chunks import chunk_rows, sum_chunks
 from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
@@ -97,6 +97,37 @@ class _Operands(NamedTuple):
     side0: Any
     side1: Any
     act: Any
+
+
+class _Factors(NamedTuple):
+    """Shared memory of the rank-r operands of wgmma.
+
+    Attributes:
+        B0, B1: [2, 64, RANKS], B of both halves of each side.
+        xa, right: [1, 64, RANKS], a step's rows of xa and of w * right.
+    """
+
+    B0: Any
+    B1: Any
+    xa: Any
+    right: Any
+
+
+class _Columns(NamedTuple):
+    """Where a panel's columns lie.
+
+    Attributes:
+        col: first column in act.
+        other: whether the panel's second half exists.
+        n<s><c>: first column in pre of side s of half c.
+    """
+
+    col: Any
+    other: Any
+    n00: Any
+    n01: Any
+    n10: Any
+    n11: Any
 
 
 @gluon.jit
@@ -220,16 +251,33 @@ def _load_ranks(ptr, first, left, width, RANKS: gl.constexpr):
 
 
 @gluon.jit
-def _load_B(lora_B_ptrs, first, inside, r, stride_br, stride_bk, RANKS: gl.constexpr):
+def _load_B(ptrs, first, inside, r, lora_B, RANKS: gl.constexpr):
     """Load rows `first` up to first + 64 of an expert's B [N, r]; zeros unless `inside`."""
     offs_n = first + gl.arange(0, COLS, gl.SliceLayout(1, BY_FOUR))
     offs_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_FOUR))
     ptrs = (
-        lora_B_ptrs
-        + offs_n.to(gl.int64)[:, None] * stride_bk
-        + offs_r.to(gl.int64)[None, :] * stride_br
+        ptrs
+        + offs_n.to(gl.int64)[:, None] * lora_B.stride_n
+        + offs_r.to(gl.int64)[None, :] * lora_B.stride_k
     )
     return gl.load(ptrs, mask=(offs_r < r)[None, :] & (offs_n >= 0)[:, None] & inside, other=0.0)
+
+
+@gluon.jit
+def _stage_B(factors, lora_B, e, columns, r, dtype: gl.constexpr, RANKS: gl.constexpr):
+    """Put the rows of B[e] that belong to a panel into shared memory."""
+    _, other, n00, n01, n10, n11 = columns
+    ptrs = lora_B.ptr + e * lora_B.stride_e
+    # loads before stores to shared memory, so that their latencies overlap; but all four parts of B
+    # at once would take too many registers
+    b00 = _load_B(ptrs, n00, True, r, lora_B, RANKS)
+    b01 = _load_B(ptrs, n01, other, r, lora_B, RANKS)
+    factors.B0.index(0).store(b00.to(dtype))
+    factors.B0.index(1).store(b01.to(dtype))
+    b10 = _load_B(ptrs, n10, True, r, lora_B, RANKS)
+    b11 = _load_B(ptrs, n11, other, r, lora_B, RANKS)
+    factors.B1.index(0).store(b10.to(dtype))
+    factors.B1.index(1).store(b11.to(dtype))
 
 
 @gluon.jit
@@ -244,12 +292,36 @@ def _store_sums(out_ptrs, acc, first, inside, r, stride_k, stride_r):
 
 
 @gluon.jit
-def _first_columns(panel, I, INTERLEAVED: gl.constexpr):  # noqa: E741
-    """Where a panel's columns lie: (col, other, n00, n01, n10, n11).
+def _store_all_sums(sums, columns, dA, dB, partial, several, chunk, e, I, r):  # noqa: E741
+    """Store a program's sums to dA and dB or, if its expert has several chunks, to `partial`.
 
-    col is its first column in act, and other says whether its second half exists. n<s><c> is the
-    first column in pre of side s of its half c.
+    Args:
+        dA: `operands.Weight` of [E, I, r]. dB: of [E, N, r].
+        partial: pointers (partial_A, partial_B).
     """
+    partial_A_ptr, partial_B_ptr = partial
+    col, other, n00, n01, n10, n11 = columns
+    base_A = dA.ptr + e * dA.stride_e
+    base_B = dB.ptr + e * dB.stride_e
+    if several:
+        base_A = partial_A_ptr + chunk.to(gl.int64) * I * r
+        base_B = partial_B_ptr + chunk.to(gl.int64) * 2 * I * r
+    step_A = gl.where(several, r, dA.stride_n).to(gl.int64)
+    step_B = gl.where(several, r, dB.stride_n).to(gl.int64)
+    rank_A = gl.where(several, 1, dA.stride_k).to(gl.int64)
+    rank_B = gl.where(several, 1, dB.stride_k).to(gl.int64)
+    dB00, dB01, dB10, dB11, dA0, dA1 = sums
+    _store_sums(base_B, dB00, n00, True, r, step_B, rank_B)
+    _store_sums(base_B, dB01, n01, other, r, step_B, rank_B)
+    _store_sums(base_B, dB10, n10, True, r, step_B, rank_B)
+    _store_sums(base_B, dB11, n11, other, r, step_B, rank_B)
+    _store_sums(base_A, dA0, col, True, r, step_A, rank_A)
+    _store_sums(base_A, dA1, col + COLS, other, r, step_A, rank_A)
+
+
+@gluon.jit
+def _first_columns(panel, I, INTERLEAVED: gl.constexpr):  # noqa: E741
+    """The `_Columns` of a panel."""
     col = panel * 2 * COLS
     other = panel * 2 * COLS + COLS < I
     n00 = col * (1 + INTERLEAVED)
@@ -260,7 +332,7 @@ def _first_columns(panel, I, INTERLEAVED: gl.constexpr):  # noqa: E741
     else:
         n10 = n00 + I
         n11 = n01 + I
-    return col, other, n00, n01, n10, n11
+    return _Columns(col, other, n00, n01, n10, n11)
 
 
 @gluon.jit
@@ -274,11 +346,13 @@ def _reinterpreted(smem, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.co
 
 
 @gluon.jit
-def _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at):
+def _multiply_step(halves, factors, sums, at):
     """Compute yb [ROWS, RANKS] of a step, and add the step's products to the sums of dB and dA.
 
-    at: the 0 of `_opaque_zero`.
+    halves: of both sides and of act, [2, 64, 64] each. at: the 0 of `_opaque_zero`.
     """
+    halves0, halves1, act_halves = halves
+    B0, B1, xa, right = factors
     dB00, dB01, dB10, dB11, dA0, dA1 = sums
     side00 = halves0.index(at)
     side01 = halves0.index(at + 1)
@@ -339,14 +413,15 @@ def _act_backward_outer_kernel(
     end = gl.minimum(end, start + CHUNK)
     # int64: an expert index times a stride passes 2**31
     e = e.to(gl.int64)
-    col, other, n00, n01, n10, n11 = _first_columns(panel, I, INTERLEAVED)
+    panel_columns = _first_columns(panel, I, INTERLEAVED)
+    col = panel_columns.col
     # layout of draw
     COLUMNS: gl.constexpr = BY_PAIRS if INTERLEAVED else BY_ELEMENTS
     draw_m = start + gl.arange(0, HALF, gl.SliceLayout(1, COLUMNS))
     draw_c = col + gl.arange(0, PAIRS if INTERLEAVED else COLS, gl.SliceLayout(0, COLUMNS))
     draw_ptrs = draw_ptr + draw_m.to(gl.int64)[:, None] * I + draw_c[None, :]
     offs_m = start + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
-    offs_n = n00 + gl.arange(0, COLS, gl.SliceLayout(0, BY_ELEMENTS))
+    offs_n = panel_columns.n00 + gl.arange(0, COLS, gl.SliceLayout(0, BY_ELEMENTS))
     pre_ptrs = pre_ptr + offs_m.to(gl.int64)[:, None] * stride_prem + offs_n[None, :]
     dpre_ptrs = dpre_ptr + offs_m.to(gl.int64)[:, None] * (2 * I) + offs_n[None, :]
     staged0 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
@@ -368,10 +443,12 @@ def _act_backward_outer_kernel(
     halves0 = _reinterpreted(sides0, dtype, shape, WIDE)
     halves1 = _reinterpreted(sides1, dtype, shape, WIDE)
     act_halves = _reinterpreted(acts, dtype, shape, WIDE)
+    halves = halves0, halves1, act_halves
     B0 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
     B1 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
     xa = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     right = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
+    factors = _Factors(B0, B1, xa, right)
     ws = gl.allocate_shared_memory(gl.float32, [2, HALF], FLAT)
     ws_flat = _reinterpreted(ws, gl.float32, [ROWS], FLAT)
     rows = gl.arange(0, ROWS, BY_ROW)
@@ -380,17 +457,8 @@ def _act_backward_outer_kernel(
         row_slot_ptr + start + ROWS + rows, mask=start + ROWS + rows < end, other=0
     )
     w = gl.load(top_k_weights_ptr + slots, mask=start + rows < end, other=0.0)
-    lora_B_ptrs = lora_B_ptr + e * stride_be
-    # loads before stores to shared memory, so that their latencies overlap; but all four parts of B
-    # at once would take too many registers
-    b00 = _load_B(lora_B_ptrs, n00, True, r, stride_br, stride_bk, RANKS)
-    b01 = _load_B(lora_B_ptrs, n01, other, r, stride_br, stride_bk, RANKS)
-    B0.index(0).store(b00.to(dtype))
-    B0.index(1).store(b01.to(dtype))
-    b10 = _load_B(lora_B_ptrs, n10, True, r, stride_br, stride_bk, RANKS)
-    b11 = _load_B(lora_B_ptrs, n11, other, r, stride_br, stride_bk, RANKS)
-    B1.index(0).store(b10.to(dtype))
-    B1.index(1).store(b11.to(dtype))
+    lora_B = Weight(lora_B_ptr, stride_be, stride_bk, stride_br)
+    _stage_B(factors, lora_B, e, panel_columns, r, dtype, RANKS)
     ws_flat.store(w.to(gl.float32))
 
     ints = gl.pointer_type(gl.int32)
@@ -444,7 +512,7 @@ def _act_backward_outer_kernel(
         fence_async_shared()
         barrier()
         ws_flat.store(next_w.to(gl.float32))
-        yb, sums = _multiply_step(halves0, halves1, act_halves, B0, B1, xa, right, sums, at)
+        yb, sums = _multiply_step(halves, factors, sums, at)
         # all products have read their operands, so the next step may overwrite them
         barrier()
         # addresses are computed anew in every step: held in registers, they would be spilled
@@ -457,22 +525,10 @@ def _act_backward_outer_kernel(
         dpre_ptrs += ROWS * 2 * I
         dw_ptr += ROWS
 
-    base_A = dA_ptr + e * stride_ae
-    base_B = dB_ptr + e * stride_de
-    if several:
-        base_A = partial_A_ptr + chunk.to(gl.int64) * I * r
-        base_B = partial_B_ptr + chunk.to(gl.int64) * 2 * I * r
-    step_A = gl.where(several, r, stride_ak).to(gl.int64)
-    step_B = gl.where(several, r, stride_dk).to(gl.int64)
-    rank_A = gl.where(several, 1, stride_ar).to(gl.int64)
-    rank_B = gl.where(several, 1, stride_dr).to(gl.int64)
-    dB00, dB01, dB10, dB11, dA0, dA1 = sums
-    _store_sums(base_B, dB00, n00, True, r, step_B, rank_B)
-    _store_sums(base_B, dB01, n01, other, r, step_B, rank_B)
-    _store_sums(base_B, dB10, n10, True, r, step_B, rank_B)
-    _store_sums(base_B, dB11, n11, other, r, step_B, rank_B)
-    _store_sums(base_A, dA0, col, True, r, step_A, rank_A)
-    _store_sums(base_A, dA1, col + COLS, other, r, step_A, rank_A)
+    dA = Weight(dA_ptr, stride_ae, stride_ak, stride_ar)
+    dB = Weight(dB_ptr, stride_de, stride_dk, stride_dr)
+    partial = partial_A_ptr, partial_B_ptr
+    _store_all_sums(sums, panel_columns, dA, dB, partial, several, chunk, e, I, r)
 
 
 def _aligned(draw: torch.Tensor, pre: torch.Tensor, right: torch.Tensor, xa: torch.Tensor) -> bool:
