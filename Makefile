@@ -93,10 +93,11 @@ test test-long: $(TEST_READY)
 	$(PYTEST) --dist loadfile --ignore tests/ops
 	$(PYTEST) tests/ops
 
-# one process a reader: each keeps a process group and settings of its own
+# one process a reader: each keeps a process group and settings of its own. pytest ends with 5 where a reader is not installed,
+# as llama.cpp, which has to be compiled: $(READERS_VENV)/bin/python -m pip install --no-deps llama-cpp-python==0.3.36 diskcache
 test-readers: $(READERS_READY)
 	for test in tests/readers/test_*.py; do \
-		OMP_NUM_THREADS=1 $(READERS_VENV)/bin/python -m pytest --timeout 900 $$test || exit 1; \
+		OMP_NUM_THREADS=1 $(READERS_VENV)/bin/python -m pytest --timeout 900 $$test || [ $$? = 5 ] || exit 1; \
 	done
 
 gpu-test: MARKED = gpu and not long

@@ -28,9 +28,9 @@ def commands(folder, *settings, target="test"):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def install(folder):
-    """Leave the stamps that `make test` leaves."""
-    for stamp in re.findall(r"touch '(.*)'", commands(folder)):
+def install(folder, target="test"):
+    """Leave the stamps that `make test`, or another target, leaves."""
+    for stamp in re.findall(r"touch '(.*)'", commands(folder, target=target)):
         (folder / stamp).touch()
 
 
@@ -81,3 +81,32 @@ def test_help_lists_every_target():
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"^make (\S+)  ", told, re.MULTILINE)) == set(targets.split())
+
+
+@pytest.mark.parametrize(
+    ("code", "succeeds", "run"),
+    [
+        (0, True, ["test_a.py", "test_b.py"]),
+        (5, True, ["test_a.py", "test_b.py"]),
+        (1, False, ["test_a.py"]),
+        (2, False, ["test_a.py"]),
+    ],
+)
+def test_a_reader_that_is_not_installed_ends_no_other_readers_tests(folder, code, succeeds, run):
+    """pytest's exit codes: 5 if it collected nothing, 1 if a test failed, 2 if it was stopped."""
+    install(folder, target="test-readers")
+    tests = folder / "tests" / "readers"
+    tests.mkdir(parents=True)
+    for name in ("test_a.py", "test_b.py"):
+        (tests / name).touch()
+    python = folder / ".venv" / "readers" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    # the first one ends with the code, the second one well
+    python.write_text(
+        f'#!/bin/sh\nfor last; do :; done\nbasename $last >> ran\n[ "$last" != '
+        f"tests/readers/test_a.py ] || exit {code}\n"
+    )
+    python.chmod(0o755)
+    done = subprocess.run(["make", "test-readers"], cwd=folder, capture_output=True, check=False)
+    assert (done.returncode == 0) == succeeds
+    assert (folder / "ran").read_text().split() == run

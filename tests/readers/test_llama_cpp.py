@@ -19,7 +19,7 @@ from readers.verdicts import EXACT, LLAMA_CPP
 
 pytest.importorskip(
     "llama_cpp",
-    reason="llama-cpp-python is not installed; pip install --no-deps llama-cpp-python builds it",
+    reason="llama-cpp-python is not installed; above test-readers the Makefile says how",
 )
 
 from readers.drive_llama_cpp import logits
