@@ -28,6 +28,7 @@ from .files.config_fields import (
     HIGHEST_RANK,
     LOWEST_ALPHA,
     checked_indices,
+    checked_projections,
     is_alpha,
     is_rank,
 )
@@ -39,11 +40,11 @@ from .files.field_rules import (
     check_off,
     stored,
 )
-from .files.patterns import value_of
+from .files.patterns import check_every_key_matches, value_of
 from .files.peft_words import names_all_linear, said_in_peft, taken_from
 from .files.scaling import scaling_of
 from .files.tensor_file import read_json
-from .files.text import nearest, quoted
+from .files.text import quoted
 from .files.writing import written_files
 from .functional import BACKENDS
 
@@ -91,7 +92,9 @@ class MoELoraConfig(LoraConfig):
             module gets no adapter if no key matches it or if its list is empty. A and B, their
             gradients and the optimizer's state hold only the chosen experts, in ascending order.
         target_projections: which projections of the experts get an adapter, out of "gate_up" (the
-            up projection of experts without a gate) and "down"; both by default.
+            up projection of experts without a gate) and "down"; both by default. A dict gives
+            experts modules their own: its keys are as in expert_indices, its values such lists,
+            and a module that no key matches gets both.
         backend: "triton" (fused kernels), "torch", or "auto": triton on CUDA devices of compute
             capability 8.0 and newer, else torch. "materialize" computes W + scaling * B A in every
             call, and runs the model's own experts implementation on it.
@@ -119,11 +122,11 @@ class MoELoraConfig(LoraConfig):
             "every expert by default."
         },
     )
-    target_projections: list[str] | None = field(
+    target_projections: list[str] | dict[str, list[str]] | None = field(
         default=None,
         metadata={
-            "help": 'Projections of the experts that get an adapter: "gate_up", "down"; '
-            "both by default."
+            "help": 'Projections of the experts that get an adapter: "gate_up", "down", or by '
+            "layer: path or pattern -> projections; both by default."
         },
     )
     backend: str = field(
@@ -166,14 +169,9 @@ class MoELoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType["MOE_LORA"]
         self.peft_type_from = PEFT_TYPE_FROM
-        if isinstance(self.target_projections, str):
-            self.target_projections = [self.target_projections]
-        if self.target_projections is None:
-            self.target_projections = list(PROJECTIONS)
-        self.target_projections = list(self.target_projections)
+        self.target_projections = checked_projections(self.target_projections, PROJECTIONS)
         self._check_numbers()
-        self._check_projections(self.target_projections)
-        self._check_words(self.target_projections)
+        self._check_words()
         self._check_backend()
         check_format(vars(self))
         if self.expert_indices is not None:
@@ -233,21 +231,14 @@ class MoELoraConfig(LoraConfig):
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {dropout!r}.")
 
-    @staticmethod
-    def _check_projections(names: list[str]) -> None:
-        known = all(name in PROJECTIONS for name in names)
-        once = len(set(names)) == len(names)
-        if not (names and known and once):
-            raise ValueError(
-                f"target_projections must name one or more of {PROJECTIONS}, each at most once; "
-                f"got {quoted(names)}.{_nearest_projection(names)}"
-            )
-
-    def _check_words(self, projections: list[str]) -> None:
+    def _check_words(self) -> None:
         """Check that PEFT's words do not contradict the fields beside them."""
-        if self.target_parameters and set(projections) != set(PROJECTIONS):
+        given = self.target_projections
+        if self.target_parameters and (
+            not isinstance(given, list) or set(given) != set(PROJECTIONS)
+        ):
             raise ValueError(
-                f"target_projections={quoted(projections)}: target_parameters names the "
+                f"target_projections={quoted(given)}: target_parameters names the "
                 "projections already; leave one of the two unset."
             )
         for name, is_given in {
@@ -312,12 +303,19 @@ class MoELoraConfig(LoraConfig):
             )
         return chosen
 
-    def projections_of(self, layout: ExpertsLayout) -> list[str]:
-        """The projections of an experts module that get an adapter."""
-        return layout.targeted(self.target_projections or list(PROJECTIONS))
+    def named_projections_of(self, key: str) -> list[str]:
+        """The entries of target_projections for the experts module at this path."""
+        given = self.target_projections
+        if isinstance(given, dict):
+            return value_of(given, key, list(PROJECTIONS))
+        return given or list(PROJECTIONS)
+
+    def projections_of(self, key: str, layout: ExpertsLayout) -> list[str]:
+        """The projections of the experts module at this path that get an adapter."""
+        return layout.targeted(self.named_projections_of(key))
 
     def check_every_entry_matches(self, keys: Iterable[str]) -> None:
-        """Check that every entry of expert_indices chooses experts of some module.
+        """Check that every entry of expert_indices and target_projections decides some module.
 
         Args:
             keys: the paths of all targeted experts modules.
@@ -325,20 +323,11 @@ class MoELoraConfig(LoraConfig):
             ValueError: if an entry matches none of these modules, or if an earlier entry matches
                 all modules that it matches. The message names the entry.
         """
-        patterns = list(self.expert_indices or {})
-        keys = list(keys)
-        used = {get_pattern_key(patterns, key) for key in keys}
-        unused = sorted(set(patterns) - used)
-        if not unused:
-            return
-        listed = str(keys[:4] or "none")
-        if len(keys) > 4:
-            listed += f" and {len(keys) - 4} more"
-        raise ValueError(
-            f"expert_indices: {quoted(unused[0])} matches no targeted experts module, or an "
-            f"earlier entry matches all of its modules. The targeted experts modules are {listed}. "
-            "Correct the entry, or remove it."
-        )
+        paths = list(keys)
+        for name in ("expert_indices", "target_projections"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, dict):
+                check_every_key_matches(name, pattern, paths)
 
     @classmethod
     def from_lora_config(cls, config: LoraConfig, **changes: Any) -> "MoELoraConfig":
@@ -364,7 +353,9 @@ class MoELoraConfig(LoraConfig):
         Raises:
             ValueError: if a LoraConfig cannot say what a field says. The message names the field.
         """
-        projections = self.target_projections or list(PROJECTIONS)
+        projections = self.target_projections
+        if not isinstance(projections, list):
+            projections = list(PROJECTIONS)
         parameters = [name for projection in projections for name in STACKS_OF[projection]]
         return LoraConfig(**said_in_peft(self, parameters))
 
@@ -431,13 +422,6 @@ class MoELoraConfig(LoraConfig):
     def _restore_order(self, path: Path) -> None:
         """Give the patterns in a saved configuration their order; PEFT has sorted their keys."""
         content = read_json(path)
-        for name in ("rank_pattern", "alpha_pattern", "expert_indices"):
+        for name in ("rank_pattern", "alpha_pattern", "expert_indices", "target_projections"):
             content[name] = getattr(self, name)
         path.write_text(json.dumps(content, indent=2))
-
-
-def _nearest_projection(names: Iterable[str]) -> str:
-    unknown = [name for name in names if name not in PROJECTIONS]
-    if not unknown:
-        return ""
-    return nearest(unknown[0], PROJECTIONS)

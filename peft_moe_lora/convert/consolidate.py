@@ -114,7 +114,7 @@ def _check_targets(adapter: Adapter, base: BaseModel) -> None:
             continue
         if config.experts_of(path, layout.num_experts) == ():
             continue
-        needed = set(config.projections_of(layout))
+        needed = set(config.projections_of(path, layout))
         found = set(adapter.experts.get(path, ()))
         if needed - found:
             _raise_missing(adapter, f"{path}, {sorted(needed - found)[0]}")

@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..experts.layout import PROJECTIONS
 from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME, Trained, check_trained
 from ..files.config_fields import (
     HIGHEST_ALPHA,
     HIGHEST_RANK,
     LOWEST_ALPHA,
     checked_indices,
+    checked_projections,
     is_alpha,
     is_rank,
 )
@@ -196,6 +198,11 @@ def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("expert_indices") is not None:
         try:
             config["expert_indices"] = checked_indices(config["expert_indices"])
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
+    if config.get("target_projections") is not None:
+        try:
+            checked_projections(config["target_projections"], PROJECTIONS)
         except ValueError as error:
             raise AdapterError(f"{path}: {error}") from error
     return config

@@ -5,7 +5,7 @@ The text of this package's own format is in this file, because saving a model wr
 """
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,16 @@ def _facts(card: CardText, config: Mapping[str, Any], base: str) -> dict[str, st
         "scaling": f"lora_alpha / {root}, lora_alpha {config['lora_alpha']}",
         "targets": ", ".join(_code(target) for target in targets) or "every experts module",
         "experts": experts,
-        "projections": ", ".join(config.get("target_projections") or ()),
+        "projections": _projections(config.get("target_projections")),
         "layout": card.layout,
     }
+
+
+def _projections(targeted: Sequence[str] | Mapping[str, Sequence[str]] | None) -> str:
+    """The adapted projections of all layers, or those of each layer."""
+    if isinstance(targeted, Mapping):
+        return f"by name {shown(targeted, _LONGEST_LINE)}, and both in the other layers"
+    return ", ".join(targeted or ())
 
 
 def _serving(

@@ -4,12 +4,12 @@ The rule of each field of a configuration is in `field_rules`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from .expressions import check_expression
-from .text import quoted
+from .text import nearest, quoted
 
 # the largest rank; it also keeps lora_alpha / r within the range of a float
 HIGHEST_RANK = 2**31 - 1
@@ -19,7 +19,7 @@ HIGHEST_ALPHA = 2.0**31
 
 
 def check_pattern(name: str, pattern: str) -> None:
-    """Check that a key of rank_pattern, alpha_pattern or expert_indices can be matched.
+    """Check that a key of a field such as rank_pattern or expert_indices can be matched.
 
     Args:
         name: name of the field, for the message.
@@ -57,6 +57,44 @@ def checked_indices(indices: Mapping[str, Iterable[int]]) -> dict[str, list[int]
             f"expert_indices={quoted(indices)} chooses no expert; leave it unset for every expert."
         )
     return checked
+
+
+def checked_projections(given: Any, known: Sequence[str]) -> list[str] | dict[str, list[str]]:
+    """target_projections as a list, or as a dict from patterns to lists.
+
+    Args:
+        given: a name, a list of names, or a dict of them; None for every name.
+        known: the names that there are.
+    Raises:
+        ValueError: if a list has no name, or one that is not known or repeated, or if a dict is
+            empty.
+    """
+    if given is None:
+        return list(known)
+    if not isinstance(given, Mapping):
+        return _checked_names("target_projections", given, known)
+    if not given:
+        raise ValueError(
+            "target_projections={} names no experts module; leave it unset for every projection."
+        )
+    checked = {}
+    for pattern, names in given.items():
+        check_pattern("target_projections", pattern)
+        field = f"target_projections[{quoted(pattern)}]"
+        checked[pattern] = _checked_names(field, names, known)
+    return checked
+
+
+def _checked_names(field: str, given: str | Iterable[str], known: Sequence[str]) -> list[str]:
+    names = [given] if isinstance(given, str) else list(given)
+    unknown = [name for name in names if name not in known]
+    if names and not unknown and len(set(names)) == len(names):
+        return names
+    hint = nearest(unknown[0], known) if unknown else ""
+    raise ValueError(
+        f"{field} must name one or more of {tuple(known)}, each at most once; got "
+        f"{quoted(names)}.{hint}"
+    )
 
 
 def _checked_ids(pattern: str, experts: Iterable[int]) -> list[int]:

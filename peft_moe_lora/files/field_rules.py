@@ -181,6 +181,12 @@ def _is_string_or_strings(value: object) -> bool:
     return _is_string(value) or _are_strings(value)
 
 
+def _are_projections(value: object) -> bool:
+    if _is_object(value):
+        return all(_is_string_or_strings(names) for names in value.values())
+    return _is_string_or_strings(value)
+
+
 def _are_integers(value: object) -> bool:
     if _is_list(value):
         return all(is_count(item) for item in value)
@@ -299,7 +305,9 @@ RULES = {
     "runtime_config": Rule(_is_runtime, "a LoraRuntimeConfig", may_be_none=False),
     "target_modules": _NAMES,
     "target_parameters": _STRINGS,
-    "target_projections": _NAMES,
+    "target_projections": Rule(
+        _are_projections, "a name, a list of names, or an object of them by layer"
+    ),
     "task_type": _TASK,
     "trainable_token_indices": _TOKENS,
     "use_bdlora": _never("BD-LoRA"),

@@ -1,4 +1,4 @@
-"""Patterns of modules, as the keys of rank_pattern, alpha_pattern and expert_indices.
+"""Patterns of modules, as the keys of rank_pattern, expert_indices and target_projections.
 
 A key is the end of a module's path or a regular expression for it. The first key that matches a
 path decides, so the order of the keys is part of their meaning. PEFT sorts the keys when it saves a
@@ -6,10 +6,12 @@ configuration. Patterns are therefore saved in a form whose order does not count
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from peft.utils.other import get_pattern_key
+
+from .text import quoted
 
 Value = TypeVar("Value")
 
@@ -19,6 +21,46 @@ def value_of(pattern: Mapping[str, Value] | None, path: str, default: Value) -> 
     if not pattern:
         return default
     return pattern.get(get_pattern_key(list(pattern), path), default)
+
+
+def check_every_key_matches(field: str, pattern: Mapping[str, Any], paths: Sequence[str]) -> None:
+    """Check that every key of a pattern decides some module.
+
+    Args:
+        field: name of the pattern, for the message.
+        pattern: the pattern.
+        paths: the paths of all targeted experts modules.
+    Raises:
+        ValueError: if a key matches none of these modules, or if an earlier key matches all modules
+            that it matches. The message names the key.
+    """
+    used = {get_pattern_key(list(pattern), path) for path in paths}
+    unused = sorted(set(pattern) - used)
+    if not unused:
+        return
+    listed = str(list(paths[:4]) or "none")
+    if len(paths) > 4:
+        listed += f" and {len(paths) - 4} more"
+    raise ValueError(
+        f"{field}: {quoted(unused[0])} matches no targeted experts module, or an earlier entry "
+        f"matches all of its modules. The targeted experts modules are {listed}. Correct the "
+        "entry, or remove it."
+    )
+
+
+def one_or_by_path(values: Mapping[str, Value], default: Value) -> Value | dict[str, Value]:
+    """The value that all paths have, or a pattern that gives each path its own.
+
+    Args:
+        values: path -> value; the default is returned if there is none.
+        default: the value of a path that no key matches.
+    """
+    found = list(values.values())
+    if not found:
+        return default
+    if all(value == found[0] for value in found):
+        return found[0]
+    return without_order(None, values, default)
 
 
 def without_order(

@@ -114,6 +114,10 @@ def _check_experts(config: LoraConfig) -> None:
             getattr(config, "expert_indices", None),
             "a LoraConfig adapts every expert",
         ),
+        "target_projections": (
+            isinstance(getattr(config, "target_projections", None), dict),
+            "a LoraConfig names parameters by the ends of their paths",
+        ),
         "lora_dropout": (config.lora_dropout, "PEFT has no dropout on experts"),
         "layers_to_transform": (config.layers_to_transform not in (None, []), not_applied),
         "exclude_modules": (excluded, not_applied),

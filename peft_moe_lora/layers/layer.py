@@ -44,9 +44,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
             top_k_weights), or with the arguments that its row in `FAMILIES` lists.
         adapter_name: name of the first adapter.
         config: configuration of the first adapter.
-        r: rank of each expert's update.
-        lora_alpha: numerator of the scaling.
-        experts: ascending ids of the S experts that get an adapter; None for all, S = E.
+        path: path of the experts module in the model, by which the configuration gives it a rank,
+            a lora_alpha, the S experts that get an adapter (S = E for all), and projections.
         share: the part of the experts that this process holds; None if it holds all of them.
     Parameters, per adapter and projection (K in- and N out-features of the projection):
         lora_A: [r * S, K], expert-major: rows s*r up to (s + 1)*r are A of the s-th of the S
@@ -72,9 +71,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: MoELoraConfig,
-        r: int,
-        lora_alpha: float,
-        experts: tuple[int, ...] | None = None,
+        path: str,
         share: Share | None = None,
     ) -> None:
         # `LoraLayer.__init__` is not called: it accepts only base layers with one 2-D weight
@@ -122,7 +119,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         # names of experts implementations that were found to compute gradients of the weights
         self._differentiable: set[str | None] = set()
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, r, lora_alpha, experts)
+        self.update_layer(adapter_name, config, path)
         attach(self, base_layer)
         watch(self)
 
@@ -137,9 +134,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self,
         adapter_name: str,
         config: MoELoraConfig,
-        r: int,
-        lora_alpha: float,
-        experts: tuple[int, ...] | None = None,
+        path: str,
     ) -> None:
         """Add an adapter, or initialise an existing one again; it is frozen unless it is active.
 
@@ -150,8 +145,10 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """
         self._check_backend(config)
         self.keep_implementation |= config.keep_implementation
+        r = config.rank_of(path)
+        experts = config.experts_of(path, self.layout.num_experts)
         self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
+        self.lora_alpha[adapter_name] = config.lora_alpha_of(path)
         self.experts[adapter_name] = experts
         self.use_rslora[adapter_name] = config.use_rslora
         # the initial scaling, lora_alpha / r or lora_alpha / sqrt(r)
@@ -161,7 +158,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         ranks = r * len(self.experts_of(adapter_name))
         A = nn.ParameterDict()
         B = nn.ParameterDict()
-        for name in config.projections_of(self.layout):
+        for name in config.projections_of(path, self.layout):
             projection = self.layout.projection(name)
             A[name] = self._parameter(torch.empty(ranks, projection.in_features), experts, 0)
             B[name] = self._parameter(torch.empty(projection.out_features, ranks), experts, 1)

@@ -66,7 +66,7 @@ def _shapes_of_experts(key: str, target: ExpertsTarget, config: MoELoraConfig) -
         number = len(target.chosen)
     ranks = target.r * number
     shapes: dict[str, Shape] = {}
-    for name in config.projections_of(target.layout):
+    for name in config.projections_of(key, target.layout):
         projection = target.layout.projection(name)
         shapes[f"{key}.lora_A.{name}"] = (ranks, projection.in_features)
         shapes[f"{key}.lora_B.{name}"] = (projection.out_features, ranks)
@@ -211,7 +211,7 @@ def _check_trained(file: AdapterFile, targets: Targets, config: MoELoraConfig) -
     trained = file.description.get("trained", {})
     layers = {key: key for key in targets.others}
     for key, target in targets.experts.items():
-        for name in config.projections_of(target.layout):
+        for name in config.projections_of(key, target.layout):
             layers[f"{key}.{name}"] = key
     for layer, key in layers.items():
         given = Trained(config.rank_of(key), config.scaling_of(key))

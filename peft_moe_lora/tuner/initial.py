@@ -101,6 +101,8 @@ def _doubled(saved: MoELoraConfig) -> Saving:
     }
     if saved.expert_indices is not None:
         patterns["expert_indices"] = saved.expert_indices
+    if isinstance(saved.target_projections, dict):
+        patterns["target_projections"] = saved.target_projections
     return Saving(_with_twice_the_rank(saved._file.description), patterns)
 
 

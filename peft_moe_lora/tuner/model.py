@@ -131,13 +131,12 @@ class MoELoraModel(LoraModel):
         config = _own(peft_config)
         r = config.rank_of(current_key)
         alpha = config.lora_alpha_of(current_key)
-        chosen = None
         if config.expert_indices is not None and targets.holds_experts(target):
-            chosen = config.experts_of(current_key, targets.layout_of(target).num_experts)
-        if chosen == ():
-            return
+            number = targets.layout_of(target).num_experts
+            if config.experts_of(current_key, number) == ():
+                return
         if isinstance(target, MoELoraLayer):
-            target.update_layer(adapter_name, config, r, alpha, chosen)
+            target.update_layer(adapter_name, config, current_key)
             return
         if READ_NOT_CALLED.get(type(parent).__name__) == target_name:
             raise ValueError(
@@ -150,7 +149,7 @@ class MoELoraModel(LoraModel):
         lora_alpha: Any = alpha
         if is_experts(target):
             share = divided.share_of(self.model, target)
-            layer = MoELoraLayer(target, adapter_name, config, r, alpha, chosen, share)
+            layer = MoELoraLayer(target, adapter_name, config, current_key, share)
         elif is_router(target, parent):
             layer = MoELoraRouter(
                 target,

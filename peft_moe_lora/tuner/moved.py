@@ -88,6 +88,7 @@ def _check_patterns(config: MoELoraConfig, path: str, new_path: str) -> None:
     for field, decide in {
         "rank_pattern": config.rank_of,
         "alpha_pattern": config.lora_alpha_of,
+        "target_projections": config.named_projections_of,
     }.items():
         if decide(path) != decide(new_path):
             raise ValueError(

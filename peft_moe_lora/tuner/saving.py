@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import MoELoraConfig
-from ..experts.layout import is_experts
+from ..experts.layout import PROJECTIONS, is_experts
 from ..files.adapter_file import PEFT_PREFIX, Trained, described, described_module
 from ..files.patterns import value_of, without_order
 from ..files.scaling import alpha_of, is_same, scaling_of
@@ -81,13 +81,14 @@ def _describe_experts(layer: MoELoraLayer, adapter_name: str) -> dict[str, Any]:
 def patterns(config: MoELoraConfig, model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Fields of an adapter's configuration that give the same adapter when it is loaded.
 
-    If the order of the keys of rank_pattern, alpha_pattern or expert_indices counts, or if a layer
-    has another rank, lora_alpha or scaling than the configuration gives it, the field has one entry
-    for each layer. A scaling that `set_scale` or `scale_layer` changed becomes lora_alpha.
+    If the order of the keys of a pattern counts, or if a layer has another rank, lora_alpha or
+    scaling than the configuration gives it, the field has one entry for each layer. A scaling
+    that `set_scale` or `scale_layer` changed becomes lora_alpha.
     """
     ranks = {}
     alphas = {}
     chosen = {}
+    projections = {}
     rescaled = []
     for path, layer in adapted(model, adapter_name):
         r = layer.r[adapter_name]
@@ -100,6 +101,8 @@ def patterns(config: MoELoraConfig, model: nn.Module, adapter_name: str) -> dict
         alphas[path] = alpha
         if isinstance(layer, MoELoraLayer):
             chosen[path] = list(layer.experts_of(adapter_name))
+            if len(layer.layout.projections) > 1:
+                projections[path] = layer.adapted_projections(adapter_name)
     if rescaled:
         logger.warning(
             "adapter %r is saved with its current scaling, which is not lora_alpha / r of its "
@@ -117,6 +120,10 @@ def patterns(config: MoELoraConfig, model: nn.Module, adapter_name: str) -> dict
         for path in _experts_without(config, model):
             chosen[path] = []
         fields["expert_indices"] = without_order(config.expert_indices, chosen, [])
+    if isinstance(config.target_projections, dict):
+        fields["target_projections"] = without_order(
+            config.target_projections, projections, list(PROJECTIONS)
+        ) or list(PROJECTIONS)
     return fields
 
 

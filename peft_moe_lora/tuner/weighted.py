@@ -16,6 +16,7 @@ from torch import nn
 from ..config import MoELoraConfig
 from ..experts.layout import PROJECTIONS
 from ..files.config_fields import is_finite
+from ..files.patterns import one_or_by_path
 from ..layers.layer import MoELoraLayer
 from ..layers.offload import fetched
 from .combining import OF_FACTORS, Combination, Factors, Term
@@ -112,13 +113,11 @@ def combined_config(
         chosen = {path: _experts_of_any(layer, mixture.adapters) for path, layer in experts.items()}
         changes["expert_indices"] = chosen or None
     adapted = {
-        projection
-        for layer in experts.values()
-        for name in mixture.adapters
-        for projection in layer.adapted_projections(name)
+        path: _projections_of_any(layer, mixture.adapters)
+        for path, layer in experts.items()
+        if len(layer.layout.projections) > 1
     }
-    if adapted:
-        changes["target_projections"] = [name for name in PROJECTIONS if name in adapted]
+    changes["target_projections"] = one_or_by_path(adapted, list(PROJECTIONS))
     rank = mixture.combination.rank
     return replace(
         first,
@@ -156,7 +155,7 @@ def _combine_layer(
     with fetched(side[name] for side in sides for name in names if name in side):
         held = {name: _matrices(path, layer, name) for name in names}
         out: Matrices = {}
-        for entry in _entries(layer, names, config):
+        for entry in _entries(path, layer, names, config):
             terms = [
                 Term(*held[name][entry], weight, float(layer.scaling[name]))
                 for name, weight in mixture.shares
@@ -169,13 +168,13 @@ def _combine_layer(
 
 
 def _entries(
-    layer: LoraLayer, names: Sequence[str], config: MoELoraConfig
+    path: str, layer: LoraLayer, names: Sequence[str], config: MoELoraConfig
 ) -> Iterator[tuple[str, int]]:
     """The keys of the new adapter's matrices."""
     if not isinstance(layer, MoELoraLayer):
         yield ("", 0)
         return
-    for projection in config.projections_of(layer.layout):
+    for projection in config.projections_of(path, layer.layout):
         for expert in _experts_of_any(layer, names):
             yield (projection, expert)
 
@@ -243,6 +242,12 @@ def _layers(model: nn.Module, adapters: Sequence[str]) -> Iterator[tuple[str, Lo
 
 def _has(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+
+
+def _projections_of_any(layer: MoELoraLayer, adapters: Sequence[str]) -> list[str]:
+    """The projections that at least one of the adapters adapts, in the layer's order."""
+    held = {name for adapter in adapters for name in layer.adapted_projections(adapter)}
+    return [name for name in layer.layout.projections if name in held]
 
 
 def _experts_of_any(layer: MoELoraLayer, adapters: Sequence[str]) -> list[int]:

@@ -22,7 +22,7 @@ from torch import nn
 from ..config import MoELoraConfig
 from ..experts.families import READ_NOT_CALLED, STACKS, STACKS_OF
 from ..experts.layout import PROJECTIONS, ExpertsLayout, is_experts
-from ..files.patterns import Value, last_name, value_of, without_order
+from ..files.patterns import Value, last_name, one_or_by_path, value_of, without_order
 from ..files.peft_words import ALL_LINEAR, OF_TRANSFORMERS_4, names_all_linear
 from ..files.text import nearest, quoted
 from ..parallel import divided
@@ -174,7 +174,7 @@ def _resolve_parameters(tuner: LoraModel, config: MoELoraConfig) -> None:
     projections = {}
     for key in targets_of(tuner, asked):
         if key in layouts:
-            projections[key] = config.projections_of(layouts[key])
+            projections[key] = config.projections_of(key, layouts[key])
     for key in found:
         if key in projections:
             raise ValueError(
@@ -189,7 +189,9 @@ def _resolve_parameters(tuner: LoraModel, config: MoELoraConfig) -> None:
                 f"target_parameters names parameters of {key}, but exclude_modules or "
                 "modules_to_save names that module; take it out of one of them."
             )
-    config.target_projections = _common_projections(projections, layouts)
+    # a module that is a single projection ignores target_projections
+    stacks = {key: names for key, names in projections.items() if len(layouts[key].projections) > 1}
+    config.target_projections = one_or_by_path(stacks, list(PROJECTIONS))
     config.target_modules = asked.target_modules
 
 
@@ -283,25 +285,6 @@ def _ends_with(path: str, entry: str) -> bool:
     return path == entry or path.endswith(f".{entry}")
 
 
-def _common_projections(
-    projections: Mapping[str, list[str]], layouts: Mapping[str, ExpertsLayout]
-) -> list[str]:
-    """The target_projections that give every experts module its projections.
-
-    Raises:
-        ValueError: if none do.
-    """
-    common = [name for name in PROJECTIONS if any(name in found for found in projections.values())]
-    for key, found in projections.items():
-        if layouts[key].targeted(common) != found:
-            raise ValueError(
-                f"target_parameters names {found} of {key}, but {common} of all experts together. "
-                "One adapter has the same projections in all its layers; name the same parameters "
-                "of each, or add a second adapter."
-            )
-    return common or list(PROJECTIONS)
-
-
 # ---- rank_pattern and alpha_pattern --------------------------------------------------------------
 
 
@@ -337,7 +320,7 @@ def _resolve_patterns(tuner: LoraModel, config: MoELoraConfig, both: bool) -> No
     for key, module in targets.items():
         if holds_experts(module):
             layout = layout_of(module)
-            adapted = config.projections_of(layout)
+            adapted = config.projections_of(key, layout)
             names = [weight for weight, of in layout.projection_of.items() if of in adapted]
             parameters[key] = [_Parameter(key, name) for name in names]
     adapted_by = _Adapted(targets, parameters, both)

@@ -35,6 +35,7 @@ SETTINGS = {
     "rslora": {"use_rslora": True},
     "rslora and patterns": {"use_rslora": True, "rank_pattern": {"layers.0.mlp.experts": 3}},
     "some experts": {"expert_indices": {"layers.1.mlp.experts": [0, 3]}},
+    "projections of some experts": {"target_projections": {"layers.0.mlp.experts": ["gate_up"]}},
 }
 
 

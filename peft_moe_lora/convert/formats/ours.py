@@ -17,8 +17,8 @@ from ...config import MoELoraConfig
 from ...experts.layout import EVERY_PROJECTION, PROJECTIONS
 from ...files.adapter_file import METADATA_KEY, Trained, described, described_module
 from ...files.card import OUR_CARD
+from ...files.patterns import one_or_by_path
 from ...files.tensor_file import AdapterError, Block
-from ..fit import fill_in
 from ..model import Adapter, Experts, Pair
 from ..source import Slot, Source
 from ..targets import common_fields, short_names
@@ -47,9 +47,7 @@ class Ours(Format):
         return Read(self.name, experts)
 
     def prepare(self, adapter: Adapter) -> Adapter:
-        """Give each module one rank and one scaling, and all modules the same projections."""
-        every = {name for pairs in adapter.experts.values() for name in pairs}
-        adapter = fill_in(adapter, every, self.name)
+        """Give each module one rank and one scaling."""
         experts: Experts = {}
         padded = False
         for path, pairs in adapter.experts.items():
@@ -85,14 +83,13 @@ class Ours(Format):
 
     def config(self, adapter: Adapter) -> MoELoraConfig:
         modules = {path: next(iter(pairs.values())) for path, pairs in adapter.experts.items()}
-        adapted = next(iter(adapter.experts.values()))
         expert_indices = None
         if any(pair.chosen is not None for pair in modules.values()):
             expert_indices = {path: list(pair.experts) for path, pair in modules.items()}
         return MoELoraConfig(
             **common_fields(adapter, {**modules, **adapter.linears}),
             target_modules=short_names(adapter, [*modules, *adapter.linears]),
-            target_projections=[name for name in PROJECTIONS if name in adapted] or None,
+            target_projections=_targeted(adapter.experts),
             lora_dropout=adapter.config.get("lora_dropout") or 0.0,
             expert_indices=expert_indices,
         )
@@ -109,6 +106,17 @@ class Ours(Format):
             trained[path] = Trained(layer.r, layer.scaling)
         description = json.dumps(described(modules, routers, trained), sort_keys=True)
         return {"format": "pt", METADATA_KEY: description}
+
+
+def _targeted(experts: Experts) -> list[str] | dict[str, list[str]]:
+    """The target_projections of modules with these projections."""
+    adapted = {}
+    for path, pairs in experts.items():
+        names = [name for name in PROJECTIONS if name in pairs]
+        # a module that is a single projection ignores them
+        if names:
+            adapted[path] = names
+    return one_or_by_path(adapted, list(PROJECTIONS))
 
 
 def _described(pairs: dict[str, Pair]) -> dict[str, Any]:
