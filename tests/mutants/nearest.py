@@ -245,8 +245,12 @@ NEAREST = {
     ),
     "tuner/initial.py": ("tuner/test_initial_state.py",),
     "layers/remainders.py": ("layers/test_merging.py",),
-    "layers/frozen.py": ("layers/test_by_name.py",),
-    "layers/own.py": ("layers/test_by_name.py", "families/test_every_class.py"),
+    "layers/frozen.py": ("layers/test_by_name.py", "layers/test_models_by_name.py"),
+    "layers/own.py": (
+        "layers/test_by_name.py",
+        "layers/test_models_by_name.py",
+        "families/test_every_class.py",
+    ),
     "layers/fast_linear.py": (
         "layers/test_fast_linear.py",
         "layers/test_linear_by_peft.py",

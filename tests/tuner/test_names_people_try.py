@@ -92,10 +92,13 @@ def test_numbered_names_are_pointed_to_experts(family):
 
 
 @every_family
-def test_names_of_transformers_4_never_leave_the_experts_out_without_a_word(family, caplog):
-    names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
-    if family == "deepseek_v3":
-        names[0] = "q_a_proj"
+@pytest.mark.parametrize("attention", [False, True], ids=["", "attention"])
+def test_names_of_transformers_4_never_leave_the_experts_out_without_a_word(
+    family, attention, caplog
+):
+    names = ["gate_proj", "up_proj", "down_proj"]
+    if attention:
+        names.append("q_a_proj" if family == "deepseek_v3" else "q_proj")
     if family not in WITH_DENSE_LAYERS:
         with pytest.raises(ValueError, match=r"matches no module .* write 'experts'|Write 'exper"):
             adapted(family, names)
