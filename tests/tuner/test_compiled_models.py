@@ -83,6 +83,25 @@ def test_every_step_is_one_graph_and_lengths_share_it(kind, monkeypatch):
 
 
 @pytest.mark.long
+def test_a_checkpointed_model_is_one_graph_without_pefts_hook_on_its_embeddings():
+    """The hook calls requires_grad_ within the graph, where Dynamo breaks it."""
+    model = moe_lora(one_layer(), target_modules=["experts", *ATTENTION]).train()
+    parameters = list(adapter_parameters(model).values())
+    expected = torch.autograd.grad(outputs(model).square().mean(), parameters)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    graphs = Graphs()
+    out = outputs(graphs.compile(model, fullgraph=True))
+    for found, right in zip(
+        torch.autograd.grad(out.square().mean(), parameters), expected, strict=True
+    ):
+        assert_close(found, right)
+    assert own_operators(*graphs.forward) == {"experts": 1}
+    # the second run, and backward
+    assert own_operators(*graphs.backward) == {"experts": 1, "experts_backward": 1}
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "gemma4", *UNFUSED_FAMILIES])
 def test_lengths_share_a_graph_in_other_families(family):
     model = moe_lora(tiny_model(family)).train()
