@@ -4,6 +4,7 @@ No break is ours, and a new length compiles what it compiles of the model withou
 graph for the first length, one for any length.
 """
 
+import shutil
 import sys
 
 import pytest
@@ -132,6 +133,21 @@ def test_model_compile_in_place_gives_the_same_numbers_and_switches():
             assert_close(outputs(model, ids), plain)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(outputs(model, ids).float(), in_autocast, 2e-2)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("kind", ["experts, attention, router", "nf4"])
+def test_inductors_code_gives_the_same_gradients(kind):
+    model = KINDS[kind](one_layer()).train()
+    parameters = list(adapter_parameters(model).values())
+    expected = torch.autograd.grad(outputs(model).square().mean(), parameters)
+    torch.compiler.reset()
+    out = outputs(torch.compile(model, fullgraph=True))
+    found = torch.autograd.grad(out.square().mean(), parameters)
+    for gradient, right in zip(found, expected, strict=True):
+        assert right.abs().max() > 0
+        assert_close(gradient, right)
 
 
 # ---- Trainer -------------------------------------------------------------------------------------
