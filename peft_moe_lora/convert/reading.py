@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..experts.layout import PROJECTIONS
-from ..files.adapter_file import PICKLE_NAME, WEIGHTS_NAME, Trained, check_trained
+from ..files.adapter_file import (
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    Trained,
+    check_trained,
+    without_tensors,
+)
 from ..files.config_fields import (
     HIGHEST_ALPHA,
     HIGHEST_RANK,
@@ -348,10 +354,7 @@ def _check_trained(source: Source, experts: Experts, linears: Mapping[str, Linea
     for said_path, said in source.description.get("trained", {}).items():
         layer = layers.get(_own_layer(source, said_path))
         if layer is None:
-            raise AdapterError(
-                f"{source.file.path}: its metadata name {shown(said_path)}, of which the file has "
-                "no tensors; copy or save the adapter again."
-            )
+            raise AdapterError(without_tensors(source.file.path, said_path))
         try:
             check_trained(str(source.file.path), said_path, said, Trained(layer.r, layer.scaling))
         except ValueError as error:

@@ -143,6 +143,30 @@ def read_adapter_file(path: str) -> AdapterFile:
     return AdapterFile(path, tensors, description)
 
 
+def check_all_there(file: AdapterFile) -> None:
+    """Check that a file has tensors of every layer that its metadata say was trained.
+
+    Raises:
+        ValueError: if it has none of one. The message names the layer.
+    """
+    modules = file.description.get("experts", {})
+    for layer in file.description.get("trained", {}):
+        module, _, projection = layer.rpartition(".")
+        names = [f"{layer}.lora_A.weight", f"{layer}.lora_embedding_A"]
+        if module in modules:
+            names = [f"{module}.lora_A.{projection}"]
+        if not any(PEFT_PREFIX + name in file.tensors for name in names):
+            raise ValueError(without_tensors(file.path, layer))
+
+
+def without_tensors(path: FilePath, layer: str) -> str:
+    """The message for a layer that was trained, and of which the file has no tensors."""
+    return (
+        f"{path}: its metadata name {shown(layer)}, of which the file has no tensors; copy or save "
+        "the adapter again."
+    )
+
+
 def _held(tensor: torch.Tensor) -> Held:
     largest = 0.0
     if tensor.is_floating_point() and tensor.numel():

@@ -12,7 +12,7 @@ from ..config import MoELoraConfig
 from ..experts.layout import ExpertsLayout
 from ..experts.routers import linear_features
 from ..experts.stored import shape_of
-from ..files.adapter_file import AdapterFile, Held, Trained, check_trained
+from ..files.adapter_file import AdapterFile, Held, Trained, check_all_there, check_trained
 from ..files.text import shown
 from ..parallel import zero
 from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded
@@ -120,6 +120,7 @@ def check_file(file: AdapterFile, targets: Targets, config: MoELoraConfig) -> No
     for key, held in file.tensors.items():
         if not key.startswith(free):
             _check_values(file.path, key, held, targets.dtype)
+    check_all_there(file)
 
 
 def _check_prefixes(file: AdapterFile) -> None:

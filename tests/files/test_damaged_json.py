@@ -256,6 +256,16 @@ def test_a_name_said_twice_in_the_metadata_is_refused(saved, adapter):
     refused_by_loading(adapter, "says 'routers' twice")
 
 
+def test_a_trained_layer_without_tensors_is_refused(saved, adapter):
+    """Somebody took the tensors out, and the layer out of target_modules."""
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        trained = json.loads(file.metadata()["peft_moe_lora"])["trained"]
+    lost = {"model.layers.0.self_attn.q_proj": {"r": 2, "scaling": 2.0}}
+    change_description(adapter, {"trained": trained | lost})
+    refused_by_conversion(saved, adapter, "q_proj, of which the file has no tensors")
+    refused_by_loading(adapter, "q_proj, of which the file has no tensors")
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_8_bit_floats_are_refused(saved, adapter, dtype):
     with safe_open(adapter / WEIGHTS, "pt") as file:

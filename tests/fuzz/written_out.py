@@ -34,9 +34,12 @@ def meaning(fields, names):
     """
     targeted = [path for path in names.modules if _is_target(path, fields, names)]
     faults = list(_faults(fields, names, targeted))
+    try:
+        fields = _by_module(fields, names, targeted)
+    except Refused as error:
+        faults.append(str(error))
     if faults:
         raise Refused("|".join(faults))
-    fields = _by_module(fields, names, targeted)
     meant = {path: _meant(fields, path, _chosen(fields, path, names)) for path in targeted}
     return {path: value for path, value in meant.items() if value.chosen != ()}
 
