@@ -74,7 +74,7 @@ def experts(
     _check(hidden_states, top_k_index, top_k_weights, up, down)
     if seeds is None:
         seeds = draw_seeds(hidden_states.device, up, down)
-    x = hidden_states.to(up.weight.dtype)
+    x = _in_dtype(hidden_states, up.weight.dtype)
     with _on_device_of(x), without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             out = fused_experts(
@@ -84,7 +84,14 @@ def experts(
             out = unfused_experts(
                 x, top_k_index, top_k_weights, up, down, activation, post_norm, seeds, backend
             )
-    return out.to(hidden_states.dtype)
+    return _in_dtype(out, hidden_states.dtype)
+
+
+def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), which takes the host a microsecond where nothing changes."""
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype)
 
 
 def rows_linear(
@@ -161,8 +168,10 @@ def _check_sizes(expert_size: Sequence[int] | torch.Tensor, num_rows: int) -> No
 
 
 def _check_frozen(*projections: Projection) -> None:
+    if not torch.is_grad_enabled():
+        return
     frozen = [t for p in projections for t in (p.weight, p.up_weight, p.bias)]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
+    if any(t is not None and t.requires_grad for t in frozen):
         raise ValueError(
             "the experts' base weights are frozen and get no gradient here, "
             "but one has requires_grad=True; "

@@ -263,6 +263,12 @@ class MoELoraLayer(nn.Module, LoraLayer):
         adapters: Any = self._modules[side]
         return adapters._modules.get(adapter_name)
 
+    def dropout_of(self, adapter_name: str) -> float:
+        """The dropout probability of an adapter that this layer has."""
+        # not self.lora_dropout[adapter_name]: two look-ups of nn.Module, in every forward
+        dropouts: Any = self._modules["lora_dropout"]
+        return dropouts._modules[adapter_name].p
+
     def pair_per_expert(
         self, adapter_name: str, projection: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,7 +323,10 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """Whether this layer has an active adapter that is neither disabled nor merged."""
         if self.disable_adapters or self.merged:
             return False
-        return any(self._side("lora_A", name) is not None for name in self.active_adapters)
+        # not self.lora_A: a look-up of nn.Module, twice in every forward
+        adapters: Any = self._modules["lora_A"]
+        known = adapters._modules
+        return any(name in known for name in self.active_adapters)
 
     def replaces_own(self) -> bool:
         """Whether this layer computes its module, and not the model's own implementation."""
@@ -346,8 +355,9 @@ class MoELoraLayer(nn.Module, LoraLayer):
             return self._compute_frozen(module, rows)
         with fetched([*self._active_parameters(), *decoders(module)]):
             zero.check_gradients_arrive(self._trained_parameters(), hidden_states)
-            up = projection_of(self, module, "gate_up")
-            down = projection_of(self, module, "down")
+            active = self.active_adapters
+            up = projection_of(self, module, "gate_up", active)
+            down = projection_of(self, module, "down", active)
             for projection in (up, down):
                 if isinstance(projection.weight, QuantizedWeight):
                     projection.weight.check_device(hidden_states.device)
@@ -424,7 +434,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         (name,) = self.layout.projections
         with fetched(self._active_parameters()):
             zero.check_gradients_arrive(self._trained_parameters(), rows)
-            projection = projection_of(self, module, name)
+            projection = projection_of(self, module, name, self.active_adapters)
             return rows_linear(rows, expert_size, projection, backend=self.backend)
 
     def _active_parameters(self) -> list[nn.Module]:

@@ -17,19 +17,22 @@ if TYPE_CHECKING:
     from .layer import MoELoraLayer
 
 
-def projection_of(layer: "MoELoraLayer", module: nn.Module, name: str) -> Projection:
-    """A projection with the update of the active adapters.
+def projection_of(
+    layer: "MoELoraLayer", module: nn.Module, name: str, adapters: Sequence[str]
+) -> Projection:
+    """A projection with the update of some adapters.
 
     Args:
         layer: the layer that adapts `module`.
         module: the experts module, whose parameters are plain local tensors at this moment.
         name: name of the projection.
+        adapters: names of the active adapters.
     Raises:
         ValueError: in training, if the active adapters have different lora_dropout.
     """
     weight, up_weight = _weights(layer, module, name)
     bias = layer.layout.bias(module, name)
-    active = [a for a in layer.active_adapters if layer.adapts(a, name)]
+    active = [a for a in adapters if layer.adapts(a, name)]
     if not active:
         return Projection(weight, bias, up_weight=up_weight)
     held = weight.shape[0]
@@ -104,13 +107,13 @@ def _common_dropout(layer: "MoELoraLayer", active: list[str]) -> float:
     """The dropout probability that all active adapters share; 0 outside of training."""
     if not layer.training:
         return 0.0
-    found = {cast(nn.Dropout, layer.lora_dropout[name]).p for name in active}
-    if len(found) > 1:
+    first, *others = [layer.dropout_of(name) for name in active]
+    if any(p != first for p in others):
         raise ValueError(
             f"adapters {active} are active together, but their lora_dropout differs: "
-            f"{sorted(found)}; train them one at a time, or give them the same value."
+            f"{sorted({first, *others})}; train them one at a time, or give them the same value."
         )
-    return found.pop()
+    return first
 
 
 def _several(
