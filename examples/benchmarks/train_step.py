@@ -16,6 +16,7 @@ a row that fails leaves the others alone.
 
 import gc
 import inspect
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -108,6 +109,14 @@ class Arguments:
         default=None,
         metadata={"metavar": "FILE", "help": "draw where the time goes, as SVG or PNG"},
     )
+    draw: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "JSON",
+            "help": "measure nothing, and draw --picture from a file of --json; for a machine with "
+            "matplotlib",
+        },
+    )
 
     def sizes(self, vocabulary: int) -> dict[str, Any]:
         """Of the model, as fields of its configuration."""
@@ -147,6 +156,8 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     parser, args = parse(Arguments, __doc__, argv, model_defaults)
     if min(args.layers, args.rank, args.rounds, args.steps) < 1:
         parser.error("--layers, --rank, --rounds and --steps must be at least 1")
+    if args.draw is not None and args.picture is None:
+        parser.error("--draw needs --picture, the file to draw")
     try:
         args.case_list()
     except ValueError as error:
@@ -320,7 +331,7 @@ class Run:
         rows = [asdict(row) for row in self.rows]
         print(format_table(rows, COLUMNS))
         if args.picture is not None:
-            draw({**self.report, "rows": rows}, args.picture)
+            try_to_draw({**self.report, "rows": rows}, args.picture)
         return int(bool(self.left_out) or any(row.failed for row in self.rows))
 
 
@@ -330,11 +341,22 @@ def give_liger(models: list[nn.Module]) -> None:
         apply_liger_kernel(model, {"swiglu": False})
 
 
+def try_to_draw(report: dict[str, Any], picture: Path) -> None:
+    """Draw, or say that matplotlib is missing: a run on a GPU is not lost for a picture."""
+    try:
+        draw(report, picture)
+    except ModuleNotFoundError as error:
+        print(f"No picture: {error}. Elsewhere: --draw JSON --picture FILE.", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check, measure, print a table; 1 if routes disagree, one failed, or time ran out."""
     if argv is None:
         argv = sys.argv[1:]
     args = parse_arguments(argv)
+    if args.draw is not None:
+        draw(json.loads(args.draw.read_text()), args.picture)
+        return 0
     run = Run(args, argv)
     cases = args.case_list()
     disagree = False

@@ -1,6 +1,8 @@
 """benchmarks/train_step.py on a CPU: every field, and no number where routes disagree."""
 
 import json
+import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -68,9 +70,14 @@ def test_report_has_every_field(tmp_path, capsys):
     assert len(printed) == 2 + len(expected)
     assert all(row["route"] in line for row, line in zip(report["rows"], printed[2:], strict=True))
     assert len(table.read_text().splitlines()) == 2 + len(expected)
+    if find_spec("matplotlib") is None:
+        return
     drawn = picture.read_text()
     assert all(part in drawn for part in PARTS)
     assert "moe_lora, 1x12, checkpointing: experts" in drawn
+    again = tmp_path / "again.svg"
+    assert train_step.main(["--draw", str(path), "--picture", str(again)]) == 0
+    assert again.read_text() == drawn
 
 
 def test_a_row_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
@@ -95,6 +102,13 @@ def test_a_row_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys)
     assert [row["failed"] for row in rows] == why
     assert [row["ms"] is None for row in rows] == [i == 1 for i in range(4)]
     assert "CUDA out of memory. Tried" in capsys.readouterr().err
+
+
+def test_a_run_is_not_lost_for_a_picture(tmp_path, monkeypatch, capsys):
+    # as if matplotlib were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train_step.try_to_draw({"rows": []}, tmp_path / "steps.svg")
+    assert "No picture: " in capsys.readouterr().err
 
 
 def test_what_time_does_not_suffice_for_is_named(capsys):
@@ -288,6 +302,7 @@ def test_routes_that_disagree_get_no_number(monkeypatch, tmp_path, capsys, damag
         ["--cases", "2048"],
         ["--rounds", "0"],
         ["--cases", "1x1"],
+        ["--draw", "steps.json"],
         ["--cases", "axb"],
         ["--cases", "1x8+fast"],
         ["--cases", "1x8+plain+experts"],
