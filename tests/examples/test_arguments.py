@@ -44,7 +44,7 @@ def test_a_model_in_the_file_has_the_defaults_of_a_real_one(file, tmp_path):
         ("target_modules: [experts, q_proj]", ["experts", "q_proj"]),
         ("target_modules:\n- experts\n", ["experts"]),
         ("target_modules: all-linear", ["all-linear"]),
-        ("liger: false", ["experts", "q_proj", "v_proj"]),
+        ("liger: false", ["experts", "q_proj", "k_proj", "v_proj", "o_proj"]),
     ],
 )
 def test_a_list_in_the_file_is_a_list(text, names, file):
