@@ -411,6 +411,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
         assert_close(parameter.grad, expected[name], SAME, name)
 
 
+@pytest.mark.long
 def test_a_compiled_model_gives_the_same_numbers():
     model = moe_lora(tiny_model(), backend="materialize")
     expected = outputs(model)
