@@ -5,7 +5,7 @@ import torch
 
 from ops.problems import DEVICE
 from peft_moe_lora.functional import Projection, experts
-from peft_moe_lora.ops import Activation
+from peft_moe_lora.ops import Activation, kernels, table_memory
 
 E, H, I, TOP_K, RANK = 4, 32, 16, 2, 4  # noqa: E741 I is the glossary's letter
 
@@ -51,3 +51,14 @@ def test_a_compiled_layer_gives_the_same_numbers_at_every_length(activation):
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected)
+
+
+def test_memory_that_is_too_short_for_the_table_is_refused():
+    index = torch.randint(E, (5, TOP_K), device=DEVICE)
+    table = table_memory(index, E)
+    whole = kernels.route(index, E, table)
+    short = table[: len(whole.tiles) - 1]
+    with pytest.raises(AssertionError, match="are needed"):
+        kernels.route(index, E, short)
+    with pytest.raises(AssertionError, match="are needed"):
+        kernels.with_tiles(whole._replace(tiles=short, block_m=0))

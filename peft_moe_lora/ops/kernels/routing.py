@@ -182,6 +182,12 @@ def _lines(M: int, E: int, block_m: int) -> int:
     return M // block_m + min(E, M) + 3
 
 
+def _cut(table: torch.Tensor, lines: int) -> torch.Tensor:
+    """The first lines of memory for a tile table."""
+    assert table.shape[0] >= lines, f"a tile table of {table.shape[0]} lines, {lines} are needed"
+    return table[:lines]
+
+
 def route(
     top_k_index: torch.Tensor, num_experts: int, table: torch.Tensor | None = None
 ) -> Routing:
@@ -205,7 +211,7 @@ def route(
     expert_offsets, row_token, row_slot, slot_row, counts, totals = index
     if table is None:
         table = table_memory(top_k_index, E)
-    tiles = table[:lines]
+    tiles = _cut(table, lines)
     routing = Routing(expert_offsets, row_token, row_slot, slot_row, top_k, tiles, block_m)
     if S == 0:
         expert_offsets.zero_()
@@ -249,7 +255,7 @@ def with_tiles(routing: Routing) -> Routing:
     block_m = block_m_for(M, E, arch)
     lines = _lines(M, E, block_m)
     if routing.tiles is not None:
-        return routing._replace(tiles=routing.tiles[:lines], block_m=block_m)
+        return routing._replace(tiles=_cut(routing.tiles, lines), block_m=block_m)
     tiles = torch.empty(lines, 2, dtype=torch.int32, device=offsets.device)
     constants = {"E_PADDED": power_of_2(E), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
     grid = ceil_div(lines, TILES_BLOCK), 1, 1
