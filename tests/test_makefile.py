@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def commands(folder, *settings, target="test"):
     """What `make test`, or another target, would run."""
-    command = ["make", "--dry-run", target, *settings]
+    command = ["make", "--dry-run", "--no-print-directory", target, *settings]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
