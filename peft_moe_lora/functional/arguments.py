@@ -102,7 +102,8 @@ class Arguments:
     def groups(self, arguments: Sequence[Any]) -> list[Any]:
         """The groups that the arguments stand for."""
         *values, stored = arguments
-        for i, text in zip(self._weights, stored.split(_NEXT), strict=False):
+        texts = stored.split(_NEXT) if self._weights else []
+        for i, text in zip(self._weights, texts, strict=True):
             values[i] = from_description(text, values[i]) if text else values[i][0]
         # an operator receives a tuple of integers as a list
         values = [tuple(v) if isinstance(v, list) else v for v in values]
