@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from step_parts import PARTS
+from sweep_picture import measured_on, save
 
 COLOURS = ("#c44e52", "#dd8452", "#4c72b0", "#64b5cd", "#55a868", "#8172b3", "#937860", "#bdbdbd")
 
@@ -27,19 +28,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
         draw_bars(axes, rows)
         figure.legend(fontsize=7, ncols=len(PARTS), loc="outside lower center")
-        axes.set_title(heading(report), fontsize=8)
-        metadata = {}
-        if path.suffix == ".svg":
-            metadata = {"Date": None}
-        figure.savefig(path, metadata=metadata, dpi=120)
+        axes.set_title(measured_on(report), fontsize=8)
+        save(figure, path)
         plt.close(figure)
-
-
-def heading(report: dict[str, Any]) -> str:
-    """Machine, versions and date."""
-    machine = report["machine"]
-    words = [str(machine["device"]), f"torch {machine['torch']}", f"triton {machine['triton']}"]
-    return ", ".join([*words, report["date"][:10]])
 
 
 def draw_bars(axes: Any, rows: list[dict[str, Any]]) -> None:

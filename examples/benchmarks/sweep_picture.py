@@ -31,19 +31,29 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for panel, name in zip(panels[:, 0], names, strict=True):
             draw_axis(panel, name, report["axes"][name]["points"])
         figure.suptitle(heading(report), fontsize=8)
-        metadata = {}
-        if path.suffix == ".svg":
-            metadata = {"Date": None}
-        figure.savefig(path, metadata=metadata, dpi=120)
+        save(figure, path)
         plt.close(figure)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure into an SVG or PNG file, without the time of writing."""
+    metadata = {}
+    if path.suffix == ".svg":
+        metadata = {"Date": None}
+    figure.savefig(path, metadata=metadata, dpi=120)
+
+
+def measured_on(report: dict[str, Any]) -> str:
+    """Machine, versions and date of a report."""
+    machine = report["machine"]
+    words = [str(machine["device"]), f"torch {machine['torch']}", f"triton {machine['triton']}"]
+    return ", ".join([*words, report["date"][:10]])
 
 
 def heading(report: dict[str, Any]) -> str:
     """Machine, versions, date, and what the colour means."""
-    machine = report["machine"]
-    words = [str(machine["device"]), f"torch {machine['torch']}", f"triton {machine['triton']}"]
-    line = ", ".join([*words, report["date"][:10]])
-    return f"{line}; red: more than {100 * (report['allowed'] - 1):.0f} % above its neighbours"
+    above = f"{100 * (report['allowed'] - 1):.0f} % above its neighbours"
+    return f"{measured_on(report)}; red: more than {above}"
 
 
 def draw_axis(panel: Any, name: str, points: Sequence[dict[str, Any]]) -> None:
