@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 
 # before transformers is imported: nothing here may ask the hub for anything
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,12 +24,20 @@ LONG_ON_A_GPU = {
     "test_training_modes.py",
 }
 
+# a set of several texts, or an address: another text in each process
+CHANGING_ID = re.compile(r"\bset\(|\bfrozenset\(|\{['\"][^:}]*,| at 0x[0-9a-f]")
+
 
 def pytest_collection_modifyitems(config, items):
     """Without a CUDA device the tests marked gpu are deselected, and counted as such.
 
     With one, the longest come first, so that the processes of `make gpu-test` end together.
+    A test whose name another process would write in another way is an error: the processes of
+    pytest-xdist must collect the same names.
     """
+    changing = [item.nodeid for item in items if CHANGING_ID.search(item.name)]
+    if changing:
+        raise pytest.UsageError(f"names that differ from process to process: {changing}; give ids=")
     if torch.cuda.is_available():
         items.sort(key=lambda item: item.path.name not in LONG_ON_A_GPU)
         return

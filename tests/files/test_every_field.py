@@ -163,7 +163,7 @@ def test_every_door_reads_the_field_right_or_refuses_it(saved, tmp_path, name, v
         ("rank_pattern", MappingProxyType({"experts": 3})),
         ("target_projections", ("down",)),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
 def test_other_collections_are_saved_and_read_again(saved, tmp_path, name, value):
     base, _, _ = saved
