@@ -20,6 +20,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FP8 = torch.float8_e4m3fn
 # number of values that share a scale in MXFP4
 MXFP4_BLOCKSIZE = 32
+_E2M1_CODES: dict[torch.device, torch.Tensor] = {}
 
 Weight = torch.Tensor | QuantizedWeight
 
@@ -203,11 +204,29 @@ def _packed_e2m1(
         stored_shape=(E, R, C),
         dtype=dtype,
         packed=packed.view(torch.uint8).view(-1),
-        code=code_of("mxfp4", packed.device),
+        code=_e2m1_code(packed.device),
         scales=scales.reshape(-1),
         blocksize=MXFP4_BLOCKSIZE,
         low_first=True,
     )
+
+
+def _e2m1_code(device: torch.device) -> torch.Tensor:
+    """The values of the 16 codes, made once for each device.
+
+    A module's weight is put together in every forward, and a copy from the host would make the host
+    wait for the device each time.
+    """
+    code = _E2M1_CODES.get(device)
+    if code is not None:
+        return code
+    # an inference tensor could not be kept for a backward
+    with torch.inference_mode(False):
+        code = code_of("mxfp4", device)
+    # the tensors of a trace stand for others, or live only until its next run
+    if type(code) is torch.Tensor and not torch.compiler.is_compiling():
+        _E2M1_CODES[device] = code
+    return code
 
 
 def _compute_dtype(module: nn.Module) -> torch.dtype:

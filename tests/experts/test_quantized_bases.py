@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.integrations.finegrained_fp8 import (
     ALL_FP8_EXPERTS_FUNCTIONS,
     Fp8Dequantize,
@@ -31,6 +32,7 @@ from helpers import (
     wrap,
 )
 from peft_moe_lora import dequantize_experts, quantize_experts
+from peft_moe_lora.experts import stored
 from peft_moe_lora.experts.layout import read_layout
 from peft_moe_lora.experts.stored import UnsupportedExperts, stored_weight
 
@@ -163,8 +165,11 @@ def test_fp8_experts_dispatch_to_the_adapter_and_back():
     assert fp8.config._experts_implementation == "eager"
 
 
-def test_fp4_codes_in_fp8_experts():
-    """DeepSeek-V4's form: two e2m1 codes in an int8, a power of two for each 32 of a row."""
+def fp4_in_fp8_experts():
+    """FP8Experts in DeepSeek-V4's form, and their projections in fp32 by name.
+
+    Two e2m1 codes in an int8, a power of two for each 32 of a row.
+    """
     fp8 = fp8_experts((16, 8))
     expected = {}
     for name, (rows, columns) in {"gate_up_proj": (2 * I, H), "down_proj": (H, 32)}.items():
@@ -180,10 +185,27 @@ def test_fp4_codes_in_fp8_experts():
         expected[name] = torch.stack(
             [one(w, s, torch.float32) for w, s in zip(codes, scales.float(), strict=True)]
         )
+    return fp8, expected
+
+
+def test_fp4_codes_in_fp8_experts():
+    fp8, expected = fp4_in_fp8_experts()
     for name, dense in expected.items():
         weight = stored_weight(fp8, name)
         assert weight.shape == dense.shape
         assert torch.equal(weight.dense(), dense)
+
+
+def test_the_values_of_fp4_codes_are_made_once(monkeypatch):
+    monkeypatch.setattr(stored, "_E2M1_CODES", {})
+    fp8, _ = fp4_in_fp8_experts()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(stored_weight(fp8, "down_proj").code, FakeTensor)
+    with torch.inference_mode():
+        first = stored_weight(fp8, "down_proj")
+    again = stored_weight(fp8, "down_proj")
+    assert again.code is first.code
+    assert not again.code.is_inference()
 
 
 def test_fp8_experts_are_not_written():
