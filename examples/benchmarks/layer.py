@@ -13,6 +13,7 @@ Routes, all in one run on one machine, on the same inputs, frozen base weights a
     moe_lora-torch        the same with backend="torch"
     moe_lora-materialize  the same with backend="materialize": grouped_mm on W + scaling * B A
     peft                  PEFT's `LoraConfig(target_parameters=...)` on the same experts
+    peft-applied          the same under `apply_to_peft()`
     torch                 plain PyTorch: sort, gather, grouped_mm for all products
     base                  transformers' experts on grouped_mm, without an adapter
     frozen                the same on this package's kernels: experts_implementation="moe_lora"

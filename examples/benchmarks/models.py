@@ -15,7 +15,7 @@ from cases import PROJECTIONS
 from peft_moe_lora import MoELoraConfig, keep_experts
 from peft_moe_lora.experts.decoding import store
 from peft_moe_lora.ops.quantize import quantize
-from routes import Parameters, moe_lora_parameters, peft_parameters
+from routes import Parameters, apply_to, moe_lora_parameters, peft_parameters
 
 # peft 0.21 reads a name that transformers 5.23 deprecates; drop when peft's floor moves
 warnings.filterwarnings(
@@ -157,8 +157,12 @@ def frozen_route(base: nn.Module, rank: int) -> ModelRoute:
     return route
 
 
-def peft_route(base: nn.Module, rank: int) -> ModelRoute:
-    """PEFT's own: its LoRA on attention, a ParamWrapper for each of the experts' parameters."""
+def peft_route(base: nn.Module, rank: int, applied: bool = False) -> ModelRoute:
+    """PEFT's own: its LoRA on attention, a ParamWrapper for each of the experts' parameters.
+
+    Args:
+        applied: whether it computes as under `apply_to_peft()`.
+    """
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -166,6 +170,8 @@ def peft_route(base: nn.Module, rank: int) -> ModelRoute:
         target_parameters=[f"experts.{projection}_proj" for projection in PROJECTIONS],
     )
     model = get_peft_model(sharing_weights(base), config)
+    if applied:
+        apply_to(model)
     return trainable(model, peft_parameters(model), rank_major=True)
 
 
@@ -189,6 +195,7 @@ MODEL_ROUTES: dict[str, Callable[[nn.Module, int], ModelRoute]] = {
     "base": base_route,
     "frozen": frozen_route,
     "peft": peft_route,
+    "peft-applied": partial(peft_route, applied=True),
     "moe_lora": moe_lora_route,
     "moe_lora-recompute": partial(moe_lora_route, recompute=True),
     # PEFT's forward in the linear layers

@@ -8,15 +8,17 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from cases import MIB, Problem
-from peft_moe_lora import MoELoraConfig
+from peft_moe_lora import MoELoraConfig, apply_to_peft
 from timing import held_bytes, peak_bytes
 
 Parameters = dict[str, torch.Tensor]
@@ -190,8 +192,12 @@ def moe_lora_route(problem: Problem, **settings: object) -> Route:
     return Route(model.base_model.model, adapter)
 
 
-def peft_route(problem: Problem) -> Route:
-    """PEFT's own: a ParamWrapper for each of the two parameters."""
+def peft_route(problem: Problem, applied: bool = False) -> Route:
+    """PEFT's own: a ParamWrapper for each of the two parameters.
+
+    Args:
+        applied: whether it computes as under `apply_to_peft()`.
+    """
     r = problem.case.r
     projections = problem.layout.projections.values()
     config = LoraConfig(
@@ -214,7 +220,18 @@ def peft_route(problem: Problem) -> Route:
             if "lora_B" in name:
                 value = to_rank_major(value, r)
             parameter.copy_(value)
+    if applied:
+        apply_to(model)
     return Route(model.base_model.model, adapter, rank_major=True)
+
+
+def apply_to(model: nn.Module) -> None:
+    """What `apply_to_peft()` does to every model, to one: the models beside it stay PEFT's own."""
+    with apply_to_peft():
+        forward = ParamWrapper.forward
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            module.forward = MethodType(forward, module)
 
 
 def low_rank(
@@ -270,6 +287,7 @@ ROUTES: dict[str, Callable[[Problem], Route]] = {
     "moe_lora-torch": partial(moe_lora_route, backend="torch"),
     "moe_lora-materialize": partial(moe_lora_route, backend="materialize"),
     "peft": peft_route,
+    "peft-applied": partial(peft_route, applied=True),
     "torch": torch_route,
     "base": base_route,
     "frozen": frozen_route,

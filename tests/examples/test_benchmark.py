@@ -48,7 +48,8 @@ def run(tmp_path: Path, capsys, *arguments: str) -> tuple[int, dict, dict[str, s
 
 
 def test_report_has_every_field(tmp_path, capsys):
-    routes = ["moe_lora", "moe_lora-materialize", "peft", "torch", "base", "frozen"]
+    routes = ["moe_lora", "moe_lora-materialize", "peft", "peft-applied"]
+    routes += ["torch", "base", "frozen"]
     plot = tmp_path / "b.png"
     status, report, lines = run(tmp_path, capsys, "--routes", *routes, "--plot", str(plot))
     assert status == 0

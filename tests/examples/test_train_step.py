@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 import agreement
@@ -16,7 +17,8 @@ from peft_moe_lora.layers import own
 from step_cases import DEFAULT, Batch, StepCase, in_order, read_case
 from step_parts import PARTS, by_part, ranges
 
-ROUTES = ["base", "frozen", "peft", "moe_lora", "moe_lora-recompute", "moe_lora-peft-linear"]
+ROUTES = ["base", "frozen", "peft", "peft-applied"]
+ROUTES += ["moe_lora", "moe_lora-recompute", "moe_lora-peft-linear"]
 RANK = 16
 CPU = torch.device("cpu")
 
@@ -42,7 +44,7 @@ KEYS = {"machine", "date", "what", "command", "losses", "rows"}
 def test_report_has_every_field(tmp_path, capsys):
     path, table, picture = (tmp_path / name for name in ("steps.json", "steps.md", "steps.svg"))
     cases = ["2x12", "1x12+experts"]
-    routes = ["base", "peft", "moe_lora"]
+    routes = ["base", "peft", "peft-applied", "moe_lora"]
     words = ["--tiny", "--cases", *cases, "--rounds", "1", "--routes", *routes]
     files = ["--json", path, "--markdown", table, "--picture", picture]
     assert train_step.main([*words, *map(str, files)]) == 0
@@ -231,6 +233,24 @@ def test_adapters_have_the_same_tensors_under_the_same_names(routes):
     # layers, A and B of two projections and of four linear layers
     assert len(shapes["peft"]) == 2 * (4 + 8)
     assert shapes["peft"] == shapes["moe_lora"] == shapes["moe_lora-recompute"]
+    assert shapes["peft"] == shapes["peft-applied"]
+
+
+def test_our_kernels_run_for_one_model_of_peft_alone(args, routes, monkeypatch):
+    own_calls = []
+    activate = ParamWrapper._activate_lora
+
+    def counted(self, *arguments):
+        own_calls.append(self)
+        return activate(self, *arguments)
+
+    # PEFT's own forward adds the update to the weight
+    monkeypatch.setattr(ParamWrapper, "_activate_lora", counted)
+    ids = train_step.batch_of(args, Batch(1, 8), 256)
+    routes["peft-applied"].step(ids)
+    assert not own_calls
+    routes["peft"].step(ids)
+    assert len(own_calls) == 2 * args.layers
 
 
 def test_the_peak_holds_adapter_and_optimizer_state(args, routes):
