@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .operators import without_autocast
+from .operators import is_differentiated, without_autocast
 
 
 class FrozenLinear(NamedTuple):
@@ -75,7 +75,11 @@ def updated_linear(
     else:
         y = base
     settings = Settings(update.scaling, update.dropout_p, dtype)
-    return _UpdatedLinear.apply(x, update.lora_A, update.lora_B, y, weight, bias, settings)
+    arguments = (x, update.lora_A, update.lora_B, y, weight, bias)
+    # an autograd function costs the host as much as the products
+    if is_differentiated(arguments):
+        return _UpdatedLinear.apply(*arguments, settings)
+    return _products(*arguments, settings).out
 
 
 class Settings(NamedTuple):
@@ -86,8 +90,55 @@ class Settings(NamedTuple):
     dtype: torch.dtype
 
 
-class _UpdatedLinear(torch.autograd.Function):
+class _Products(NamedTuple):
+    """What forward computes.
+
+    Attributes:
+        out: [..., N], no view for autograd.
+        A, B: lora_A and lora_B in the dtype of the products.
+        mask: [T, K] bool, or None without dropout.
+        xa: as in the legend.
+    """
+
+    out: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    mask: torch.Tensor | None
+    xa: torch.Tensor
+
+
+def _products(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    settings: Settings,
+) -> _Products:
     """Either y is given, or weight and bias are; the others are None."""
+    scaling, p, dtype = settings
+    with without_autocast(x.device.type):
+        rows = _rows(x, dtype)
+        A = lora_A.to(dtype)
+        B = lora_B.to(dtype)
+        dropped = rows
+        mask = None
+        if p:
+            dropped, mask = torch.native_dropout(rows, p, True)
+        xa = _scaled_mm(dropped, A.mT, scaling)
+        if weight is not None:
+            out = F.linear(rows, weight, bias).addmm_(xa, B.mT)
+        else:
+            assert y is not None, "a layer or its output"
+            out = _plus(_rows(y, y.dtype), xa, B.mT)
+        # a model may change the output in place, as llama4 does its queries
+        out = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+    return _Products(out, A, B, mask, xa)
+
+
+class _UpdatedLinear(torch.autograd.Function):
+    """Takes the arguments of `_products`."""
 
     @staticmethod
     def forward(
@@ -101,21 +152,7 @@ class _UpdatedLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         settings: Settings,
     ) -> torch.Tensor:
-        scaling, p, dtype = settings
-        with without_autocast(x.device.type):
-            rows = _rows(x, dtype)
-            A = lora_A.to(dtype)
-            B = lora_B.to(dtype)
-            dropped = rows
-            mask = None
-            if p:
-                dropped, mask = torch.native_dropout(rows, p, True)
-            xa = _scaled_mm(dropped, A.mT, scaling)
-            if weight is not None:
-                out = F.linear(rows, weight, bias).addmm_(xa, B.mT)
-            else:
-                assert y is not None, "a layer or its output"
-                out = _plus(_rows(y, y.dtype), xa, B.mT)
+        out, A, B, mask, xa = _products(x, lora_A, lora_B, y, weight, bias, settings)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         ctx.settings = settings
         ctx.x_like = x.shape, x.dtype
@@ -128,8 +165,7 @@ class _UpdatedLinear(torch.autograd.Function):
             B if needs_x or needs_A else None,
             xa if needs_B else None,
         )
-        # no view for autograd: a model may change the output in place, as llama4 does its queries
-        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        return out
 
     @staticmethod
     def backward(  # type: ignore[override]  # torch: any number of gradients

@@ -69,8 +69,10 @@ class FastForward(nn.Module):
         if x.dtype not in _DTYPES or not _is_plain(x) or _is_watched():
             return None
         updates = []
+        # not self.lora_A: a look-up of nn.Module takes a microsecond, in every forward
+        known = _child(self, "lora_A")._modules
         for name in self.active_adapters:
-            if name not in self.lora_A:
+            if name not in known:
                 continue
             update = self._update(name)
             if update is None:
@@ -80,33 +82,36 @@ class FastForward(nn.Module):
 
     def _update(self, name: str) -> LinearUpdate | None:
         """The update of an adapter; None if it is more than scaling * B (A drop(x))."""
-        # nn.Module annotates every attribute as a tensor or a module
-        A: Any = self.lora_A[name]
-        B: Any = self.lora_B[name]
+        A = _child(_child(self, "lora_A"), name)
+        B = _child(_child(self, "lora_B"), name)
         scaling = self.scaling[name]
-        p = _dropout_of(self.lora_dropout[name])
+        p = _dropout_of(_child(_child(self, "lora_dropout"), name))
         if p is None or not self.fast.get(name, False) or name in self.lora_variant:
             return None
         if not isinstance(scaling, float | int):
             return None
         for factor in (A, B):
-            if not _runs_as(factor, nn.Linear) or factor.bias is not None:
+            if not _runs_as(factor, nn.Linear) or _parameter(factor, "bias") is not None:
                 return None
-            if not _is_plain(factor.weight):
-                return None
-        return LinearUpdate(A.weight, B.weight, float(scaling), p)
+        lora_A = _parameter(A, "weight")
+        lora_B = _parameter(B, "weight")
+        if not _is_plain(lora_A) or not _is_plain(lora_B):
+            return None
+        return LinearUpdate(lora_A, lora_B, float(scaling), p)
 
     def _frozen(self, dtype: torch.dtype) -> FrozenLinear | None:
         """The base layer; None if it must be called, or if it is trained."""
-        layer: Any = self.base_layer
+        layer = _child(self, "base_layer")
         if not _runs_as(layer, nn.Linear):
             return None
-        for tensor in (layer.weight, layer.bias):
+        weight = _parameter(layer, "weight")
+        bias = _parameter(layer, "bias")
+        for tensor in (weight, bias):
             if tensor is None:
                 continue
             if not _is_plain(tensor) or tensor.dtype != dtype or tensor.requires_grad:
                 return None
-        return FrozenLinear(layer.weight, layer.bias)
+        return FrozenLinear(weight, bias)
 
 
 class Linear(FastForward, lora.Linear):
@@ -149,6 +154,18 @@ def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    """module.name or module[name], a module, without the look-up of nn.Module."""
+    return module._modules[name]
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """module.name, a tensor or None, without the look-up of nn.Module where it is a parameter."""
+    if name in module._parameters:
+        return module._parameters[name]
+    return getattr(module, name)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -104,6 +104,25 @@ def test_gradients_are_those_of_finite_differences(fused):
     )
 
 
+@bases
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_without_gradients_it_gives_the_same_bits(fused, p):
+    arguments = tensors(torch.bfloat16, (2, 5))
+    torch.manual_seed(0)
+    expected = fast(*arguments, fused=fused, p=p)
+    assert expected.grad_fn is not None
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        with mode():
+            found = fast(*arguments, fused=fused, p=p)
+        assert torch.equal(found, expected)
+    # nothing requires a gradient, as with a frozen adapter
+    torch.manual_seed(0)
+    frozen = fast(*[t.detach() for t in arguments], fused=fused, p=p)
+    assert torch.equal(frozen, expected)
+    assert not frozen.requires_grad
+
+
 def test_the_output_of_a_trained_layer_gets_its_gradient():
     x, A, B, weight, bias = tensors(torch.float32)
     grads = {}
