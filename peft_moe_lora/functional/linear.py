@@ -144,15 +144,10 @@ class _UpdatedLinear(torch.autograd.Function):
     def forward(
         # autograd's context accepts any attribute, but its class declares none
         ctx: Any,
-        x: torch.Tensor,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        y: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        settings: Settings,
+        *arguments: Any,
     ) -> torch.Tensor:
-        out, A, B, mask, xa = _products(x, lora_A, lora_B, y, weight, bias, settings)
+        x, lora_A, lora_B, _, weight, _, settings = arguments
+        out, A, B, mask, xa = _products(*arguments)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         ctx.settings = settings
         ctx.x_like = x.shape, x.dtype

@@ -205,6 +205,8 @@ def test_the_values_of_fp4_codes_are_made_once(monkeypatch):
         first = stored_weight(fp8, "down_proj")
     again = stored_weight(fp8, "down_proj")
     assert again.code is first.code
+    # neither the one of the trace nor an inference tensor
+    assert type(again.code) is torch.Tensor
     assert not again.code.is_inference()
 
 
