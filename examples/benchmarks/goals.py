@@ -5,10 +5,11 @@
     python examples/benchmarks/goals.py --device cpu --tiny       tries the command; no numbers
 
 The rows are in goal_rows.py. How they are measured is in turns.py: in each of five rounds every row
-has its turn of 20 steps in a row, and the median of the five is its number. A row whose output or
-gradients are not those of plain PyTorch in higher precision has no number.
+has its turn of 20 steps in a row, after a short rest, and the median of the five is its number. A
+row whose output or gradients are not those of plain PyTorch in higher precision has no number.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,13 @@ class Arguments:
     )
     groups: int = field(default=5, metadata={"help": "of steps, of each row (default: 5)"})
     steps: int = field(default=20, metadata={"help": "in a row in a group (default: 20)"})
+    rest: float = field(
+        default=0.3,
+        metadata={
+            "metavar": "SECONDS",
+            "help": "in which a GPU is left idle ahead of every group (default: 0.3)",
+        },
+    )
     device: str = field(
         default_factory=default_device, metadata={"help": "default: cuda where there is one"}
     )
@@ -63,6 +71,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
     parser, args = parse(Arguments, __doc__, argv)
     if min(args.groups, args.steps) < 1:
         parser.error("--groups and --steps must be at least 1")
+    if not 0 <= args.rest < math.inf:
+        parser.error(f"--rest must be a number of seconds, got {args.rest}")
     try:
         chosen(args.rows or [])
     except ValueError as error:
@@ -263,13 +273,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = [situation.layer(dtype, device, args.tiny) for situation in situations]
     ahead, _ = timed(lambda: compile_ahead(layers))
     print(f"compiled ahead in {ahead:.0f} s", file=sys.stderr, flush=True)
-    seconds, found = timed(lambda: measure(layers, args.groups, args.steps))
+    seconds, found = timed(lambda: measure(layers, args.groups, args.steps, rest=args.rest))
     print(f"measured in {seconds:.0f} s", file=sys.stderr, flush=True)
     rows = outcomes(situations, found)
     machine = describe_machine(device)
     table = markdown_table(HEADER, [cells(row) for row in rows])
     heading = f"{machine_line(machine)}; {started:%Y-%m-%d}; median of {args.groups} groups of "
-    heading += f"{args.steps} calls in a row."
+    heading += f"{args.steps} calls in a row, {args.rest:g} s of rest ahead of every group."
     text = f"{heading}\n\n{table}\n\n{summary(rows)}"
     print(text)
     if args.markdown:

@@ -1,8 +1,9 @@
 """Time layers in turns, several calls in a row, so that a card that warms up slows all of them.
 
-In each of several rounds every layer has its turn: a few calls to warm up, then a group of calls in
-a row, whose mean is taken. A layer's number is the median of its groups. Before every step the
-gradients are dropped, and A and B get new versions, as an optimizer step gives them.
+In each of several rounds every layer has its turn: a GPU rests for as long as it is told to, then
+come a few calls to warm up and a group of calls in a row, whose mean is taken. A layer's number is
+the median of its groups. Before every step the gradients are dropped, and A and B get new versions,
+as an optimizer step gives them.
 """
 
 import gc
@@ -10,6 +11,7 @@ import os
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -194,6 +196,7 @@ def measure(
     groups: int,
     calls: int,
     each_round: Callable[[], object] = lambda: None,
+    rest: float = 0.0,
 ) -> list[Measured]:
     """The numbers of the layers, all of which are in memory at the same time.
 
@@ -201,6 +204,8 @@ def measure(
         groups: rounds, each with one group of calls of every layer.
         calls: in a row in one group.
         each_round: is called ahead of every round.
+        rest: seconds in which a GPU is left idle ahead of every turn, so that it is not at its
+            power limit from the turn before.
     """
     found = [Measured(layer) for layer in layers]
     ready: dict[int, Callable[[], object]] = {}
@@ -213,8 +218,11 @@ def measure(
     for _ in range(groups):
         each_round()
         for i, call in ready.items():
-            if not found[i].failed:
-                add_group(found[i], call, calls)
+            if found[i].failed:
+                continue
+            if found[i].layer.case.device.type == "cuda":
+                time.sleep(rest)
+            add_group(found[i], call, calls)
     return found
 
 

@@ -178,7 +178,7 @@ def test_all_layers_have_a_turn_in_every_round(monkeypatch):
 
 
 def test_bad_arguments_are_refused(capsys):
-    for arguments in (["--rows", "r = 5"], ["--steps", "0"]):
+    for arguments in (["--rows", "r = 5"], ["--steps", "0"], ["--rest", "-1"], ["--rest", "nan"]):
         with pytest.raises(SystemExit, match="2"):
             goals.parse_arguments(arguments)
         assert arguments[0] in capsys.readouterr().err
