@@ -14,7 +14,7 @@ import torch
 from ..ops import Activation
 from .backends import BACKENDS, select_backend
 from .linear import FrozenLinear, LinearUpdate, updated_linear
-from .operators import is_autocast_enabled, without_autocast
+from .operators import is_autocast_enabled, without_autocast, without_autocast_of
 from .projection import Projection, gathered, per_expert, spread, whole_gradients
 from .steps import expert_linear, route, unfused_experts
 from .whole import fused_experts
@@ -35,6 +35,7 @@ __all__ = [
     "updated_linear",
     "whole_gradients",
     "without_autocast",
+    "without_autocast_of",
 ]
 
 

@@ -11,12 +11,13 @@ Legend:
         tensor of three dimensions. No other result has three dimensions.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -50,6 +51,15 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if not is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+@contextmanager
+def without_autocast_of(module: nn.Module) -> Iterator[None]:
+    """The same on the devices of a module's parameters."""
+    with ExitStack() as stack:
+        for device_type in {parameter.device.type for parameter in module.parameters()}:
+            stack.enter_context(without_autocast(device_type))
+        yield
 
 
 def is_autocast_enabled(device_type: str) -> bool:

@@ -15,7 +15,13 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional import FrozenLinear, LinearUpdate, is_autocast_enabled, updated_linear
+from ..functional import (
+    FrozenLinear,
+    LinearUpdate,
+    is_autocast_enabled,
+    updated_linear,
+    without_autocast_of,
+)
 
 # of x; complex gradients would need conjugates
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -56,6 +62,11 @@ class FastForward(nn.Module):
             y = updated_linear(x, y, update, dtype)
         assert isinstance(y, torch.Tensor), "there is at least one update"
         return y
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """As PEFT computes it, in the dtype of A and B within autocast too."""
+        with without_autocast_of(self):
+            return cast(Any, super()).get_delta_weight(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT deletes it."""

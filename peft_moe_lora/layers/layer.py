@@ -28,7 +28,6 @@ from .implementations import check_gradients, check_implementation, run_implemen
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
-from .remainders import Remainder
 from .replaced import call_base, take_back_forward
 
 
@@ -99,10 +98,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.experts: dict[str, tuple[int, ...] | None] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        # merged adapter -> its scaling when it was merged
-        self.merged_scaling: dict[str, float] = {}
-        # merged adapter -> (projection, expert, parameter) -> what subtracting does not restore
-        self.remainders: dict[str, dict[tuple[str, int, int], Remainder]] = {}
+        # merged adapter -> what was merged
+        self.kept_of_merged: dict[str, merging.Merged] = {}
         # projection -> its quantized weight before anything was merged into it
         self.unmerged_weights: dict[str, QuantizedWeight] = {}
         # projection -> error of quantizing the merged weight again, divided by the update's norm
@@ -456,7 +453,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             adapter_name: an adapter of this layer.
             projection: "gate_up" or "down", targeted by the adapter.
             expert: index of the expert, 0..E-1. The update is zero if the adapter does not adapt
-                this expert. A merged adapter keeps the scaling with which it was merged.
+                this expert. Of a merged adapter it is what was merged.
         """
         return merging.delta_weight(self, adapter_name, projection, expert)
 
@@ -478,8 +475,9 @@ class MoELoraLayer(nn.Module, LoraLayer):
     def unmerge(self) -> None:
         """Subtract the merged adapters again; the weights are what they were, bit for bit.
 
-        Merging keeps what a subtraction would not restore in host memory: a few percent of the
-        size of the weights, at most as much as these.
+        Merging keeps A and B in host memory, so an adapter may be loaded, cast or rescaled in
+        between. It also keeps what a subtraction would not restore: a few percent of the size of
+        the weights, at most as much as these.
         """
         merging.unmerge(self)
 

@@ -3,10 +3,13 @@
 A dense weight is changed in place, one expert after the other, and restored bit for bit. A
 quantized weight is replaced: the updates of all merged adapters are added to the original weight,
 and the sum is quantized once.
+
+A merged adapter may be loaded again, cast or rescaled before it is unmerged. So what was merged is
+kept with the layer.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -15,7 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..experts.decoding import requantized, store
-from ..functional import per_expert
+from ..experts.stored import Weight
+from ..functional import per_expert, without_autocast
 from ..ops import QuantizedWeight
 from ..parallel import zero
 from ..parallel.fsdp import is_fully_sharded, reshard
@@ -51,7 +55,7 @@ class ExpertWeight(NamedTuple):
         return self.projection, self.expert, self.part
 
 
-class _Update(NamedTuple):
+class Update(NamedTuple):
     """The update of one projection by one adapter, with A and B as whole tensors.
 
     Attributes:
@@ -67,12 +71,13 @@ class _Update(NamedTuple):
     scaling: float
 
     @classmethod
-    def of(cls, layer: "MoELoraLayer", adapter_name: str, projection: str) -> "_Update":
-        """Every process must call this if A and B are sharded."""
+    def of(cls, layer: "MoELoraLayer", adapter_name: str, projection: str) -> "Update":
+        """The update that the adapter gives now. Every process must call this if A is sharded."""
         held = layer.experts_of(adapter_name)
-        A, B = (whole(side) for side in layer.pair(adapter_name, projection))
-        scaling = layer.merged_scaling.get(adapter_name, layer.scaling[adapter_name])
-        return cls(*per_expert(A, B, len(held)), held, scaling)
+        lora_A, lora_B = layer.pair(adapter_name, projection)
+        A, B = per_expert(whole(lora_A), whole(lora_B), len(held))
+        # contiguous, so that a copy of it gives the same bits
+        return cls(A.contiguous(), B.contiguous(), held, float(layer.scaling[adapter_name]))
 
     def of_expert(self, expert: int) -> torch.Tensor:
         """[N, K], in at least fp32; zeros for an expert without an update."""
@@ -80,8 +85,34 @@ class _Update(NamedTuple):
         if expert not in self.held:
             return self.A.new_zeros(self.B.shape[1], self.A.shape[2], dtype=dtype)
         s = self.held.index(expert)
-        # [N, r] @ [r, K]
-        return self.scaling * (self.B[s].to(dtype) @ self.A[s].to(dtype))
+        with without_autocast(self.A.device.type):
+            # [N, r] @ [r, K]
+            return self.scaling * (self.B[s].to(dtype) @ self.A[s].to(dtype))
+
+    def copied(self, experts: Collection[int]) -> "Update":
+        """A copy in host memory, of these experts alone."""
+        places = [s for s, expert in enumerate(self.held) if expert in experts]
+        A, B = (side.detach()[places].cpu() for side in (self.A, self.B))
+        return Update(A, B, [self.held[s] for s in places], self.scaling)
+
+    def to(self, device: torch.device) -> "Update":
+        return self._replace(A=self.A.to(device), B=self.B.to(device))
+
+
+# projection -> its update by one adapter
+Updates = Mapping[str, Update]
+
+
+class Merged(NamedTuple):
+    """What is kept of a merged adapter, in host memory.
+
+    Attributes:
+        updates: what was merged.
+        remainders: (projection, expert, parameter) -> what subtracting it does not restore.
+    """
+
+    updates: Updates
+    remainders: Mapping[tuple[str, int, int], Remainder]
 
 
 def delta_weight(
@@ -89,10 +120,14 @@ def delta_weight(
 ) -> torch.Tensor:
     """[N, K] update of one expert, in at least fp32: scaling * B[e] A[e].
 
-    The update is zero if the adapter does not adapt the expert. The scaling of a merged adapter is
-    the one with which it was merged, whatever happened to it since.
+    The update is zero if the adapter does not adapt the expert. The update of a merged adapter is
+    what was merged, whatever happened to the adapter since.
     """
-    return _Update.of(layer, adapter_name, projection).of_expert(expert)
+    merged = layer.kept_of_merged.get(adapter_name)
+    if merged is None:
+        return Update.of(layer, adapter_name, projection).of_expert(expert)
+    A, _ = layer.pair(adapter_name, projection)
+    return merged.updates[projection].to(A.device).of_expert(expert)
 
 
 @torch.no_grad()
@@ -109,24 +144,30 @@ def merge(layer: "MoELoraLayer", adapter_name: str, safe: bool) -> None:
     """
     reshard(layer)
     check_codes_are_whole(layer, adapter_name)
+    updates = _updates(layer, adapter_name)
     if safe:
-        check_finite(layer, adapter_name)
-    projections = layer.adapted_projections(adapter_name)
+        _raise_unless_finite(layer, adapter_name, updates)
     # all merged weights are computed before one is stored: an error leaves the layer unchanged
+    kept = {name: update.copied(_stored(layer, name)) for name, update in updates.items()}
     merged = {}
-    for name in projections:
+    for name, update in updates.items():
         if _quantized(layer, name) is not None:
-            merged[name] = _merged_quantized(layer, adapter_name, name)
+            merged[name] = _merged_quantized(layer, adapter_name, name, update)
     for name, (original, weight) in merged.items():
         layer.unmerged_weights[name] = original
         _store(layer, name, weight)
-    dense = [name for name in projections if name not in merged]
-    kept: dict[tuple[str, int, int], Remainder] = {}
-    for part in _expert_weights(layer, adapter_name, dense):
-        kept[part.key] = remainders.add(part.weight, part.delta)
-    layer.remainders[adapter_name] = kept
+    dense = {name: update for name, update in updates.items() if name not in merged}
+    changed = {
+        part.key: remainders.add(part.weight, part.delta) for part in _expert_weights(layer, dense)
+    }
+    layer.kept_of_merged[adapter_name] = Merged(kept, changed)
     layer.merged_adapters.append(adapter_name)
-    layer.merged_scaling[adapter_name] = float(layer.scaling[adapter_name])
+
+
+def _updates(layer: "MoELoraLayer", adapter_name: str) -> dict[str, Update]:
+    """What the adapter gives each of its projections now; every process must call this."""
+    names = layer.adapted_projections(adapter_name)
+    return {name: Update.of(layer, adapter_name, name) for name in names}
 
 
 def check_codes_are_whole(layer: "MoELoraLayer", adapter_name: str) -> None:
@@ -197,12 +238,10 @@ def unmerge(layer: "MoELoraLayer") -> None:
     layer.merge_errors.clear()
     while layer.merged_adapters:
         adapter_name = layer.merged_adapters.pop()
-        projections = layer.adapted_projections(adapter_name)
-        dense = [name for name in projections if name not in quantized]
-        kept = layer.remainders.pop(adapter_name)
-        for part in _expert_weights(layer, adapter_name, dense):
-            remainders.subtract(part.weight, part.delta, kept[part.key])
-        del layer.merged_scaling[adapter_name]
+        merged = layer.kept_of_merged.pop(adapter_name)
+        dense = {name: kept for name, kept in merged.updates.items() if name not in quantized}
+        for part in _expert_weights(layer, dense):
+            remainders.subtract(part.weight, part.delta, merged.remainders[part.key])
 
 
 def check_finite(layer: "MoELoraLayer", adapter_name: str) -> None:
@@ -211,9 +250,13 @@ def check_finite(layer: "MoELoraLayer", adapter_name: str) -> None:
     Raises:
         ValueError: if a merged weight is not finite.
     """
+    _raise_unless_finite(layer, adapter_name, _updates(layer, adapter_name))
+
+
+def _raise_unless_finite(layer: "MoELoraLayer", adapter_name: str, updates: Updates) -> None:
     wrong = [
         f"{part.projection} of expert {part.expert}"
-        for part in _expert_weights(layer, adapter_name, layer.adapted_projections(adapter_name))
+        for part in _expert_weights(layer, updates)
         if not torch.isfinite(part.weight + part.delta).all()
     ]
     if anywhere(bool(wrong), layer.weight):
@@ -226,28 +269,39 @@ def check_finite(layer: "MoELoraLayer", adapter_name: str) -> None:
         )
 
 
-def _expert_weights(
-    layer: "MoELoraLayer", adapter_name: str, projections: Iterable[str]
-) -> Iterator[ExpertWeight]:
-    """The blocks of the base weights that this process stores and an adapter changes.
+def _expert_weights(layer: "MoELoraLayer", updates: Updates) -> Iterator[ExpertWeight]:
+    """The blocks of the base weights that this process stores and that updates change.
 
     Every process must iterate to the end if the weights are sharded.
     """
-    for name in projections:
-        update = _Update.of(layer, adapter_name, name)
+    for name, update in updates.items():
         first_row = 0
         for part, stacked in enumerate(layer.layout.parts(layer.base_layer, name)):
             local, (here, rows, columns) = shard_of(stacked.detach())
-            ids = list(range(local.shape[0]))
-            if here is not None:
-                ids = here.tolist()
+            moved = update.to(local.device)
             n = stacked.shape[1]
-            for entry, expert in enumerate(ids):
-                if expert in update.held:
-                    delta = update.of_expert(expert)[first_row : first_row + n]
+            for entry, expert in enumerate(_ids(local, here)):
+                if expert in moved.held:
+                    delta = moved.of_expert(expert)[first_row : first_row + n]
                     block = selected(selected(delta, 0, rows), 1, columns)
                     yield ExpertWeight(name, expert, part, local[entry], block)
             first_row += n
+
+
+def _stored(layer: "MoELoraLayer", name: str) -> set[int]:
+    """Ids of the experts of whose projection this process stores a part."""
+    stored: set[int] = set()
+    for stacked in layer.layout.parts(layer.base_layer, name):
+        local, (here, _, _) = shard_of(stacked.detach())
+        stored.update(_ids(local, here))
+    return stored
+
+
+def _ids(local: Weight, here: torch.Tensor | None) -> list[int]:
+    """Ids of the experts in the part of a stack that this process stores."""
+    if here is None:
+        return list(range(local.shape[0]))
+    return here.tolist()
 
 
 # ---- quantized weights ---------------------------------------------------------------------------
@@ -262,7 +316,7 @@ def _quantized(layer: "MoELoraLayer", name: str) -> QuantizedWeight | None:
 
 
 def _merged_quantized(
-    layer: "MoELoraLayer", adapter_name: str, name: str
+    layer: "MoELoraLayer", adapter_name: str, name: str, update: Update
 ) -> tuple[QuantizedWeight, QuantizedWeight]:
     """A quantized weight without adapters, and with this adapter and all merged adapters.
 
@@ -272,15 +326,16 @@ def _merged_quantized(
     original = layer.unmerged_weights.get(name, _quantized(layer, name))
     assert original is not None, "the caller checked that the projection is quantized"
     together = [
-        merged
-        for merged in (*layer.merged_adapters, adapter_name)
-        if name in layer.adapted_projections(merged)
+        layer.kept_of_merged[merged].updates[name].to(original.device)
+        for merged in layer.merged_adapters
+        if name in layer.kept_of_merged[merged].updates
     ]
+    together.append(update)
 
-    def update(expert: int) -> torch.Tensor:
-        return reduce(torch.add, (delta_weight(layer, a, name, expert) for a in together))
+    def sum_of(expert: int) -> torch.Tensor:
+        return reduce(torch.add, (one.of_expert(expert) for one in together))
 
-    weight, error = requantized(original, update)
+    weight, error = requantized(original, sum_of)
     layer.merge_errors[name] = error
     logger.warning(
         "merging %r into %s experts (%s): requantizing changes the merged weights by %.0f %% of "

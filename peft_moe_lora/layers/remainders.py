@@ -55,9 +55,14 @@ def add(block: torch.Tensor, delta: torch.Tensor) -> Remainder:
 
 
 def subtract(block: torch.Tensor, delta: torch.Tensor, remainder: Remainder) -> None:
-    """Subtract the update again: the block is what it was before `add`."""
-    block.copy_(block - delta)
-    remainder.write(block)
+    """Subtract the update again: the block is what it was before `add`.
+
+    If the block was cast meanwhile, the result is what it was, cast. A cast to a narrower dtype has
+    rounded the sum, so its result is as near as that dtype allows.
+    """
+    restored = (block - delta).to(remainder.values.dtype)
+    remainder.write(restored)
+    block.copy_(restored)
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

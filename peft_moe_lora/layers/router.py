@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..experts.routers import linear_features
+from ..functional import without_autocast_of
 from ..parallel import zero
 from ..parallel.linears import Factor
 from ..parallel.sharding import placed
@@ -94,9 +95,10 @@ class MoELoraRouter(lora.Linear):
         super().merge(still_unchecked(self, safe_merge, adapter_names), adapter_names)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """[E, H] update of the router's weight, placed as the weight is."""
+        """[E, H] update of the router's weight, placed as the weight is; without autocast."""
         weight = cast(nn.Parameter, self.base_layer.weight)
-        return placed(super().get_delta_weight(adapter), weight)
+        with without_autocast_of(self):
+            return placed(super().get_delta_weight(adapter), weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the router's own forward, and add the active adapters' low-rank terms to its logits.

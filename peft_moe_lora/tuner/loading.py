@@ -146,6 +146,20 @@ def read_with(config: MoELoraConfig, load: Load | None) -> AdapterFile | None:
     return config._file
 
 
+def check_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Check that tensors loaded into an adapter reach the outputs: it must not be merged.
+
+    Raises:
+        ValueError: if it is merged into a layer.
+    """
+    for path, layer in adapted(model, adapter_name):
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"adapter {adapter_name!r} is merged into the weights of {path}, which would stay "
+                "as they are, so nothing was loaded into it; call model.unmerge_adapter() first."
+            )
+
+
 def check_over_existing(model: nn.Module, config: MoELoraConfig, adapter_name: str) -> None:
     """Check that an adapter which is loaded over another one of its name has the same scalings.
 

@@ -6,7 +6,8 @@ becomes one of PEFT's own LoRA layers.
 
 import logging
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraModel, PeftConfig
@@ -17,6 +18,7 @@ from ..config import MoELoraConfig, Saving
 from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import is_experts
 from ..experts.routers import is_router
+from ..functional import without_autocast_of
 from ..layers.checked import still_unchecked
 from ..layers.fast_linear import choose_forward
 from ..layers.layer import MoELoraLayer
@@ -29,7 +31,7 @@ from ..parallel.replicated import cast_up, replicate
 from . import checkpoint, restoring, saving, targets, weighted, words
 from .combining import Combination
 from .initial import minus_initial
-from .loading import check_over_existing
+from .loading import check_over_existing, check_unmerged
 from .peft_model import install_around
 from .shards import reshard_to_merge
 from .summary import Summary, summarize
@@ -38,6 +40,19 @@ from .weighted import Mixture
 from .whole import check_whole, is_written
 
 logger = logging.getLogger(__name__)
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _without_autocast(method: Method) -> Method:
+    """The method of a tuner, which computes in the dtypes of its tensors within autocast too."""
+
+    @wraps(method)
+    def exactly(self: "MoELoraModel", *args: Any, **kwargs: Any) -> Any:
+        with without_autocast_of(self.model):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, exactly)
 
 
 class MoELoraModel(LoraModel):
@@ -228,6 +243,7 @@ class MoELoraModel(LoraModel):
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
+    @_without_autocast
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -285,6 +301,7 @@ class MoELoraModel(LoraModel):
 
     # ---- merging -------------------------------------------------------------------------------
 
+    @_without_autocast
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -308,8 +325,9 @@ class MoELoraModel(LoraModel):
         try:
             super().merge_adapter(adapter_names, safe_merge)
         finally:
-            restoring.drop_unmerged(self.model)
+            restoring.note_merged(self.model)
 
+    @_without_autocast
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -330,6 +348,7 @@ class MoELoraModel(LoraModel):
         untie(self.model, names)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
+    @_without_autocast
     def unmerge_adapter(self) -> None:
         """Subtract all merged adapters again; the weights are what they were, bit for bit.
 
@@ -434,6 +453,7 @@ class MoELoraModel(LoraModel):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
+        check_unmerged(model, adapter_name)
         check_over_existing(model, _own(config), adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict

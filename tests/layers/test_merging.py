@@ -111,7 +111,7 @@ def test_merging_one_after_the_other_into_codes_and_unmerging_gives_the_first_co
     for actual, expected in zip(codes(), before, strict=True):
         assert torch.equal(actual, expected)
     assert not layer.unmerged_weights
-    assert not layer.merged_scaling
+    assert not layer.kept_of_merged
     assert model(*rows).isfinite().all()
 
 
@@ -260,7 +260,7 @@ def test_unmerging_restores_every_bit(case, dtype):
         layer.unmerge()
         after = bits(experts)
         assert all(torch.equal(after[name], before[name]) for name in before)
-        assert not layer.remainders
+        assert not layer.kept_of_merged
 
 
 def test_what_is_kept_of_a_small_update_is_small():
@@ -269,7 +269,7 @@ def test_what_is_kept_of_a_small_update_is_small():
     layer = model.base_model.model.experts
     layer.scaling["default"] = 0.01
     layer.merge()
-    kept = layer.remainders["default"].values()
+    kept = layer.kept_of_merged["default"].remainders.values()
     places = sum(remainder.values.numel() for remainder in kept)
     assert 0 < places < 0.05 * sum(p.numel() for p in experts.parameters())
     assert {remainder.values.device.type for remainder in kept} == {"cpu"}

@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from helpers import assert_close, fill_adapter, moe_lora, outputs, tiny_model
+from helpers import BF16, FP32, assert_close, fill_adapter, moe_lora, outputs, tiny_model
 
 TARGETS = ["experts", "gate", "q_proj", "o_proj", "embed_tokens"]
 
 
-def adapted(dtype=torch.bfloat16):
-    model = moe_lora(tiny_model(dtype=dtype), target_modules=TARGETS)
+def adapted(dtype=torch.bfloat16, **config):
+    model = moe_lora(tiny_model(dtype=dtype), **{"target_modules": TARGETS, **config})
     return model, {n: p.clone() for n, p in model.named_parameters()}
 
 
@@ -56,6 +57,116 @@ def test_a_weight_that_somebody_else_changed_is_left_to_peft():
         q_proj(model).weight.add_(1.0)
     model.unmerge_adapter()
     assert_close(q_proj(model).weight, before[Q_PROJ] + 1.0)
+
+
+def overwrite(model):
+    fill_adapter(model, seed=7)
+
+
+def rescale(model):
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 0.5)
+
+
+def break_it(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("change", [overwrite, rescale, break_it], ids=lambda f: f.__name__)
+def test_an_adapter_may_change_while_it_is_merged(change):
+    model, before = adapted()
+    model.merge_adapter()
+    change(model)
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_an_adapter_that_was_not_finite_leaves_nothing():
+    model, before = adapted(torch.float16)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.dtype == torch.float32:
+            parameter.data *= 1e4
+    model.merge_adapter()
+    assert not q_proj(model).weight.isfinite().all()
+    model.unmerge_adapter()
+    assert torch.equal(q_proj(model).weight, before[Q_PROJ])
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_may_be_cast_while_it_is_merged(wide):
+    """A wider dtype gives the weights exactly, the same dtype casts A and B alone."""
+    model, before = adapted()
+    model.merge_adapter()
+    model.to(wide)
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(parameter, before[name].to(wide)), name
+
+
+def test_a_model_may_be_cast_to_a_narrower_dtype_while_it_is_merged():
+    model, before = adapted(torch.float32)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            assert_close(parameter, before[name], BF16, name)
+
+
+@pytest.mark.parametrize("fast_linear", [True, False])
+def test_merging_within_autocast_is_merging(fast_linear):
+    model, before = adapted(torch.float32, fast_linear=fast_linear)
+    model.merge_adapter()
+    merged = {n: p.clone() for n, p in model.named_parameters()}
+    model.unmerge_adapter()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.merge_adapter()
+    assert_same(model, merged)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.unmerge_adapter()
+    assert_same(model, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model.merge_and_unload()
+    for name, parameter in whole.named_parameters():
+        wrapped = f"base_model.model.{name}"
+        if wrapped not in merged:
+            wrapped = wrapped.replace(".mlp.experts", ".mlp.experts.base_layer")
+        if wrapped not in merged:
+            wrapped = wrapped.replace(".weight", ".base_layer.weight")
+        assert torch.equal(parameter, merged[wrapped]), name
+
+
+def test_a_forward_within_autocast_unmerges_what_was_merged():
+    model, before = adapted(torch.float32, target_modules=TARGETS[:-1])
+    model.merge_adapter()
+    with model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+        outputs(model)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter, before[name], FP32, name)
+
+
+def test_nothing_is_loaded_into_a_merged_adapter(tmp_path):
+    model, _ = adapted()
+    model.save_pretrained(tmp_path)
+    tensors = get_peft_model_state_dict(model)
+    fill_adapter(model, seed=7)
+    expected = {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="nothing was loaded into it"):
+        model.load_adapter(tmp_path, "default")
+    with pytest.raises(ValueError, match="nothing was loaded into it"):
+        set_peft_model_state_dict(model, tensors)
+    model.unmerge_adapter()
+    assert_same(model, expected)
+    model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(get_peft_model_state_dict(model)[key], tensors[key]) for key in tensors)
 
 
 def test_a_layer_that_unmerged_by_itself_is_not_written():
