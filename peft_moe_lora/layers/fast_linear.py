@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -22,6 +23,7 @@ from ..functional import (
     updated_linear,
     without_autocast_of,
 )
+from .merging import check_may_unmerge
 
 # of x; complex gradients would need conjugates
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -51,6 +53,8 @@ class FastForward(nn.Module):
         if not args and not kwargs:
             updates = self._updates(x)
         if not updates:
+            if self.disable_adapters and self.merged:
+                check_may_unmerge(cast(BaseTunerLayer, self))
             return super().forward(x, *args, **kwargs)
         dtype = _dtype_of_products(x)
         y: FrozenLinear | torch.Tensor | None = self._frozen(dtype)

@@ -12,7 +12,6 @@ from ..parallel.sharding import placed
 from .checked import still_unchecked
 from .factor import replace_factors
 from .fast_linear import FastForward
-from .merging import check_may_unmerge
 
 
 class ShardedLinear(FastForward, lora.Linear):
@@ -53,8 +52,3 @@ class DividedLinear(ShardedLinear):
         """[N, K] update of the weight, placed as the weight is."""
         weight = cast(nn.Parameter, self.base_layer.weight)
         return placed(super().get_delta_weight(adapter), weight)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            check_may_unmerge(self)
-        return super().forward(x, *args, **kwargs)

@@ -194,10 +194,17 @@ def check_may_unmerge(layer: BaseTunerLayer) -> None:
     Raises:
         ValueError: if the layer is a replica of nn.DataParallel. Its weights are a copy, but the
             list of merged adapters is the original's: the other replicas would stay merged. Also
-            if FSDP2 has sharded the weights.
+            if FSDP2 has sharded the weights, or if they are offloaded.
     """
     # PEFT derives its layers from nn.Module and BaseTunerLayer
-    check_shards_are_unmerged(cast(nn.Module, layer))
+    module = cast(nn.Module, layer)
+    check_shards_are_unmerged(module)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            f"adapters {layer.merged_adapters} are merged into weights that are offloaded, so a "
+            "forward without adapters cannot unmerge them; call unmerge_adapter() on the model "
+            "first."
+        )
     if getattr(layer, "_is_replica", False):
         raise ValueError(
             f"adapters {layer.merged_adapters} are merged and disabled, but a replica of "

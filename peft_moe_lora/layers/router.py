@@ -81,15 +81,6 @@ class MoELoraRouter(lora.Linear):
         self.fan_in_fan_out = False
         replace_factors(self, adapter_name, self.factors)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        # accelerate moves an offloaded weight to this device for every forward
-        hook = getattr(self.base_layer, "_hf_hook", None)
-        if device is None and self.base_layer.weight.is_meta and hook is not None:
-            device = hook.execution_device
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT merges; every process must call this if the weight is sharded."""
         super().merge(still_unchecked(self, safe_merge, adapter_names), adapter_names)

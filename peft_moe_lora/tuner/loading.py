@@ -84,6 +84,23 @@ class Load(NamedTuple):
                 "PeftModel.from_pretrained(model, folder)."
             )
 
+    def check_is_written(self, model: nn.Module) -> None:
+        """Check that transformers will write what it reads into the adapter of a model.
+
+        Raises:
+            ValueError: if modules are offloaded to disk. transformers takes A and B of such modules
+                for weights that stay on disk, and leaves the adapter as it was drawn.
+        """
+        places = getattr(model, "hf_device_map", None) or {}
+        on_disk = [path for path, place in places.items() if place == "disk"]
+        if self.by_transformers and on_disk:
+            raise ValueError(
+                f"load_adapter of transformers loads nothing into {on_disk[0] or 'the model'}, "
+                "which device_map offloads to disk. Load the base model without disk offload, or "
+                "call get_peft_model(model, MoELoraConfig.from_pretrained(folder)) and then "
+                "set_peft_model_state_dict(model, load_file(weights))."
+            )
+
     def config(self) -> MoELoraConfig:
         """The configuration that was saved with the weights."""
         return MoELoraConfig.from_pretrained(self.source, **self.hub_kwargs)

@@ -17,13 +17,12 @@ from torch import nn
 from ..config import MoELoraConfig, Saving
 from ..experts.families import READ_NOT_CALLED
 from ..experts.layout import is_experts
-from ..experts.routers import is_router
 from ..functional import without_autocast_of
 from ..layers.checked import still_unchecked
 from ..layers.fast_linear import choose_forward
 from ..layers.layer import MoELoraLayer
-from ..layers.linear import DividedLinear, ShardedLinear
 from ..layers.merging import check_shards_are_unmerged
+from ..layers.offload import fetched
 from ..layers.refusals import refuse_subtraction
 from ..layers.router import MoELoraRouter
 from ..parallel import divided, fsdp, sharding, zero
@@ -31,6 +30,7 @@ from ..parallel.replicated import cast_up, replicate
 from . import checkpoint, restoring, saving, targets, weighted, words
 from .combining import Combination
 from .initial import minus_initial
+from .kinds import layer_for
 from .loading import check_over_existing, check_unmerged
 from .peft_model import install_around
 from .shards import reshard_to_merge
@@ -144,8 +144,6 @@ class MoELoraModel(LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         config = _own(peft_config)
-        r = config.rank_of(current_key)
-        alpha = config.lora_alpha_of(current_key)
         if config.expert_indices is not None and targets.holds_experts(target):
             number = targets.layout_of(target).num_experts
             if config.experts_of(current_key, number) == ():
@@ -159,49 +157,28 @@ class MoELoraModel(LoraModel):
                 "that module, so a LoRA on it would have no effect. Train it whole with "
                 f"modules_to_save=[{target_name!r}], or take it out of target_modules."
             )
-        layer: nn.Module
-        # PEFT annotates an int, but accepts any number
-        lora_alpha: Any = alpha
-        if is_experts(target):
-            share = divided.share_of(self.model, target)
-            layer = MoELoraLayer(target, adapter_name, config, current_key, share)
-        elif is_router(target, parent):
-            layer = MoELoraRouter(
-                target,
-                adapter_name,
-                config=config,
-                r=r,
-                lora_alpha=lora_alpha,
-                factors=divided.factors_of(self.model, target),
-            )
-        elif divided.is_divided(self.model) and not isinstance(target, BaseTunerLayer):
-            layer = DividedLinear(
-                target,
-                adapter_name,
-                config=config,
-                r=r,
-                lora_alpha=alpha,
-                factors=divided.factors_of(self.model, target),
-            )
-        elif type(target) is nn.Linear and sharding.is_sharded(target.weight):
-            layer = ShardedLinear(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
-        else:
-            super()._create_and_replace(
-                config,
-                adapter_name,
-                target,
-                target_name,
-                parent,
-                current_key,
-                parameter_name=parameter_name,
-            )
-            choose_forward(getattr(parent, target_name), adapter_name, config.fast_linear)
-            return
-        choose_forward(layer, adapter_name, config.fast_linear)
-        if adapter_name not in self.active_adapters:
-            # a second adapter is not trained until it is set active
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        # PEFT puts A and B where the weight is, and an offloaded weight is on the meta device; of
+        # experts, which are large, the layer knows where they belong
+        away = [] if is_experts(target) else [targets.base_of(target)]
+        with fetched(away):
+            layer = layer_for(self.model, config, adapter_name, target, parent, current_key)
+            if layer is None:
+                super()._create_and_replace(
+                    config,
+                    adapter_name,
+                    target,
+                    target_name,
+                    parent,
+                    current_key,
+                    parameter_name=parameter_name,
+                )
+                choose_forward(getattr(parent, target_name), adapter_name, config.fast_linear)
+                return
+            choose_forward(layer, adapter_name, config.fast_linear)
+            if adapter_name not in self.active_adapters:
+                # a second adapter is not trained until it is set active
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -376,13 +353,17 @@ class MoELoraModel(LoraModel):
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def disable_adapter_layers(self) -> None:
-        """Disable all adapters, as PEFT does.
+        """Disable all adapters, as PEFT does, and unmerge them.
+
+        PEFT's layers unmerge in their next forward, where an offloaded weight cannot be written.
 
         Raises:
-            ValueError: if adapters are merged into weights that FSDP2 or ZeRO-3 has sharded. The
-                next forward could not unmerge them.
+            ValueError: if adapters are merged into weights that FSDP2 or ZeRO-3 has sharded.
         """
         check_shards_are_unmerged(self.model)
+        layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        if any(layer.merged for layer in layers):
+            self.unmerge_adapter()
         super().disable_adapter_layers()
 
     # ---- checkpoints ---------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def check(tuner: LoraModel, config: MoELoraConfig) -> None:
         targets = checkpoint.Targets(adapted, others, beside.tensors(others), dtype)
         if load is not None:
             load.check_wrappers(beside)
+            load.check_is_written(model)
         checkpoint.check_file(_renamed(file, model, config, load), targets, config)
         present = [name for name, known in tuner.peft_config.items() if known is not config]
         check_copies(file, beside, targets.beside.needed, present)

@@ -307,6 +307,18 @@ def test_adapters_in_half_precision_are_combined_in_fp32():
         assert_close(delta, expected, FP32, projection)
 
 
+@pytest.mark.parametrize("kind", ["svd", "ties_svd", "linear"])
+def test_autocast_does_not_round_what_is_combined(kind):
+    density = 0.5 if kind == "ties_svd" else None
+    expected, model = (two_adapters(tiny_model()) for _ in range(2))
+    mix(expected, kind, density=density)
+    with torch.autocast("cpu", torch.bfloat16):
+        mix(model, kind, density=density)
+    wanted = adapter_parameters(expected, NEW)
+    for name, parameter in adapter_parameters(model, NEW).items():
+        assert torch.equal(parameter, wanted[name]), name
+
+
 def test_quantized_and_offloaded_experts():
     quantized = two_adapters(quantize_experts(tiny_model()))
     mix(quantized)
