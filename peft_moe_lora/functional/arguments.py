@@ -30,8 +30,9 @@ _SCHEMA = {
     str: "str",
     tuple[int, ...] | None: "int[]?",
 }
-# separates the weights in `stored`
-_NEXT = "\n"
+# separates the weights in `stored`. No line break: inductor writes an operator's arguments into a
+# comment of its code as they are, and what follows the break would be code (torch 2.11)
+_NEXT = "|"
 
 
 def flatten(groups: Iterable[Any]) -> list[Any]:

@@ -73,6 +73,21 @@ def test_a_compiled_layer_makes_its_routing_and_its_table_once(activation, store
 
 
 @ways
+@pytest.mark.parametrize("store", [lambda w: w, lambda w: quantize(w, "nf4")], ids=["bf16", "nf4"])
+def test_a_call_of_an_operator_is_one_line_of_text(activation, store, launches):
+    graphs = Graphs()
+    compiled = graphs.compile(layer(activation, store), fullgraph=True)
+    out = compiled(*rows(17))
+    out.backward(torch.ones_like(out))
+    # inductor writes this text into a comment of a kernel's code; a second line would be code
+    texts = [
+        n.format_node() or "" for g in (*graphs.forward, *graphs.backward) for n in g.graph.nodes
+    ]
+    assert sum("peft_moe_lora" in text for text in texts) >= 2
+    assert not [text for text in texts if "\n" in text]
+
+
+@ways
 def test_lengths_with_other_tiles_share_one_graph(activation, launches):
     graphs = Graphs()
     compiled = graphs.compile(layer(activation), fullgraph=True)
