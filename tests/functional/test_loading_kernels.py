@@ -77,7 +77,7 @@ needs_compiling_ahead = pytest.mark.skipif(
 
 
 def compile_at_once(kernels):
-    launches = [(kernel, (1, 1, 1), (), lambda: ((), {})) for kernel in kernels]
+    launches = [(kernel, (1, 1, 1), (), (), lambda: ((), (), {})) for kernel in kernels]
     launch._compile_at_once(launches, -1)
 
 

@@ -18,13 +18,22 @@ from peft_moe_lora.ops.kernels.launching.recent import Recent
 E, H, I, T, TOP_K, RANK = 8, 256, 128, 2048, 2, 16  # noqa: E741 I is the glossary's letter
 
 
+def flat(arguments):
+    """The members of nested tuples, in their order."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from flat(argument)
+        else:
+            yield argument
+
+
 def relative(arguments, inputs):
     """The arguments without addresses: an input and an offset into it, or the number of a buffer.
 
     A descriptor is its class, its fields and where it points.
     """
     order, found = {}, []
-    for argument in arguments:
+    for argument in flat(arguments):
         fields = {}
         if hasattr(argument, "base"):
             fields = {name: value for name, value in vars(argument).items() if name != "base"}

@@ -90,11 +90,11 @@ def _a_key_decides_what_is_launched(monkeypatch):
 
     plain = launch.launch
 
-    def asked_again(key, kernel, grid, tensors, rest, *others):
-        fixed, constants = rest()
-        answer = kernel, fixed, dict(constants)
+    def asked_again(key, kernel, grid, tensors, arguments, *others):
+        operands, numbers, constants = arguments()
+        answer = kernel, _without_tensors(operands), numbers, dict(constants)
         assert _ANSWERS.setdefault(key, answer) == answer, f"launches of {key} differ"
-        return plain(key, kernel, grid, tensors, lambda: (fixed, constants), *others)
+        return plain(key, kernel, grid, tensors, lambda: (operands, numbers, constants), *others)
 
     for name, module in list(sys.modules.items()):
         of_kernels = name.startswith("peft_moe_lora.ops.kernels.") and module is not launch
@@ -103,6 +103,15 @@ def _a_key_decides_what_is_launched(monkeypatch):
 
 
 _ANSWERS = {}
+
+
+def _without_tensors(operand):
+    """The operand, which may be a tuple of operands, with a word in the place of each tensor."""
+    if isinstance(operand, tuple):
+        return tuple(map(_without_tensors, operand))
+    if isinstance(operand, torch.Tensor):
+        return "a tensor"
+    return operand
 
 
 @pytest.fixture

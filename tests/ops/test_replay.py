@@ -67,13 +67,18 @@ def kernel(monkeypatch):
     return Add()
 
 
+def store(kernel, key, operands, *constants, sizes=1):
+    """Let launches of this key find the fake kernel."""
+    launch._plans[key, -1] = launch.plan_of(kernel, operands, sizes, (), constants)
+
+
 @pytest.fixture
 def add(kernel):
     """a + b + n by the fake kernel; b may be None."""
 
     def add(a, b, n=0.0):
         out = torch.empty(a.shape)
-        launch._plans[("add", n), -1] = kernel, kernel.run, (n,)
+        store(kernel, ("add", n), (a, b, out), n)
         launch.launch(("add", n), None, (1, 1, 1), (a, b, out), None, (a.numel(),))
         return out
 
@@ -299,10 +304,10 @@ def test_the_first_of_a_kernels_tensors_may_be_none(kernel):
             super().run(*before, a, None, *rest)
 
     copy = Copy()
-    launch._plans[("copy",), -1] = copy, copy.run, (2.0,)
 
     def compose(x):
         out = torch.empty(x.shape)
+        store(copy, ("copy",), (None, x, out), 2.0)
         launch.launch(("copy",), None, (1, 1, 1), (None, x, out), None, (x.numel(),))
         return (out,)
 
@@ -310,6 +315,43 @@ def test_the_first_of_a_kernels_tensors_may_be_none(kernel):
         x = torch.randn(16)
         assert torch.equal(replayed(compose, x)[0], x + 2.0)
     assert kinds() == [replay._Replay]
+
+
+def test_tensors_in_nested_tuples_come_again_at_other_addresses(kernel):
+    seen = []
+
+    class Nested(Add):
+        def run(self, *launched):
+            (a, stride), ((b, nothing), (out, scale)), *rest = launched[BEFORE_ARGUMENTS:]
+            seen.append((stride, nothing, scale))
+            super().run(*launched[:BEFORE_ARGUMENTS], a, b, out, *rest)
+
+    nested_kernel = Nested()
+
+    def compose(x, y):
+        out = torch.empty(x.shape)
+        b = y[4:]
+        operands = (x, 3), ((b, None), (out, 0.5))
+        store(nested_kernel, ("nested",), operands, 1.0)
+        launch.launch(("nested",), None, (1, 1, 1), (x, None, b, out), None, (12,))
+        return (out,)
+
+    for _ in range(5):
+        x, y = torch.randn(16), torch.randn(16)
+        (out,) = replayed(compose, x, y)
+        torch.testing.assert_close(out[:12], x[:12] + y[4:] + 1.0)
+    assert kinds() == [replay._Replay]
+    assert seen == [(3, None, 0.5)] * 5
+
+
+def test_tensors_of_the_operands_in_another_order_are_refused(kernel):
+    x, y = torch.zeros(16), torch.zeros(16)
+
+    def arguments():
+        return ((x, 1), y), (), {}
+
+    with pytest.raises(AssertionError, match="not in their order"):
+        launch.launch(("swapped",), None, (1, 1, 1), (y, x), arguments)
 
 
 @dataclass
@@ -335,7 +377,7 @@ def test_descriptors_come_again_in_their_class_at_another_address(kernel):
             super().run(*launched[:BEFORE_ARGUMENTS], *addresses, *rest)
 
     described = Described()
-    launch._plans[("described",), -1] = described, described.run, (1.0,)
+    store(described, ("described",), (torch.zeros(16),), 1.0)
 
     def compose(x, y):
         out = torch.empty(x.shape)

@@ -127,11 +127,11 @@ def expert_act_backward(
         # half as many columns, because a load of pairs is twice as wide
         blocks = {**blocks, "BLOCK_I": blocks["BLOCK_I"] // 2}
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         strides = *pre.stride(), *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
         constants = activation_constants(activation) | {"E_PADDED": power_of_2(E)} | blocks
         constants["BY_8"] = by_8(draw, pre)
-        return (E, I, H, *strides), constants
+        return tensors, (E, I, H, *strides), constants
 
     key = "act_backward", facts(pre, dout, bias), top_k_weights.dtype, E, I, H, activation
     tensors = (

@@ -91,14 +91,15 @@ def combine(
     arch, _ = device_facts(y.device)
     blocks = find("combine", arch, y.element_size(), 16)
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         strides = strides_or_zeros(top_k_weights, 2)
         constants = {"UNROLLED": min(UNROLLED, power_of_2(top_k)), **blocks}
-        return (N, top_k, *y.stride(), *strides), constants
+        return tensors, (N, top_k, *y.stride(), *strides), constants
 
     key = "combine", facts(y, top_k_weights), out.dtype, N, top_k
     grid = T, ceil_div(N, blocks["BLOCK_N"]), 1
-    launch(key, _combine_kernel, grid, (y, top_k_weights, routing.slot_row, out), rest)
+    tensors = y, top_k_weights, routing.slot_row, out
+    launch(key, _combine_kernel, grid, tensors, rest)
     return out
 
 
@@ -125,10 +126,10 @@ def combine_backward(
     if M == 0:
         return dy, dw
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         arch, _ = device_facts(y.device)
         fixed = N, top_k, *dout.stride(), *y.stride(), *top_k_weights.stride()
-        return fixed, find("combine", arch, y.element_size(), 16)
+        return tensors, fixed, find("combine", arch, y.element_size(), 16)
 
     key = "combine_backward", facts(dout, y, top_k_weights), N, top_k
     tensors = dout, y, top_k_weights, routing.slot_row, dy, dw

@@ -195,7 +195,7 @@ def _linear(
     p, seed = probability_and_seed(dropout)
     weight_tensors, codes = weight_operands(weight, blocks)
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         strides = (
             *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
             *strides_or_zeros(bias, 2), N,
@@ -208,7 +208,7 @@ def _linear(
             **blocks,
             **codes,
         }
-        return (N, K, r, *strides), constants
+        return tensors, (N, K, r, *strides), constants
 
     key = (
         "linear", facts(x, weight, bias, xa, lora_B), N, K, r, gather, p, precision,

@@ -218,13 +218,14 @@ def _linear_act(
     programs, blocks, weight_desc = launch_facts(op, x, weight, routing.block_m, activation.halves)
     weight_tensors, codes = weight_operands(weight, blocks, activation.halves)
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         strides = (
             *x.stride(), *weight.stride(), *strides_or_zeros(xa, 2), *strides_or_zeros(lora_B, 3),
             *strides_or_zeros(bias, 2),
         )  # fmt: skip
         constants = {"GATHER": gather, "R": padded_rank(r), "PRECISION": precision}
-        return (N, K, r, *strides), activation_constants(activation) | constants | blocks | codes
+        constants |= activation_constants(activation) | blocks | codes
+        return tensors, (N, K, r, *strides), constants
 
     key = (
         "linear_act", facts(x, weight, bias, xa, lora_B), N, K, r, activation, gather, precision,

@@ -99,8 +99,8 @@ def linear_ordered(
         return False
     r_steps = ceil_div(rank_of(xa, lora_B), blocks["BLOCK_K"])
 
-    def rest() -> tuple[tuple, dict]:
-        return (N, K, *strides_or_zeros(bias, 2)), {"R_STEPS": r_steps, **blocks}
+    def rest() -> tuple[tuple, tuple, dict]:
+        return tensors, (N, K, *strides_or_zeros(bias, 2)), {"R_STEPS": r_steps, **blocks}
 
     key = (
         "linear_ordered", facts(bias), N, K, x.dtype, r_steps, k_unit, routing.block_m,

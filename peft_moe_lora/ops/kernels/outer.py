@@ -226,7 +226,7 @@ def _outer(
     precision = dot_precision(small.dtype)
     p, seed = probability_and_seed(dropout)
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         constants = {
             "GATHER_SMALL": gather_small,
             "GATHER_WIDE": gather_wide,
@@ -238,7 +238,7 @@ def _outer(
             **blocks,
         }
         sizes = E, SMALL, small.shape[1], WIDE, num_s
-        return (*sizes, *small.stride(), *wide.stride(), *strides), constants
+        return tensors, (*sizes, *small.stride(), *wide.stride(), *strides), constants
 
     key = (
         "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"],

@@ -222,11 +222,12 @@ def route(
     key = top_k_index.dtype, block_m, *slots
     launch(
         ("count", *key), _count_kernel, (blocks, 1, 1), (top_k_index, counts),
-        lambda: (slots, {"BLOCK": BLOCK, "BLOCK_E": 32}), (S,),
+        lambda: ((top_k_index, counts), slots, {"BLOCK": BLOCK, "BLOCK_E": 32}), (S,),
     )  # fmt: skip
+    scan = {"BLOCK_B": 256, "BLOCK_E": 16, "num_warps": 8}
     launch(
         ("scan", E), _scan_kernel, (ceil_div(E + 1, 16), 1, 1), (counts, totals),
-        lambda: ((E,), {"BLOCK_B": 256, "BLOCK_E": 16, "num_warps": 8}), (blocks,),
+        lambda: ((counts, totals), (E,), scan), (blocks,),
     )  # fmt: skip
     constants = {
         "BLOCK": BLOCK,
@@ -239,7 +240,7 @@ def route(
     grid = blocks + 1 + ceil_div(lines, TILES_BLOCK), 1, 1
     launch(
         ("place", *key), _place_kernel, grid, tensors,
-        lambda: (slots, constants), (S, blocks, lines),
+        lambda: (tensors, slots, constants), (S, blocks, lines),
     )  # fmt: skip
     return routing
 
@@ -260,7 +261,8 @@ def with_tiles(routing: Routing) -> Routing:
     constants = {"E_PADDED": power_of_2(E), "BLOCK_M": block_m, "TILES_BLOCK": TILES_BLOCK}
     grid = ceil_div(lines, TILES_BLOCK), 1, 1
     key = "tiles", E, block_m
-    launch(key, _tiles_kernel, grid, (offsets, tiles), lambda: ((E,), constants), (lines,))
+    tensors = offsets, tiles
+    launch(key, _tiles_kernel, grid, tensors, lambda: (tensors, (E,), constants), (lines,))
     return routing._replace(tiles=tiles, block_m=block_m)
 
 
@@ -290,7 +292,8 @@ def part_tables(routing: Routing, count: int) -> list[Routing]:
     }
     grid = ceil_div(lines, TILES_BLOCK), number, 1
     key = "part_tables", E, count, block_m
-    launch(key, _part_tables_kernel, grid, (offsets, tables), lambda: ((E,), constants), (lines,))
+    tensors = offsets, tables
+    launch(key, _part_tables_kernel, grid, tensors, lambda: (tensors, (E,), constants), (lines,))
     return [
         routing._replace(expert_offsets=offsets[first : first + count + 1], tiles=tables[i])
         for i, first in enumerate(range(0, E, count))

@@ -128,7 +128,7 @@ def expert_shrink(
     precision = dot_precision(x.dtype)
     p, seed = probability_and_seed(dropout)
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         constants = {
             "PARTS": parts,
             "GATHER": gather,
@@ -139,7 +139,7 @@ def expert_shrink(
             "BY_8": by_8(x),
             **blocks,
         }
-        return (K, r, width, scaling, *x.stride(), *lora_A.stride()), constants
+        return tensors, (K, r, width, scaling, *x.stride(), *lora_A.stride()), constants
 
     key = "shrink", facts(x, lora_A), K, r, scaling, gather, p, precision, routing.block_m
     tensors = x, lora_A, xa, seed, routing.row_token, routing.row_slot, routing.tiles

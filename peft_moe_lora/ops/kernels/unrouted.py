@@ -43,8 +43,12 @@ def zero_unrouted(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
     E = routing.num_experts
     arch, multiprocessors = device_facts(rows.device)
 
-    def rest() -> tuple[tuple, dict]:
-        return (E, N), find("combine", arch, rows.element_size(), 16)
+    def rest() -> tuple[tuple, tuple, dict]:
+        return (
+            (rows, routing.expert_offsets),
+            (E, N),
+            find("combine", arch, rows.element_size(), 16),
+        )
 
     key = "zero_unrouted", facts(rows), E, N
     grid = min(M, PER_SM * multiprocessors), 1, 1

@@ -72,8 +72,8 @@ def dequantize_4bit(
     per_program = max(1, blocks.pop("BLOCK") // group)
     code_tensors, codes = code_operands(weight, group)
 
-    def rest() -> tuple[tuple, dict]:
-        return (groups,), {"GROUPS": per_program, **codes, **blocks}
+    def rest() -> tuple[tuple, tuple, dict]:
+        return tensors, (groups,), {"GROUPS": per_program, **codes, **blocks}
 
     key = "dequantize_4bit", out.dtype, weight.scales.dtype, groups, *codes.values()
     grid = ceil_div(groups, per_program), out.shape[0], 1

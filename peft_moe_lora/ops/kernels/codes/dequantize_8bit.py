@@ -66,7 +66,7 @@ def dequantize_8bit(
     block_c = min(block, 256)
     blocks |= {"BLOCK_R": block // block_c, "BLOCK_C": block_c}
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         constants = {
             "TILE_R": tile_r,
             "TILE_C": tile_c,
@@ -75,7 +75,7 @@ def dequantize_8bit(
             "EXPONENTS": weight.scales.dtype == torch.uint8,
             **blocks,
         }
-        return (R, C, *weight.scales.shape[1:]), constants
+        return tensors, (R, C, *weight.scales.shape[1:]), constants
 
     scales = weight.scales
     key = (

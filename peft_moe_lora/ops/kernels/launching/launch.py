@@ -10,13 +10,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import reduce
 from inspect import signature
-from typing import Any
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
+
+from .nested import Text, as_constexprs, function_of, replaced, tensors_in
 
 # Triton 3.5 does not go on where a kernel does not compile. There nothing is compiled ahead; drop
 # when the floor is 3.6
@@ -27,11 +31,30 @@ COMPILES_AHEAD = "ignore_errors" in signature(triton.AsyncCompileMode).parameter
 OPTIONS = {"enable_fp_fusion": True}
 
 Grid = tuple[int, int, int]
-# returns (the arguments after `sizes`, the constexprs)
-Rest = Callable[[], tuple[tuple, dict[str, Any]]]
+# returns (operands, numbers, constants): tensors and what belongs to them, and numbers that do not
+# change with the batch, both in nested tuples; and the constexprs
+Arguments = Callable[[], tuple[tuple, tuple, dict[str, Any]]]
 
-# {(key, device): (compiled kernel, its run method, the arguments after `sizes`)}
-_plans: dict[tuple[tuple, int], tuple[CompiledKernel, Callable, tuple]] = {}
+
+class Plan(NamedTuple):
+    """A stored kernel.
+
+    Attributes:
+        run: the compiled kernel's method `run`.
+        made: takes the addresses of the tensors and the sizes; returns operands, sizes and numbers.
+        template: what `made` returns, with expressions in the place of what it takes.
+        constants: the constexprs, in their order.
+    """
+
+    compiled: CompiledKernel
+    run: Callable
+    made: Callable[..., tuple]
+    template: tuple
+    constants: tuple
+
+
+# {(key, device): the stored kernel}
+_plans: dict[tuple[tuple, int], Plan] = {}
 # held while a thread loads the C function that passes the arguments to a kernel. Triton loads each
 # as a Python module, all of one name. When CPython loads such a file for a second time, it writes
 # the functions into the module of that name which was loaded last. If threads load at once, one may
@@ -48,31 +71,29 @@ def launch(
     kernel: JITFunction,
     grid: Grid,
     tensors: tuple[torch.Tensor | None, ...],
-    rest: Rest,
+    arguments: Arguments,
     sizes: tuple[int, ...] = (),
     descriptors: tuple = (),
 ) -> None:
-    """kernel[grid](*descriptors, *tensors, *sizes, *fixed, **constants) on the current device.
+    """kernel[grid](*descriptors, *operands, *sizes, *numbers, **constants) on the current device.
 
     A stored kernel is launched without Triton's launch hooks, which profilers set.
 
     Args:
-        key: all that determines which kernel is compiled and what `rest` returns, except the
-            alignment of the tensors.
-        tensors: at least one tensor, all of them on one device; the others may be None.
-        rest: returns (fixed, constants): the arguments after `sizes`, and the constexprs. It is
-            called only if no stored kernel can be launched.
+        key: all that determines which kernel is compiled and what `arguments` returns, except the
+            tensors' addresses.
+        tensors: at least one tensor, all of them on one device: those of the operands, in their
+            order; others may be None.
+        arguments: returns (operands, numbers, constants). It is called only if no stored kernel can
+            be launched.
         sizes: ints that change with the batch; the kernel must not specialize on them.
         descriptors: tensor descriptors or None.
     """
-    device = next(t for t in tensors if t is not None).get_device()
+    device = _device_of(tensors)
     bind(device)
     # addresses instead of tensors: for a tensor, Triton's launcher would query the driver
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    union = 0
-    for pointer in pointers:
-        union |= pointer or 0
-    aligned = not union & 15
+    addresses = [t.data_ptr() for t in tensors if t is not None]
+    aligned = not reduce(or_, addresses) & 15
     found = None
     # stored kernels need addresses that are multiples of 16 bytes. In the rare other case Triton
     # launches, and specializes argument by argument
@@ -81,29 +102,51 @@ def launch(
     ahead = getattr(recorder, "ahead", None)
     if ahead is not None:
         if found is None and isinstance(kernel, JITFunction):
-            ahead.setdefault(key, (kernel, grid, (*descriptors, *tensors, *sizes), rest))
+            ahead.setdefault(key, (kernel, grid, descriptors, sizes, arguments))
         return
     recording = getattr(recorder, "current", None)
     if found is not None:
-        compiled, run, tail = found
+        compiled, run, made, _, constants = found
         if recording is not None:
-            recording.add(compiled, run, grid, tensors, sizes, tail, descriptors)
+            recording.add(found, grid, tensors, sizes, descriptors)
         stream = driver.active.get_current_stream(device)
         run(
             *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *descriptors, *pointers, *sizes, *tail,
+            *descriptors, *made(*addresses, *sizes), *constants,
         )  # fmt: skip
         return
     if recording is not None:
         recording.fail("launches a kernel by Triton's own launcher")
-    fixed, constants = rest()
-    operands = (*descriptors, *tensors, *sizes, *fixed)
+    operands, numbers, constexprs = arguments()
+    given = [id(t) for t in tensors if t is not None]
+    in_order = [id(t) for t in tensors_in(operands)]
+    assert given == in_order, f"tensors of {key[0]} are not in their order"
+    before = (*descriptors, *operands, *sizes, *numbers)
     with _loading:
-        compiled = kernel[grid](*operands, **{**OPTIONS, **constants})
+        compiled = kernel[grid](*before, **{**OPTIONS, **as_constexprs(constexprs)})
     # in the interpreter nothing is compiled, and `compiled` is None
     if compiled is not None and aligned:
-        constexprs = [constants[name] for name in kernel.arg_names[len(operands) :]]
-        _plans[key, device] = compiled, compiled.run, (*fixed, *constexprs)
+        constants = tuple([constexprs[name] for name in kernel.arg_names[len(before) :]])
+        _plans[key, device] = plan_of(compiled, operands, len(sizes), numbers, constants)
+
+
+def _device_of(tensors: tuple[torch.Tensor | None, ...]) -> int:
+    """Index of the device of the first tensor."""
+    for tensor in tensors:
+        if tensor is not None:
+            return tensor.get_device()
+    raise AssertionError("a launch without tensors")
+
+
+def plan_of(
+    compiled: CompiledKernel, operands: tuple, num_sizes: int, numbers: tuple, constants: tuple
+) -> Plan:
+    """The plan of a compiled kernel for launches with such arguments."""
+    addresses = [Text(f"address{n}") for n, _ in enumerate(tensors_in(operands))]
+    sizes = [Text(f"size{n}") for n in range(num_sizes)]
+    template = (*replaced(operands, iter(addresses)), *sizes, *numbers)
+    made = function_of(",".join([*addresses, *sizes]), template)
+    return Plan(compiled, compiled.run, made, template, constants)
 
 
 def bind(device: int) -> None:
@@ -143,7 +186,7 @@ def compile_ahead(function: Callable, *arguments: Any) -> None:
 
 
 def _compile_at_once(launches: list[tuple], device: int) -> None:
-    """Compile and load the kernel of each (kernel, grid, operands, rest)."""
+    """Compile and load the kernel of each (kernel, grid, descriptors, sizes, arguments)."""
 
     def build(kernel: Any) -> CompiledKernel | None:
         compiled = kernel
@@ -160,10 +203,11 @@ def _compile_at_once(launches: list[tuple], device: int) -> None:
         with ThreadPoolExecutor() as pool:
             with triton.AsyncCompileMode(pool, ignore_errors=True):
                 kernels = []
-                for kernel, grid, operands, rest in launches:
-                    fixed, constants = rest()
-                    options = {**OPTIONS, **constants}
-                    kernels.append(kernel.warmup(*operands, *fixed, grid=grid, **options))
+                for kernel, grid, descriptors, sizes, arguments in launches:
+                    operands, numbers, constexprs = arguments()
+                    options = {**OPTIONS, **as_constexprs(constexprs)}
+                    before = (*descriptors, *operands, *sizes, *numbers)
+                    kernels.append(kernel.warmup(*before, grid=grid, **options))
             built = list(pool.map(build, kernels))
         # one after the other, from the cache
         with torch.cuda.device(device):

@@ -8,15 +8,15 @@ Legend:
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.compiler import CompiledKernel
 
 from . import launch
-from .repeated import Launch, Launches, fields_of
+from .nested import Call, Text, replaced
+from .repeated import STREAM, Launches, address_of, descriptor_at, fields_of
 from .table import ceil_div
 
 # a buffer begins at a multiple of this many bytes in the workspace
@@ -46,19 +46,16 @@ class _Launched(NamedTuple):
     """One recorded launch.
 
     Attributes:
-        compiled: the kernel.
-        run: its method `run`.
         descriptors: for each, the origin of its tensor, its class and its other fields; or None.
-        tensors: for each, its origin, or None.
-        rest: all arguments after the tensors.
+        tensors: the origins of the tensors of the operands, in their order.
+        sizes: as in `launch.launch`.
     """
 
-    compiled: CompiledKernel
-    run: Callable
+    plan: launch.Plan
     grid: launch.Grid
     descriptors: list[tuple[_Origin, type, dict[str, Any]] | None]
-    tensors: list[_Origin | None]
-    rest: tuple
+    tensors: list[_Origin]
+    sizes: tuple[int, ...]
 
 
 @dataclass
@@ -155,12 +152,10 @@ class Recording(TorchDispatchMode):
 
     def add(
         self,
-        compiled: CompiledKernel,
-        run: Callable,
+        plan: launch.Plan,
         grid: launch.Grid,
         tensors: Iterable[torch.Tensor | None],
         sizes: tuple[int, ...],
-        tail: tuple,
         descriptors: Iterable[Any],
     ) -> None:
         """Record one launch."""
@@ -171,9 +166,8 @@ class Recording(TorchDispatchMode):
             else:
                 origin = self.origin(descriptor.base)
                 described.append((origin, type(descriptor), fields_of(descriptor)))
-        origins = [None if t is None else self.origin(t) for t in tensors]
-        rest = (*sizes, *tail)
-        self.launched.append(_Launched(compiled, run, (*grid,), described, origins, rest))
+        origins = [self.origin(t) for t in tensors if t is not None]
+        self.launched.append(_Launched(plan, (*grid,), described, origins, (*sizes,)))
 
     def origin(self, tensor: torch.Tensor) -> _Origin:
         """The origin of a tensor's address. A buffer counts as used by the next recorded launch."""
@@ -218,20 +212,20 @@ class Recording(TorchDispatchMode):
         slots |= {("buffer", b): len(used) + number for b, number in result_of.items()}
         slots |= {("buffer", b): len(used) + len(result_of) for b in offsets}
 
-        def place(position: int, origin: _Origin) -> tuple[int, int, int]:
+        def address(origin: _Origin) -> Text:
             offset = origin.offset
             if origin.kind == "buffer":
                 offset += offsets.get(origin.index, 0)
-            return position, slots[origin[:2]], offset
+            return address_of(slots[origin[:2]], offset)
 
-        launches = [_placed(launched, place) for launched in self.launched]
-        kernels = [launched.compiled for launched in self.launched]
-        return Recorded(Launches(launches, kernels), used, values, made, workspace)
+        calls = [_call_of(launched, address) for launched in self.launched]
+        kernels = [launched.plan.compiled for launched in self.launched]
+        return Recorded(Launches(calls, kernels), used, values, made, workspace)
 
     def _origins(self) -> Iterable[_Origin]:
         """The origins of all tensors of the launches."""
         for launched in self.launched:
-            yield from (origin for origin in launched.tensors if origin is not None)
+            yield from launched.tensors
             yield from (described[0] for described in launched.descriptors if described is not None)
 
     def _is_whole(self, tensor: torch.Tensor, origin: _Origin) -> bool:
@@ -241,29 +235,24 @@ class Recording(TorchDispatchMode):
         return _span(tensor) == self.buffers[origin.index].nbytes
 
 
-def _placed(launched: _Launched, place: Callable[[int, _Origin], tuple[int, int, int]]) -> Launch:
-    """A recorded launch with the places of its tensors.
+def _call_of(launched: _Launched, address: Callable[[_Origin], Text]) -> Call:
+    """The call that makes a recorded launch again.
 
     Args:
-        place: takes the position of an argument and the origin of its address; returns its place.
+        address: takes the origin of an address; returns the expression of the address.
     """
-    # the stream, then the handle, the metadata, and the launch's metadata and hooks, which are None
-    stream = None
-    kernel = (launched.compiled.function, launched.compiled.packed_metadata, None, None, None)
-    before: list[Any] = [*launched.grid, stream, *kernel]
-    descriptors = []
-    for position, described in enumerate(launched.descriptors, len(before)):
-        if described is not None:
+    compiled, run, _, template, constants = launched.plan
+    # the metadata of the launch and its hooks are None
+    kernel = compiled.function, compiled.packed_metadata, None, None, None
+    descriptors: list[Call | None] = []
+    for described in launched.descriptors:
+        if described is None:
+            descriptors.append(None)
+        else:
             origin, kind, fields = described
-            descriptors.append((place(position, origin), kind, fields))
-    before += [None] * len(launched.descriptors)
-    tensors = [
-        place(position, origin)
-        for position, origin in enumerate(launched.tensors, len(before))
-        if origin is not None
-    ]
-    before += [None] * len(launched.tensors)
-    return Launch(launched.run, [*before, *launched.rest], tensors, descriptors)
+            descriptors.append(Call(descriptor_at, (address(origin), kind, fields)))
+    made = replaced(template, chain(map(address, launched.tensors), launched.sizes))
+    return Call(run, (*launched.grid, STREAM, *kernel, *descriptors, *made, *constants))
 
 
 def _span(tensor: torch.Tensor) -> int:

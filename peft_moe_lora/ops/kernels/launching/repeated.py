@@ -2,55 +2,40 @@
 
 Legend:
     slot: index into the addresses of a call
-    place: (position among the arguments of a launch, slot, byte offset from the slot's address)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from triton.compiler import CompiledKernel
 
-# position of the stream among the arguments of a compiled kernel's method `run`; the grid is first
-_STREAM = 3
+from .nested import Call, Text, function_of
+
+# the stream of a launch, as an expression
+STREAM = Text("stream")
 
 
-class Launch(NamedTuple):
-    """One launch.
-
-    Attributes:
-        run: the compiled kernel's method `run`.
-        arguments: all of its arguments; those that `tensors` and `descriptors` name are replaced.
-        tensors: the places of the addresses.
-        descriptors: for each, its place, its class and its fields except the tensor.
-    """
-
-    run: Callable
-    arguments: list[Any]
-    tensors: list[tuple[int, int, int]]
-    descriptors: list[tuple[tuple[int, int, int], type, dict[str, Any]]]
-
-    def slots(self) -> Iterator[int]:
-        """The slots that the launch uses."""
-        for _, slot, _ in self.tensors:
-            yield slot
-        for (_, slot, _), _, _ in self.descriptors:
-            yield slot
+def address_of(slot: int, offset: int) -> Text:
+    """The address that lies `offset` bytes from the address of a slot, as an expression."""
+    if offset == 0:
+        return Text(f"addresses[{slot}]")
+    return Text(f"addresses[{slot}]+{offset}")
 
 
 class Launches:
     """Launches in their order.
 
     Args:
-        launches: the launches.
+        calls: of the kernels' methods `run`. Their arguments hold `STREAM`, and addresses of slots.
         kernels: the compiled kernels, kept alive because a launch holds only their handles.
     """
 
-    def __init__(self, launches: list[Launch], kernels: list[CompiledKernel]) -> None:
-        self._launches = launches
+    def __init__(self, calls: list[Call], kernels: list[CompiledKernel]) -> None:
+        self._launch: Callable = function_of(f"addresses,{STREAM}", tuple(calls))
         self._kernels = kernels
 
     def __len__(self) -> int:
-        return len(self._launches)
+        return len(self._kernels)
 
     def __call__(self, addresses: Sequence[int], stream: int | None) -> None:
         """Make the launches.
@@ -59,15 +44,7 @@ class Launches:
             addresses: an address for each slot.
             stream: handle of a stream.
         """
-        for run, template, tensors, descriptors in self._launches:
-            # a copy, because other threads may make the same launches
-            arguments = template.copy()
-            arguments[_STREAM] = stream
-            for position, slot, offset in tensors:
-                arguments[position] = addresses[slot] + offset
-            for (position, slot, offset), kind, fields in descriptors:
-                arguments[position] = _descriptor(kind, fields, addresses[slot] + offset)
-            run(*arguments)
+        self._launch(addresses, stream)
 
 
 class _Address:
@@ -90,7 +67,7 @@ def fields_of(descriptor: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(descriptor).items() if name != "base"}
 
 
-def _descriptor(kind: type, fields: dict[str, Any], address: int) -> Any:
+def descriptor_at(address: int, kind: type, fields: dict[str, Any]) -> Any:
     """A copy of a recorded descriptor at another address; its checks are not repeated."""
     descriptor = object.__new__(kind)
     descriptor.__dict__.update(fields)

@@ -580,13 +580,13 @@ def act_backward_outer(
     partial_A = torch.empty(several * max_chunks, I, r, **fp32)
     partial_B = torch.empty(several * max_chunks, N, r, **fp32)
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         constants = activation_constants(activation)
         del constants["GATED"]
         constants |= {"E_PADDED": power_of_2(E), "CHUNK": chunk, "PANELS": panels}
         constants["RANKS"] = ranks_for(r)
         strides = pre.stride(0), *lora_B.stride(), *dA.stride(), *dB.stride()
-        return (E, I, r, width, *strides), constants | blocks
+        return tensors, (E, I, r, width, *strides), constants | blocks
 
     key = "act_backward_outer", facts(pre, lora_B, weights, dA, dB), E, I, r, activation, chunk
     tensors = (

@@ -372,22 +372,10 @@ def linear_roles(
         "linear_roles", facts(bias), N, K, x.dtype, r_steps, r_width, blocks["K_UNIT"],
         blocks["GROUP"], gather, stride_xm, activation, y is None, p,
     )  # fmt: skip
+    tensors = y, act, x_and_tokens[0], bias, seed, x_and_tokens[1], slots, routing.tiles
+    numbers = N, K, stride_xm, *strides_or_zeros(bias, 2)
     launch(
-        key,
-        _linear_roles_kernel,
-        (programs, 1, 1),
-        (
-            y,
-            act,
-            x_and_tokens[0],
-            bias,
-            seed,
-            x_and_tokens[1],
-            slots,
-            routing.tiles,
-        ),
-        lambda: ((N, K, stride_xm, *strides_or_zeros(bias, 2)), constants),
-        (routing.tiles.shape[0],),
-        descriptors,
-    )
+        key, _linear_roles_kernel, (programs, 1, 1), tensors,
+        lambda: (tensors, numbers, constants), (routing.tiles.shape[0],), descriptors,
+    )  # fmt: skip
     return True

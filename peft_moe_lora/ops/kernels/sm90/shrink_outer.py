@@ -237,9 +237,10 @@ def shrink_outer(
     if row_weights is not None:
         weights = row_weights.contiguous()
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         constants = {"E_PADDED": power_of_2(E), "GATHER": gather, "RANKS": ranks_for(r), **blocks}
-        return (E, K, r, width, scaling, x.stride(0), *lora_A.stride(), *out.stride()), constants
+        strides = x.stride(0), *lora_A.stride(), *out.stride()
+        return tensors, (E, K, r, width, scaling, *strides), constants
 
     key = "shrink_outer", facts(x, lora_A, weights, out), E, K, r, scaling, gather, chunk
     tensors = (

@@ -86,7 +86,7 @@ def sum_panels(
         H = bias.shape[1]
     halves = I // HALF_PANEL
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         strides = *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
         constants = {
             "E_PADDED": power_of_2(E),
@@ -94,7 +94,7 @@ def sum_panels(
             "BLOCK_M": BLOCK_M,
             "BLOCK_H": 64,
         }
-        return (E, H, r, halves, scaling, *strides), constants
+        return tensors, (E, H, r, halves, scaling, *strides), constants
 
     key = "sum_panels", facts(yb, bias, dout), E, H, I, r, scaling
     tensors = (

@@ -66,9 +66,10 @@ def cast_as_weight(
     R = power_of_2(width)
     block_n = max(1, ELEMENTS // R)
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         constants = {"R": R, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-        return (N, r, width, scaling, *lora_B.stride(), *out.stride()), constants
+        numbers = N, r, width, scaling, *lora_B.stride(), *out.stride()
+        return (lora_B, out), numbers, constants
 
     key = "cast", facts(lora_B, out), N, r, scaling
     launch(key, _cast_kernel, (ceil_div(N, block_n), E, 1), (lora_B, out), rest)

@@ -155,7 +155,7 @@ def sum_chunks(
     tiles = ceil_div(WIDE, block_wide) * num_s
     experts = power_of_2(ceil_div(E * tiles, SUM_PROGRAMS))
 
-    def rest() -> tuple[tuple, dict]:
+    def rest() -> tuple[tuple, tuple, dict]:
         constants = {
             "CHUNK": chunk,
             "E_PADDED": power_of_2(E),
@@ -163,7 +163,7 @@ def sum_chunks(
             "BLOCK_SMALL": block_small,
             "BLOCK_WIDE": block_wide,
         }
-        return (E, SMALL, WIDE, num_s, *partial.stride(), *strides), constants
+        return tensors, (E, SMALL, WIDE, num_s, *partial.stride(), *strides), constants
 
     key = "sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk, experts
     tensors = routing.expert_offsets, partial, out
