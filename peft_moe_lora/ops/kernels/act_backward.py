@@ -35,7 +35,7 @@ def _act_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Grid [M / BLOCK_M]: whole rows. act is written over draw; dw of a sentinel's row is 0."""
-    ACT: tl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
+    ACT: tl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT, 1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     routed = offs_m < tl.load(expert_offsets_ptr + E)
     slots = tl.load(row_slot_ptr + offs_m, mask=offs_m < M, other=0)

@@ -111,7 +111,7 @@ def _linear_act_kernel(
     HALF_TILE: tl.constexpr = Tile(
         BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K, K_UNIT, GATHER, 0.0, R, PRECISION
     )
-    ACT: tl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
+    ACT: tl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT, 1)
     FORMAT: tl.constexpr = Format(BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
     lora_B = Weight(lora_B_ptr, stride_be, stride_bn, stride_br)
     inputs = Inputs(

@@ -7,6 +7,8 @@ it, from a copy of scaling * A in the dtype of x. For r = 256 the kernel of this
 times as long (NVIDIA H200, 2026-11-30).
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,11 +17,12 @@ from ..dropout import Dropout
 from ..ranks import stored_rank
 from ..routing import Routing
 from .launching.launch import facts, launch
-from .launching.table import device_facts, dot_precision, find, padded_rank
+from .launching.table import device_facts, dot_precision, find, options_of, padded_rank
+from .operands import Operand, Routes, Shape, Weight
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
 from .tiles.cast import cast_as_weight
-from .tiles.dropout import dropout_mask, probability_and_seed
+from .tiles.dropout import dropout_mask, probability_and_drop
 from .tiles.eights import as_eights, by_8
 from .tiles.tile import linear_blocks, table_line
 
@@ -29,57 +32,82 @@ MANY_RANKS = 96
 SHORT_K = 2048
 
 
+class _Tile(NamedTuple):
+    """Constants of the kernel.
+
+    Attributes:
+        M, K: rows of a tile, and columns of x in a step of the loop.
+        R: the rank, padded.
+        PARTS: tiles that a tile of the table is cut into.
+        EVEN_K: whether the depth is a multiple of K.
+        BY_8: as in `tiles.eights`.
+        GATHER: whether x is gathered.
+        P: probability of dropout.
+        PRECISION: input_precision of the product.
+    """
+
+    M: Any
+    K: Any
+    R: Any
+    PARTS: Any
+    EVEN_K: Any
+    BY_8: Any
+    GATHER: Any
+    P: Any
+    PRECISION: Any
+
+
 @triton.jit
-def _shrink_kernel(
-    x_ptr, lora_A_ptr, xa_ptr, seed_ptr, row_token_ptr, row_slot_ptr, tiles_ptr, K, r, width,
-    scaling,
-    stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
-    PARTS: tl.constexpr, GATHER: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BY_8: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Grid [max_tiles * PARTS]: each tile of the table is cut into PARTS tiles of BLOCK_M rows."""
-    e, first_row, end = table_line(tiles_ptr, tl.program_id(0) // PARTS)
-    first_row += tl.program_id(0) % PARTS * BLOCK_M
+def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
+    """Grid [max_tiles * PARTS]: each tile of the table is cut into PARTS tiles of M rows.
+
+    shape: columns of xa in memory, depth and rank.
+    """
+    e, first_row, end = table_line(routes.tiles, tl.program_id(0) // TILE.PARTS)
+    first_row += tl.program_id(0) % TILE.PARTS * TILE.M
     if e < 0 or first_row >= end:
         return
     # int64: an expert index times a stride passes 2**31
     e = e.to(tl.int64)
-    offs_m = first_row + tl.arange(0, BLOCK_M)
+    offs_m = first_row + tl.arange(0, TILE.M)
     # past the expert's last row, that row is repeated: loads need no mask. Copies are not stored
     rows = tl.minimum(offs_m, end - 1)
     x_rows = rows
-    if GATHER:
-        x_rows = tl.load(row_token_ptr + rows)
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, R)
-    K = as_eights(K, BY_8)
-    stride_xm = as_eights(stride_xm, BY_8)
-    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    if TILE.GATHER:
+        x_rows = tl.load(routes.row_token + rows)
+    offs_k = tl.arange(0, TILE.K)
+    offs_r = tl.arange(0, TILE.R)
+    K = as_eights(shape.K, TILE.BY_8)
+    stride_m = as_eights(x.stride_m, TILE.BY_8)
+    x_ptrs = x.ptr + x_rows.to(tl.int64)[:, None] * stride_m + offs_k[None, :] * x.stride_k
     # int64: if lora_A is a transposed B, a column times r * E passes 2**31
-    lora_A_ptrs = lora_A_ptr + e * stride_ae + offs_r.to(tl.int64)[None, :] * stride_ar
-    lora_A_ptrs += offs_k.to(tl.int64)[:, None] * stride_ak
-    if P > 0:
-        slots = tl.load(row_slot_ptr + rows)
-    acc = tl.zeros((BLOCK_M, R), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            lora_A = tl.load(lora_A_ptrs, mask=(offs_r < r)[None, :], other=0.0)
+    lora_A_ptrs = lora_A.ptr + e * lora_A.stride_e + offs_r.to(tl.int64)[None, :] * lora_A.stride_n
+    lora_A_ptrs += offs_k.to(tl.int64)[:, None] * lora_A.stride_k
+    if TILE.P > 0:
+        slots = tl.load(drop.row_slot + rows)
+    acc = tl.zeros((TILE.M, TILE.R), dtype=tl.float32)
+    for k in range(0, K, TILE.K):
+        if TILE.EVEN_K:
+            x_tile = tl.load(x_ptrs)
+            A_tile = tl.load(lora_A_ptrs, mask=(offs_r < shape.r)[None, :], other=0.0)
         else:
             mask_k = offs_k < K - k
-            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-            lora_A = tl.load(lora_A_ptrs, mask=mask_k[:, None] & (offs_r < r)[None, :], other=0.0)
-        if P > 0:
-            x = x.to(tl.float32) * dropout_mask(seed_ptr, slots[:, None], (k + offs_k)[None, :], P)
-            x = x.to(x_ptr.dtype.element_ty)
-        lora_A = lora_A.to(x_ptr.dtype.element_ty)
-        acc = tl.dot(x, lora_A, acc, input_precision=PRECISION)  # [M, K] @ [K, R] -> [M, R]
-        x_ptrs += BLOCK_K * stride_xk
-        lora_A_ptrs += BLOCK_K * stride_ak
+            x_tile = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            mask = mask_k[:, None] & (offs_r < shape.r)[None, :]
+            A_tile = tl.load(lora_A_ptrs, mask=mask, other=0.0)
+        if TILE.P > 0:
+            columns = (k + offs_k)[None, :]
+            kept = dropout_mask(drop.seed, slots[:, None], columns, TILE.P)
+            x_tile = (x_tile.to(tl.float32) * kept).to(x.ptr.dtype.element_ty)
+        A_tile = A_tile.to(x.ptr.dtype.element_ty)
+        # [M, K] @ [K, R] -> [M, R]
+        acc = tl.dot(x_tile, A_tile, acc, input_precision=TILE.PRECISION)
+        x_ptrs += TILE.K * x.stride_k
+        lora_A_ptrs += TILE.K * lora_A.stride_k
+    width = shape.N
     xa_ptrs = xa_ptr + offs_m.to(tl.int64)[:, None] * width + offs_r[None, :]
     # zeros past rank r, also in a row that is not finite
-    xa = tl.where((offs_r < r)[None, :], acc * scaling, 0.0).to(xa_ptr.dtype.element_ty)
+    xa = tl.where((offs_r < shape.r)[None, :], acc * scaling, 0.0).to(xa_ptr.dtype.element_ty)
     tl.store(xa_ptrs, xa, mask=(offs_m < end)[:, None] & (offs_r < width)[None, :])
 
 
@@ -126,26 +154,29 @@ def expert_shrink(
     elif r > 16:
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 64)
     precision = dot_precision(x.dtype)
-    p, seed = probability_and_seed(dropout)
+    p, drop = probability_and_drop(dropout, routing)
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        constants = {
-            "PARTS": parts,
-            "GATHER": gather,
-            "P": p,
-            "R": padded_rank(r),
-            "PRECISION": precision,
-            "EVEN_K": K % blocks["BLOCK_K"] == 0,
-            "BY_8": by_8(x),
-            **blocks,
-        }
-        return tensors, (K, r, width, scaling, *x.stride(), *lora_A.stride()), constants
+    def arguments() -> tuple[tuple, tuple, dict]:
+        tile = _Tile(
+            M=blocks["BLOCK_M"],
+            K=blocks["BLOCK_K"],
+            R=padded_rank(r),
+            PARTS=parts,
+            EVEN_K=K % blocks["BLOCK_K"] == 0,
+            BY_8=by_8(x),
+            GATHER=gather,
+            P=p,
+            PRECISION=precision,
+        )
+        routes = Routes(routing.tiles, routing.row_token)
+        rows = Operand.of(x), Weight.of(lora_A), xa, drop, routes
+        return rows, (Shape(width, K, r), scaling), {"TILE": tile, **options_of(blocks)}
 
     key = "shrink", facts(x, lora_A), K, r, scaling, gather, p, precision, routing.block_m
-    tensors = x, lora_A, xa, seed, routing.row_token, routing.row_slot, routing.tiles
+    tensors = x, lora_A, xa, *drop, routing.tiles, routing.row_token
     # the last three lines of the table are never tiles
     max_tiles = routing.tiles.shape[0] - 3
-    launch(key, _shrink_kernel, (max_tiles * parts, 1, 1), tensors, rest)
+    launch(key, _shrink_kernel, (max_tiles * parts, 1, 1), tensors, arguments)
     return xa
 
 

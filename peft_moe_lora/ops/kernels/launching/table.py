@@ -71,6 +71,8 @@ _SMALL_PROGRAMS = _POINTERS | {"PER_SM": 4}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
 _TMA_TWICE = _TMA | {"PER_SM": 2}
 _ROLES = _TMA | {"STAGES": 4, "maxnreg": 168}
+# blocks of a row that are no constexprs of its kernel
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # these kernels use wgmma, which only compute capability 9.0 has
 EXACT = frozenset({"linear_roles", "linear_roles_gathered", "shrink_outer", "act_backward_outer"})
 # fmt: off
@@ -227,6 +229,11 @@ def find(op: str, arch: int, itemsize: int, block_m: int) -> dict[str, Any]:
             'compute capability 8.0 or newer, or backend="torch".'
         )
     return blocks
+
+
+def options_of(blocks: dict[str, Any]) -> dict[str, Any]:
+    """The options of a launch among the blocks of a row."""
+    return {name: blocks[name] for name in OPTIONS if name in blocks}
 
 
 @cache

@@ -395,7 +395,7 @@ def _act_backward_outer_kernel(
 
     The sums of an expert with one chunk or without rows are written to dA and dB directly.
     """
-    ACT: gl.constexpr = Act(KIND, True, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
+    ACT: gl.constexpr = Act(KIND, True, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT, 1)
     dtype: gl.constexpr = pre_ptr.dtype.element_ty
     NARROW: gl.constexpr = narrow(RANKS)
     # layout of wgmma's sums: each of the two groups of four warps has all rows, and half of the

@@ -225,7 +225,7 @@ def _linear_roles_kernel(
     SIZES: gl.constexpr = Sizes(
         dtype, P, TAILS, GATHER, EVEN_K, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES, GROUP
     )
-    ACT: gl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT)
+    ACT: gl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT, 1)
     row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], WIDE)
     row_tails = gl.allocate_shared_memory(dtype, [STAGES, BOX_M, BLOCK_K], WIDE)
     columns = gl.allocate_shared_memory(

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 
 from ...dropout import Dropout, threshold
+from ...routing import Routing
+from ..operands import Drop
 
+NO_DROPOUT = Drop(None, None)
 _threshold = triton.constexpr_function(threshold)
 
 
@@ -42,3 +45,10 @@ def probability_and_seed(dropout: Dropout | None) -> tuple[float, torch.Tensor |
     if dropout is None:
         return 0.0, None
     return dropout.p, dropout.seed
+
+
+def probability_and_drop(dropout: Dropout | None, routing: Routing) -> tuple[float, Drop]:
+    """(P, what the mask is computed from); P is 0 if dropout is None."""
+    if dropout is None:
+        return 0.0, NO_DROPOUT
+    return dropout.p, Drop(dropout.seed, routing.row_slot)
