@@ -5,8 +5,7 @@ from .act_backward_outer import expert_act_backward_outer
 from .combine import combine, combine_backward
 from .dequantize import dequantize
 from .launching.replay import replayed
-from .linear import expert_linear
-from .linear_act import expert_linear_act
+from .linear import expert_linear, expert_linear_act
 from .outer import expert_outer
 from .routing import route, with_tiles
 from .shrink import expert_shrink

@@ -24,6 +24,7 @@ from .sm90.by_roles import by_roles
 from .tiles.cast import cast_as_weight
 from .tiles.dropout import dropout_mask, probability_and_drop
 from .tiles.eights import as_eights, by_8
+from .tiles.product import Product
 from .tiles.tile import linear_blocks, table_line
 
 # from this rank on A is multiplied as a weight is
@@ -203,4 +204,4 @@ def _as_product(
         # A is a transposed B, whose ranks lie next to each other
         transposed = cast_as_weight(lora_A.transpose(1, 2), r, x.dtype, True, scaling)
         weight = transposed.transpose(1, 2)
-    return by_roles(x, weight, routing, None, None, None, xa, gather)
+    return by_roles(Product(x, weight, routing, gather=gather, y=xa))

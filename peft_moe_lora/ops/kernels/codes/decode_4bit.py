@@ -7,15 +7,16 @@ Legend:
     FORMAT: `operands.Format`, the constants of `Codes4bit`
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ...quantized import Codes4bit
+# options of a kernel that decodes: no multiplication is fused with an addition, so that the bits of
+# a value are those of bitsandbytes
+ROUNDED = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def load_scales(codes, block, mask, FORMAT: tl.constexpr):
+def load_scales(codes, block, mask, FORMAT):
     """Load the stored scales of blocks and, if they are nested, the scales of these scales."""
     stored = tl.load(codes.scales + block, mask=mask, other=0)
     nested = stored
@@ -25,11 +26,10 @@ def load_scales(codes, block, mask, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decoded_scales(codes, stored, nested, FORMAT: tl.constexpr):
+def decoded_scales(codes, stored, nested, FORMAT):
     """fp32 scales from the two results of `load_scales`."""
     if FORMAT.NESTED > 0:
-        # bitsandbytes rounds the product and the sum, so `code_operands` disables fused
-        # multiply-add
+        # bitsandbytes rounds the product and the sum, so kernels are compiled with `ROUNDED`
         scales = tl.load(codes.nested_code + stored.to(tl.int32)) * nested + tl.load(codes.offset)
     elif FORMAT.EXPONENTS:
         # e becomes the exponent bits of an fp32. e = 0 means 2**-127, a denormal with bits 1 << 22
@@ -40,37 +40,8 @@ def decoded_scales(codes, stored, nested, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decoded_values(codes, packed, scales, dtype: tl.constexpr, FORMAT: tl.constexpr):
+def decoded_values(codes, packed, scales, dtype: tl.constexpr, FORMAT):
     """[..., 2 n] values of packed bytes [..., n], times scales that broadcast to [..., n]."""
     high = (tl.load(codes.code + (packed >> 4).to(tl.int32)) * scales).to(dtype)
     low = (tl.load(codes.code + (packed & 15).to(tl.int32)) * scales).to(dtype)
     return tl.interleave(low, high) if FORMAT.LOW_FIRST else tl.interleave(high, low)
-
-
-def code_operands(weight: Codes4bit, span: int) -> tuple[tuple, dict]:
-    """(tensors, constexprs): the arguments of a kernel for a weight in 4-bit codes.
-
-    Args:
-        span: number of values that the kernel loads together. It is even, and the values are
-            adjacent and in one block.
-    Returns: (packed, scales, code, nested_code, nested_scales, offset), None for an absent tensor;
-        and the constants of FORMAT, by name.
-    """
-    nested = weight.nested_code is not None
-    constants = {
-        "BLOCKSIZE": weight.blocksize,
-        "SPAN": span,
-        "NESTED": nested * weight.nested_blocksize,
-        "EXPONENTS": not nested and weight.scales.dtype == torch.uint8,
-        "LOW_FIRST": weight.low_first,
-        "enable_fp_fusion": False,
-    }
-    tensors = (
-        weight.packed,
-        weight.scales,
-        weight.code,
-        weight.nested_code,
-        weight.nested_scales,
-        weight.offset,
-    )
-    return tensors, constants

@@ -16,22 +16,18 @@ from ...quantized import Codes4bit
 from ..launching.launch import launch
 from ..launching.table import ceil_div, device_facts, find
 from ..operands import Codes, Format
-from .decode_4bit import code_operands, decoded_scales, decoded_values, load_scales
+from .decode_4bit import ROUNDED, decoded_scales, decoded_values, load_scales
 
 
 @triton.jit(do_not_specialize=["first"])
 def _dequantize_4bit_kernel(
-    packed_ptr, scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr, out_ptr,
-    expert_offsets_ptr, first, groups,
-    BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr, NESTED: tl.constexpr, EXPONENTS: tl.constexpr,
-    LOW_FIRST: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    packed_ptr, codes, out_ptr, expert_offsets_ptr, first, groups, FORMAT, GROUPS: tl.constexpr
+):
     """Grid [groups of an expert / GROUPS, experts]. An expert without rows is not written."""
     e = first + tl.program_id(1)
     if tl.load(expert_offsets_ptr + e + 1) == tl.load(expert_offsets_ptr + e):
         return
-    codes = Codes(scales_ptr, code_ptr, nested_code_ptr, nested_scales_ptr, offset_ptr)
-    FORMAT: tl.constexpr = Format(BLOCKSIZE, SPAN, NESTED, EXPONENTS, LOW_FIRST)
+    SPAN: tl.constexpr = FORMAT.SPAN
     HALF: tl.constexpr = SPAN // 2
     g = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mask = g < groups
@@ -40,7 +36,7 @@ def _dequantize_4bit_kernel(
     packed = tl.load(
         packed_ptr + flat[:, None] * HALF + tl.arange(0, HALF)[None, :], mask=mask[:, None], other=0
     )
-    stored, nested = load_scales(codes, flat // (BLOCKSIZE // SPAN), mask, FORMAT)
+    stored, nested = load_scales(codes, flat // (FORMAT.BLOCKSIZE // SPAN), mask, FORMAT)
     scales = decoded_scales(codes, stored, nested, FORMAT)[:, None]
     values = decoded_values(codes, packed, scales, out_ptr.dtype.element_ty, FORMAT)
     out_ptrs = (
@@ -70,13 +66,15 @@ def dequantize_4bit(
     arch, _ = device_facts(out.device)
     blocks = dict(find("dequantize", arch, out.element_size(), 16))
     per_program = max(1, blocks.pop("BLOCK") // group)
-    code_tensors, codes = code_operands(weight, group)
+    codes = Codes.of(weight)
+    form = Format.of(weight, group)
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        return tensors, (groups,), {"GROUPS": per_program, **codes, **blocks}
+    def arguments() -> tuple[tuple, tuple, dict]:
+        operands = weight.packed, codes, out, expert_offsets
+        return operands, (groups,), {"FORMAT": form, "GROUPS": per_program, **blocks, **ROUNDED}
 
-    key = "dequantize_4bit", out.dtype, weight.scales.dtype, groups, *codes.values()
+    key = "dequantize_4bit", out.dtype, weight.scales.dtype, groups, form
     grid = ceil_div(groups, per_program), out.shape[0], 1
-    tensors = *code_tensors, out, expert_offsets
-    launch(key, _dequantize_4bit_kernel, grid, tensors, rest, (first,))
+    tensors = weight.packed, *codes, out, expert_offsets
+    launch(key, _dequantize_4bit_kernel, grid, tensors, arguments, (first,))
     return out

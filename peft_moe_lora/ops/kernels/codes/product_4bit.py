@@ -16,25 +16,20 @@ import triton.language as tl
 
 from ...quantized import Codes4bit, QuantizedWeight
 from ..launching.table import device_facts, lookup
-from .decode_4bit import code_operands, decoded_scales, decoded_values, load_scales
+from ..operands import Codes, Format
+from .decode_4bit import decoded_scales, decoded_values, load_scales
 
 # a product decodes its weight itself if its tiles have at most this many rows. With 16 rows an
 # expert this took 0.95 ms, and 1.02 ms with a scratch buffer; with 32 rows it took 1.18 ms, and
 # 1.05 ms with a scratch buffer (NVIDIA H200, 2026-11-21)
 MAX_BLOCK_M = 16
 # the arguments `codes` and FORMAT for a dense weight
-_NO_CODES = (None, None, None, None, None)
-_NO_FORMAT = {
-    "BLOCKSIZE": 0,
-    "SPAN": 0,
-    "NESTED": 0,
-    "EXPONENTS": False,
-    "LOW_FIRST": False,
-}
+_NO_CODES = Codes(None, None, None, None, None)
+_NO_FORMAT = Format(0, 0, 0, False, False)
 
 
 @triton.jit
-def _load_spans(packed_ptr, codes, flat, mask, FORMAT: tl.constexpr):
+def _load_spans(packed_ptr, codes, flat, mask, FORMAT):
     """Load the packed bytes [P, Q, SPAN / 2] and the stored scales [P, Q] of spans.
 
     flat [P, Q]: the index, in the flat stack, of the first value of each span.
@@ -49,8 +44,8 @@ def _load_spans(packed_ptr, codes, flat, mask, FORMAT: tl.constexpr):
 
 @triton.jit
 def add_product_4bit(
-    acc, x_ptrs, stride_xk, weight, codes, e, cols, mask_n, K, TILE: tl.constexpr,
-    FORMAT: tl.constexpr,
+    acc, x_ptrs, stride_xk, weight, codes, e, cols, mask_n, K, TILE,
+    FORMAT,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] + x W[e]^T.
 
@@ -117,18 +112,19 @@ def decodes_in_kernel(weight: torch.Tensor | QuantizedWeight, block_m: int) -> b
 
 def weight_operands(
     weight: torch.Tensor | Codes4bit, blocks: dict, halves: int = 1
-) -> tuple[tuple, dict]:
-    """(tensors, constexprs): a linear kernel's arguments for a weight, dense or in 4-bit codes.
+) -> tuple[torch.Tensor, Codes, Format]:
+    """A linear kernel's arguments for a weight, dense or in 4-bit codes.
 
     Args:
         blocks: the constexprs of the kernel's tiles.
         halves: 2 if half of a tile's columns are gate and half up, which lie apart in memory.
+    Returns: the weight itself or its packed bytes, the codes, and FORMAT.
     """
     if isinstance(weight, torch.Tensor):
-        return (weight, *_NO_CODES), _NO_FORMAT
+        return weight, _NO_CODES, _NO_FORMAT
     C = weight.stored_shape[2]
     if blocks["K_UNIT"]:
         span = gcd(weight.blocksize, C, blocks["BLOCK_K"])
     else:
         span = gcd(weight.blocksize, C // halves, blocks["BLOCK_N"] // halves)
-    return code_operands(weight, span)
+    return weight.packed, Codes.of(weight), Format.of(weight, span)

@@ -34,32 +34,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...activation import Activation
-from ...dropout import Dropout
-from ...routing import Routing
 from ..launching.launch import facts, launch
-from ..launching.table import ceil_div, padded_rank
-from ..operands import Act, Bias, Drop
-from ..tiles.activation import activation_constants
+from ..launching.table import ceil_div, options_of, padded_rank
+from ..operands import Act, Bias, Operand, Output, Routes
 from ..tiles.descriptors import operand_descriptors
-from ..tiles.dropout import dropout_mask, probability_and_seed
-from ..tiles.tile import rank_of, strides_or_zeros
+from ..tiles.dropout import NO_DROPOUT, dropout_mask, probability_and_drop
+from ..tiles.product import Product
 from .linear_roles_load import produce
 from .linear_roles_store import store_half, store_tail
 from .linear_roles_tile import BLOCK_K, BLOCK_N, BOX_M, HALF_M, Line, Sizes, Stages
 from .pieces import WIDE
 from .pipeline import make_barriers, make_messages, receive, stage_of, wait_full
 
-# constexprs of a product without an activation
-NO_ACTIVATION = {
-    "KIND": None, "GATED": False, "INTERLEAVED": False,
-    "LIMIT": None, "ALPHA": 1.0, "UP_SHIFT": 0.0,
-}  # fmt: skip
-
 
 @gluon.jit
 def _multiply_step(
     acc, left, right, stages, step, continued, HALF: gl.constexpr, TAIL: gl.constexpr,
-    WIDTH: gl.constexpr, COPIED: gl.constexpr, SIZES: gl.constexpr,
+    WIDTH: gl.constexpr, COPIED: gl.constexpr, SIZES,
 ):  # fmt: skip
     """Add the products of a step's first WIDTH columns of x, and release the previous step's stage.
 
@@ -99,9 +90,7 @@ def _multiply_step(
 
 
 @gluon.jit
-def _masked_low_rank(
-    acc, left, right, drop, stages, step, line, HALF: gl.constexpr, SIZES: gl.constexpr
-):
+def _masked_low_rank(acc, left, right, drop, stages, step, line, HALF: gl.constexpr, SIZES):
     """The low-rank term of a tile, multiplied by the mask of dropout.
 
     Returns: acc, left, right, the number of the next step.
@@ -135,8 +124,8 @@ def _masked_low_rank(
 
 @gluon.jit
 def _consume(
-    output, bias, drop, stages, messages, N, K, HALF: gl.constexpr, SIZES: gl.constexpr,
-    ACT: gl.constexpr,
+    output, bias, drop, stages, messages, N, K, HALF: gl.constexpr, SIZES,
+    ACT,
 ):  # fmt: skip
     """In four warps: multiply and store one half of every tile, until there are no more tiles."""
     WIDTH: gl.constexpr = BLOCK_N // SIZES.HALVES
@@ -206,49 +195,43 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["lines"])
 def _linear_roles_kernel(
-    x_desc, weight_desc, xa_desc, lora_B_desc, y_ptr, act_ptr, x_ptr, bias_ptr, seed_ptr,
-    row_token_ptr, row_slot_ptr, tiles_ptr, lines, N, K, stride_xm, stride_biase, stride_biasn,
-    GATHER: gl.constexpr, P: gl.constexpr, EVEN_K: gl.constexpr, R_STEPS: gl.constexpr,
-    R_WIDTH: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, K_UNIT: gl.constexpr,
-    STAGES: gl.constexpr, PRODUCER: gl.constexpr, CONSUMER: gl.constexpr, KIND: gl.constexpr,
-    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
-    UP_SHIFT: gl.constexpr,
+    x_desc, weight_desc, xa_desc, lora_B_desc, output, x, bias, drop, routes, lines, N, K, SIZES,
+    ACT,
 ):  # fmt: skip
-    """Persistent grid. PRODUCER, CONSUMER: registers of a thread that loads, and of one that
-    multiplies.
-    """
-    gl.static_assert(BLOCK_M == 2 * HALF_M)
-    HALVES: gl.constexpr = 2 if GATED and not INTERLEAVED else 1
-    # no tails if the activation needs the registers: if it is ungated, or gelu of interleaved pairs
-    TAILS: gl.constexpr = KIND is None or (GATED and not (INTERLEAVED and KIND == "gelu"))
-    dtype: gl.constexpr = y_ptr.dtype.element_ty if act_ptr is None else act_ptr.dtype.element_ty
-    SIZES: gl.constexpr = Sizes(
-        dtype, P, TAILS, GATHER, EVEN_K, HALVES, R_STEPS, R_WIDTH, K_UNIT, STAGES, GROUP
-    )
-    ACT: gl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT, 1)
+    """Persistent grid."""
+    y, act = output
+    dtype: gl.constexpr = y.dtype.element_ty if act is None else act.dtype.element_ty
+    STAGES: gl.constexpr = SIZES.STAGES
     row_halves = gl.allocate_shared_memory(dtype, [STAGES * 2, HALF_M, BLOCK_K], WIDE)
     row_tails = gl.allocate_shared_memory(dtype, [STAGES, BOX_M, BLOCK_K], WIDE)
     columns = gl.allocate_shared_memory(
-        dtype, [STAGES, BLOCK_N, BLOCK_K] if K_UNIT else [STAGES, BLOCK_K, BLOCK_N], WIDE
+        dtype, [STAGES, BLOCK_N, BLOCK_K] if SIZES.K_UNIT else [STAGES, BLOCK_K, BLOCK_N], WIDE
     )
     # arrivals that make a stage full: one for TMA and, if rows are gathered, one of each thread
-    full, empty = make_barriers(STAGES, 129 if GATHER else 1, 2)
+    full, empty = make_barriers(STAGES, 129 if SIZES.GATHER else 1, 2)
     stages = Stages(row_halves, row_tails, columns, full, empty)
     messages = make_messages(2)
-    operands = x_desc, weight_desc, xa_desc, lora_B_desc
-    x = x_ptr, row_token_ptr, stride_xm
-    drop = Drop(seed_ptr, row_slot_ptr)
-    output = y_ptr, act_ptr
-    bias = Bias(bias_ptr, stride_biase, stride_biasn)
+    descs = x_desc, weight_desc, xa_desc, lora_B_desc
     gl.warp_specialize(
         [
             (_consume, (output, bias, drop, stages, messages, N, K, 0, SIZES, ACT)),
             (_consume, (output, bias, drop, stages, messages, N, K, 1, SIZES, ACT)),
-            (produce, (operands, x, tiles_ptr, lines, stages, messages, N, K, SIZES)),
+            (produce, (descs, x, routes, lines, stages, messages, N, K, SIZES)),
         ],
-        [4, 4 if GATHER else 1],
-        [CONSUMER, PRODUCER],
+        [4, 4 if SIZES.GATHER else 1],
+        [SIZES.CONSUMER, SIZES.PRODUCER],
     )
+
+
+def _has_tails(activation: Activation | None) -> bool:
+    """Whether tails are multiplied together with full tiles.
+
+    They are not if the activation needs the registers: if it is ungated, or gelu of interleaved
+    pairs.
+    """
+    if activation is None:
+        return True
+    return activation.gated and not (activation.interleaved and activation.kind == "gelu")
 
 
 def _descriptor(
@@ -272,24 +255,20 @@ def _stored_by_16_bytes(*outputs: torch.Tensor | None, parts: int) -> bool:
     return True
 
 
-def _descriptors(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    xa: torch.Tensor | None,
-    lora_B: torch.Tensor | None,
-    gather: bool,
-    parts: int,
-) -> tuple | None:
+def _descriptors(product: Product) -> tuple | None:
     """Descriptors (x, weight, xa, B), or None if one of them cannot be made.
 
     In the tuple, None stands for x if it is gathered, and for a tensor that is None.
     """
     box = BOX_M.value, BLOCK_N.value, BLOCK_K.value
-    k_unit = weight.stride(2) == 1
+    k_unit = product.weight.stride(2) == 1
     rows = None
-    if not gather:
-        rows = x
-    return operand_descriptors(rows, weight, xa, lora_B, k_unit, parts, *box, _descriptor)
+    if not product.gather:
+        rows = product.x
+    factors = product.xa, product.lora_B
+    return operand_descriptors(
+        rows, product.weight, *factors, k_unit, product.halves, *box, _descriptor
+    )
 
 
 def _low_rank_steps(r: int) -> tuple[int, int]:
@@ -304,78 +283,67 @@ def _gathers(x: torch.Tensor) -> bool:
     return x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
-def linear_roles(
-    programs: int,
-    blocks: dict,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    routing: Routing,
-    bias: torch.Tensor | None,
-    xa: torch.Tensor | None,
-    lora_B: torch.Tensor | None,
-    y: torch.Tensor | None,
-    gather: bool = False,
-    activation: Activation | None = None,
-    act: torch.Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> bool:
-    """Write `expert_linear` into y, or `expert_linear_act` into y and act.
+def linear_roles(programs: int, blocks: dict, product: Product) -> bool:
+    """Write y and, with an activation, act.
 
     Args:
         programs, blocks: as `tile.linear_blocks` returns them.
-        x: [M, K] rows in expert order, or [T, K] tokens with gather.
-        weight: [E, N, K]. bias: [E, N]. xa: [M, R] rows of rank r, with lora_B [E, N, r].
-        routing: with tiles.
-        y: [M, N], dtype of x, contiguous; receives the rows of the routing's tiles. None if only
-            act is wanted.
-        act: [M, I], like y; None without an activation.
-        dropout: masks the low-rank term, where there is one; not with an activation.
+        product: its weight is dense.
     Returns: whether the outputs were written. If strides or alignment do not allow TMA or stores of
         16 bytes, nothing is written.
     """
-    assert dropout is None or activation is None, "the kernel masks no activation's operand"
-    if gather and not _gathers(x):
+    x = product.x
+    routing = product.routing
+    activation = product.activation
+    masks = product.dropout is not None
+    assert not masks or activation is None, "the kernel masks no activation's operand"
+    assert routing.block_m == 2 * HALF_M.value, "a tile has two halves"
+    if product.gather and not _gathers(x):
         return False
-    parts = 1
-    if activation is not None:
-        parts = activation.halves
-    if not _stored_by_16_bytes(y, act, parts=parts):
+    if not _stored_by_16_bytes(product.y, product.act, parts=product.halves):
         return False
-    descriptors = _descriptors(x, weight, xa, lora_B, gather, parts)
+    descriptors = _descriptors(product)
     if descriptors is None:
         return False
-    _, N, K = weight.shape
-    p, seed = 0.0, None
-    if xa is not None:
-        p, seed = probability_and_seed(dropout)
-    r_steps, r_width = _low_rank_steps(rank_of(xa, lora_B))
-    constants = {
-        "GATHER": gather,
-        "P": p,
-        "EVEN_K": K % BLOCK_K.value == 0,
-        "R_STEPS": r_steps,
-        "R_WIDTH": r_width,
-        **blocks,
-    }
-    if activation is None:
-        constants |= NO_ACTIVATION
-    else:
-        constants |= activation_constants(activation)
+    _, N, K = product.weight.shape
+    p = 0.0
+    drop = NO_DROPOUT
+    if product.xa is not None:
+        p, drop = probability_and_drop(product.dropout, routing)
+    r_steps, r_width = _low_rank_steps(product.rank)
     # rows in expert order are loaded by descriptor
-    x_and_tokens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    slots = None if seed is None else routing.row_slot
-    stride_xm = 0
-    if gather:
-        x_and_tokens = (x, routing.row_token)
-        stride_xm = x.stride(0)
+    rows = None
+    row_token = None
+    if product.gather:
+        rows = x
+        row_token = routing.row_token
+    output = Output(product.y, product.act)
+
+    def arguments() -> tuple[tuple, tuple, dict]:
+        sizes = Sizes(
+            P=p,
+            TAILS=_has_tails(activation),
+            GATHER=product.gather,
+            EVEN_K=K % BLOCK_K.value == 0,
+            HALVES=product.halves,
+            R_STEPS=r_steps,
+            R_WIDTH=r_width,
+            K_UNIT=blocks["K_UNIT"],
+            STAGES=blocks["STAGES"],
+            GROUP=blocks["GROUP"],
+            PRODUCER=blocks["PRODUCER"],
+            CONSUMER=blocks["CONSUMER"],
+        )
+        routes = Routes(routing.tiles, row_token)
+        operands = output, Operand.of(rows), Bias.of(product.bias), drop, routes
+        return operands, (N, K), {"SIZES": sizes, "ACT": Act.of(activation), **options_of(blocks)}
+
     key = (
-        "linear_roles", facts(bias), N, K, x.dtype, r_steps, r_width, blocks["K_UNIT"],
-        blocks["GROUP"], gather, stride_xm, activation, y is None, p,
+        "linear_roles", facts(rows, product.bias), N, K, x.dtype, r_steps, r_width,
+        blocks["K_UNIT"], blocks["GROUP"], activation, product.y is None, p,
     )  # fmt: skip
-    tensors = y, act, x_and_tokens[0], bias, seed, x_and_tokens[1], slots, routing.tiles
-    numbers = N, K, stride_xm, *strides_or_zeros(bias, 2)
-    launch(
-        key, _linear_roles_kernel, (programs, 1, 1), tensors,
-        lambda: (tensors, numbers, constants), (routing.tiles.shape[0],), descriptors,
-    )  # fmt: skip
+    tensors = *output, rows, product.bias, *drop, routing.tiles, row_token
+    lines = routing.tiles.shape[0]
+    grid = programs, 1, 1
+    launch(key, _linear_roles_kernel, grid, tensors, arguments, (lines,), descriptors)
     return True

@@ -41,7 +41,7 @@ def _tile_rows(tiles_ptr, tile, TAILS: gl.constexpr):
 
 
 @gluon.jit
-def _load_columns(desc, columns, full, s, e, n, k, SIZES: gl.constexpr):
+def _load_columns(desc, columns, full, s, e, n, k, SIZES):
     """Start the copy of a step's columns into stage s; past N, K and r TMA writes zeros."""
     if SIZES.K_UNIT:
         WIDTH: gl.constexpr = BLOCK_N // SIZES.HALVES
@@ -55,7 +55,7 @@ def _load_columns(desc, columns, full, s, e, n, k, SIZES: gl.constexpr):
 @gluon.jit
 def _load_boxes(
     rows_desc, columns_desc, steps, stages, step, e, first_row, end, n, GATHER: gl.constexpr,
-    SIZES: gl.constexpr,
+    SIZES,
 ):  # fmt: skip
     """Start the copies of `steps` steps whose rows lie in expert order.
 
@@ -85,7 +85,7 @@ def _load_boxes(
 
 
 @gluon.jit
-def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, ROWS: gl.constexpr):
+def _row_pointers(x, row_token_ptr, first_row, end, ROWS: gl.constexpr):
     """Pointers [ROWS, BLOCK_K] to the first columns of gathered rows.
 
     Past the expert's last row, that row is repeated. The stride is a multiple of 8, which is
@@ -93,7 +93,7 @@ def _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, ROWS: gl.cons
     """
     offs_m = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS)), end - 1)
     tokens = gl.load(row_token_ptr + offs_m).to(gl.int64)
-    row_ptrs = x_ptr + tokens[:, None] * (stride_xm // 8 * 8)
+    row_ptrs = x.ptr + tokens[:, None] * (x.stride_m // 8 * 8)
     return row_ptrs + gl.arange(0, BLOCK_K, gl.SliceLayout(0, BY_ROWS))[None, :]
 
 
@@ -110,16 +110,15 @@ def _copy_rows(smem, ptrs, k, K, EVEN_K: gl.constexpr):
 
 @gluon.jit
 def _load_gathered(
-    x, weight_desc, steps, stages, step, e, first_row, end, n, K, SIZES: gl.constexpr
+    x, row_token_ptr, weight_desc, steps, stages, step, e, first_row, end, n, K, SIZES
 ):
     """Start the copies of `steps` steps whose rows are gathered.
 
     Returns: the number of the next step.
     """
-    x_ptr, row_token_ptr, stride_xm = x
-    upper = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, HALF_M)
-    lower = _row_pointers(x_ptr, row_token_ptr, first_row + HALF_M, end, stride_xm, HALF_M)
-    tail = _row_pointers(x_ptr, row_token_ptr, first_row + 2 * HALF_M, end, stride_xm, BOX_M)
+    upper = _row_pointers(x, row_token_ptr, first_row, end, HALF_M)
+    lower = _row_pointers(x, row_token_ptr, first_row + HALF_M, end, HALF_M)
+    tail = _row_pointers(x, row_token_ptr, first_row + 2 * HALF_M, end, BOX_M)
     for i in range(steps):
         s = stage_of(step, SIZES.STAGES)
         wait_empty(stages.empty, step, SIZES.STAGES)
@@ -141,14 +140,15 @@ def _load_gathered(
 
 
 @gluon.jit
-def produce(operands, x, tiles_ptr, lines, stages, messages, N, K, SIZES: gl.constexpr):
+def produce(descs, x, routes, lines, stages, messages, N, K, SIZES):
     """Take output tiles from the queue until it is empty; announce each tile and load its steps.
 
     The queue is a counter in global memory. Programs that take their tiles from it compute tiles
     near each other at the same time, and share the weight's columns in L2. Which program computes a
     tile differs from run to run, but the result is the same.
     """
-    x_desc, weight_desc, xa_desc, lora_B_desc = operands
+    x_desc, weight_desc, xa_desc, lora_B_desc = descs
+    tiles_ptr = routes.tiles
     GATHER: gl.constexpr = SIZES.GATHER
     WARPS: gl.constexpr = 4 if GATHER else 1
     counter_ptr = tiles_ptr + 2 * lines - 1
@@ -173,8 +173,9 @@ def produce(operands, x, tiles_ptr, lines, stages, messages, N, K, SIZES: gl.con
                 )  # fmt: skip
             if GATHER:
                 step = _load_gathered(
-                    x, weight_desc, steps, stages, step, e, first_row, end, n, K, SIZES
-                )
+                    x, routes.row_token, weight_desc, steps, stages, step, e, first_row, end, n, K,
+                    SIZES,
+                )  # fmt: skip
             else:
                 step = _load_boxes(
                     x_desc, weight_desc, steps, stages, step, e, first_row, end, n, False, SIZES

@@ -40,11 +40,13 @@ def _store_chunk(chunk, ptr, first_row, end, half, col, width, stride_m):
 
 
 @gluon.jit
-def _tail_chunk(chunk, y, bias, line, half, col, N, SIZES: gl.constexpr):
+def _tail_chunk(chunk, output, bias, line, half, col, N, SIZES):
     """Add the bias to a chunk [64 columns, BOX_M rows] of a tail, and store the rows of the tail.
 
     Returns: the values as they are stored, [BOX_M, 64] in fp32.
     """
+    y, act = output
+    dtype: gl.constexpr = y.dtype.element_ty if act is None else act.dtype.element_ty
     width = N // SIZES.HALVES
     if bias.ptr is not None:
         offs_n = col + gl.arange(0, 64, gl.SliceLayout(1, chunk.type.layout))
@@ -52,42 +54,39 @@ def _tail_chunk(chunk, y, bias, line, half, col, N, SIZES: gl.constexpr):
         ptrs = bias.ptr + line.e.to(gl.int64) * bias.stride_e
         ptrs += (half * width + offs_n) * bias.stride_n
         chunk += gl.load(ptrs, mask=offs_n < width, other=0.0).to(gl.float32)[:, None]
-    rows = gl.convert_layout(chunk.to(SIZES.dtype).permute([1, 0]), BY_ROWS)
+    rows = gl.convert_layout(chunk.to(dtype).permute([1, 0]), BY_ROWS)
     if y is not None:
         _store(rows, y, line.end, line.tail_end, half, col, width, N)
     return rows.to(gl.float32)
 
 
 @gluon.jit
-def store_tail(
-    left, right, output, bias, line, N, HALF: gl.constexpr, SIZES: gl.constexpr, ACT: gl.constexpr
-):
+def store_tail(left, right, output, bias, line, N, HALF: gl.constexpr, SIZES, ACT):
     """Store the two column chunks of a tail that this consumer has, and their activation."""
-    y, act = output
-    dtype: gl.constexpr = SIZES.dtype
+    _, act = output
     if SIZES.HALVES == 2:
         # the left half of the tile is gate, the right half is up
         col = line.n * 128 + 64 * HALF
-        gate = _tail_chunk(left, y, bias, line, 0, col, N, SIZES)
-        up = _tail_chunk(right, y, bias, line, 1, col, N, SIZES)
-        result = activate(gate, up, ACT).to(dtype)
+        gate = _tail_chunk(left, output, bias, line, 0, col, N, SIZES)
+        up = _tail_chunk(right, output, bias, line, 1, col, N, SIZES)
+        result = activate(gate, up, ACT).to(act.dtype.element_ty)
         _store(result, act, line.end, line.tail_end, 0, col, N // 2, N // 2)
     else:
         chunks = left, right
         for i in gl.static_range(2):
             col = line.n * BLOCK_N + 128 * i + 64 * HALF
-            rows = _tail_chunk(chunks[i], y, bias, line, 0, col, N, SIZES)
+            rows = _tail_chunk(chunks[i], output, bias, line, 0, col, N, SIZES)
             if ACT.GATED:
                 gate, up = rows.reshape([BOX_M, 32, 2]).split()
-                result = activate(gate, up, ACT).to(dtype)
+                result = activate(gate, up, ACT).to(act.dtype.element_ty)
                 _store(result, act, line.end, line.tail_end, 0, col // 2, N // 2, N // 2)
 
 
 @gluon.jit
-def store_half(acc, output, line, N, SIZES: gl.constexpr, ACT: gl.constexpr):
+def store_half(acc, output, line, N, SIZES, ACT):
     """Store the rows before `end` of a half, and their activation, in chunks of 64 columns."""
     y, act = output
-    dtype: gl.constexpr = SIZES.dtype
+    dtype: gl.constexpr = y.dtype.element_ty if act is None else act.dtype.element_ty
     _, first_row, end, _, n = line
     left, right = halves(acc, HALF_M, 128)
     if SIZES.HALVES == 2:

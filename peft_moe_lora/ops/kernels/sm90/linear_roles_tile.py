@@ -69,7 +69,6 @@ class Sizes(NamedTuple):
     """Constants of the kernel.
 
     Attributes:
-        dtype: of the operands and outputs.
         P: probability of dropout. The low-rank steps come first if it is not 0.
         TAILS: whether tails are multiplied together with full tiles.
         GATHER: whether rows of x are gathered. EVEN_K: whether K is a multiple of BLOCK_K.
@@ -77,9 +76,9 @@ class Sizes(NamedTuple):
         R_STEPS: steps of the low-rank term. R_WIDTH: columns that each of them multiplies.
         K_UNIT: whether adjacent values of the weight lie along K.
         STAGES: of the pipeline. GROUP: as in `tiles.tile.position`.
+        PRODUCER, CONSUMER: registers of a thread that loads, and of one that multiplies.
     """
 
-    dtype: Any
     P: Any
     TAILS: Any
     GATHER: Any
@@ -90,3 +89,5 @@ class Sizes(NamedTuple):
     K_UNIT: Any
     STAGES: Any
     GROUP: Any
+    PRODUCER: Any
+    CONSUMER: Any

@@ -35,7 +35,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _f_and_df(x, ACT: tl.constexpr):
+def _f_and_df(x, ACT):
     """f(x) and f'(x); the compiler drops the one that the caller does not use."""
     if ACT.KIND == "silu":
         sigmoid = _sigmoid(ACT.ALPHA * x)
@@ -61,7 +61,7 @@ def _f_and_df(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, ACT: tl.constexpr):
+def activate(gate, up, ACT):
     """act [M, I] from gate and up [M, I]."""
     if ACT.LIMIT is not None:
         gate = tl.minimum(gate, ACT.LIMIT)
@@ -71,14 +71,14 @@ def activate(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
-def activate_plain(pre, ACT: tl.constexpr):
+def activate_plain(pre, ACT):
     """act [M, I] from an ungated pre-activation [M, I]."""
     f, _ = _f_and_df(pre, ACT)
     return f
 
 
 @triton.jit
-def activate_backward(gate, up, dact, ACT: tl.constexpr):
+def activate_backward(gate, up, dact, ACT):
     """(act, dgate, dup) from gate, up and dact, all [M, I]; clamped values get gradient 0."""
     raw_gate = gate
     raw_up = up
@@ -96,7 +96,7 @@ def activate_backward(gate, up, dact, ACT: tl.constexpr):
 
 
 @triton.jit
-def activate_plain_backward(pre, dact, ACT: tl.constexpr):
+def activate_plain_backward(pre, dact, ACT):
     """(act, dpre) from an ungated pre-activation and dact, all [M, I]."""
     f, df = _f_and_df(pre, ACT)
     return f, dact * df

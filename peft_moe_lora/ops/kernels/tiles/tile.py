@@ -1,7 +1,7 @@
 """acc[m, n] = mask * (B[e] xa[m]) + bias[e] + W[e] x[row]: one output tile of one expert.
 
-`linear` and `linear_act` share this code. The other linear kernels use only its tile table and its
-order of tiles.
+`linear_general` multiplies by this code. The other kernels use only its tile table and its order of
+tiles.
 
 Legend, of one tile:
     e: the tile's expert
@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 
 from ...quantized import QuantizedWeight
-from ...ranks import stored_rank
 from ..codes.product_4bit import add_product_4bit
 from ..launching.table import device_facts, lookup
 from .descriptors import weight_descriptor
@@ -84,6 +83,8 @@ class Tile(NamedTuple):
         P: probability of dropout.
         R: the rank, padded.
         PRECISION: input_precision of the products.
+        GROUP: as in `position`.
+        TAIL: whether an expert's last rows are computed with half the rows, if they fit.
     """
 
     M: Any
@@ -95,6 +96,8 @@ class Tile(NamedTuple):
     P: Any
     R: Any
     PRECISION: Any
+    GROUP: Any
+    TAIL: Any
 
 
 @triton.jit
@@ -166,7 +169,7 @@ def _add_low_rank(acc, xa, lora_B, mask_r, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_product(acc, descs, x_ptrs, stride_xk, weight, spot, e, K, TILE: tl.constexpr):
+def _add_product(acc, descs, x_ptrs, stride_xk, weight, spot, e, K, TILE):
     """acc [BLOCK_M, BLOCK_N] + x W[e]^T of a dense weight; e is the expert as int64."""
     offs_k = tl.arange(0, TILE.K)
     weight_ptrs = weight.ptr + e * weight.stride_e
@@ -195,7 +198,7 @@ def _add_product(acc, descs, x_ptrs, stride_xk, weight, spot, e, K, TILE: tl.con
 
 
 @triton.jit
-def tile_product(inputs, spot, TILE: tl.constexpr, FORMAT: tl.constexpr):
+def tile_product(inputs, spot, TILE, FORMAT):
     """acc [BLOCK_M, BLOCK_N] in fp32: the formula of this file."""
     descs, x, weight, codes, bias, low_rank, drop, shape = inputs
     # int64: an expert index times a stride passes 2**31
@@ -299,16 +302,3 @@ def strides_or_zeros(t: torch.Tensor | None, ndim: int) -> tuple[int, ...]:
     if t is None:
         return (0,) * ndim
     return t.stride()
-
-
-def rank_of(xa: torch.Tensor | None, lora_B: torch.Tensor | None) -> int:
-    """r of rows xa [M, R] and of lora_B [E, N, r]; 0 without a low-rank term.
-
-    Raises:
-        AssertionError: if the two are not of one rank.
-    """
-    if xa is None or lora_B is None:
-        return 0
-    r = lora_B.shape[2]
-    assert xa.shape[1] == stored_rank(r), f"B of rank {r} and rows of {xa.shape[1]} columns"
-    return r
