@@ -8,7 +8,7 @@ A program sums over one chunk of an expert's rows, for one tile [wide, small] of
 `tiles.chunks` defines chunks, and adds the partial sums of experts with several chunks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,15 @@ from ..dropout import Dropout
 from ..ranks import check_columns
 from ..routing import Routing
 from .launching.launch import facts, launch
-from .launching.table import ceil_div, device_facts, dot_precision, find, power_of_2
+from .launching.table import (
+    ceil_div,
+    device_facts,
+    dot_precision,
+    find,
+    options_of,
+    power_of_2,
+)
+from .operands import Operand, Weight
 from .tiles.chunks import chunk_of, chunk_rows, sum_chunks
 from .tiles.dropout import dropout_mask, probability_and_seed
 from .tiles.eights import as_eights, by_8
@@ -33,92 +41,131 @@ def _of_rows(ptr, rows, end):
     return tl.load(ptr + rows, mask=rows < end, other=0)
 
 
+class _Sizes(NamedTuple):
+    """Numbers of the output.
+
+    Attributes:
+        E: experts.
+        SMALL, WIDE: sums of an expert along each side.
+        STORED: columns of the small side in memory.
+        num_s: tiles of the small side.
+    """
+
+    E: Any
+    SMALL: Any
+    STORED: Any
+    WIDE: Any
+    num_s: Any
+
+
+class _Tile(NamedTuple):
+    """Constants of the kernel.
+
+    Attributes:
+        M: rows of a step of the loop.
+        SMALL, WIDE: a program's tile of the output.
+        CHUNK, E_PADDED: as in `tiles.chunks`.
+        GATHER_SMALL, GATHER_WIDE: whether the rows of a side are gathered.
+        BY_8: as in `tiles.eights`, of the wide side.
+        P: probability of dropout.
+        PRECISION: input_precision of the product.
+    """
+
+    M: Any
+    SMALL: Any
+    WIDE: Any
+    CHUNK: Any
+    E_PADDED: Any
+    GATHER_SMALL: Any
+    GATHER_WIDE: Any
+    BY_8: Any
+    P: Any
+    PRECISION: Any
+
+
 @triton.jit
 def _outer_kernel(
-    small_ptr, wide_ptr, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr,
-    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, STORED, WIDE, num_s,
-    stride_sm, stride_ss, stride_wm, stride_ww, stride_oe, stride_os, stride_ow,
-    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, GATHER_SMALL: tl.constexpr,
-    GATHER_WIDE: tl.constexpr, BY_8: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_SMALL: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    small, wide, row_weights_ptr, seed_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
+    partial_ptr, out, sizes, TILE,
 ):  # fmt: skip
     """Grid [tiles of wide * tiles of small, max_chunks].
 
     The sums of an expert with one chunk or without rows are stored to out, other sums to partial.
+    out: its columns are the small side, its depth is the wide side.
     """
     chunk = tl.program_id(1)
-    e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED)
-    if e >= E:
+    e, index = chunk_of(chunk, expert_offsets_ptr, sizes.E, TILE.CHUNK, TILE.E_PADDED)
+    if e >= sizes.E:
         return
     start = tl.load(expert_offsets_ptr + e)
     end = tl.load(expert_offsets_ptr + e + 1)
-    one_chunk = end - start <= CHUNK
-    start += index * CHUNK
-    end = tl.minimum(end, start + CHUNK)
+    one_chunk = end - start <= TILE.CHUNK
+    start += index * TILE.CHUNK
+    end = tl.minimum(end, start + TILE.CHUNK)
 
-    offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
-    offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    stored_s = offs_s < STORED
-    mask_w = offs_w < as_eights(WIDE, BY_8)
-    stride_wm = as_eights(stride_wm, BY_8)
-    rows = start + tl.arange(0, BLOCK_M)
+    offs_s = tl.program_id(0) % sizes.num_s * TILE.SMALL + tl.arange(0, TILE.SMALL)
+    offs_w = tl.program_id(0) // sizes.num_s * TILE.WIDE + tl.arange(0, TILE.WIDE)
+    stored_s = offs_s < sizes.STORED
+    mask_w = offs_w < as_eights(sizes.WIDE, TILE.BY_8)
+    wide_stride_m = as_eights(wide.stride_m, TILE.BY_8)
+    rows = start + tl.arange(0, TILE.M)
     # tokens, slots and weights are loaded one block ahead of the rows that they select. Otherwise
     # every block would wait for memory twice: for the tokens, and then for their rows
-    if GATHER_SMALL or GATHER_WIDE:
+    if TILE.GATHER_SMALL or TILE.GATHER_WIDE:
         tokens = _of_rows(row_token_ptr, rows, end)
-    if row_weights_ptr is not None or P > 0:
+    if row_weights_ptr is not None or TILE.P > 0:
         slots = _of_rows(row_slot_ptr, rows, end)
-        next_slots = _of_rows(row_slot_ptr, rows + BLOCK_M, end)
+        next_slots = _of_rows(row_slot_ptr, rows + TILE.M, end)
     if row_weights_ptr is not None:
         w = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
-    acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
-    for _ in range(start, end, BLOCK_M):
+    acc = tl.zeros((TILE.WIDE, TILE.SMALL), dtype=tl.float32)
+    for _ in range(start, end, TILE.M):
         mask_m = rows < end
-        next_rows = rows + BLOCK_M
-        if GATHER_SMALL or GATHER_WIDE:
+        next_rows = rows + TILE.M
+        if TILE.GATHER_SMALL or TILE.GATHER_WIDE:
             next_tokens = _of_rows(row_token_ptr, next_rows, end)
         if row_weights_ptr is not None:
             next_w = tl.load(row_weights_ptr + next_slots, mask=next_rows < end, other=0.0)
         small_rows = rows
         wide_rows = rows
-        if GATHER_SMALL:
+        if TILE.GATHER_SMALL:
             small_rows = tokens
-        if GATHER_WIDE:
+        if TILE.GATHER_WIDE:
             wide_rows = tokens
         small_rows = small_rows.to(tl.int64)
         wide_rows = wide_rows.to(tl.int64)
-        small_ptrs = small_ptr + small_rows[:, None] * stride_sm + offs_s[None, :] * stride_ss
-        wide_ptrs = wide_ptr + wide_rows[:, None] * stride_wm + offs_w[None, :] * stride_ww
-        small = tl.load(
-            small_ptrs, mask=mask_m[:, None] & stored_s[None, :], other=0.0
-        )  # [M, small]
-        wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_w[None, :], other=0.0)  # [M, wide]
+        small_ptrs = small.ptr + small_rows[:, None] * small.stride_m
+        small_ptrs += offs_s[None, :] * small.stride_k
+        wide_ptrs = wide.ptr + wide_rows[:, None] * wide_stride_m + offs_w[None, :] * wide.stride_k
+        # [M, small] and [M, wide]
+        left = tl.load(small_ptrs, mask=mask_m[:, None] & stored_s[None, :], other=0.0)
+        right = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_w[None, :], other=0.0)
         if row_weights_ptr is not None:
-            small = small.to(tl.float32) * w.to(tl.float32)[:, None]
-            small = small.to(small_ptr.dtype.element_ty)
+            left = left.to(tl.float32) * w.to(tl.float32)[:, None]
+            left = left.to(small.ptr.dtype.element_ty)
             w = next_w
-        if P > 0:
-            wide = wide.to(tl.float32) * dropout_mask(seed_ptr, slots[:, None], offs_w[None, :], P)
-            wide = wide.to(wide_ptr.dtype.element_ty)
+        if TILE.P > 0:
+            mask = dropout_mask(seed_ptr, slots[:, None], offs_w[None, :], TILE.P)
+            right = (right.to(tl.float32) * mask).to(wide.ptr.dtype.element_ty)
         # [wide, M] @ [M, small] -> [wide, small]
-        acc = tl.dot(wide.trans(), small, acc, input_precision=PRECISION)
-        if GATHER_SMALL or GATHER_WIDE:
+        acc = tl.dot(right.trans(), left, acc, input_precision=TILE.PRECISION)
+        if TILE.GATHER_SMALL or TILE.GATHER_WIDE:
             tokens = next_tokens
-        if row_weights_ptr is not None or P > 0:
+        if row_weights_ptr is not None or TILE.P > 0:
             slots = next_slots
-            next_slots = _of_rows(row_slot_ptr, next_rows + BLOCK_M, end)
+            next_slots = _of_rows(row_slot_ptr, next_rows + TILE.M, end)
         rows = next_rows
 
-    mask = mask_w[:, None] & (offs_s < SMALL)[None, :]
+    mask = mask_w[:, None] & (offs_s < sizes.SMALL)[None, :]
     if one_chunk:
         # int64: an expert index times a stride passes 2**31
-        out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + offs_s.to(tl.int64)[None, :] * stride_os
-        out_ptrs += offs_w.to(tl.int64)[:, None] * stride_ow
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        out_ptrs = out.ptr + e.to(tl.int64) * out.stride_e
+        out_ptrs += offs_s.to(tl.int64)[None, :] * out.stride_n
+        out_ptrs += offs_w.to(tl.int64)[:, None] * out.stride_k
+        tl.store(out_ptrs, acc.to(out.ptr.dtype.element_ty), mask=mask)
     else:
-        partial_ptrs = (
-            partial_ptr + (chunk.to(tl.int64) * SMALL + offs_s)[None, :] * WIDE + offs_w[:, None]
-        )
+        columns = (chunk.to(tl.int64) * sizes.SMALL + offs_s)[None, :]
+        partial_ptrs = partial_ptr + columns * sizes.WIDE + offs_w[:, None]
         tl.store(partial_ptrs, acc, mask=mask)
 
 
@@ -226,19 +273,28 @@ def _outer(
     precision = dot_precision(small.dtype)
     p, seed = probability_and_seed(dropout)
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        constants = {
-            "GATHER_SMALL": gather_small,
-            "GATHER_WIDE": gather_wide,
-            "BY_8": by_8(wide),
-            "P": p,
-            "PRECISION": precision,
-            "CHUNK": chunk,
-            "E_PADDED": power_of_2(E),
-            **blocks,
-        }
-        sizes = E, SMALL, small.shape[1], WIDE, num_s
-        return tensors, (*sizes, *small.stride(), *wide.stride(), *strides), constants
+    def arguments() -> tuple[tuple, tuple, dict]:
+        tile = _Tile(
+            M=blocks["BLOCK_M"],
+            SMALL=blocks["BLOCK_SMALL"],
+            WIDE=blocks["BLOCK_WIDE"],
+            CHUNK=chunk,
+            E_PADDED=power_of_2(E),
+            GATHER_SMALL=gather_small,
+            GATHER_WIDE=gather_wide,
+            BY_8=by_8(wide),
+            P=p,
+            PRECISION=precision,
+        )
+        operands = (
+            Operand.of(small), Operand.of(wide), row_weights, seed, routing.row_token,
+            routing.row_slot, routing.expert_offsets, partial, Weight(out, *strides),
+        )  # fmt: skip
+        return (
+            operands,
+            (_Sizes(E, SMALL, small.shape[1], WIDE, num_s),),
+            {"TILE": tile, **options_of(blocks)},
+        )
 
     key = (
         "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"],
@@ -248,6 +304,6 @@ def _outer(
         small, wide, row_weights, seed, routing.row_token, routing.row_slot,
         routing.expert_offsets, partial, out,
     )  # fmt: skip
-    launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, rest)
+    launch(key, _outer_kernel, (tiles, max_chunks, 1), tensors, arguments)
     if several:
         sum_chunks(partial, routing, out, strides, chunk)
