@@ -14,6 +14,8 @@ Legend:
         several chunks
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ import triton.language as tl
 from ...routing import Routing
 from ..launching.launch import launch
 from ..launching.table import ceil_div, power_of_2
+from ..operands import Weight
 
 # elements of a program's output tile; a program holds this tile of several chunks in registers
 SUM_ELEMENTS = 128 * 16
@@ -53,8 +56,33 @@ def chunk_of(chunk, expert_offsets_ptr, E, CHUNK: tl.constexpr, E_PADDED: tl.con
     return e, index
 
 
+class _Sizes(NamedTuple):
+    """Experts, sums along each side, and tiles of the small side."""
+
+    E: Any
+    SMALL: Any
+    WIDE: Any
+    num_s: Any
+
+
+class _Tile(NamedTuple):
+    """Constants of the kernel.
+
+    Attributes:
+        SMALL, WIDE: a program's tile of the output.
+        EXPERTS: experts whose tiles a program computes.
+        CHUNK: as in the legend. E_PADDED: E, padded to a power of two.
+    """
+
+    SMALL: Any
+    WIDE: Any
+    EXPERTS: Any
+    CHUNK: Any
+    E_PADDED: Any
+
+
 @triton.jit
-def _parts(partial_ptrs, e, second_chunk, first, chunks, offs_w, WIDE, mask_s, stride_pc):
+def _parts(partial_ptrs, e, second_chunk, first, chunks, offs_w, WIDE, mask_s, stride_c):
     """Tiles of partial sums of TOGETHER chunks of expert e, from its chunk `first` on.
 
     Past the expert's last chunk, tiles are zero. second_chunk: index of its second chunk in
@@ -65,52 +93,54 @@ def _parts(partial_ptrs, e, second_chunk, first, chunks, offs_w, WIDE, mask_s, s
         c = first + u
         chunk = tl.where(c == 0, e, second_chunk + c - 1).to(tl.int64)
         mask = (offs_w < tl.where(c < chunks, WIDE, 0))[:, None] & mask_s
-        parts += (tl.load(partial_ptrs + chunk * stride_pc, mask=mask, other=0.0),)
+        parts += (tl.load(partial_ptrs + chunk * stride_c, mask=mask, other=0.0),)
     return parts
 
 
 @triton.jit
-def _sum_chunks_kernel(
-    expert_offsets_ptr, partial_ptr, out_ptr, E, SMALL, WIDE, num_s,
-    stride_pc, stride_ps, stride_pw, stride_oe, stride_os, stride_ow,
-    CHUNK: tl.constexpr, E_PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_SMALL: tl.constexpr,
-    BLOCK_WIDE: tl.constexpr,
-):  # fmt: skip
-    """Grid [tiles of wide * tiles of small, E / EXPERTS]: one output tile of EXPERTS experts."""
-    first = tl.program_id(1) * EXPERTS
-    experts = first + tl.arange(0, EXPERTS)
-    starts = tl.load(expert_offsets_ptr + experts, mask=experts < E, other=0)
-    ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < E, other=0)
+def _sum_chunks_kernel(expert_offsets_ptr, partial, out, sizes, TILE):
+    """Grid [tiles of wide * tiles of small, E / EXPERTS]: one output tile of EXPERTS experts.
+
+    partial and out: their columns are the small side, their depth is the wide side. partial has a
+    chunk in the place of an expert.
+    """
+    first = tl.program_id(1) * TILE.EXPERTS
+    experts = first + tl.arange(0, TILE.EXPERTS)
+    starts = tl.load(expert_offsets_ptr + experts, mask=experts < sizes.E, other=0)
+    ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < sizes.E, other=0)
     # if routing is even, most programs return here
-    if tl.max(ends - starts, axis=0) <= CHUNK:
+    if tl.max(ends - starts, axis=0) <= TILE.CHUNK:
         return
-    further = _further_chunks(expert_offsets_ptr, E, CHUNK, E_PADDED)
-    offs_s = tl.program_id(0) % num_s * BLOCK_SMALL + tl.arange(0, BLOCK_SMALL)
-    offs_w = tl.program_id(0) // num_s * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    mask_s = (offs_s < SMALL)[None, :]
-    partial_ptrs = partial_ptr + offs_s[None, :] * stride_ps + offs_w[:, None] * stride_pw
-    out_ptrs = (
-        out_ptr
-        + offs_s.to(tl.int64)[None, :] * stride_os
-        + offs_w.to(tl.int64)[:, None] * stride_ow
-    )
-    for e in range(first, tl.minimum(first + EXPERTS, E)):
+    further = _further_chunks(expert_offsets_ptr, sizes.E, TILE.CHUNK, TILE.E_PADDED)
+    offs_s = tl.program_id(0) % sizes.num_s * TILE.SMALL + tl.arange(0, TILE.SMALL)
+    offs_w = tl.program_id(0) // sizes.num_s * TILE.WIDE + tl.arange(0, TILE.WIDE)
+    mask_s = (offs_s < sizes.SMALL)[None, :]
+    partial_ptrs = partial.ptr + offs_s[None, :] * partial.stride_n
+    partial_ptrs += offs_w[:, None] * partial.stride_k
+    out_ptrs = out.ptr + offs_s.to(tl.int64)[None, :] * out.stride_n
+    out_ptrs += offs_w.to(tl.int64)[:, None] * out.stride_k
+    for e in range(first, tl.minimum(first + TILE.EXPERTS, sizes.E)):
         rows = tl.load(expert_offsets_ptr + e + 1) - tl.load(expert_offsets_ptr + e)
-        if rows > CHUNK:
-            second = E + tl.sum(tl.where(tl.arange(0, E_PADDED) < e, further, 0), axis=0)
-            chunks = (rows + CHUNK - 1) // CHUNK
-            acc = tl.zeros((BLOCK_WIDE, BLOCK_SMALL), dtype=tl.float32)
-            parts = _parts(partial_ptrs, e, second, 0, chunks, offs_w, WIDE, mask_s, stride_pc)
+        if rows > TILE.CHUNK:
+            earlier = tl.arange(0, TILE.E_PADDED) < e
+            second = sizes.E + tl.sum(tl.where(earlier, further, 0), axis=0)
+            chunks = (rows + TILE.CHUNK - 1) // TILE.CHUNK
+            acc = tl.zeros((TILE.WIDE, TILE.SMALL), dtype=tl.float32)
+            parts = _parts(
+                partial_ptrs, e, second, 0, chunks, offs_w, sizes.WIDE, mask_s, partial.stride_e
+            )
             for c in range(0, chunks, TOGETHER):
                 ahead = _parts(
-                    partial_ptrs, e, second, c + TOGETHER, chunks, offs_w, WIDE, mask_s, stride_pc
-                )
+                    partial_ptrs, e, second, c + TOGETHER, chunks, offs_w, sizes.WIDE, mask_s,
+                    partial.stride_e,
+                )  # fmt: skip
                 for u in tl.static_range(TOGETHER):
                     acc += parts[u]
                 parts = ahead
             # int64: an expert index times a stride passes 2**31
-            ptrs = out_ptrs + tl.cast(e, tl.int64) * stride_oe
-            tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_w < WIDE)[:, None] & mask_s)
+            ptrs = out_ptrs + tl.cast(e, tl.int64) * out.stride_e
+            mask = (offs_w < sizes.WIDE)[:, None] & mask_s
+            tl.store(ptrs, acc.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 def chunk_rows(M: int, E: int, tiles: int, block_m: int, arch: int) -> int:
@@ -155,16 +185,17 @@ def sum_chunks(
     tiles = ceil_div(WIDE, block_wide) * num_s
     experts = power_of_2(ceil_div(E * tiles, SUM_PROGRAMS))
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        constants = {
-            "CHUNK": chunk,
-            "E_PADDED": power_of_2(E),
-            "EXPERTS": experts,
-            "BLOCK_SMALL": block_small,
-            "BLOCK_WIDE": block_wide,
-        }
-        return tensors, (E, SMALL, WIDE, num_s, *partial.stride(), *strides), constants
+    def arguments() -> tuple[tuple, tuple, dict]:
+        tile = _Tile(
+            SMALL=block_small,
+            WIDE=block_wide,
+            EXPERTS=experts,
+            CHUNK=chunk,
+            E_PADDED=power_of_2(E),
+        )
+        sums = Weight(partial, *partial.stride()), Weight(out, *strides)
+        return (routing.expert_offsets, *sums), (_Sizes(E, SMALL, WIDE, num_s),), {"TILE": tile}
 
     key = "sum", E, SMALL, WIDE, partial.stride(), strides, out.dtype, chunk, experts
     tensors = routing.expert_offsets, partial, out
-    launch(key, _sum_chunks_kernel, (tiles, ceil_div(E, experts), 1), tensors, rest)
+    launch(key, _sum_chunks_kernel, (tiles, ceil_div(E, experts), 1), tensors, arguments)
