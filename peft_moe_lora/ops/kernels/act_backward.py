@@ -9,6 +9,8 @@ epilogue of the product, took 700 us (H200, 2026-11-21; docs/performance.md). Th
 `sm90.act_backward_outer` computes dpre and dw, too, and the rank-r products of dpre and act.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,73 +18,90 @@ import triton.language as tl
 from ..activation import Activation
 from ..routing import Routing
 from .launching.launch import facts, launch
-from .launching.table import ceil_div, device_facts, find, power_of_2
+from .launching.table import ceil_div, device_facts, find, options_of, power_of_2
 from .operands import Act, Bias, Operand
-from .tiles.activation import activate_backward, activate_plain_backward, activation_constants
+from .tiles.activation import activate_backward, activate_plain_backward
 from .tiles.bias import bias_times_dout
 from .tiles.eights import as_eights, by_8
-from .tiles.tile import strides_or_zeros
+
+
+class _Sizes(NamedTuple):
+    """Experts, columns of act, and columns of the bias."""
+
+    E: Any
+    I: Any  # noqa: E741
+    H: Any
+
+
+class _Tile(NamedTuple):
+    """Constants of the kernel.
+
+    Attributes:
+        M, I: rows of a program, and columns of act in a step of its loop.
+        E_PADDED: E, padded to a power of two.
+        BY_8: as in `tiles.eights`.
+    """
+
+    M: Any
+    I: Any  # noqa: E741
+    E_PADDED: Any
+    BY_8: Any
 
 
 @triton.jit(do_not_specialize=["M"])
 def _act_backward_kernel(
-    draw_ptr, pre_ptr, top_k_weights_ptr, bias_ptr, dout_ptr, row_token_ptr, row_slot_ptr,
-    expert_offsets_ptr,
-    dpre_ptr, dw_ptr, M, E, I, H,  # noqa: E741
-    stride_prem, stride_pren, stride_biase, stride_biasn, stride_dm, stride_dh,
-    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr, UP_SHIFT: tl.constexpr, E_PADDED: tl.constexpr, BY_8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+    draw_ptr, pre, top_k_weights_ptr, bias, dout, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
+    dpre_ptr, dw_ptr, M, sizes, TILE, ACT,
 ):  # fmt: skip
-    """Grid [M / BLOCK_M]: whole rows. act is written over draw; dw of a sentinel's row is 0."""
-    ACT: tl.constexpr = Act(KIND, GATED, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT, 1)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    routed = offs_m < tl.load(expert_offsets_ptr + E)
+    """Grid [M / TILE.M]: whole rows. act is written over draw; dw of a sentinel's row is 0."""
+    offs_m = tl.program_id(0) * TILE.M + tl.arange(0, TILE.M)
+    routed = offs_m < tl.load(expert_offsets_ptr + sizes.E)
     slots = tl.load(row_slot_ptr + offs_m, mask=offs_m < M, other=0)
     w = tl.load(top_k_weights_ptr + slots, mask=routed, other=0.0).to(tl.float32)[:, None]
     rows = offs_m.to(tl.int64)[:, None]
-    I = as_eights(I, BY_8)  # noqa: E741
-    stride_prem = as_eights(stride_prem, BY_8)
-    N = 2 * I if GATED else I
-    dw = tl.zeros((BLOCK_M, BLOCK_I), dtype=tl.float32)
-    for i in range(0, I, BLOCK_I):
-        cols = (i + tl.arange(0, BLOCK_I))[None, :]
+    I = as_eights(sizes.I, TILE.BY_8)  # noqa: E741
+    stride_m = as_eights(pre.stride_m, TILE.BY_8)
+    N = 2 * I if ACT.GATED else I
+    dw = tl.zeros((TILE.M, TILE.I), dtype=tl.float32)
+    for i in range(0, I, TILE.I):
+        cols = (i + tl.arange(0, TILE.I))[None, :]
         mask = routed[:, None] & (cols < I)
         draw_ptrs = draw_ptr + rows * I + cols
         draw = tl.load(draw_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if GATED:
-            pre_ptrs = pre_ptr + rows * stride_prem
-            if INTERLEAVED:
+        if ACT.GATED:
+            pre_ptrs = pre.ptr + rows * stride_m
+            if ACT.INTERLEAVED:
                 # gate and up are loaded as pairs: a load of gate alone would not be coalesced
-                pair_cols = (2 * i + tl.arange(0, 2 * BLOCK_I))[None, :]
+                pair_cols = (2 * i + tl.arange(0, 2 * TILE.I))[None, :]
                 mask_pairs = routed[:, None] & (pair_cols < 2 * I)
-                pairs = tl.load(pre_ptrs + pair_cols * stride_pren, mask=mask_pairs, other=0.0)
-                gate, up = pairs.reshape(BLOCK_M, BLOCK_I, 2).split()
+                pairs = tl.load(pre_ptrs + pair_cols * pre.stride_k, mask=mask_pairs, other=0.0)
+                gate, up = pairs.reshape(TILE.M, TILE.I, 2).split()
             else:
-                gate = tl.load(pre_ptrs + cols * stride_pren, mask=mask, other=0.0)
-                up = tl.load(pre_ptrs + (I + cols) * stride_pren, mask=mask, other=0.0)
+                gate = tl.load(pre_ptrs + cols * pre.stride_k, mask=mask, other=0.0)
+                up = tl.load(pre_ptrs + (I + cols) * pre.stride_k, mask=mask, other=0.0)
             act, dgate, dup = activate_backward(
                 gate.to(tl.float32), up.to(tl.float32), w * draw, ACT
             )
             dgate = dgate.to(dpre_ptr.dtype.element_ty)
             dup = dup.to(dpre_ptr.dtype.element_ty)
-            if INTERLEAVED:
+            if ACT.INTERLEAVED:
                 dpre_ptrs = dpre_ptr + rows * N + pair_cols
                 tl.store(dpre_ptrs, tl.interleave(dgate, dup), mask=mask_pairs)
             else:
                 tl.store(dpre_ptr + rows * N + cols, dgate, mask=mask)
                 tl.store(dpre_ptr + rows * N + I + cols, dup, mask=mask)
         else:
-            pre = tl.load(pre_ptr + rows * stride_prem + cols * stride_pren, mask=mask, other=0.0)
-            act, dpre = activate_plain_backward(pre.to(tl.float32), w * draw, ACT)
+            pre_ptrs = pre.ptr + rows * stride_m + cols * pre.stride_k
+            plain = tl.load(pre_ptrs, mask=mask, other=0.0)
+            act, dpre = activate_plain_backward(plain.to(tl.float32), w * draw, ACT)
             tl.store(dpre_ptr + rows * N + cols, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
         tl.store(draw_ptrs, act.to(draw_ptr.dtype.element_ty), mask=mask)
         dw += act * draw
     dw = tl.sum(dw, axis=1)
-    if bias_ptr is not None:
+    if bias.ptr is not None:
         dw += bias_times_dout(
-            Bias(bias_ptr, stride_biase, stride_biasn), Operand(dout_ptr, stride_dm, stride_dh),
-            row_token_ptr, expert_offsets_ptr, offs_m, routed, E, H, E_PADDED, BLOCK_I,
+            bias, dout, row_token_ptr, expert_offsets_ptr, offs_m, routed, sizes.E, sizes.H,
+            TILE.E_PADDED, TILE.I,
         )  # fmt: skip
     tl.store(dw_ptr + slots, dw, mask=offs_m < M)
 
@@ -127,16 +146,30 @@ def expert_act_backward(
         # half as many columns, because a load of pairs is twice as wide
         blocks = {**blocks, "BLOCK_I": blocks["BLOCK_I"] // 2}
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        strides = *pre.stride(), *strides_or_zeros(bias, 2), *strides_or_zeros(dout, 2)
-        constants = activation_constants(activation) | {"E_PADDED": power_of_2(E)} | blocks
-        constants["BY_8"] = by_8(draw, pre)
-        return tensors, (E, I, H, *strides), constants
+    weights = top_k_weights.contiguous()
 
-    key = "act_backward", facts(pre, dout, bias), top_k_weights.dtype, E, I, H, activation
+    def arguments() -> tuple[tuple, tuple, dict]:
+        tile = _Tile(
+            M=blocks["BLOCK_M"],
+            I=blocks["BLOCK_I"],
+            E_PADDED=power_of_2(E),
+            BY_8=by_8(draw, pre),
+        )
+        operands = (
+            draw, Operand.of(pre), weights, Bias.of(bias), Operand.of(dout), routing.row_token,
+            routing.row_slot, routing.expert_offsets, dpre, d_top_k_weights,
+        )  # fmt: skip
+        return (
+            operands,
+            (_Sizes(E, I, H),),
+            {"TILE": tile, "ACT": Act.of(activation), **options_of(blocks)},
+        )
+
+    key = "act_backward", facts(pre, dout, bias), weights.dtype, E, I, H, activation
     tensors = (
-        draw, pre, top_k_weights.contiguous(), bias, dout, routing.row_token, routing.row_slot,
+        draw, pre, weights, bias, dout, routing.row_token, routing.row_slot,
         routing.expert_offsets, dpre, d_top_k_weights,
     )  # fmt: skip
-    launch(key, _act_backward_kernel, (ceil_div(M, blocks["BLOCK_M"]), 1, 1), tensors, rest, (M,))
+    grid = ceil_div(M, blocks["BLOCK_M"]), 1, 1
+    launch(key, _act_backward_kernel, grid, tensors, arguments, (M,))
     return dpre, draw, d_top_k_weights

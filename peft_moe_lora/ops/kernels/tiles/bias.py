@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def bias_times_dout(
-    bias, dout, row_token_ptr, expert_offsets_ptr, rows, routed, E, H,
-    E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    bias, dout, row_token_ptr, expert_offsets_ptr, rows, routed, E, H, E_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """<bias[e], dout[t]> for each of `rows` [M]: [M] fp32, 0 where `routed` [M] is false.
 
