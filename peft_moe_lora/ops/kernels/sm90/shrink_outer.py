@@ -17,13 +17,15 @@ Legend:
         most one row
     rows [STAGES, ROWS, 64], tails [STAGES, TAIL, 64]: each step's columns of the chunk's first ROWS
         rows and of its other rows; zeros if the chunk has fewer rows
-    lora_A [STAGES, 64, RANKS]: each step's columns of A[e]
+    columns_A [STAGES, 64, RANKS]: each step's columns of A[e]
     right [ROWS, RANKS], right_tail [TAIL, RANKS]: w[m] * right[m] of the same rows
     width: columns of xa and right in memory, of which those past rank r are zeros
     RANKS: r rounded up to the columns of a tile
     partial_ptr [max_chunks, K, r] fp32: the sums of each chunk; used only for experts with several
         chunks
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -37,7 +39,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...routing import Routing
 from ..launching.launch import facts, launch
-from ..launching.table import power_of_2
+from ..launching.table import options_of, power_of_2
+from ..operands import Operand, Weight
 from ..tiles.chunks import sum_chunks
 from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
 
@@ -59,16 +62,15 @@ def _columns_left(left):
 
 
 @gluon.jit
-def _row_pointers(
-    x_ptr, row_token_ptr, first_row, end, stride_xm, GATHER: gl.constexpr, ROWS: gl.constexpr
-):
+def _row_pointers(x, row_token_ptr, first_row, end, GATHER: gl.constexpr, ROWS: gl.constexpr):
     """(pointers [ROWS, 64] to the first 64 columns, mask [ROWS, 1] of the rows before end)."""
     offs_m = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS))
     rows = offs_m
     if GATHER:
         rows = gl.load(row_token_ptr + offs_m, mask=offs_m < end, other=0)
     cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, BY_ROWS))
-    return x_ptr + rows.to(gl.int64)[:, None] * stride_xm + cols[None, :], (offs_m < end)[:, None]
+    ptrs = x.ptr + rows.to(gl.int64)[:, None] * x.stride_m + cols[None, :]
+    return ptrs, (offs_m < end)[:, None]
 
 
 @gluon.jit
@@ -101,22 +103,51 @@ def _store_xa(xa_ptr, acc, scaling, first_row, end, r, width):
     )
 
 
+class _Sizes(NamedTuple):
+    """Experts, columns of x, rank, and columns of xa and right in memory."""
+
+    E: Any
+    K: Any
+    r: Any
+    width: Any
+
+
+class _Tile(NamedTuple):
+    """Constants of the kernel.
+
+    Attributes:
+        ROWS, TAIL, RANKS: as in the legend.
+        STAGES: of the pipeline.
+        E_PADDED: E, padded to a power of two.
+        GATHER: whether x is gathered.
+    """
+
+    ROWS: Any
+    TAIL: Any
+    RANKS: Any
+    STAGES: Any
+    E_PADDED: Any
+    GATHER: Any
+
+
 @gluon.jit
 def _shrink_outer_kernel(
-    x_ptr, lora_A_ptr, right_ptr, row_weights_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr,
-    xa_ptr, partial_ptr, out_ptr, E, K, r, width, scaling,
-    stride_xm, stride_ae, stride_ar, stride_ak, stride_oe, stride_ok, stride_or,
-    E_PADDED: gl.constexpr, GATHER: gl.constexpr, RANKS: gl.constexpr, ROWS: gl.constexpr,
-    TAIL: gl.constexpr, STAGES: gl.constexpr,
+    x, lora_A, right_ptr, row_weights_ptr, row_token_ptr, row_slot_ptr, expert_offsets_ptr, xa_ptr,
+    partial_ptr, out, sizes, scaling, TILE,
 ):  # fmt: skip
     """Grid [max_chunks]. Sums of an expert with one chunk or without rows are stored to out."""
-    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    _, K, r, width = sizes
+    ROWS: gl.constexpr = TILE.ROWS
+    TAIL: gl.constexpr = TILE.TAIL
+    RANKS: gl.constexpr = TILE.RANKS
+    STAGES: gl.constexpr = TILE.STAGES
+    dtype: gl.constexpr = x.ptr.dtype.element_ty
     NARROW: gl.constexpr = narrow(RANKS)
     # layout of wgmma's sums
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANKS, 16])
     chunk = gl.program_id(0)
-    e, index = chunk_of(chunk, expert_offsets_ptr, E, ROWS + TAIL, E_PADDED, BY_EXPERT)
-    if e >= E:
+    e, index = chunk_of(chunk, expert_offsets_ptr, sizes.E, ROWS + TAIL, TILE.E_PADDED, BY_EXPERT)
+    if e >= sizes.E:
         return
     first_row = gl.load(expert_offsets_ptr + e)
     end = gl.load(expert_offsets_ptr + e + 1)
@@ -130,14 +161,12 @@ def _shrink_outer_kernel(
 
     rows = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], WIDE)
     tails = gl.allocate_shared_memory(dtype, [STAGES, TAIL, BLOCK_K], WIDE)
-    lora_A = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, RANKS], NARROW)
+    columns_A = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, RANKS], NARROW)
     right = gl.allocate_shared_memory(dtype, [ROWS, RANKS], NARROW)
     right_tail = gl.allocate_shared_memory(dtype, [TAIL, RANKS], NARROW)
 
-    x_ptrs, mask_x = _row_pointers(x_ptr, row_token_ptr, first_row, end, stride_xm, GATHER, ROWS)
-    tail_ptrs, mask_tail = _row_pointers(
-        x_ptr, row_token_ptr, tail_row, end, stride_xm, GATHER, TAIL
-    )
+    x_ptrs, mask_x = _row_pointers(x, row_token_ptr, first_row, end, TILE.GATHER, ROWS)
+    tail_ptrs, mask_tail = _row_pointers(x, row_token_ptr, tail_row, end, TILE.GATHER, TAIL)
     for i in gl.static_range(STAGES - 1):
         mask_k = _columns_left(K - i * BLOCK_K)
         load_rows(rows.index(i), x_ptrs, mask_x & mask_k)
@@ -147,7 +176,7 @@ def _shrink_outer_kernel(
         tail_ptrs += BLOCK_K
     a_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, BY_FOUR)).to(gl.int64)[:, None]
     a_r = gl.arange(0, RANKS, gl.SliceLayout(0, BY_FOUR)).to(gl.int64)[None, :]
-    a_ptrs = lora_A_ptr + e * stride_ae + a_r * stride_ar + a_k * stride_ak
+    a_ptrs = lora_A.ptr + e * lora_A.stride_e + a_r * lora_A.stride_n + a_k * lora_A.stride_k
     a = gl.load(a_ptrs, mask=(a_r < r) & (a_k < K), other=0.0)
     _store_right(right, right_ptr, row_weights_ptr, row_slot_ptr, first_row, end, width)
     _store_right(right_tail, right_ptr, row_weights_ptr, row_slot_ptr, tail_row, end, width)
@@ -155,7 +184,7 @@ def _shrink_outer_kernel(
     out_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, SUMS)).to(gl.int64)[:, None]
     out_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS)).to(gl.int64)[None, :]
     exists = (out_r < r) & (out_k >= 0)
-    out_ptrs = out_ptr + e * stride_oe + out_r * stride_or + out_k * stride_ok
+    out_ptrs = out.ptr + e * out.stride_e + out_r * out.stride_k + out_k * out.stride_n
     partial_ptrs = partial_ptr + chunk.to(gl.int64) * K * r + out_k * r + out_r
     acc = gl.zeros([ROWS, RANKS], gl.float32, SUMS)
     acc_tail = gl.zeros([TAIL, RANKS], gl.float32, SUMS)
@@ -163,7 +192,7 @@ def _shrink_outer_kernel(
     for i in range(steps):
         s = i % STAGES
         ahead = i + STAGES - 1
-        lora_A.index(s).store(a.to(dtype))
+        columns_A.index(s).store(a.to(dtype))
         async_copy.wait_group(STAGES - 2)
         # the fence makes what threads wrote visible to wgmma. After the barrier all products of the
         # previous step are done, so the next loads may overwrite their operands
@@ -175,16 +204,16 @@ def _shrink_outer_kernel(
         async_copy.commit_group()
         x_ptrs += BLOCK_K
         tail_ptrs += BLOCK_K
-        a_ptrs += BLOCK_K * stride_ak
+        a_ptrs += BLOCK_K * lora_A.stride_k
         a = gl.load(a_ptrs, mask=(a_r < r) & (a_k < K - (i + 1) * BLOCK_K), other=0.0)
-        x = rows.index(s)
+        step_rows = rows.index(s)
         tail = tails.index(s)
         # [M, K] @ [K, R] -> [M, R]
-        acc = warpgroup_mma(x, lora_A.index(s), acc, is_async=True)
-        acc_tail = warpgroup_mma(tail, lora_A.index(s), acc_tail, is_async=True)
+        acc = warpgroup_mma(step_rows, columns_A.index(s), acc, is_async=True)
+        acc_tail = warpgroup_mma(tail, columns_A.index(s), acc_tail, is_async=True)
         # [K, M] @ [M, R] -> [K, R]
         outer = gl.zeros([BLOCK_K, RANKS], gl.float32, SUMS)
-        outer = warpgroup_mma(x.permute([1, 0]), right, outer, is_async=True)
+        outer = warpgroup_mma(step_rows.permute([1, 0]), right, outer, is_async=True)
         outer = warpgroup_mma(tail.permute([1, 0]), right_tail, outer, is_async=True)
         acc, acc_tail, outer = warpgroup_mma_wait(0, deps=[acc, acc_tail, outer])
         mask_out = exists & (out_k < K - i * BLOCK_K)
@@ -193,7 +222,7 @@ def _shrink_outer_kernel(
         else:
             gl.store(out_ptrs, outer, mask=mask_out)
         partial_ptrs += BLOCK_K * r
-        out_ptrs += BLOCK_K * stride_ok
+        out_ptrs += BLOCK_K * out.stride_n
     _store_xa(xa_ptr, acc, scaling, first_row, end, r, width)
     _store_xa(xa_ptr, acc_tail, scaling, tail_row, end, r, width)
 
@@ -237,17 +266,27 @@ def shrink_outer(
     if row_weights is not None:
         weights = row_weights.contiguous()
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        constants = {"E_PADDED": power_of_2(E), "GATHER": gather, "RANKS": ranks_for(r), **blocks}
-        strides = x.stride(0), *lora_A.stride(), *out.stride()
-        return tensors, (E, K, r, width, scaling, *strides), constants
+    def arguments() -> tuple[tuple, tuple, dict]:
+        tile = _Tile(
+            ROWS=blocks["ROWS"],
+            TAIL=blocks["TAIL"],
+            RANKS=ranks_for(r),
+            STAGES=blocks["STAGES"],
+            E_PADDED=power_of_2(E),
+            GATHER=gather,
+        )
+        operands = (
+            Operand.of(x), Weight.of(lora_A), right, weights, routing.row_token, routing.row_slot,
+            routing.expert_offsets, xa, partial, Weight.of(out),
+        )  # fmt: skip
+        return operands, (_Sizes(E, K, r, width), scaling), {"TILE": tile, **options_of(blocks)}
 
     key = "shrink_outer", facts(x, lora_A, weights, out), E, K, r, scaling, gather, chunk
     tensors = (
         x, lora_A, right, weights, routing.row_token, routing.row_slot, routing.expert_offsets, xa,
         partial, out,
     )  # fmt: skip
-    launch(key, _shrink_outer_kernel, (max_chunks, 1, 1), tensors, rest)
+    launch(key, _shrink_outer_kernel, (max_chunks, 1, 1), tensors, arguments)
     if several:
         strides = out.stride(0), out.stride(2), out.stride(1)
         sum_chunks(partial.transpose(1, 2), routing, out, strides, chunk)
