@@ -45,9 +45,9 @@ from ...activation import Activation
 from ...operations import RankRows
 from ...routing import Routing
 from ..launching.launch import facts, launch
-from ..launching.table import ceil_div, power_of_2
-from ..operands import Act, Weight
-from ..tiles.activation import activate_backward, activation_constants
+from ..launching.table import ceil_div, options_of, power_of_2
+from ..operands import Act, Operand, Weight
+from ..tiles.activation import activate_backward
 from ..tiles.chunks import chunk_rows, sum_chunks
 from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
 from .sum_panels import HALF_PANEL, sum_panels
@@ -170,9 +170,7 @@ def _load_quarter(staged, s, draw_ptrs, pre_ptrs, quarter, stride_prem, INTERLEA
 
 
 @gluon.jit
-def _activate_side(
-    staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m, ACT: gl.constexpr
-):
+def _activate_side(staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m, ACT):
     """Compute act and dpre of a side of interleaved gate and up.
 
     Stores dpre, and puts dpre and act into shared memory for wgmma.
@@ -196,9 +194,7 @@ def _activate_side(
 
 
 @gluon.jit
-def _activate_quarter(
-    staged, s, w_smem, dw_ptr, dpre_ptrs, quarter, M, operands, ACT: gl.constexpr
-):
+def _activate_quarter(staged, s, w_smem, dw_ptr, dpre_ptrs, quarter, M, operands, ACT):
     """Compute act and dpre of the quarter in stage s.
 
     Stores dpre and the quarter's part of dw, and puts dpre and act into shared memory for wgmma.
@@ -297,15 +293,14 @@ def _store_all_sums(sums, columns, dA, dB, partial, several, chunk, e, I, r):  #
 
     Args:
         dA: `operands.Weight` of [E, I, r]. dB: of [E, N, r].
-        partial: pointers (partial_A, partial_B).
+        partial: `_Partial`.
     """
-    partial_A_ptr, partial_B_ptr = partial
     col, other, n00, n01, n10, n11 = columns
     base_A = dA.ptr + e * dA.stride_e
     base_B = dB.ptr + e * dB.stride_e
     if several:
-        base_A = partial_A_ptr + chunk.to(gl.int64) * I * r
-        base_B = partial_B_ptr + chunk.to(gl.int64) * 2 * I * r
+        base_A = partial.A + chunk.to(gl.int64) * I * r
+        base_B = partial.B + chunk.to(gl.int64) * 2 * I * r
     step_A = gl.where(several, r, dA.stride_n).to(gl.int64)
     step_B = gl.where(several, r, dB.stride_n).to(gl.int64)
     rank_A = gl.where(several, 1, dA.stride_k).to(gl.int64)
@@ -380,31 +375,70 @@ def _multiply_step(halves, factors, sums, at):
     return yb, (dB00, dB01, dB10, dB11, dA0, dA1)
 
 
+class _Partial(NamedTuple):
+    """Pointers of partial sums, as in the legend."""
+
+    dw: Any
+    yb: Any
+    A: Any
+    B: Any
+
+
+class _RankRows(NamedTuple):
+    """Pointers of right and xa, [M, width] each, contiguous."""
+
+    right: Any
+    xa: Any
+
+
+class _Sizes(NamedTuple):
+    """Experts, columns of act, rank, and columns of rank-r rows in memory."""
+
+    E: Any
+    I: Any  # noqa: E741
+    r: Any
+    width: Any
+
+
+class _Tile(NamedTuple):
+    """Constants of the kernel.
+
+    Attributes:
+        CHUNK: as in `tiles.chunks`.
+        PANELS: panels of act.
+        E_PADDED: E, padded to a power of two.
+        RANKS: r, padded to the columns of a tile.
+    """
+
+    CHUNK: Any
+    PANELS: Any
+    E_PADDED: Any
+    RANKS: Any
+
+
 @gluon.jit(do_not_specialize=["M"])
 def _act_backward_outer_kernel(
-    draw_ptr, pre_ptr, top_k_weights_ptr, right_ptr, xa_ptr, lora_B_ptr, row_slot_ptr,
-    expert_offsets_ptr, dpre_ptr, partial_dw_ptr, partial_yb_ptr, partial_A_ptr, dA_ptr,
-    partial_B_ptr, dB_ptr, M, E, I, r, width,  # noqa: E741
-    stride_prem, stride_be, stride_bk, stride_br, stride_ae, stride_ar, stride_ak, stride_de,
-    stride_dk, stride_dr,
-    CHUNK: gl.constexpr, PANELS: gl.constexpr, E_PADDED: gl.constexpr, INTERLEAVED: gl.constexpr,
-    RANKS: gl.constexpr, KIND: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr,
-    UP_SHIFT: gl.constexpr,
+    draw_ptr, pre, top_k_weights_ptr, rank_rows, lora_B, row_slot_ptr, expert_offsets_ptr, dpre_ptr,
+    partial, dA, dB, M, sizes, TILE, ACT,
 ):  # fmt: skip
     """Grid [max_chunks * PANELS].
 
     The sums of an expert with one chunk or without rows are written to dA and dB directly.
     """
-    ACT: gl.constexpr = Act(KIND, True, INTERLEAVED, LIMIT, ALPHA, UP_SHIFT, 1)
-    dtype: gl.constexpr = pre_ptr.dtype.element_ty
+    _, I, r, width = sizes  # noqa: E741
+    CHUNK: gl.constexpr = TILE.CHUNK
+    PANELS: gl.constexpr = TILE.PANELS
+    RANKS: gl.constexpr = TILE.RANKS
+    INTERLEAVED: gl.constexpr = ACT.INTERLEAVED
+    dtype: gl.constexpr = pre.ptr.dtype.element_ty
     NARROW: gl.constexpr = narrow(RANKS)
     # layout of wgmma's sums: each of the two groups of four warps has all rows, and half of the
     # ranks
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, RANKS // 2, 16])
     chunk = gl.program_id(0) // PANELS
     panel = gl.program_id(0) % PANELS
-    e, index = chunk_of(chunk, expert_offsets_ptr, E, CHUNK, E_PADDED, BY_ROW)
-    if e >= E:
+    e, index = chunk_of(chunk, expert_offsets_ptr, sizes.E, CHUNK, TILE.E_PADDED, BY_ROW)
+    if e >= sizes.E:
         return
     start = gl.load(expert_offsets_ptr + e)
     end = gl.load(expert_offsets_ptr + e + 1)
@@ -422,7 +456,7 @@ def _act_backward_outer_kernel(
     draw_ptrs = draw_ptr + draw_m.to(gl.int64)[:, None] * I + draw_c[None, :]
     offs_m = start + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
     offs_n = panel_columns.n00 + gl.arange(0, COLS, gl.SliceLayout(0, BY_ELEMENTS))
-    pre_ptrs = pre_ptr + offs_m.to(gl.int64)[:, None] * stride_prem + offs_n[None, :]
+    pre_ptrs = pre.ptr + offs_m.to(gl.int64)[:, None] * pre.stride_m + offs_n[None, :]
     dpre_ptrs = dpre_ptr + offs_m.to(gl.int64)[:, None] * (2 * I) + offs_n[None, :]
     staged0 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
     staged1 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
@@ -431,9 +465,9 @@ def _act_backward_outer_kernel(
     left = end - start
     zero = start * 0
     first = _Quarter(zero, zero, left, col, I)
-    _load_quarter(staged, 0, draw_ptrs, pre_ptrs, first, stride_prem, INTERLEAVED)
+    _load_quarter(staged, 0, draw_ptrs, pre_ptrs, first, pre.stride_m, INTERLEAVED)
     second = _Quarter(zero, zero + 1, left, col, I)
-    _load_quarter(staged, 1, draw_ptrs, pre_ptrs, second, stride_prem, INTERLEAVED)
+    _load_quarter(staged, 1, draw_ptrs, pre_ptrs, second, pre.stride_m, INTERLEAVED)
 
     sides0 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
     sides1 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
@@ -457,17 +491,16 @@ def _act_backward_outer_kernel(
         row_slot_ptr + start + ROWS + rows, mask=start + ROWS + rows < end, other=0
     )
     w = gl.load(top_k_weights_ptr + slots, mask=start + rows < end, other=0.0)
-    lora_B = Weight(lora_B_ptr, stride_be, stride_bk, stride_br)
     _stage_B(factors, lora_B, e, panel_columns, r, dtype, RANKS)
     ws_flat.store(w.to(gl.float32))
 
     ints = gl.pointer_type(gl.int32)
-    dw_ptr = partial_dw_ptr + panel.to(gl.int64) * 2 * M + start
-    xa_pairs = xa_ptr.to(ints, bitcast=True)
-    right_pairs = right_ptr.to(ints, bitcast=True)
+    dw_ptr = partial.dw + panel.to(gl.int64) * 2 * M + start
+    xa_pairs = rank_rows.xa.to(ints, bitcast=True)
+    right_pairs = rank_rows.right.to(ints, bitcast=True)
     yb_m = gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
     yb_r = gl.arange(0, RANKS, gl.SliceLayout(0, SUMS))
-    yb_ptr = partial_yb_ptr + panel.to(gl.int64) * M * width
+    yb_ptr = partial.yb + panel.to(gl.int64) * M * width
 
     zeros = gl.zeros([COLS, RANKS], gl.float32, SUMS)
     # sums of dB at columns n00, n01, n10 and n11, and of dA at columns col and col + 64
@@ -492,7 +525,7 @@ def _act_backward_outer_kernel(
             # two quarters ahead: the same columns of the next 32 rows
             ahead = gl.where(s == 0, 2, s - 1)
             loaded = _Quarter(h + 1, c, left, col, I)
-            _load_quarter(staged, ahead, draw_ptrs, pre_ptrs, loaded, stride_prem, INTERLEAVED)
+            _load_quarter(staged, ahead, draw_ptrs, pre_ptrs, loaded, pre.stride_m, INTERLEAVED)
             # a thread computes only on elements that it copied itself, so no barrier is needed
             async_copy.wait_group(2)
             q = 2 * c + h
@@ -521,13 +554,10 @@ def _act_backward_outer_kernel(
         gl.store(yb_ptrs, yb, mask=(yb_m < left)[:, None] & (yb_r < width)[None, :])
         left -= ROWS
         draw_ptrs += ROWS * I
-        pre_ptrs += ROWS * stride_prem
+        pre_ptrs += ROWS * pre.stride_m
         dpre_ptrs += ROWS * 2 * I
         dw_ptr += ROWS
 
-    dA = Weight(dA_ptr, stride_ae, stride_ak, stride_ar)
-    dB = Weight(dB_ptr, stride_de, stride_dk, stride_dr)
-    partial = partial_A_ptr, partial_B_ptr
     _store_all_sums(sums, panel_columns, dA, dB, partial, several, chunk, e, I, r)
 
 
@@ -580,20 +610,28 @@ def act_backward_outer(
     partial_A = torch.empty(several * max_chunks, I, r, **fp32)
     partial_B = torch.empty(several * max_chunks, N, r, **fp32)
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        constants = activation_constants(activation)
-        del constants["GATED"]
-        constants |= {"E_PADDED": power_of_2(E), "CHUNK": chunk, "PANELS": panels}
-        constants["RANKS"] = ranks_for(r)
-        strides = pre.stride(0), *lora_B.stride(), *dA.stride(), *dB.stride()
-        return tensors, (E, I, r, width, *strides), constants | blocks
+    partial = _Partial(partial_dw, partial_yb, partial_A, partial_B)
+
+    def arguments() -> tuple[tuple, tuple, dict]:
+        tile = _Tile(CHUNK=chunk, PANELS=panels, E_PADDED=power_of_2(E), RANKS=ranks_for(r))
+        operands = (
+            draw, Operand.of(pre), weights, _RankRows(right, xa), Weight.of(lora_B),
+            routing.row_slot, routing.expert_offsets, dpre, partial,
+            Weight(dA, dA.stride(0), dA.stride(2), dA.stride(1)), Weight.of(dB),
+        )  # fmt: skip
+        return (
+            operands,
+            (_Sizes(E, I, r, width),),
+            {"TILE": tile, "ACT": Act.of(activation), **options_of(blocks)},
+        )
 
     key = "act_backward_outer", facts(pre, lora_B, weights, dA, dB), E, I, r, activation, chunk
     tensors = (
         draw, pre, weights, right, xa, lora_B, routing.row_slot, routing.expert_offsets, dpre,
-        partial_dw, partial_yb, partial_A, dA, partial_B, dB,
+        *partial, dA, dB,
     )  # fmt: skip
-    launch(key, _act_backward_outer_kernel, (max_chunks * panels, 1, 1), tensors, rest, (M,))
+    grid = max_chunks * panels, 1, 1
+    launch(key, _act_backward_outer_kernel, grid, tensors, arguments, (M,))
     sum_panels(partial_yb, partial_dw, routing, scaling, dout, bias, I, yb, dw)
     if several:
         sum_chunks(partial_A.transpose(1, 2), routing, dA, dA.stride(), chunk)

@@ -7,8 +7,6 @@ clamped. A new kind of activation needs a branch in `_f_and_df` and a branch in 
 import triton
 import triton.language as tl
 
-from ...activation import Activation
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -100,15 +98,3 @@ def activate_plain_backward(pre, dact, ACT):
     """(act, dpre) from an ungated pre-activation and dact, all [M, I]."""
     f, df = _f_and_df(pre, ACT)
     return f, dact * df
-
-
-def activation_constants(activation: Activation) -> dict:
-    """The fields of an activation as a kernel's constexprs."""
-    return {
-        "KIND": activation.kind,
-        "GATED": activation.gated,
-        "INTERLEAVED": activation.interleaved,
-        "LIMIT": activation.limit,
-        "ALPHA": activation.alpha,
-        "UP_SHIFT": activation.up_shift,
-    }
