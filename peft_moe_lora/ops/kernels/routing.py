@@ -14,36 +14,63 @@ Legend: S = T * top_k slots, in blocks of BLOCK. A sentinel (an id outside 0..E-
         kernels whose programs take output tiles from a queue. They reset it to 0 when they end.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..routing import Routing, table_memory
-from .launching.launch import launch
+from .launching.launch import facts, launch
 from .launching.table import block_m_for, ceil_div, device_facts, power_of_2
+from .operands import Operand
 
 BLOCK = 128
 TILES_BLOCK = 32
 
 
+class _Tables(NamedTuple):
+    """Pointers of what `_place_kernel` writes, the tensors of `Routing`."""
+
+    expert_offsets: Any
+    row_token: Any
+    row_slot: Any
+    slot_row: Any
+    tiles: Any
+
+
+class _Place(NamedTuple):
+    """Constants of `_place_kernel`.
+
+    Attributes:
+        BLOCK: slots of a program. BLOCK_E: slots that they are compared with at a time.
+        E_PADDED: E, padded to a power of two.
+        BLOCK_M: rows of a tile. TILES_BLOCK: lines of the tile table of a program.
+    """
+
+    BLOCK: Any
+    BLOCK_E: Any
+    E_PADDED: Any
+    BLOCK_M: Any
+    TILES_BLOCK: Any
+
+
 @triton.jit
-def _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k):
+def _load_ids(top_k_index, slots, S, E, top_k):
     """The expert of each slot: E for a sentinel; past the last slot -1, which is no id."""
-    offsets = (slots // top_k).to(tl.int64) * stride_t + (slots % top_k) * stride_k
-    ids = tl.load(top_k_index_ptr + offsets, mask=slots < S, other=-1)
+    offsets = (slots // top_k).to(tl.int64) * top_k_index.stride_m
+    offsets += (slots % top_k) * top_k_index.stride_k
+    ids = tl.load(top_k_index.ptr + offsets, mask=slots < S, other=-1)
     ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
     return tl.where(slots < S, ids, -1)
 
 
 @triton.jit(do_not_specialize=["S"])
-def _count_kernel(
-    top_k_index_ptr, counts_ptr, S, E, top_k, stride_t, stride_k,
-    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+def _count_kernel(top_k_index, counts_ptr, S, E, top_k, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     """Grid [blocks]: counts of one block, BLOCK_E experts at a time."""
     pid = tl.program_id(0)
     slots = pid * BLOCK + tl.arange(0, BLOCK)
-    ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
+    ids = _load_ids(top_k_index, slots, S, E, top_k)
     for e0 in range(0, E + 1, BLOCK_E):
         experts = e0 + tl.arange(0, BLOCK_E)
         counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
@@ -92,23 +119,18 @@ def _write_tiles(
 
 
 @triton.jit(do_not_specialize=["S", "blocks", "lines"])
-def _place_kernel(
-    top_k_index_ptr, counts_ptr, totals_ptr, expert_offsets_ptr, row_token_ptr, row_slot_ptr,
-    slot_row_ptr, tiles_ptr, S, blocks, lines, E, top_k, stride_t, stride_k,
-    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILES_BLOCK: tl.constexpr,
-):  # fmt: skip
+def _place_kernel(top_k_index, counts_ptr, totals_ptr, tables, S, blocks, lines, E, top_k, PLACE):
     """Grid [blocks + 1 + tile blocks]: one program for each block of slots, one for the offsets,
     one for each block of table lines.
     """
     pid = tl.program_id(0)
     if pid < blocks:
-        slots = pid * BLOCK + tl.arange(0, BLOCK)
-        ids = _load_ids(top_k_index_ptr, slots, S, E, top_k, stride_t, stride_k)
+        slots = pid * PLACE.BLOCK + tl.arange(0, PLACE.BLOCK)
+        ids = _load_ids(top_k_index, slots, S, E, top_k)
         mask = slots < S
         # every slot needs the block's first row of its own expert. These rows are written to memory
         # and read back
-        experts = tl.arange(0, E_PADDED)
+        experts = tl.arange(0, PLACE.E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
         starts_ptr = counts_ptr + pid * (E + 1)
         earlier_blocks = tl.load(starts_ptr + experts, mask=experts < E, other=0)
@@ -118,24 +140,24 @@ def _place_kernel(
         row = tl.load(starts_ptr + ids, mask=mask, other=0)
         # sentinels come after the rows of all experts
         row += tl.where(ids < E, 0, tl.sum(totals, axis=0))
-        for j in range(0, BLOCK, BLOCK_E):
-            others = pid * BLOCK + j + tl.arange(0, BLOCK_E)
-            other_ids = _load_ids(top_k_index_ptr, others, S, E, top_k, stride_t, stride_k)
+        for j in range(0, PLACE.BLOCK, PLACE.BLOCK_E):
+            others = pid * PLACE.BLOCK + j + tl.arange(0, PLACE.BLOCK_E)
+            other_ids = _load_ids(top_k_index, others, S, E, top_k)
             earlier = (other_ids[None, :] == ids[:, None]) & (others[None, :] < slots[:, None])
             row += tl.sum(earlier.to(tl.int32), axis=1)
-        tl.store(row_slot_ptr + row, slots, mask=mask)
-        tl.store(row_token_ptr + row, slots // top_k, mask=mask)
-        tl.store(slot_row_ptr + slots, tl.where(ids < E, row, -1), mask=mask)
+        tl.store(tables.row_slot + row, slots, mask=mask)
+        tl.store(tables.row_token + row, slots // top_k, mask=mask)
+        tl.store(tables.slot_row + slots, tl.where(ids < E, row, -1), mask=mask)
     else:
-        experts = tl.arange(0, E_PADDED)
+        experts = tl.arange(0, PLACE.E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
         if pid == blocks:
-            tl.store(expert_offsets_ptr, 0)
-            tl.store(expert_offsets_ptr + 1 + experts, tl.cumsum(totals, axis=0), mask=experts < E)
+            ends = tl.cumsum(totals, axis=0)
+            tl.store(tables.expert_offsets, 0)
+            tl.store(tables.expert_offsets + 1 + experts, ends, mask=experts < E)
         else:
-            _write_tiles(
-                totals, 0, tiles_ptr, (pid - blocks - 1) * TILES_BLOCK, lines, BLOCK_M, TILES_BLOCK
-            )
+            first = (pid - blocks - 1) * PLACE.TILES_BLOCK
+            _write_tiles(totals, 0, tables.tiles, first, lines, PLACE.BLOCK_M, PLACE.TILES_BLOCK)
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -218,30 +240,26 @@ def route(
         tiles[:, 0] = -1
         tiles[:, 1] = 0
         return routing
-    slots = E, top_k, *top_k_index.stride()
-    key = top_k_index.dtype, block_m, *slots
+    ids = Operand.of(top_k_index)
+    key = facts(top_k_index), block_m, E, top_k
     launch(
         ("count", *key), _count_kernel, (blocks, 1, 1), (top_k_index, counts),
-        lambda: ((top_k_index, counts), slots, {"BLOCK": BLOCK, "BLOCK_E": 32}), (S,),
+        lambda: ((ids, counts), (E, top_k), {"BLOCK": BLOCK, "BLOCK_E": 32}), (S,),
     )  # fmt: skip
     scan = {"BLOCK_B": 256, "BLOCK_E": 16, "num_warps": 8}
     launch(
         ("scan", E), _scan_kernel, (ceil_div(E + 1, 16), 1, 1), (counts, totals),
         lambda: ((counts, totals), (E,), scan), (blocks,),
     )  # fmt: skip
-    constants = {
-        "BLOCK": BLOCK,
-        "BLOCK_E": 32,
-        "E_PADDED": power_of_2(E),
-        "BLOCK_M": block_m,
-        "TILES_BLOCK": TILES_BLOCK,
-    }
-    tensors = top_k_index, counts, totals, expert_offsets, row_token, row_slot, slot_row, tiles
+    tables = _Tables(expert_offsets, row_token, row_slot, slot_row, tiles)
+    tensors = top_k_index, counts, totals, *tables
     grid = blocks + 1 + ceil_div(lines, TILES_BLOCK), 1, 1
-    launch(
-        ("place", *key), _place_kernel, grid, tensors,
-        lambda: (tensors, slots, constants), (S, blocks, lines),
-    )  # fmt: skip
+
+    def arguments() -> tuple[tuple, tuple, dict]:
+        place = _Place(BLOCK, 32, power_of_2(E), block_m, TILES_BLOCK)
+        return (ids, counts, totals, tables), (E, top_k), {"PLACE": place}
+
+    launch(("place", *key), _place_kernel, grid, tensors, arguments, (S, blocks, lines))
     return routing
 
 
