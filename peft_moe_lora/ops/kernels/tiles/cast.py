@@ -9,30 +9,26 @@ import triton.language as tl
 
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, power_of_2
+from ..operands import Weight
 
 # elements of a tile, for any rank
 ELEMENTS = 4096
 
 
 @triton.jit
-def _cast_kernel(
-    lora_B_ptr, out_ptr, N, r, width, scaling, stride_be, stride_bn, stride_br, stride_oe,
-    stride_on, stride_or, R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _cast_kernel(lora_B, out, N, r, width, scaling, R: tl.constexpr, BLOCK_N: tl.constexpr):
     """Grid [tiles of N, E]."""
     # int64: an expert index times a stride, and a column times r * E, pass 2**31
     e = tl.program_id(1).to(tl.int64)
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     offs_r = tl.arange(0, R).to(tl.int64)[None, :]
     exists = offs_n < N
-    lora_B = tl.load(
-        lora_B_ptr + e * stride_be + offs_n * stride_bn + offs_r * stride_br,
-        mask=exists & (offs_r < r),
-        other=0.0,
-    )
-    out_ptrs = out_ptr + e * stride_oe + offs_n * stride_on + offs_r * stride_or
-    lora_B = (lora_B.to(tl.float32) * scaling).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, lora_B, mask=exists & (offs_r < width))
+    lora_B_ptrs = lora_B.ptr + e * lora_B.stride_e + offs_n * lora_B.stride_n
+    lora_B_ptrs += offs_r * lora_B.stride_k
+    values = tl.load(lora_B_ptrs, mask=exists & (offs_r < r), other=0.0)
+    out_ptrs = out.ptr + e * out.stride_e + offs_n * out.stride_n + offs_r * out.stride_k
+    values = (values.to(tl.float32) * scaling).to(out.ptr.dtype.element_ty)
+    tl.store(out_ptrs, values, mask=exists & (offs_r < width))
 
 
 def cast_as_weight(
@@ -66,11 +62,10 @@ def cast_as_weight(
     R = power_of_2(width)
     block_n = max(1, ELEMENTS // R)
 
-    def rest() -> tuple[tuple, tuple, dict]:
+    def arguments() -> tuple[tuple, tuple, dict]:
         constants = {"R": R, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-        numbers = N, r, width, scaling, *lora_B.stride(), *out.stride()
-        return (lora_B, out), numbers, constants
+        return (Weight.of(lora_B), Weight.of(out)), (N, r, width, scaling), constants
 
     key = "cast", facts(lora_B, out), N, r, scaling
-    launch(key, _cast_kernel, (ceil_div(N, block_n), E, 1), (lora_B, out), rest)
+    launch(key, _cast_kernel, (ceil_div(N, block_n), E, 1), (lora_B, out), arguments)
     return out
