@@ -11,7 +11,7 @@ import triton.language as tl
 from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, find, power_of_2
-from .tiles.tile import strides_or_zeros
+from .operands import Operand
 
 # slots whose rows are loaded at the same time
 UNROLLED = 8
@@ -19,8 +19,8 @@ UNROLLED = 8
 
 @triton.jit
 def _combine_kernel(
-    y_ptr, top_k_weights_ptr, slot_row_ptr, out_ptr, N, top_k, stride_ym, stride_yn, stride_wt,
-    stride_wk, UNROLLED: tl.constexpr, BLOCK_N: tl.constexpr,
+    y, top_k_weights, slot_row_ptr, out_ptr, N, top_k, UNROLLED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid [T, tiles of N]: one token each."""
     t = tl.program_id(0).to(tl.int64)
@@ -32,21 +32,20 @@ def _combine_kernel(
             row = tl.load(slot_row_ptr + slot, mask=slot < (t + 1) * top_k, other=-1).to(tl.int64)
             # a sentinel's row is not read at all: it may hold NaN, and NaN times zero is NaN
             mask_y = offs_n < tl.where(row >= 0, N, 0)
-            y = tl.load(y_ptr + row * stride_ym + offs_n * stride_yn, mask=mask_y, other=0.0)
-            y = y.to(tl.float32)
-            if top_k_weights_ptr is not None:
-                w_ptr = top_k_weights_ptr + t * stride_wt + (j0 + u) * stride_wk
-                w = tl.load(w_ptr, mask=row >= 0, other=0.0)
-                y *= w.to(tl.float32)
-            acc += y
+            y_ptrs = y.ptr + row * y.stride_m + offs_n * y.stride_k
+            term = tl.load(y_ptrs, mask=mask_y, other=0.0).to(tl.float32)
+            if top_k_weights.ptr is not None:
+                w_ptr = top_k_weights.ptr + t * top_k_weights.stride_m
+                w_ptr += (j0 + u) * top_k_weights.stride_k
+                term *= tl.load(w_ptr, mask=row >= 0, other=0.0).to(tl.float32)
+            acc += term
     tl.store(out_ptr + t * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 @triton.jit
 def _combine_backward_kernel(
-    dout_ptr, y_ptr, top_k_weights_ptr, slot_row_ptr, dy_ptr, dw_ptr, N, top_k,
-    stride_dt, stride_dn, stride_ym, stride_yn, stride_wt, stride_wk, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dout, y, top_k_weights, slot_row_ptr, dy_ptr, dw_ptr, N, top_k, BLOCK_N: tl.constexpr
+):
     """Grid [T * top_k]: one slot each. A sentinel has no row; its dw is 0."""
     slot = tl.program_id(0).to(tl.int64)
     t = slot // top_k
@@ -54,16 +53,18 @@ def _combine_backward_kernel(
     row = tl.load(slot_row_ptr + slot).to(tl.int64)
     dw = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if row >= 0:
-        w = tl.load(top_k_weights_ptr + t * stride_wt + j * stride_wk).to(tl.float32)
+        w_ptr = top_k_weights.ptr + t * top_k_weights.stride_m + j * top_k_weights.stride_k
+        w = tl.load(w_ptr).to(tl.float32)
         for n in range(0, N, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
-            dout_ptrs = dout_ptr + t * stride_dt + offs_n * stride_dn
-            dout = tl.load(dout_ptrs, mask=mask_n, other=0.0).to(tl.float32)
-            y_ptrs = y_ptr + row * stride_ym + offs_n * stride_yn
-            y = tl.load(y_ptrs, mask=mask_n, other=0.0).to(tl.float32)
-            tl.store(dy_ptr + row * N + offs_n, (w * dout).to(dy_ptr.dtype.element_ty), mask=mask_n)
-            dw += y * dout
+            dout_ptrs = dout.ptr + t * dout.stride_m + offs_n * dout.stride_k
+            dout_tile = tl.load(dout_ptrs, mask=mask_n, other=0.0).to(tl.float32)
+            y_ptrs = y.ptr + row * y.stride_m + offs_n * y.stride_k
+            y_tile = tl.load(y_ptrs, mask=mask_n, other=0.0).to(tl.float32)
+            dy = (w * dout_tile).to(dy_ptr.dtype.element_ty)
+            tl.store(dy_ptr + row * N + offs_n, dy, mask=mask_n)
+            dw += y_tile * dout_tile
     tl.store(dw_ptr + slot, tl.sum(dw, axis=0))
 
 
@@ -91,15 +92,14 @@ def combine(
     arch, _ = device_facts(y.device)
     blocks = find("combine", arch, y.element_size(), 16)
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        strides = strides_or_zeros(top_k_weights, 2)
-        constants = {"UNROLLED": min(UNROLLED, power_of_2(top_k)), **blocks}
-        return tensors, (N, top_k, *y.stride(), *strides), constants
+    def arguments() -> tuple[tuple, tuple, dict]:
+        operands = Operand.of(y), Operand.of(top_k_weights), routing.slot_row, out
+        return operands, (N, top_k), {"UNROLLED": min(UNROLLED, power_of_2(top_k)), **blocks}
 
     key = "combine", facts(y, top_k_weights), out.dtype, N, top_k
     grid = T, ceil_div(N, blocks["BLOCK_N"]), 1
     tensors = y, top_k_weights, routing.slot_row, out
-    launch(key, _combine_kernel, grid, tensors, rest)
+    launch(key, _combine_kernel, grid, tensors, arguments)
     return out
 
 
@@ -126,12 +126,13 @@ def combine_backward(
     if M == 0:
         return dy, dw
 
-    def rest() -> tuple[tuple, tuple, dict]:
+    def arguments() -> tuple[tuple, tuple, dict]:
         arch, _ = device_facts(y.device)
-        fixed = N, top_k, *dout.stride(), *y.stride(), *top_k_weights.stride()
-        return tensors, fixed, find("combine", arch, y.element_size(), 16)
+        read = Operand.of(dout), Operand.of(y), Operand.of(top_k_weights)
+        operands = *read, routing.slot_row, dy, dw
+        return operands, (N, top_k), find("combine", arch, y.element_size(), 16)
 
     key = "combine_backward", facts(dout, y, top_k_weights), N, top_k
     tensors = dout, y, top_k_weights, routing.slot_row, dy, dw
-    launch(key, _combine_backward_kernel, (M, 1, 1), tensors, rest)
+    launch(key, _combine_backward_kernel, (M, 1, 1), tensors, arguments)
     return dy, dw

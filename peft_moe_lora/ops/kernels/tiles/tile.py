@@ -295,10 +295,3 @@ def launch_facts(
             weight, blocks["K_UNIT"], halves, blocks["BLOCK_N"], blocks["BLOCK_K"]
         )
     return programs, blocks, descriptor
-
-
-def strides_or_zeros(t: torch.Tensor | None, ndim: int) -> tuple[int, ...]:
-    """The strides of an argument that may be None; zeros for None."""
-    if t is None:
-        return (0,) * ndim
-    return t.stride()
