@@ -65,6 +65,17 @@ def test_triton_stays_in_the_kernels(path):
     assert "triton" not in _imported(path)
 
 
+def test_a_kernel_takes_few_arguments():
+    """What belongs together is a named tuple (`ops.kernels.operands`)."""
+    taken = {}
+    for path in (PACKAGE / "ops" / "kernels").rglob("*.py"):
+        for node in _parsed(path).body:
+            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                taken[f"{path.stem}.{node.name}"] = len(node.args.args)
+    assert taken["linear_general._linear_kernel"] == 15
+    assert {name: number for name, number in taken.items() if number > 15} == {}
+
+
 def test_all_is_exact():
     public = {name for name, value in vars(peft_moe_lora).items() if not name.startswith("_")}
     # submodules become attributes when they are imported; `register` is called, not offered

@@ -41,16 +41,13 @@ def zero_unrouted(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
         return rows
     M, N = rows.shape
     E = routing.num_experts
+    offsets = routing.expert_offsets
     arch, multiprocessors = device_facts(rows.device)
 
-    def rest() -> tuple[tuple, tuple, dict]:
-        return (
-            (rows, routing.expert_offsets),
-            (E, N),
-            find("combine", arch, rows.element_size(), 16),
-        )
+    def arguments() -> tuple[tuple, tuple, dict]:
+        return (rows, offsets), (E, N), find("combine", arch, rows.element_size(), 16)
 
     key = "zero_unrouted", facts(rows), E, N
     grid = min(M, PER_SM * multiprocessors), 1, 1
-    launch(key, _zero_unrouted_kernel, grid, (rows, routing.expert_offsets), rest, (M,))
+    launch(key, _zero_unrouted_kernel, grid, (rows, offsets), arguments, (M,))
     return rows
