@@ -28,7 +28,7 @@ from .launching.table import (
 )
 from .operands import Operand, Weight
 from .tiles.chunks import chunk_of, chunk_rows, sum_chunks
-from .tiles.dropout import dropout_mask, probability_and_seed
+from .tiles.dropout import dropped, probability_and_seed, row_hash
 from .tiles.eights import as_eights, by_8
 
 # elements of a program's output tile, which is held in registers
@@ -118,6 +118,8 @@ def _outer_kernel(
         next_slots = _of_rows(row_slot_ptr, rows + TILE.M, end)
     if row_weights_ptr is not None:
         w = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
+    if TILE.P > 0:
+        seed = tl.load(seed_ptr)
     acc = tl.zeros((TILE.WIDE, TILE.SMALL), dtype=tl.float32)
     for _ in range(start, end, TILE.M):
         mask_m = rows < end
@@ -145,8 +147,9 @@ def _outer_kernel(
             left = left.to(small.ptr.dtype.element_ty)
             w = next_w
         if TILE.P > 0:
-            mask = dropout_mask(seed_ptr, slots[:, None], offs_w[None, :], TILE.P)
-            right = (right.to(tl.float32) * mask).to(wide.ptr.dtype.element_ty)
+            hashes = row_hash(seed, slots)
+            right = dropped(right.to(tl.float32), hashes[:, None], offs_w[None, :], TILE.P)
+            right = right.to(wide.ptr.dtype.element_ty)
         # [wide, M] @ [M, small] -> [wide, small]
         acc = tl.dot(right.trans(), left, acc, input_precision=TILE.PRECISION)
         if TILE.GATHER_SMALL or TILE.GATHER_WIDE:

@@ -22,7 +22,7 @@ from .operands import Operand, Routes, Shape, Weight
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
 from .tiles.cast import cast_as_weight
-from .tiles.dropout import dropout_mask, probability_and_drop
+from .tiles.dropout import dropped, probability_and_drop, row_hash
 from .tiles.eights import as_eights, by_8
 from .tiles.product import Product
 from .tiles.tile import linear_blocks, table_line
@@ -85,7 +85,7 @@ def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
     lora_A_ptrs = lora_A.ptr + e * lora_A.stride_e + offs_r.to(tl.int64)[None, :] * lora_A.stride_n
     lora_A_ptrs += offs_k.to(tl.int64)[:, None] * lora_A.stride_k
     if TILE.P > 0:
-        slots = tl.load(drop.row_slot + rows)
+        hashes = row_hash(tl.load(drop.seed), tl.load(drop.row_slot + rows))
     acc = tl.zeros((TILE.M, TILE.R), dtype=tl.float32)
     for k in range(0, K, TILE.K):
         if TILE.EVEN_K:
@@ -98,8 +98,8 @@ def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
             A_tile = tl.load(lora_A_ptrs, mask=mask, other=0.0)
         if TILE.P > 0:
             columns = (k + offs_k)[None, :]
-            kept = dropout_mask(drop.seed, slots[:, None], columns, TILE.P)
-            x_tile = (x_tile.to(tl.float32) * kept).to(x.ptr.dtype.element_ty)
+            x_tile = dropped(x_tile.to(tl.float32), hashes[:, None], columns, TILE.P)
+            x_tile = x_tile.to(x.ptr.dtype.element_ty)
         A_tile = A_tile.to(x.ptr.dtype.element_ty)
         # [M, K] @ [K, R] -> [M, R]
         acc = tl.dot(x_tile, A_tile, acc, input_precision=TILE.PRECISION)

@@ -38,7 +38,7 @@ from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, options_of, padded_rank
 from ..operands import Act, Bias, Operand, Output, Routes
 from ..tiles.descriptors import operand_descriptors
-from ..tiles.dropout import NO_DROPOUT, dropout_mask, probability_and_drop
+from ..tiles.dropout import NO_DROPOUT, dropped, probability_and_drop, row_hash
 from ..tiles.product import Product
 from .linear_roles_load import produce
 from .linear_roles_store import store_half, store_tail
@@ -96,6 +96,10 @@ def _masked_low_rank(acc, left, right, drop, stages, step, line, HALF: gl.conste
     Returns: acc, left, right, the number of the next step.
     """
     _, first_row, end, tail_end, n = line
+    # loaded before the products, which hide the latency
+    seed = gl.load(drop.seed)
+    rows = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, acc.type.layout))
+    slots = gl.load(drop.row_slot + gl.minimum(rows, end - 1))
     for TAIL in gl.static_range(2 if SIZES.TAILS else 1):
         runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
         for i in range(SIZES.R_STEPS * runs):
@@ -107,18 +111,18 @@ def _masked_low_rank(acc, left, right, drop, stages, step, line, HALF: gl.conste
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(stages.empty.index(stage_of(step - 1, SIZES.STAGES)))
-    rows = first_row + gl.arange(0, HALF_M, gl.SliceLayout(1, acc.type.layout))
-    cols = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, acc.type.layout))
-    slots = gl.load(drop.row_slot + gl.minimum(rows, end - 1))
-    acc *= dropout_mask(drop.seed, slots[:, None], cols[None, :], SIZES.P)
+    # columns are counted from the tile's first one, which saves two instructions for each hash
+    hashes = row_hash(seed, slots) ^ (n * (BLOCK_N // 2))
+    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, acc.type.layout))
+    acc = dropped(acc, hashes[:, None], columns[None, :], SIZES.P)
     if SIZES.TAILS and tail_end > end:
         # the product of a tail is transposed
         tail_rows = end + gl.arange(0, BOX_M, gl.SliceLayout(0, left.type.layout))
-        tail_slots = gl.load(drop.row_slot + gl.minimum(tail_rows, tail_end - 1))[None, :]
-        j = gl.arange(0, 64, gl.SliceLayout(1, left.type.layout))
-        left_cols = (n * BLOCK_N + 64 * HALF + j)[:, None]
-        left *= dropout_mask(drop.seed, tail_slots, left_cols, SIZES.P)
-        right *= dropout_mask(drop.seed, tail_slots, left_cols + 128, SIZES.P)
+        tail_slots = gl.load(drop.row_slot + gl.minimum(tail_rows, tail_end - 1))
+        tail_hashes = row_hash(seed, tail_slots) ^ (n * (BLOCK_N // 2))
+        cols = 64 * HALF + gl.arange(0, 64, gl.SliceLayout(1, left.type.layout))
+        left = dropped(left, tail_hashes[None, :], cols[:, None], SIZES.P)
+        right = dropped(right, tail_hashes[None, :], 128 + cols[:, None], SIZES.P)
     return acc, left, right, step
 
 

@@ -29,7 +29,7 @@ from ...quantized import QuantizedWeight
 from ..codes.product_4bit import add_product_4bit
 from ..launching.table import device_facts, lookup
 from .descriptors import weight_descriptor
-from .dropout import dropout_mask
+from .dropout import dropped, row_hash
 
 # an expert is small up to the first number of bytes, and large above the second. L2 can hold
 # several small experts. A large expert leaves L2 before all of its row tiles have read it. The
@@ -215,8 +215,8 @@ def tile_product(inputs, spot, TILE, FORMAT):
             xa, lora_B, mask_r = _low_rank_factors(low_rank, spot, e, r0, shape.r, BLOCK_R)
             acc = _add_low_rank(acc, xa, lora_B, mask_r, TILE.PRECISION)
         if TILE.P > 0:
-            slots = tl.load(drop.row_slot + spot.rows)
-            acc *= dropout_mask(drop.seed, slots[:, None], spot.cols[None, :], TILE.P)
+            hashes = row_hash(tl.load(drop.seed), tl.load(drop.row_slot + spot.rows))
+            acc = dropped(acc, hashes[:, None], spot.cols[None, :], TILE.P)
     if bias.ptr is not None:
         bias_ptrs = bias.ptr + e * bias.stride_e + spot.cols * bias.stride_n
         acc += tl.load(bias_ptrs, mask=spot.mask_n, other=0.0).to(tl.float32)[None, :]
