@@ -120,6 +120,7 @@ def _outer_kernel(
         w = tl.load(row_weights_ptr + slots, mask=rows < end, other=0.0)
     if TILE.P > 0:
         seed = tl.load(seed_ptr)
+        hashes = row_hash(seed, slots)
     acc = tl.zeros((TILE.WIDE, TILE.SMALL), dtype=tl.float32)
     for _ in range(start, end, TILE.M):
         mask_m = rows < end
@@ -128,6 +129,8 @@ def _outer_kernel(
             next_tokens = _of_rows(row_token_ptr, next_rows, end)
         if row_weights_ptr is not None:
             next_w = tl.load(row_weights_ptr + next_slots, mask=next_rows < end, other=0.0)
+        if TILE.P > 0:
+            next_hashes = row_hash(seed, next_slots)
         small_rows = rows
         wide_rows = rows
         if TILE.GATHER_SMALL:
@@ -147,15 +150,14 @@ def _outer_kernel(
             left = left.to(small.ptr.dtype.element_ty)
             w = next_w
         if TILE.P > 0:
-            hashes = row_hash(seed, slots)
             right = dropped(right.to(tl.float32), hashes[:, None], offs_w[None, :], TILE.P)
             right = right.to(wide.ptr.dtype.element_ty)
+            hashes = next_hashes
         # [wide, M] @ [M, small] -> [wide, small]
         acc = tl.dot(right.trans(), left, acc, input_precision=TILE.PRECISION)
         if TILE.GATHER_SMALL or TILE.GATHER_WIDE:
             tokens = next_tokens
         if row_weights_ptr is not None or TILE.P > 0:
-            slots = next_slots
             next_slots = _of_rows(row_slot_ptr, next_rows + TILE.M, end)
         rows = next_rows
 
