@@ -156,7 +156,7 @@ CASES = {
     "frozen hidden states": Case(x_grad=False),
     "own code": Case(fused=False),
 }
-NOT_VARIANTS = {"", "frozen hidden states", "own code"}
+NOT_VARIANTS = {"", "dropout", "frozen hidden states", "own code"}
 
 CONDITIONS = {
     "always": lambda case: True,

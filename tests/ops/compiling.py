@@ -163,9 +163,14 @@ def launch_layer(
     activation=None,
     transposed=False,
     interleaved=False,
+    p=0.0,
 ):
-    """Every launch of forward and backward of one experts layer, on meta tensors."""
-    from peft_moe_lora.ops import Activation, RankRows, composed, kernels
+    """Every launch of forward and backward of one experts layer, on meta tensors.
+
+    Args:
+        p: of dropout.
+    """
+    from peft_moe_lora.ops import Activation, Dropout, RankRows, composed, kernels
 
     activation = activation or Activation(interleaved=interleaved)
     N = activation.gated * I + I
@@ -188,30 +193,33 @@ def launch_layer(
     )
     (up_A, up_B), (down_A, down_B) = lora(N, H), lora(H, I)
     routing = kernels.route(empty(T, top_k, dtype=torch.int64), E)
-    xa = kernels.expert_shrink(x, up_A, routing, 1.0, gather=True)
+    drop = {"dropout": Dropout(p, empty(1, dtype=torch.int64)) if p else None}
+    xa = kernels.expert_shrink(x, up_A, routing, 1.0, gather=True, **drop)
     pre, act = kernels.expert_linear_act(
         x, up, routing, activation, xa=xa, lora_B=up_B, gather=True
     )
     y = kernels.expert_linear(act, down, routing, xa=xa, lora_B=down_B)
     kernels.combine(y, routing, weights)
     kernels.zero_unrouted(y, routing)
-    draw = kernels.expert_linear(
-        x, down.transpose(1, 2), routing, xa=xa, lora_B=down_A.transpose(1, 2), gather=True
-    )
+    lora = {"xa": xa, "lora_B": down_A.transpose(1, 2)}
+    draw = kernels.expert_linear(x, down.transpose(1, 2), routing, gather=True, **lora, **drop)
     kernels.expert_act_backward(draw, pre, routing, activation, weights)
     fp32 = torch.float32
     out = empty(N, E, r, dtype=fp32).permute(1, 0, 2)
     yb = composed.expert_shrink_outer(kernels, pre, up_B.transpose(1, 2), xa, routing, 1.0, out)
     dA = empty(E, r, I, dtype=fp32)
     rows = RankRows(xa, dA, xa, up_B, 1.0, out)
-    composed.expert_act_backward_outer(kernels, draw, pre, routing, activation, weights, rows)
+    composed.expert_act_backward_outer(
+        kernels, draw, pre, routing, activation, weights, rows, **drop
+    )
     out = empty(H, E, r, dtype=fp32).permute(1, 0, 2)
     options = {"row_weights": weights, "gather": True}
     composed.expert_shrink_outer(
         kernels, x, down_B.transpose(1, 2), xa, routing, 1.0, out, **options
     )
-    kernels.expert_linear(pre, up.transpose(1, 2), routing, xa=yb, lora_B=up_A.transpose(1, 2))
-    kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True)
+    lora = {"xa": yb, "lora_B": up_A.transpose(1, 2)}
+    kernels.expert_linear(pre, up.transpose(1, 2), routing, **lora, **drop)
+    kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True, **drop)
 
 
 def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544, p=0.0):

@@ -19,8 +19,8 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 9
 LARGE, MIDDLE, MIDDLE_90, SMALL = 2048, 256, 128, 32
 
 
-def case(T, dtype, r=16):
-    return {"T": T, "E": 8, "top_k": 2, "H": 1024, "I": 512, "r": r, "dtype": dtype}
+def case(T, dtype, r=16, p=0.0):
+    return {"T": T, "E": 8, "top_k": 2, "H": 1024, "I": 512, "r": r, "dtype": dtype, "p": p}
 
 
 CASES = {
@@ -71,6 +71,24 @@ def test_rows_compile_without_spills_and_fit(arch, which):
     for kernel in kernels:
         assert kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_masks_of_dropout_compile_with_few_spills(arch):
+    for kernel in compiled_for(arch, [case(LARGE, "bfloat16", p=0.05)]):
+        # a mask needs more registers than products by roles have left
+        spilled = 24 if "roles" in kernel["kernel"] else 0
+        assert kernel["local"] <= spilled, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
+
+
+def test_rows_are_loaded_ahead_of_their_mask():
+    layer = case(LARGE, "bfloat16", p=0.05)
+    found = [k for k in compiled_for(90, [layer]) if k["kernel"] == "_outer_kernel"]
+    assert found
+    for kernel in found:
+        # two blocks of 8192 elements are in flight
+        assert kernel["shared"] >= 2 * 8192 * 2, f"nothing is loaded ahead: {kernel}"
 
 
 def assert_by_roles(kernels, number, spilled=0):
@@ -142,12 +160,15 @@ def test_the_one_pass_of_two_operations_compiles_without_spills_twice_a_multipro
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-@pytest.mark.parametrize(("dtype", "r", "width"), [("bfloat16", 16, 512), ("float16", 6, 2880)])
+@pytest.mark.parametrize(
+    ("dtype", "r", "width", "p"),
+    [("bfloat16", 16, 512, 0.0), ("float16", 6, 2880, 0.0), ("bfloat16", 16, 768, 0.05)],
+)
 def test_the_one_pass_around_an_activation_compiles_without_spills_twice_a_multiprocessor(
-    dtype, r, width, interleaved
+    dtype, r, width, p, interleaved
 ):
     layer = {"T": 8192, "E": 128, "top_k": 8, "H": 1024, "I": width, "r": r, "dtype": dtype}
-    layer["interleaved"] = interleaved
+    layer |= {"interleaved": interleaved, "p": p}
     (kernel,) = [
         k for k in compiled_for(90, [layer]) if k["kernel"] == "_act_backward_outer_kernel"
     ]

@@ -28,16 +28,16 @@ def expert_act_backward_outer(
         draw, pre, activation, top_k_weights, dout, bias: as for `expert_act_backward`; draw may
             be overwritten.
         rows: the rank-r rows and the gradients to write; no field is None.
-        dropout: masks act in dA; not supported here.
+        dropout: masks act in dA.
     Returns: dpre [M, N], yb [M, R] = scaling * B^T dpre, d_top_k_weights [T, top_k] fp32; None
         if no kernel supports this call, and then nothing is written.
     Twin: `composed.expert_act_backward_outer` with the operations of `reference`.
     """
     arch, _ = device_facts(pre.device)
     blocks = lookup("act_backward_outer", arch, pre.element_size(), routing.block_m)
-    if not blocks or dropout is not None:
+    if not blocks:
         return None
     kernel = in_gluon("act_backward_outer")
     if kernel is None:
         return None
-    return kernel(blocks, draw, pre, routing, activation, top_k_weights, rows, dout, bias)
+    return kernel(blocks, draw, pre, routing, activation, top_k_weights, rows, dout, bias, dropout)

@@ -5,7 +5,7 @@
     dw = <act, draw>
     yb[m] = scaling * B[e]^T dpre[m]
     dB[e] = sum over the rows m of e of dpre[m] xa[m]^T
-    dA[e] = sum over the rows m of e of w[m] * right[m] act[m]^T
+    dA[e] = sum over the rows m of e of w[m] * right[m] drop(act[m])^T
 
 A program computes a panel of 128 columns of act. It loops over the rows of a chunk, 64 rows a step,
 and holds its part of dB and dA in registers. It stores partial sums of yb and dw over its columns;
@@ -42,6 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...activation import Activation
+from ...dropout import Dropout
 from ...operations import RankRows
 from ...routing import Routing
 from ..launching.launch import facts, launch
@@ -49,6 +50,7 @@ from ..launching.table import ceil_div, options_of, power_of_2
 from ..operands import Act, Operand, Weight
 from ..tiles.activation import activate_backward
 from ..tiles.chunks import chunk_rows, sum_chunks
+from ..tiles.dropout import dropped, probability_and_seed, row_hash
 from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
 from .sum_panels import HALF_PANEL, sum_panels
 
@@ -170,10 +172,27 @@ def _load_quarter(staged, s, draw_ptrs, pre_ptrs, quarter, stride_prem, INTERLEA
 
 
 @gluon.jit
-def _activate_side(staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, mask_m, ACT):
-    """Compute act and dpre of a side of interleaved gate and up.
+def _dropped(act, hashes_smem, col, dtype: gl.constexpr, P: gl.constexpr):
+    """act in dtype, multiplied by the mask of dropout.
 
-    Stores dpre, and puts dpre and act into shared memory for wgmma.
+    hashes_smem: row hashes of its rows. col: its first column.
+    """
+    act = act.to(dtype)
+    if P > 0:
+        hashes = hashes_smem.load(gl.SliceLayout(1, act.type.layout))
+        cols = col + gl.arange(0, act.shape[1], gl.SliceLayout(0, act.type.layout))
+        act = dropped(act.to(gl.float32), hashes[:, None], cols[None, :], P).to(dtype)
+    return act
+
+
+@gluon.jit
+def _activate_side(
+    staged_pre, staged_draw, w, hashes_smem, side_smem, act_smem, dpre_ptrs, mask_m, col,
+    ACT, P: gl.constexpr,
+):  # fmt: skip
+    """Compute act and dpre of a side of interleaved gate and up, whose act begins at column col.
+
+    Stores dpre, and puts dpre and drop(act) into shared memory for wgmma.
     Returns: act * draw [HALF, PAIRS], whose sums over the columns are a part of dw.
     """
     dtype: gl.constexpr = staged_pre.dtype
@@ -185,7 +204,8 @@ def _activate_side(staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, m
     act, dgate, dup = activate_backward(
         gate.to(gl.float32), up.to(gl.float32), w[:, None] * draw, ACT
     )
-    act_smem.store(gl.convert_layout(act.to(dtype), BY_PAIRS, assert_trivial=True))
+    masked = _dropped(act, hashes_smem, col, dtype, P)
+    act_smem.store(gl.convert_layout(masked, BY_PAIRS, assert_trivial=True))
     dpre = gl.join(dgate.to(dtype), dup.to(dtype)).reshape([HALF, COLS])
     dpre = gl.convert_layout(dpre, BY_ELEMENTS, assert_trivial=True)
     gl.store(dpre_ptrs, dpre, mask=mask_m[:, None])
@@ -194,10 +214,12 @@ def _activate_side(staged_pre, staged_draw, w, side_smem, act_smem, dpre_ptrs, m
 
 
 @gluon.jit
-def _activate_quarter(staged, s, w_smem, dw_ptr, dpre_ptrs, quarter, M, operands, ACT):
+def _activate_quarter(
+    staged, s, w_smem, hashes_smem, dw_ptr, dpre_ptrs, quarter, M, operands, ACT, P: gl.constexpr,
+):  # fmt: skip
     """Compute act and dpre of the quarter in stage s.
 
-    Stores dpre and the quarter's part of dw, and puts dpre and act into shared memory for wgmma.
+    Stores dpre and the quarter's part of dw. Puts dpre and drop(act) into shared memory for wgmma.
     """
     h, c, left, col, I = quarter  # noqa: E741
     side0_smem, side1_smem, act_smem = operands
@@ -211,12 +233,13 @@ def _activate_quarter(staged, s, w_smem, dw_ptr, dpre_ptrs, quarter, M, operands
     dpre_ptrs += h * HALF * 2 * I + c * COLS * (1 + ACT.INTERLEAVED)
     if ACT.INTERLEAVED:
         product = _activate_side(
-            side0, draw.slice(0, PAIRS, 1), w, side0_smem, act_smem.slice(0, PAIRS, 1), dpre_ptrs,
-            mask_m, ACT,
+            side0, draw.slice(0, PAIRS, 1), w, hashes_smem, side0_smem,
+            act_smem.slice(0, PAIRS, 1), dpre_ptrs, mask_m, col + c * COLS, ACT, P,
         )  # fmt: skip
         product += _activate_side(
-            side1, draw.slice(PAIRS, PAIRS, 1), w, side1_smem, act_smem.slice(PAIRS, PAIRS, 1),
-            dpre_ptrs + COLS, mask_m, ACT,
+            side1, draw.slice(PAIRS, PAIRS, 1), w, hashes_smem, side1_smem,
+            act_smem.slice(PAIRS, PAIRS, 1), dpre_ptrs + COLS, mask_m, col + c * COLS + PAIRS, ACT,
+            P,
         )  # fmt: skip
         dw = gl.convert_layout(
             gl.sum(product, axis=1), gl.SliceLayout(1, BY_ELEMENTS), assert_trivial=True
@@ -233,7 +256,7 @@ def _activate_quarter(staged, s, w_smem, dw_ptr, dpre_ptrs, quarter, M, operands
         gl.store(dpre_ptrs + I, dup, mask=mask_m[:, None])
         side0_smem.store(dgate)
         side1_smem.store(dup)
-        act_smem.store(act.to(dtype))
+        act_smem.store(_dropped(act, hashes_smem, col + c * COLS, dtype, P))
     gl.store(dw_ptr + c * M + rows, dw, mask=mask_m)
 
 
@@ -384,6 +407,17 @@ class _Partial(NamedTuple):
     B: Any
 
 
+class _OfRows(NamedTuple):
+    """Pointers of each row's slot, of each slot's routing weight, and of the seed of dropout.
+
+    Without dropout the seed is None.
+    """
+
+    slot: Any
+    weight: Any
+    seed: Any
+
+
 class _RankRows(NamedTuple):
     """Pointers of right and xa, [M, width] each, contiguous."""
 
@@ -408,18 +442,20 @@ class _Tile(NamedTuple):
         PANELS: panels of act.
         E_PADDED: E, padded to a power of two.
         RANKS: r, padded to the columns of a tile.
+        P: probability of dropout.
     """
 
     CHUNK: Any
     PANELS: Any
     E_PADDED: Any
     RANKS: Any
+    P: Any
 
 
 @gluon.jit(do_not_specialize=["M"])
 def _act_backward_outer_kernel(
-    draw_ptr, pre, top_k_weights_ptr, rank_rows, lora_B, row_slot_ptr, expert_offsets_ptr, dpre_ptr,
-    partial, dA, dB, M, sizes, TILE, ACT,
+    draw_ptr, pre, of_rows, rank_rows, lora_B, expert_offsets_ptr, dpre_ptr, partial, dA, dB, M,
+    sizes, TILE, ACT,
 ):  # fmt: skip
     """Grid [max_chunks * PANELS].
 
@@ -429,6 +465,7 @@ def _act_backward_outer_kernel(
     CHUNK: gl.constexpr = TILE.CHUNK
     PANELS: gl.constexpr = TILE.PANELS
     RANKS: gl.constexpr = TILE.RANKS
+    P: gl.constexpr = TILE.P
     INTERLEAVED: gl.constexpr = ACT.INTERLEAVED
     dtype: gl.constexpr = pre.ptr.dtype.element_ty
     NARROW: gl.constexpr = narrow(RANKS)
@@ -485,14 +522,20 @@ def _act_backward_outer_kernel(
     factors = _Factors(B0, B1, xa, right)
     ws = gl.allocate_shared_memory(gl.float32, [2, HALF], FLAT)
     ws_flat = _reinterpreted(ws, gl.float32, [ROWS], FLAT)
+    # row hashes of a step's rows, used with dropout
+    hashes = gl.allocate_shared_memory(gl.int32, [2, HALF], FLAT)
+    hashes_flat = _reinterpreted(hashes, gl.int32, [ROWS], FLAT)
     rows = gl.arange(0, ROWS, BY_ROW)
-    slots = gl.load(row_slot_ptr + start + rows, mask=start + rows < end, other=0)
+    slots = gl.load(of_rows.slot + start + rows, mask=start + rows < end, other=0)
     next_slots = gl.load(
-        row_slot_ptr + start + ROWS + rows, mask=start + ROWS + rows < end, other=0
+        of_rows.slot + start + ROWS + rows, mask=start + ROWS + rows < end, other=0
     )
-    w = gl.load(top_k_weights_ptr + slots, mask=start + rows < end, other=0.0)
+    w = gl.load(of_rows.weight + slots, mask=start + rows < end, other=0.0)
     _stage_B(factors, lora_B, e, panel_columns, r, dtype, RANKS)
     ws_flat.store(w.to(gl.float32))
+    if P > 0:
+        seed = gl.load(of_rows.seed)
+        hashes_flat.store(row_hash(seed, slots))
 
     ints = gl.pointer_type(gl.int32)
     dw_ptr = partial.dw + panel.to(gl.int64) * 2 * M + start
@@ -508,9 +551,11 @@ def _act_backward_outer_kernel(
     s = zero
     for step in range(gl.cdiv(end - start, ROWS)):
         at = _opaque_zero(step)
-        next_w = gl.load(top_k_weights_ptr + next_slots, mask=rows < left - ROWS, other=0.0)
+        next_w = gl.load(of_rows.weight + next_slots, mask=rows < left - ROWS, other=0.0)
+        if P > 0:
+            next_hashes = row_hash(seed, next_slots)
         next_slots = gl.load(
-            row_slot_ptr + end - left + 2 * ROWS + rows, mask=rows < left - 2 * ROWS, other=0
+            of_rows.slot + end - left + 2 * ROWS + rows, mask=rows < left - 2 * ROWS, other=0
         )
         # few ranks are loaded early, which hides their latency; more would take too many registers
         if RANKS == 16:
@@ -530,9 +575,11 @@ def _act_backward_outer_kernel(
             async_copy.wait_group(2)
             q = 2 * c + h
             computed = _Quarter(h, c, left, col, I)
-            w_smem = ws.index(h)
             operands = _Operands(sides0.index(q), sides1.index(q), acts.index(q))
-            _activate_quarter(staged, s, w_smem, dw_ptr, dpre_ptrs, computed, M, operands, ACT)
+            _activate_quarter(
+                staged, s, ws.index(h), hashes.index(h), dw_ptr, dpre_ptrs, computed, M, operands,
+                ACT, P,
+            )  # fmt: skip
             s = gl.where(s == 2, 0, s + 1)
         if RANKS > 16:
             step_xa = _load_ranks(xa_pairs, end - left, left, width, RANKS)
@@ -545,6 +592,8 @@ def _act_backward_outer_kernel(
         fence_async_shared()
         barrier()
         ws_flat.store(next_w.to(gl.float32))
+        if P > 0:
+            hashes_flat.store(next_hashes)
         yb, sums = _multiply_step(halves, factors, sums, at)
         # all products have read their operands, so the next step may overwrite them
         barrier()
@@ -578,8 +627,9 @@ def act_backward_outer(
     rows: RankRows,
     dout: torch.Tensor | None,
     bias: torch.Tensor | None,
+    dropout: Dropout | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """`expert_act_backward_outer` without dropout.
+    """`expert_act_backward_outer`.
 
     Args:
         blocks: constexprs of the table's row.
@@ -609,14 +659,15 @@ def act_backward_outer(
     partial_dw = torch.empty(2 * panels, M, **fp32)
     partial_A = torch.empty(several * max_chunks, I, r, **fp32)
     partial_B = torch.empty(several * max_chunks, N, r, **fp32)
-
     partial = _Partial(partial_dw, partial_yb, partial_A, partial_B)
+    p, seed = probability_and_seed(dropout)
+    of_rows = _OfRows(routing.row_slot, weights, seed)
 
     def arguments() -> tuple[tuple, tuple, dict]:
-        tile = _Tile(CHUNK=chunk, PANELS=panels, E_PADDED=power_of_2(E), RANKS=ranks_for(r))
+        tile = _Tile(chunk, panels, E_PADDED=power_of_2(E), RANKS=ranks_for(r), P=p)
         operands = (
-            draw, Operand.of(pre), weights, _RankRows(right, xa), Weight.of(lora_B),
-            routing.row_slot, routing.expert_offsets, dpre, partial,
+            draw, Operand.of(pre), of_rows, _RankRows(right, xa), Weight.of(lora_B),
+            routing.expert_offsets, dpre, partial,
             Weight(dA, dA.stride(0), dA.stride(2), dA.stride(1)), Weight.of(dB),
         )  # fmt: skip
         return (
@@ -625,10 +676,9 @@ def act_backward_outer(
             {"TILE": tile, "ACT": Act.of(activation), **options_of(blocks)},
         )
 
-    key = "act_backward_outer", facts(pre, lora_B, weights, dA, dB), E, I, r, activation, chunk
+    key = "act_backward_outer", facts(pre, lora_B, weights, dA, dB), E, I, r, activation, chunk, p
     tensors = (
-        draw, pre, weights, right, xa, lora_B, routing.row_slot, routing.expert_offsets, dpre,
-        *partial, dA, dB,
+        draw, pre, *of_rows, right, xa, lora_B, routing.expert_offsets, dpre, *partial, dA, dB,
     )  # fmt: skip
     grid = max_chunks * panels, 1, 1
     launch(key, _act_backward_outer_kernel, grid, tensors, arguments, (M,))
