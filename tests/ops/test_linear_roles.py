@@ -43,6 +43,25 @@ def test_the_table_knows_where_roles_pay(
         assert (tile._blocks(op, arch, itemsize, block_m, K, True, size) is not None) == chosen
 
 
+@pytest.mark.parametrize(
+    ("N", "activation", "p", "narrow"),
+    [
+        (1856, None, 0.0, True),
+        (2688, Activation("relu2", gated=False), 0.0, True),
+        (72, None, 0.0, True),
+        (704, None, 0.0, False),
+        (512, None, 0.0, False),
+        (2880, Activation("silu", interleaved=True), 0.0, False),
+        (1856, Activation("gelu_tanh", gated=False), 0.0, False),
+        (2880, None, 0.1, False),
+    ],
+    ids=str,
+)
+def test_a_last_column_tile_that_is_half_empty_is_narrow(kernels, N, activation, p, narrow):
+    roles = pytest.importorskip("peft_moe_lora.ops.kernels.sm90.linear_roles")
+    assert roles._ends_narrow(N, activation, p) == narrow
+
+
 # ---- the numbers ---------------------------------------------------------------------------------
 
 # rows of each expert

@@ -10,6 +10,9 @@ the kernels for other GPUs (NVIDIA H200, 2026-11-21; docs/performance.md).
 Legend, of one program (its sizes are in `linear_roles_tile`):
     half: 64 of the 128 rows of a tile, with its 256 columns. Each half belongs to one consumer:
         four warps, which hold its sums acc [64, 256] in registers.
+    narrow tile: the last column tile of a row tile, if at most half of its 256 columns exist. Its
+        box of the weight is loaded as every other box, with zeros past column N. But only 128
+        columns are multiplied, and acc is [64, 128]. With a tail it is computed as a full tile is.
     tail: up to 32 rows of the same expert after a full tile, if the next line of the tile table has
         no more rows than these. They are multiplied together with the full tile, because a tile of
         their own would load the weight again for at most a quarter of a tile's rows. wgmma always
@@ -42,7 +45,7 @@ from ..tiles.dropout import NO_DROPOUT, dropped, probability_and_drop, row_hash
 from ..tiles.product import Product
 from .linear_roles_load import produce
 from .linear_roles_store import store_half, store_tail
-from .linear_roles_tile import BLOCK_K, BLOCK_N, BOX_M, HALF_M, Line, Sizes, Stages
+from .linear_roles_tile import BLOCK_K, BLOCK_N, BOX_M, HALF_M, NARROW_N, Line, Sizes, Stages
 from .pieces import WIDE
 from .pipeline import make_barriers, make_messages, receive, stage_of, wait_full
 
@@ -73,6 +76,8 @@ def _multiply_step(
         tail = tail.slice(0, WIDTH, 1)
     if SIZES.K_UNIT:
         weight = weight.permute([1, 0])
+    if acc.shape[1] < BLOCK_N:
+        weight = weight.slice(0, acc.shape[1], 1)
     acc = warpgroup_mma(x, weight, acc, is_async=True)  # [M, K] @ [K, N] -> [M, N]
     # below, wait for the previous step's products; this step's products stay in flight
     if TAIL:
@@ -127,17 +132,73 @@ def _masked_low_rank(acc, left, right, drop, stages, step, line, HALF: gl.conste
 
 
 @gluon.jit
+def _bias_values(bias, e, n, N, COLUMNS: gl.constexpr, HALVES: gl.constexpr):
+    """The bias [COLUMNS] of a tile's columns, two columns a thread."""
+    WIDTH: gl.constexpr = BLOCK_N // HALVES
+    j = gl.arange(0, COLUMNS, gl.BlockedLayout([2], [32], [4], [0]))
+    in_half = n * WIDTH + j % WIDTH
+    cols = j // WIDTH * (N // HALVES) + in_half
+    # int64: an expert index times a stride passes 2**31
+    ptrs = bias.ptr + e.to(gl.int64) * bias.stride_e + cols * bias.stride_n
+    return gl.load(ptrs, mask=in_half < N // HALVES, other=0.0)
+
+
+@gluon.jit
+def _compute_half(
+    output, bias, drop, stages, step, line, N, K, COLUMNS: gl.constexpr, HALF: gl.constexpr,
+    SIZES, ACT,
+):  # fmt: skip
+    """Multiply and store the first COLUMNS columns of a half of a tile, and its tail.
+
+    Returns: the number of the next step.
+    """
+    TAILS: gl.constexpr = SIZES.TAILS and COLUMNS == BLOCK_N
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BOX_M.value, 16])
+    # of the steps after the K loop
+    R_STEPS: gl.constexpr = 0 if SIZES.P > 0 else SIZES.R_STEPS
+    e, _, end, tail_end, n = line
+    if bias.ptr is not None:
+        # loaded before the K loop, so that it hides the latency
+        values = _bias_values(bias, e, n, N, COLUMNS, SIZES.HALVES)
+    acc = gl.zeros([HALF_M, COLUMNS], gl.float32, layout)
+    left = gl.zeros([64, BOX_M], gl.float32, tail_layout)
+    right = gl.zeros([64, BOX_M], gl.float32, tail_layout)
+    if SIZES.P > 0:
+        acc, left, right, step = _masked_low_rank(
+            acc, left, right, drop, stages, step, line, HALF, SIZES
+        )
+    # one K loop without a tail and one with it; one of the two has no iterations. In a single loop
+    # with a branch, products would not stay in flight
+    for TAIL in gl.static_range(2 if TAILS else 1):
+        runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
+        for i in range(gl.cdiv(K, BLOCK_K) * runs):
+            acc, left, right, step = _multiply_step(
+                acc, left, right, stages, step, i > 0, HALF, TAIL, BLOCK_K, SIZES.GATHER, SIZES
+            )
+        for _ in range(R_STEPS * runs):
+            acc, left, right, step = _multiply_step(
+                acc, left, right, stages, step, True, HALF, TAIL, SIZES.R_WIDTH, False, SIZES
+            )
+        if TAIL:
+            acc, left, right = warpgroup_mma_wait(0, deps=[acc, left, right])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(stages.empty.index(stage_of(step - 1, SIZES.STAGES)))
+    if TAILS and tail_end > end:
+        store_tail(left, right, output, bias, line, N, HALF, SIZES, ACT)
+    if bias.ptr is not None:
+        acc += gl.convert_layout(values, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
+    store_half(acc, output, line, N, SIZES, ACT)
+    return step
+
+
+@gluon.jit
 def _consume(
     output, bias, drop, stages, messages, N, K, HALF: gl.constexpr, SIZES,
     ACT,
 ):  # fmt: skip
     """In four warps: multiply and store one half of every tile, until there are no more tiles."""
-    WIDTH: gl.constexpr = BLOCK_N // SIZES.HALVES
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BOX_M.value, 16])
-    # of the steps after the K loop
-    R_STEPS: gl.constexpr = 0 if SIZES.P > 0 else SIZES.R_STEPS
-    k_steps = gl.cdiv(K, BLOCK_K)
     # numbers of steps and of messages so far
     step = 0
     message = 0
@@ -148,48 +209,17 @@ def _consume(
         first_row += HALF * HALF_M
         line = Line(e, first_row, end, tail_end, n)
         if first_row < end:
-            if bias.ptr is not None:
-                # loaded before the K loop, so that it hides the latency; two columns a thread
-                j = gl.arange(0, BLOCK_N, gl.BlockedLayout([2], [32], [4], [0]))
-                in_half = n * WIDTH + j % WIDTH
-                cols = j // WIDTH * (N // SIZES.HALVES) + in_half
-                # int64: an expert index times a stride passes 2**31
-                bias_ptrs = bias.ptr + e.to(gl.int64) * bias.stride_e + cols * bias.stride_n
-                values = gl.load(bias_ptrs, mask=in_half < N // SIZES.HALVES, other=0.0)
-            acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, layout)
-            left = gl.zeros([64, BOX_M], gl.float32, tail_layout)
-            right = gl.zeros([64, BOX_M], gl.float32, tail_layout)
-            if SIZES.P > 0:
-                acc, left, right, step = _masked_low_rank(
-                    acc, left, right, drop, stages, step, line, HALF, SIZES
+            if SIZES.NARROW and (n == gl.cdiv(N, BLOCK_N) - 1) & (tail_end == end):
+                step = _compute_half(
+                    output, bias, drop, stages, step, line, N, K, NARROW_N, HALF, SIZES, ACT
                 )
-            # one K loop without a tail and one with it; one of the two has no iterations. In a
-            # single loop with a branch, products would not stay in flight
-            for TAIL in gl.static_range(2 if SIZES.TAILS else 1):
-                runs = gl.where(tail_end > end, TAIL, 1 - TAIL)
-                for i in range(k_steps * runs):
-                    acc, left, right, step = _multiply_step(
-                        acc, left, right, stages, step, i > 0, HALF, TAIL, BLOCK_K, SIZES.GATHER,
-                        SIZES,
-                    )  # fmt: skip
-                for _ in range(R_STEPS * runs):
-                    acc, left, right, step = _multiply_step(
-                        acc, left, right, stages, step, True, HALF, TAIL, SIZES.R_WIDTH, False,
-                        SIZES,
-                    )  # fmt: skip
-                if TAIL:
-                    acc, left, right = warpgroup_mma_wait(0, deps=[acc, left, right])
-                else:
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(stages.empty.index(stage_of(step - 1, SIZES.STAGES)))
-            if SIZES.TAILS and tail_end > end:
-                store_tail(left, right, output, bias, line, N, HALF, SIZES, ACT)
-            if bias.ptr is not None:
-                acc += gl.convert_layout(values, gl.SliceLayout(0, layout)).to(gl.float32)[None, :]
-            store_half(acc, output, line, N, SIZES, ACT)
+            else:
+                step = _compute_half(
+                    output, bias, drop, stages, step, line, N, K, BLOCK_N, HALF, SIZES, ACT
+                )
         else:
             # this half has no rows, and nothing was loaded for it: release its stages at once
-            for _ in range(k_steps + SIZES.R_STEPS):
+            for _ in range(gl.cdiv(K, BLOCK_K) + SIZES.R_STEPS):
                 wait_full(stages.full, step, SIZES.STAGES)
                 mbarrier.arrive(stages.empty.index(stage_of(step, SIZES.STAGES)))
                 step += 1
@@ -230,12 +260,9 @@ def _linear_roles_kernel(
 def _has_tails(activation: Activation | None) -> bool:
     """Whether tails are multiplied together with full tiles.
 
-    They are not if the activation needs the registers: if it is ungated, or gelu of interleaved
-    pairs.
+    They are not if exact gelu needs the registers: if it is ungated, or of interleaved pairs.
     """
-    if activation is None:
-        return True
-    return activation.gated and not (activation.interleaved and activation.kind == "gelu")
+    return activation is None or activation.kind != "gelu" or activation.halves == 2
 
 
 def _descriptor(
@@ -273,6 +300,17 @@ def _descriptors(product: Product) -> tuple | None:
     return operand_descriptors(
         rows, product.weight, *factors, k_unit, product.halves, *box, _descriptor
     )
+
+
+def _ends_narrow(N: int, activation: Activation | None, p: float) -> bool:
+    """Whether the last column tile is narrow.
+
+    It is not with a mask of dropout, and not with an activation other than relu2 without a gate:
+    these need the registers.
+    """
+    if p or (activation is not None and (activation.gated or activation.kind != "relu2")):
+        return False
+    return 0 < N % BLOCK_N.value <= NARROW_N.value
 
 
 def _low_rank_steps(r: int) -> tuple[int, int]:
@@ -330,6 +368,7 @@ def linear_roles(programs: int, blocks: dict, product: Product) -> bool:
             GATHER=product.gather,
             EVEN_K=K % BLOCK_K.value == 0,
             HALVES=product.halves,
+            NARROW=_ends_narrow(N, activation, p),
             R_STEPS=r_steps,
             R_WIDTH=r_width,
             K_UNIT=blocks["K_UNIT"],

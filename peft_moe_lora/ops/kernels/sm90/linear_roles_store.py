@@ -80,17 +80,42 @@ def store_tail(left, right, output, bias, line, N, HALF: gl.constexpr, SIZES, AC
                 gate, up = rows.reshape([BOX_M, 32, 2]).split()
                 result = activate(gate, up, ACT).to(act.dtype.element_ty)
                 _store(result, act, line.end, line.tail_end, 0, col // 2, N // 2, N // 2)
+            elif ACT.KIND is not None:
+                result = activate_plain(rows, ACT).to(act.dtype.element_ty)
+                _store(result, act, line.end, line.tail_end, 0, col, N, N)
+
+
+@gluon.jit
+def _store_columns(sums, output, line, col, N, ACT):
+    """Store the rows before `end` of sums [64, 128] of a tile without halves, and their activation,
+    from column `col` on.
+    """
+    y, act = output
+    dtype: gl.constexpr = y.dtype.element_ty if act is None else act.dtype.element_ty
+    _, first_row, end, _, _ = line
+    chunks = halves(sums, HALF_M, 64)
+    for j in gl.static_range(2):
+        chunk = chunks[j].to(dtype)
+        if y is not None:
+            _store_chunk(chunk, y, first_row, end, 0, col + 64 * j, N, N)
+        if ACT.KIND is not None and not ACT.GATED:
+            result = activate_plain(chunk.to(gl.float32), ACT)
+            _store_chunk(result, act, first_row, end, 0, col + 64 * j, N, N)
+    if ACT.KIND is not None and ACT.GATED:
+        gate, up = sums.to(dtype).to(gl.float32).reshape([HALF_M, 64, 2]).split()
+        result = activate(gate, up, ACT)
+        _store_chunk(result, act, first_row, end, 0, col // 2, N // 2, N // 2)
 
 
 @gluon.jit
 def store_half(acc, output, line, N, SIZES, ACT):
-    """Store the rows before `end` of a half, and their activation, in chunks of 64 columns."""
+    """Store the rows before `end` of a half, and their activation."""
     y, act = output
     dtype: gl.constexpr = y.dtype.element_ty if act is None else act.dtype.element_ty
     _, first_row, end, _, n = line
-    left, right = halves(acc, HALF_M, 128)
     if SIZES.HALVES == 2:
         # the left half of the tile is gate, the right half is up: two chunks of each
+        left, right = halves(acc, HALF_M, 128)
         gates = halves(left, HALF_M, 64)
         ups = halves(right, HALF_M, 64)
         I = N // 2  # noqa: E741
@@ -103,19 +128,11 @@ def store_half(acc, output, line, N, SIZES, ACT):
                 _store_chunk(up, y, first_row, end, 1, col, I, N)
             result = activate(gate.to(gl.float32), up.to(gl.float32), ACT)
             _store_chunk(result, act, first_row, end, 0, col, I, I)
+    elif acc.shape[1] == BLOCK_N:
+        left, right = halves(acc, HALF_M, 128)
+        # right first: else the compiler merges this code with that of a narrow tile, and waits for
+        # each product of a narrow tile before the next one
+        _store_columns(right, output, line, n * BLOCK_N + 128, N, ACT)
+        _store_columns(left, output, line, n * BLOCK_N, N, ACT)
     else:
-        wide = left, right
-        for i in gl.static_range(2):
-            chunks = halves(wide[i], HALF_M, 64)
-            col = n * BLOCK_N + i * 128
-            for j in gl.static_range(2):
-                chunk = chunks[j].to(dtype)
-                if y is not None:
-                    _store_chunk(chunk, y, first_row, end, 0, col + 64 * j, N, N)
-                if ACT.KIND is not None and not ACT.GATED:
-                    result = activate_plain(chunk.to(gl.float32), ACT)
-                    _store_chunk(result, act, first_row, end, 0, col + 64 * j, N, N)
-            if ACT.KIND is not None and ACT.GATED:
-                gate, up = wide[i].to(dtype).to(gl.float32).reshape([HALF_M, 64, 2]).split()
-                result = activate(gate, up, ACT)
-                _store_chunk(result, act, first_row, end, 0, col // 2, N // 2, N // 2)
+        _store_columns(acc, output, line, n * BLOCK_N, N, ACT)

@@ -11,6 +11,8 @@ from triton.experimental.gluon import language as gl
 HALF_M = gl.constexpr(64)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
+# columns of a narrow tile that are multiplied
+NARROW_N = gl.constexpr(128)
 # rows of x come in TMA boxes of BOX_M rows; BOXES of them hold two halves and a tail
 BOX_M = gl.constexpr(32)
 BOXES = gl.constexpr(5)
@@ -73,6 +75,7 @@ class Sizes(NamedTuple):
         TAILS: whether tails are multiplied together with full tiles.
         GATHER: whether rows of x are gathered. EVEN_K: whether K is a multiple of BLOCK_K.
         HALVES: 2 if a tile holds the same 128 columns of a gate half and of an up half, else 1.
+        NARROW: whether the last column tile of a row tile is narrow.
         R_STEPS: steps of the low-rank term. R_WIDTH: columns that each of them multiplies.
         K_UNIT: whether adjacent values of the weight lie along K.
         STAGES: of the pipeline. GROUP: as in `tiles.tile.position`.
@@ -84,6 +87,7 @@ class Sizes(NamedTuple):
     GATHER: Any
     EVEN_K: Any
     HALVES: Any
+    NARROW: Any
     R_STEPS: Any
     R_WIDTH: Any
     K_UNIT: Any
