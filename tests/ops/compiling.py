@@ -222,6 +222,13 @@ def launch_layer(
     kernels.expert_outer(yb, x, routing, empty(E, r, H, dtype=fp32), gather_right=True, **drop)
 
 
+def launch_ungated(dtype, kind, T=8192, E=128, top_k=6, H=2688, I=1856, r=16, p=0.0):  # noqa: E741
+    """`launch_layer` with an activation without a gate; narrow last tiles of 64 and 128 columns."""
+    from peft_moe_lora.ops import Activation
+
+    launch_layer(T, E, top_k, H, I, r, dtype, Activation(kind, gated=False), p=p)
+
+
 def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544, p=0.0):
     """Products of ordered rows, in both orders of the weight, with and without a bias; on meta.
 
@@ -384,6 +391,7 @@ if __name__ == "__main__":
             case["dtype"] = getattr(torch, case["dtype"])
             launches = {"decoding": launch_decoding, "products": launch_products_of_codes}
             launches |= {"ordered": launch_ordered, "gathered": launch_gathered}
+            launches["ungated"] = launch_ungated
             launches.get(case.pop("launch", None), launch_layer)(**case)
     for kernel in compiled:
         print(json.dumps({"arch": arch} | resources(kernel)))

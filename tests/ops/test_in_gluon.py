@@ -13,6 +13,7 @@ import pytest
 NAMES = ["linear_roles", "shrink_outer", "act_backward_outer"]
 
 SHARED = [
+    "act_backward_outer_quarter",
     "linear_roles_load",
     "linear_roles_store",
     "linear_roles_tile",

@@ -175,6 +175,17 @@ def test_the_one_pass_around_an_activation_compiles_without_spills_twice_a_multi
     assert_fits_twice(kernel)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("kind", ["relu2", "gelu"])
+def test_the_one_pass_around_an_activation_without_a_gate_fits_twice_too(kind, p):
+    case = {"launch": "ungated", "kind": kind, "dtype": "bfloat16", "p": p}
+    kernels = compiled_for(90, [case])
+    products = [k for k in kernels if "_linear_" in k["kernel"]]
+    assert_by_roles(products, 4, spilled=24 if p else 0)
+    (kernel,) = [k for k in kernels if k["kernel"] == "_act_backward_outer_kernel"]
+    assert_fits_twice(kernel)
+
+
 def test_the_one_pass_around_an_activation_spills_two_registers_from_rank_17_on():
     layer = {"T": 8192, "E": 128, "top_k": 8, "H": 1024, "I": 512, "r": 24, "dtype": "bfloat16"}
     (kernel,) = [

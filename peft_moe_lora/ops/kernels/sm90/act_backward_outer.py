@@ -1,4 +1,4 @@
-"""dpre, dw, yb, dB and dA of a gated activation, by one kernel that reads draw and pre once:
+"""dpre, dw, yb, dB and dA of an activation, by one kernel that reads draw and pre once:
 
     act = activation(pre), which is never stored
     dpre = activation.backward(pre, w * draw)
@@ -20,9 +20,11 @@ docs/performance.md).
 Legend: chunks as in `tiles.chunks`
     quarter 2 * c + h of a step: 64 columns from column 64 * c of the panel on, and 32 rows from row
         32 * h of the step on
-    sides: the two blocks of 64 columns of pre from which a quarter's 64 columns of act are
-        computed. They are the gate and the up columns. If these are interleaved, they are the
-        (gate, up) pairs of the first 32 columns and of the last 32 columns.
+    sides: the blocks of 64 columns of pre from which a quarter's 64 columns of act are computed:
+        the gate and the up columns. If these are interleaved, they are the (gate, up) pairs of the
+        first 32 columns and of the last 32 columns. Without a gate there is one side.
+    SIDES: 2, or 1 without a gate
+    staged, computed: buffers of quarters, as in `act_backward_outer_quarter`
     width: columns of xa, right and yb in memory, of which those past rank r are zeros
     partial_yb_ptr [panels, M, width], partial_dw_ptr [2 * panels, M] fp32
     partial_A_ptr [max_chunks, I, r], partial_B_ptr [max_chunks, N, r] fp32: the sums of each chunk;
@@ -48,23 +50,25 @@ from ...routing import Routing
 from ..launching.launch import facts, launch
 from ..launching.table import ceil_div, options_of, power_of_2
 from ..operands import Act, Operand, Weight
-from ..tiles.activation import activate_backward
 from ..tiles.chunks import chunk_rows, sum_chunks
-from ..tiles.dropout import dropped, probability_and_seed, row_hash
-from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, load_rows, narrow, ranks_for
-from .sum_panels import HALF_PANEL, sum_panels
+from ..tiles.dropout import probability_and_seed, row_hash
+from .act_backward_outer_quarter import (
+    BY_ELEMENTS,
+    BY_PAIRS,
+    COLS,
+    HALF,
+    PAIRS,
+    Quarter,
+    activate_quarter,
+    load_quarter,
+)
+from .pieces import MAX_RANKS, WIDE, barrier, chunk_of, narrow, ranks_for
+from .sum_panels import sum_panels
 
 # triton 3.6: _reinterpret; drop when the floor is 3.9
 REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-# rows of a step; rows and columns of a quarter
+# rows of a step
 ROWS = gl.constexpr(64)
-HALF = gl.constexpr(32)
-COLS = gl.constexpr(HALF_PANEL)
-# layout of a quarter over eight warps: each thread has eight adjacent elements of a row
-BY_ELEMENTS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-# columns of act in a side of (gate, up) pairs: eight elements of pre give four of act
-PAIRS = gl.constexpr(32)
-BY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
 # layouts of rank-r rows: eight ranks a thread, also as four int32 that hold two ranks each
 BY_EIGHT = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [8, 1], [1, 0]))
 BY_EIGHT_PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [16, 2], [8, 1], [1, 0]))
@@ -75,61 +79,6 @@ BY_ROW = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 STAGES = gl.constexpr(3)
 STAGED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-class _Quarter(NamedTuple):
-    """A quarter of a step.
-
-    Attributes:
-        h, c: as in the legend.
-        left: number of rows of the chunk from the first row of the step on.
-        col: first column of the panel in act. I: columns of act.
-    """
-
-    h: Any
-    c: Any
-    left: Any
-    col: Any
-    I: Any  # noqa: E741
-
-
-class _Operands(NamedTuple):
-    """Shared memory that receives the operands of wgmma: of both sides and of act."""
-
-    side0: Any
-    side1: Any
-    act: Any
-
-
-class _Factors(NamedTuple):
-    """Shared memory of the rank-r operands of wgmma.
-
-    Attributes:
-        B0, B1: [2, 64, RANKS], B of both halves of each side.
-        xa, right: [1, 64, RANKS], a step's rows of xa and of w * right.
-    """
-
-    B0: Any
-    B1: Any
-    xa: Any
-    right: Any
-
-
-class _Columns(NamedTuple):
-    """Where a panel's columns lie.
-
-    Attributes:
-        col: first column in act.
-        other: whether the panel's second half exists.
-        n<s><c>: first column in pre of side s of half c.
-    """
-
-    col: Any
-    other: Any
-    n00: Any
-    n01: Any
-    n10: Any
-    n11: Any
 
 
 @gluon.jit
@@ -150,114 +99,6 @@ def _split_pairs(pairs, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.con
     low = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
     return gl.convert_layout(gl.join(low, high).reshape(shape), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _load_quarter(staged, s, draw_ptrs, pre_ptrs, quarter, stride_prem, INTERLEAVED: gl.constexpr):
-    """Start the copies of both sides and draw of a quarter into stage s."""
-    h, c, left, col, I = quarter  # noqa: E741
-    exists = col + c * COLS < I
-    mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS)) < left)[:, None] & exists
-    pre_ptrs += h * HALF * stride_prem + c * COLS * (1 + INTERLEAVED)
-    draw_ptrs += h * HALF * I + c * COLS
-    load_rows(staged[0].index(s), pre_ptrs, mask)
-    load_rows(staged[1].index(s), pre_ptrs + (COLS if INTERLEAVED else I), mask)
-    if INTERLEAVED:
-        mask = (h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_PAIRS)) < left)[:, None] & exists
-        load_rows(staged[2].index(s).slice(0, PAIRS, 1), draw_ptrs, mask)
-        load_rows(staged[2].index(s).slice(PAIRS, PAIRS, 1), draw_ptrs + PAIRS, mask)
-    else:
-        load_rows(staged[2].index(s), draw_ptrs, mask)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _dropped(act, hashes_smem, col, dtype: gl.constexpr, P: gl.constexpr):
-    """act in dtype, multiplied by the mask of dropout.
-
-    hashes_smem: row hashes of its rows. col: its first column.
-    """
-    act = act.to(dtype)
-    if P > 0:
-        hashes = hashes_smem.load(gl.SliceLayout(1, act.type.layout))
-        cols = col + gl.arange(0, act.shape[1], gl.SliceLayout(0, act.type.layout))
-        act = dropped(act.to(gl.float32), hashes[:, None], cols[None, :], P).to(dtype)
-    return act
-
-
-@gluon.jit
-def _activate_side(
-    staged_pre, staged_draw, w, hashes_smem, side_smem, act_smem, dpre_ptrs, mask_m, col,
-    ACT, P: gl.constexpr,
-):  # fmt: skip
-    """Compute act and dpre of a side of interleaved gate and up, whose act begins at column col.
-
-    Stores dpre, and puts dpre and drop(act) into shared memory for wgmma.
-    Returns: act * draw [HALF, PAIRS], whose sums over the columns are a part of dw.
-    """
-    dtype: gl.constexpr = staged_pre.dtype
-    gate, up = staged_pre.load(BY_ELEMENTS).reshape([HALF, PAIRS, 2]).split()
-    draw = gl.convert_layout(staged_draw.load(BY_PAIRS), gate.type.layout, assert_trivial=True).to(
-        gl.float32
-    )
-    w = gl.convert_layout(w, gl.SliceLayout(1, gate.type.layout), assert_trivial=True)
-    act, dgate, dup = activate_backward(
-        gate.to(gl.float32), up.to(gl.float32), w[:, None] * draw, ACT
-    )
-    masked = _dropped(act, hashes_smem, col, dtype, P)
-    act_smem.store(gl.convert_layout(masked, BY_PAIRS, assert_trivial=True))
-    dpre = gl.join(dgate.to(dtype), dup.to(dtype)).reshape([HALF, COLS])
-    dpre = gl.convert_layout(dpre, BY_ELEMENTS, assert_trivial=True)
-    gl.store(dpre_ptrs, dpre, mask=mask_m[:, None])
-    side_smem.store(dpre)
-    return act * draw
-
-
-@gluon.jit
-def _activate_quarter(
-    staged, s, w_smem, hashes_smem, dw_ptr, dpre_ptrs, quarter, M, operands, ACT, P: gl.constexpr,
-):  # fmt: skip
-    """Compute act and dpre of the quarter in stage s.
-
-    Stores dpre and the quarter's part of dw. Puts dpre and drop(act) into shared memory for wgmma.
-    """
-    h, c, left, col, I = quarter  # noqa: E741
-    side0_smem, side1_smem, act_smem = operands
-    dtype: gl.constexpr = act_smem.dtype
-    w = w_smem.load(gl.SliceLayout(1, BY_ELEMENTS))
-    side0 = staged[0].index(s)
-    side1 = staged[1].index(s)
-    draw = staged[2].index(s)
-    rows = h * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
-    mask_m = (rows < left) & (col + c * COLS < I)
-    dpre_ptrs += h * HALF * 2 * I + c * COLS * (1 + ACT.INTERLEAVED)
-    if ACT.INTERLEAVED:
-        product = _activate_side(
-            side0, draw.slice(0, PAIRS, 1), w, hashes_smem, side0_smem,
-            act_smem.slice(0, PAIRS, 1), dpre_ptrs, mask_m, col + c * COLS, ACT, P,
-        )  # fmt: skip
-        product += _activate_side(
-            side1, draw.slice(PAIRS, PAIRS, 1), w, hashes_smem, side1_smem,
-            act_smem.slice(PAIRS, PAIRS, 1), dpre_ptrs + COLS, mask_m, col + c * COLS + PAIRS, ACT,
-            P,
-        )  # fmt: skip
-        dw = gl.convert_layout(
-            gl.sum(product, axis=1), gl.SliceLayout(1, BY_ELEMENTS), assert_trivial=True
-        )
-    else:
-        gate = side0.load(BY_ELEMENTS).to(gl.float32)
-        up = side1.load(BY_ELEMENTS).to(gl.float32)
-        draw = draw.load(BY_ELEMENTS).to(gl.float32)
-        act, dgate, dup = activate_backward(gate, up, w[:, None] * draw, ACT)
-        dw = gl.sum(act * draw, axis=1)
-        dgate = dgate.to(dtype)
-        dup = dup.to(dtype)
-        gl.store(dpre_ptrs, dgate, mask=mask_m[:, None])
-        gl.store(dpre_ptrs + I, dup, mask=mask_m[:, None])
-        side0_smem.store(dgate)
-        side1_smem.store(dup)
-        act_smem.store(_dropped(act, hashes_smem, col + c * COLS, dtype, P))
-    gl.store(dw_ptr + c * M + rows, dw, mask=mask_m)
 
 
 @gluon.jit
@@ -283,20 +124,29 @@ def _load_B(ptrs, first, inside, r, lora_B, RANKS: gl.constexpr):
 
 
 @gluon.jit
-def _stage_B(factors, lora_B, e, columns, r, dtype: gl.constexpr, RANKS: gl.constexpr):
-    """Put the rows of B[e] that belong to a panel into shared memory."""
-    _, other, n00, n01, n10, n11 = columns
+def _first_column(side, half, col, I, INTERLEAVED: gl.constexpr):  # noqa: E741
+    """First column in pre of a side of half 0 or 1 of the panel that begins at column `col`."""
+    if INTERLEAVED:
+        return 2 * (col + half * COLS) + side * COLS
+    else:
+        return col + half * COLS + side * I
+
+
+@gluon.jit
+def _stage_B(B, lora_B, e, col, I, r, dtype: gl.constexpr, ACT):  # noqa: E741
+    """Put the rows of B[e] that belong to a panel into shared memory: [2, 64, RANKS] of a side."""
+    RANKS: gl.constexpr = B[0].shape[2]
+    other = col + COLS < I
     ptrs = lora_B.ptr + e * lora_B.stride_e
-    # loads before stores to shared memory, so that their latencies overlap; but all four parts of B
-    # at once would take too many registers
-    b00 = _load_B(ptrs, n00, True, r, lora_B, RANKS)
-    b01 = _load_B(ptrs, n01, other, r, lora_B, RANKS)
-    factors.B0.index(0).store(b00.to(dtype))
-    factors.B0.index(1).store(b01.to(dtype))
-    b10 = _load_B(ptrs, n10, True, r, lora_B, RANKS)
-    b11 = _load_B(ptrs, n11, other, r, lora_B, RANKS)
-    factors.B1.index(0).store(b10.to(dtype))
-    factors.B1.index(1).store(b11.to(dtype))
+    # loads before stores to shared memory, so that their latencies overlap; but all parts of B at
+    # once would take too many registers
+    for side in gl.static_range(1 + ACT.GATED):
+        first = _first_column(side, 0, col, I, ACT.INTERLEAVED)
+        second = _first_column(side, 1, col, I, ACT.INTERLEAVED)
+        b0 = _load_B(ptrs, first, True, r, lora_B, RANKS)
+        b1 = _load_B(ptrs, second, other, r, lora_B, RANKS)
+        B[side].index(0).store(b0.to(dtype))
+        B[side].index(1).store(b1.to(dtype))
 
 
 @gluon.jit
@@ -311,46 +161,33 @@ def _store_sums(out_ptrs, acc, first, inside, r, stride_k, stride_r):
 
 
 @gluon.jit
-def _store_all_sums(sums, columns, dA, dB, partial, several, chunk, e, I, r):  # noqa: E741
+def _store_all_sums(
+    sums, dA, dB, partial, several, chunk, e, col, I, r, ACT,  # noqa: E741
+):  # fmt: skip
     """Store a program's sums to dA and dB or, if its expert has several chunks, to `partial`.
 
     Args:
         dA: `operands.Weight` of [E, I, r]. dB: of [E, N, r].
         partial: `_Partial`.
     """
-    col, other, n00, n01, n10, n11 = columns
+    SIDES: gl.constexpr = 1 + ACT.GATED
     base_A = dA.ptr + e * dA.stride_e
     base_B = dB.ptr + e * dB.stride_e
     if several:
         base_A = partial.A + chunk.to(gl.int64) * I * r
-        base_B = partial.B + chunk.to(gl.int64) * 2 * I * r
+        base_B = partial.B + chunk.to(gl.int64) * SIDES * I * r
     step_A = gl.where(several, r, dA.stride_n).to(gl.int64)
     step_B = gl.where(several, r, dB.stride_n).to(gl.int64)
     rank_A = gl.where(several, 1, dA.stride_k).to(gl.int64)
     rank_B = gl.where(several, 1, dB.stride_k).to(gl.int64)
-    dB00, dB01, dB10, dB11, dA0, dA1 = sums
-    _store_sums(base_B, dB00, n00, True, r, step_B, rank_B)
-    _store_sums(base_B, dB01, n01, other, r, step_B, rank_B)
-    _store_sums(base_B, dB10, n10, True, r, step_B, rank_B)
-    _store_sums(base_B, dB11, n11, other, r, step_B, rank_B)
-    _store_sums(base_A, dA0, col, True, r, step_A, rank_A)
-    _store_sums(base_A, dA1, col + COLS, other, r, step_A, rank_A)
-
-
-@gluon.jit
-def _first_columns(panel, I, INTERLEAVED: gl.constexpr):  # noqa: E741
-    """The `_Columns` of a panel."""
-    col = panel * 2 * COLS
-    other = panel * 2 * COLS + COLS < I
-    n00 = col * (1 + INTERLEAVED)
-    n01 = n00 + COLS * (1 + INTERLEAVED)
-    if INTERLEAVED:
-        n10 = n00 + COLS
-        n11 = n01 + COLS
-    else:
-        n10 = n00 + I
-        n11 = n01 + I
-    return _Columns(col, other, n00, n01, n10, n11)
+    other = col + COLS < I
+    for side in gl.static_range(SIDES):
+        first = _first_column(side, 0, col, I, ACT.INTERLEAVED)
+        second = _first_column(side, 1, col, I, ACT.INTERLEAVED)
+        _store_sums(base_B, sums[2 * side], first, True, r, step_B, rank_B)
+        _store_sums(base_B, sums[2 * side + 1], second, other, r, step_B, rank_B)
+    _store_sums(base_A, sums[2 * SIDES], col, True, r, step_A, rank_A)
+    _store_sums(base_A, sums[2 * SIDES + 1], col + COLS, other, r, step_A, rank_A)
 
 
 @gluon.jit
@@ -364,38 +201,32 @@ def _reinterpreted(smem, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.co
 
 
 @gluon.jit
-def _multiply_step(halves, factors, sums, at):
+def _multiply_step(halves, B, xa, right, sums, at, SIDES: gl.constexpr):
     """Compute yb [ROWS, RANKS] of a step, and add the step's products to the sums of dB and dA.
 
-    halves: of both sides and of act, [2, 64, 64] each. at: the 0 of `_opaque_zero`.
+    Args:
+        halves: `computed` as halves of a panel, [2, 64, 64] of each side and then of act.
+        B: [2, 64, RANKS] of each side. xa, right: [1, 64, RANKS], of which right is weighted.
+        sums: [64, RANKS] of dB for both halves of each side, and then of dA for both halves.
+        at: the 0 of `_opaque_zero`.
+    Returns: yb, sums.
     """
-    halves0, halves1, act_halves = halves
-    B0, B1, xa, right = factors
-    dB00, dB01, dB10, dB11, dA0, dA1 = sums
-    side00 = halves0.index(at)
-    side01 = halves0.index(at + 1)
-    side10 = halves1.index(at)
-    side11 = halves1.index(at + 1)
     x = xa.index(at)
     y = right.index(at)
-    SUMS: gl.constexpr = dA0.type.layout
-    yb = gl.zeros([ROWS, dA0.shape[1]], gl.float32, SUMS)
+    SUMS: gl.constexpr = sums[0].type.layout
+    yb = gl.zeros([ROWS, sums[0].shape[1]], gl.float32, SUMS)
     # [M, K] @ [K, R] -> [M, R]
-    yb = warpgroup_mma(side00, B0.index(at), yb, is_async=True)
-    yb = warpgroup_mma(side01, B0.index(at + 1), yb, is_async=True)
-    yb = warpgroup_mma(side10, B1.index(at), yb, is_async=True)
-    yb = warpgroup_mma(side11, B1.index(at + 1), yb, is_async=True)
+    for i in gl.static_range(2 * SIDES):
+        side = halves[i // 2].index(at + i % 2)
+        yb = warpgroup_mma(side, B[i // 2].index(at + i % 2), yb, is_async=True)
     # [K, M] @ [M, R] -> [K, R]
-    dB00 = warpgroup_mma(side00.permute([1, 0]), x, dB00, is_async=True)
-    dB01 = warpgroup_mma(side01.permute([1, 0]), x, dB01, is_async=True)
-    dB10 = warpgroup_mma(side10.permute([1, 0]), x, dB10, is_async=True)
-    dB11 = warpgroup_mma(side11.permute([1, 0]), x, dB11, is_async=True)
-    dA0 = warpgroup_mma(act_halves.index(at).permute([1, 0]), y, dA0, is_async=True)
-    dA1 = warpgroup_mma(act_halves.index(at + 1).permute([1, 0]), y, dA1, is_async=True)
-    yb, dB00, dB01, dB10, dB11, dA0, dA1 = warpgroup_mma_wait(
-        0, deps=[yb, dB00, dB01, dB10, dB11, dA0, dA1]
-    )
-    return yb, (dB00, dB01, dB10, dB11, dA0, dA1)
+    results = (yb,)
+    for i in gl.static_range(2 * SIDES + 2):
+        side = halves[i // 2].index(at + i % 2).permute([1, 0])
+        rows = x if i < 2 * SIDES else y
+        results += (warpgroup_mma(side, rows, sums[i], is_async=True),)
+    results = warpgroup_mma_wait(0, deps=results)
+    return results[0], results[1:]
 
 
 class _Partial(NamedTuple):
@@ -467,6 +298,7 @@ def _act_backward_outer_kernel(
     RANKS: gl.constexpr = TILE.RANKS
     P: gl.constexpr = TILE.P
     INTERLEAVED: gl.constexpr = ACT.INTERLEAVED
+    SIDES: gl.constexpr = 1 + ACT.GATED
     dtype: gl.constexpr = pre.ptr.dtype.element_ty
     NARROW: gl.constexpr = narrow(RANKS)
     # layout of wgmma's sums: each of the two groups of four warps has all rows, and half of the
@@ -484,42 +316,38 @@ def _act_backward_outer_kernel(
     end = gl.minimum(end, start + CHUNK)
     # int64: an expert index times a stride passes 2**31
     e = e.to(gl.int64)
-    panel_columns = _first_columns(panel, I, INTERLEAVED)
-    col = panel_columns.col
+    col = panel * 2 * COLS
     # layout of draw
     COLUMNS: gl.constexpr = BY_PAIRS if INTERLEAVED else BY_ELEMENTS
     draw_m = start + gl.arange(0, HALF, gl.SliceLayout(1, COLUMNS))
     draw_c = col + gl.arange(0, PAIRS if INTERLEAVED else COLS, gl.SliceLayout(0, COLUMNS))
     draw_ptrs = draw_ptr + draw_m.to(gl.int64)[:, None] * I + draw_c[None, :]
     offs_m = start + gl.arange(0, HALF, gl.SliceLayout(1, BY_ELEMENTS))
-    offs_n = panel_columns.n00 + gl.arange(0, COLS, gl.SliceLayout(0, BY_ELEMENTS))
+    offs_n = gl.arange(0, COLS, gl.SliceLayout(0, BY_ELEMENTS))
+    offs_n += _first_column(0, 0, col, I, INTERLEAVED)
     pre_ptrs = pre.ptr + offs_m.to(gl.int64)[:, None] * pre.stride_m + offs_n[None, :]
-    dpre_ptrs = dpre_ptr + offs_m.to(gl.int64)[:, None] * (2 * I) + offs_n[None, :]
-    staged0 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
-    staged1 = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
-    staged_draws = gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED)
-    staged = staged0, staged1, staged_draws
+    dpre_ptrs = dpre_ptr + offs_m.to(gl.int64)[:, None] * (SIDES * I) + offs_n[None, :]
+    staged = ()
+    for _ in gl.static_range(SIDES + 1):
+        staged += (gl.allocate_shared_memory(dtype, [STAGES, HALF, COLS], STAGED),)
     left = end - start
     zero = start * 0
-    first = _Quarter(zero, zero, left, col, I)
-    _load_quarter(staged, 0, draw_ptrs, pre_ptrs, first, pre.stride_m, INTERLEAVED)
-    second = _Quarter(zero, zero + 1, left, col, I)
-    _load_quarter(staged, 1, draw_ptrs, pre_ptrs, second, pre.stride_m, INTERLEAVED)
+    first = Quarter(zero, zero, left, col, I)
+    load_quarter(staged, 0, draw_ptrs, pre_ptrs, first, pre.stride_m, ACT)
+    second = Quarter(zero, zero + 1, left, col, I)
+    load_quarter(staged, 1, draw_ptrs, pre_ptrs, second, pre.stride_m, ACT)
 
-    sides0 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
-    sides1 = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
-    acts = gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE)
-    # the same memory, viewed as [64, 64] for each half of the panel
-    shape: gl.constexpr = [2, ROWS, COLS]
-    halves0 = _reinterpreted(sides0, dtype, shape, WIDE)
-    halves1 = _reinterpreted(sides1, dtype, shape, WIDE)
-    act_halves = _reinterpreted(acts, dtype, shape, WIDE)
-    halves = halves0, halves1, act_halves
-    B0 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
-    B1 = gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW)
+    computed = ()
+    halves = ()
+    for i in gl.static_range(SIDES + 1):
+        computed += (gl.allocate_shared_memory(dtype, [4, HALF, COLS], WIDE),)
+        # the same memory, viewed as [64, 64] for each half of the panel
+        halves += (_reinterpreted(computed[i], dtype, [2, ROWS, COLS], WIDE),)
+    B = ()
+    for _ in gl.static_range(SIDES):
+        B += (gl.allocate_shared_memory(dtype, [2, COLS, RANKS], NARROW),)
     xa = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
     right = gl.allocate_shared_memory(dtype, [1, ROWS, RANKS], NARROW)
-    factors = _Factors(B0, B1, xa, right)
     ws = gl.allocate_shared_memory(gl.float32, [2, HALF], FLAT)
     ws_flat = _reinterpreted(ws, gl.float32, [ROWS], FLAT)
     # row hashes of a step's rows, used with dropout
@@ -531,7 +359,7 @@ def _act_backward_outer_kernel(
         of_rows.slot + start + ROWS + rows, mask=start + ROWS + rows < end, other=0
     )
     w = gl.load(of_rows.weight + slots, mask=start + rows < end, other=0.0)
-    _stage_B(factors, lora_B, e, panel_columns, r, dtype, RANKS)
+    _stage_B(B, lora_B, e, col, I, r, dtype, ACT)
     ws_flat.store(w.to(gl.float32))
     if P > 0:
         seed = gl.load(of_rows.seed)
@@ -546,8 +374,9 @@ def _act_backward_outer_kernel(
     yb_ptr = partial.yb + panel.to(gl.int64) * M * width
 
     zeros = gl.zeros([COLS, RANKS], gl.float32, SUMS)
-    # sums of dB at columns n00, n01, n10 and n11, and of dA at columns col and col + 64
-    sums = zeros, zeros, zeros, zeros, zeros, zeros
+    sums = ()
+    for _ in gl.static_range(2 * SIDES + 2):
+        sums += (zeros,)
     s = zero
     for step in range(gl.cdiv(end - start, ROWS)):
         at = _opaque_zero(step)
@@ -569,15 +398,13 @@ def _act_backward_outer_kernel(
             c = j % 2
             # two quarters ahead: the same columns of the next 32 rows
             ahead = gl.where(s == 0, 2, s - 1)
-            loaded = _Quarter(h + 1, c, left, col, I)
-            _load_quarter(staged, ahead, draw_ptrs, pre_ptrs, loaded, pre.stride_m, INTERLEAVED)
+            loaded = Quarter(h + 1, c, left, col, I)
+            load_quarter(staged, ahead, draw_ptrs, pre_ptrs, loaded, pre.stride_m, ACT)
             # a thread computes only on elements that it copied itself, so no barrier is needed
             async_copy.wait_group(2)
-            q = 2 * c + h
-            computed = _Quarter(h, c, left, col, I)
-            operands = _Operands(sides0.index(q), sides1.index(q), acts.index(q))
-            _activate_quarter(
-                staged, s, ws.index(h), hashes.index(h), dw_ptr, dpre_ptrs, computed, M, operands,
+            quarter = Quarter(h, c, left, col, I)
+            activate_quarter(
+                staged, s, computed, ws.index(h), hashes.index(h), dw_ptr, dpre_ptrs, quarter, M,
                 ACT, P,
             )  # fmt: skip
             s = gl.where(s == 2, 0, s + 1)
@@ -594,7 +421,7 @@ def _act_backward_outer_kernel(
         ws_flat.store(next_w.to(gl.float32))
         if P > 0:
             hashes_flat.store(next_hashes)
-        yb, sums = _multiply_step(halves, factors, sums, at)
+        yb, sums = _multiply_step(halves, B, xa, right, sums, at, SIDES)
         # all products have read their operands, so the next step may overwrite them
         barrier()
         # addresses are computed anew in every step: held in registers, they would be spilled
@@ -604,10 +431,10 @@ def _act_backward_outer_kernel(
         left -= ROWS
         draw_ptrs += ROWS * I
         pre_ptrs += ROWS * pre.stride_m
-        dpre_ptrs += ROWS * 2 * I
+        dpre_ptrs += ROWS * SIDES * I
         dw_ptr += ROWS
 
-    _store_all_sums(sums, panel_columns, dA, dB, partial, several, chunk, e, I, r)
+    _store_all_sums(sums, dA, dB, partial, several, chunk, e, col, I, r, ACT)
 
 
 def _aligned(draw: torch.Tensor, pre: torch.Tensor, right: torch.Tensor, xa: torch.Tensor) -> bool:
@@ -634,7 +461,7 @@ def act_backward_outer(
     Args:
         blocks: constexprs of the table's row.
         rows: no field is None.
-    Returns: dpre [M, N], yb [M, R], d_top_k_weights [T, top_k] fp32; None if the activation, the
+    Returns: dpre [M, N], yb [M, R], d_top_k_weights [T, top_k] fp32; None if the width of act, the
         rank, strides or alignment do not allow it, and then nothing is written.
     """
     right = rows.down_yb.contiguous()
@@ -644,7 +471,7 @@ def act_backward_outer(
     M, I = draw.shape  # noqa: E741
     E, N, r = lora_B.shape
     width = xa.shape[1]
-    if not activation.gated or I % COLS.value or not _aligned(draw, pre, right, xa):
+    if I % COLS.value or not _aligned(draw, pre, right, xa):
         return None
     panels = ceil_div(I, 2 * COLS.value)
     chunk = chunk_rows(M, E, panels, ROWS.value, arch=90)
