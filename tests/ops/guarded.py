@@ -16,10 +16,12 @@ import torch
 
 from ops.problems import SHAPES, Problem, layer, layer_arguments
 from peft_moe_lora.ops import Activation, kernels
+from peft_moe_lora.ops.kernels import routing
 from peft_moe_lora.ops.kernels.codes import product_4bit
 from peft_moe_lora.ops.quantize import quantize
 
 PAGE = mmap.PAGESIZE
+FEW_SLOTS = routing.FEW_SLOTS
 empty = torch.empty
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
@@ -92,7 +94,10 @@ def run_layers():
     for i, shape in enumerate(SHAPES):
         dtype, activation = ((torch.float16, CLAMPED), (torch.float32, Activation()))[i % 2]
         problem = Problem(shape, dtype)
+        # routing in one launch, and in three
+        routing.FEW_SLOTS = (FEW_SLOTS, 0)[i // 2 % 2]
         run_layer(problem, activation, guarded(problem.up), guarded(problem.down))
+    routing.FEW_SLOTS = FEW_SLOTS
 
 
 def run_quantized_layers():
@@ -113,9 +118,9 @@ if __name__ == "__main__":
     # products with tiles of 32 rows decode too
     product_4bit.MAX_BLOCK_M = 32
     if sys.argv[1] == "broken":
-        routing = kernels.route(guarded(torch.tensor([[0, 1], [1, 2]])), 3)
+        routed = kernels.route(guarded(torch.tensor([[0, 1], [1, 2]])), 3)
         rows = guarded(torch.randn(4, PAGE))
-        routing.slot_row[0] = len(rows)
-        kernels.combine(rows, routing)
+        routed.slot_row[0] = len(rows)
+        kernels.combine(rows, routed)
     run_layers()
     run_quantized_layers()

@@ -41,9 +41,15 @@ def test_the_two_backends_offer_the_same_operations(kernels):
 # ---- routing -------------------------------------------------------------------------------------
 
 
+FEW = "peft_moe_lora.ops.kernels.routing.FEW_SLOTS"
+one_launch_or_three = pytest.mark.parametrize("few", [2048, 0], ids=["one", "three"])
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=ids)
 @pytest.mark.parametrize("skew", [False, True])
-def test_route_is_the_stable_sort(kernels, shape, skew):
+@one_launch_or_three
+def test_route_is_the_stable_sort(kernels, monkeypatch, shape, skew, few):
+    monkeypatch.setattr(FEW, few)
     problem = Problem(shape, torch.float32, skew=skew)
     routing, twin = kernels.route(problem.index, shape.E), problem.routing
     for name in ("expert_offsets", "row_token", "row_slot", "slot_row", "top_k"):
@@ -54,7 +60,9 @@ def test_route_is_the_stable_sort(kernels, shape, skew):
 
 
 @shapes
-def test_tiles_cover_every_routed_row_once(kernels, shape):
+@one_launch_or_three
+def test_tiles_cover_every_routed_row_once(kernels, monkeypatch, shape, few):
+    monkeypatch.setattr(FEW, few)
     problem = Problem(shape, torch.float32)
     routing = kernels.route(problem.index, shape.E)
     offsets, block = routing.expert_offsets.tolist(), routing.block_m
@@ -63,6 +71,18 @@ def test_tiles_cover_every_routed_row_once(kernels, shape):
     assert tiles[: len(expected)] == expected
     assert all(e == -1 for e, _ in tiles[len(expected) :])
     assert tiles[-2:] == [(-1, len(expected)), (-1, 0)]
+
+
+@pytest.mark.parametrize("S", [1, 31, 32, 33, 127, 128, 129, 500, 2048])
+@pytest.mark.parametrize("E", [1, 5, 126, 127, 512])
+def test_one_launch_of_a_routing_writes_what_three_write(kernels, monkeypatch, S, E):
+    """Around the sizes of the blocks, with sentinels, in memory that held something else."""
+    index = torch.randint(-1, E + 1, (S, 1), device=DEVICE)
+    one = kernels.route(index, E)
+    monkeypatch.setattr(FEW, 0)
+    three = kernels.route(index, E)
+    for actual, expected in zip(one, three, strict=True):
+        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected))
 
 
 def test_a_table_is_cut_out_of_the_memory_that_an_operator_returns(kernels):

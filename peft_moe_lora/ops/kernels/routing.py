@@ -2,6 +2,7 @@
 
 Three launches: count the slots of each expert in each block of slots; sum these counts over the
 blocks; write the row of every slot. The last launch also writes the offsets and the tile table.
+Few slots take one launch: each of its programs reads all slots, and waits for no other program.
 
 Legend: S = T * top_k slots, in blocks of BLOCK. A sentinel (an id outside 0..E-1) counts as id E.
     counts_ptr [blocks, E + 1]: first the number of slots of each expert in a block. The scan turns
@@ -27,10 +28,14 @@ from .operands import Operand
 
 BLOCK = 128
 TILES_BLOCK = 32
+# up to so many slots are sorted in one launch. Its work grows with their square: 32 slots of a
+# program are compared with all others
+FEW_SLOTS = 2048
+FEW_BLOCK = 32
 
 
 class _Tables(NamedTuple):
-    """Pointers of what `_place_kernel` writes, the tensors of `Routing`."""
+    """Pointers of what a sort writes, the tensors of `Routing`."""
 
     expert_offsets: Any
     row_token: Any
@@ -38,18 +43,26 @@ class _Tables(NamedTuple):
     slot_row: Any
     tiles: Any
 
+    @classmethod
+    def of(cls, routing: Routing) -> "_Tables":
+        """The tensors of a routing with tiles."""
+        rows = routing.row_token, routing.row_slot, routing.slot_row
+        return cls(routing.expert_offsets, *rows, routing.tiles)
+
 
 class _Place(NamedTuple):
-    """Constants of `_place_kernel`.
+    """Constants of `_place_kernel` and of `_route_few_kernel`.
 
     Attributes:
-        BLOCK: slots of a program. BLOCK_E: slots that they are compared with at a time.
+        BLOCK: slots of a program.
+        OTHERS: slots that they are compared with at a time. `_route_few_kernel` compares them with
+            all slots at once, padded to a power of two.
         E_PADDED: E, padded to a power of two.
         BLOCK_M: rows of a tile. TILES_BLOCK: lines of the tile table of a program.
     """
 
     BLOCK: Any
-    BLOCK_E: Any
+    OTHERS: Any
     E_PADDED: Any
     BLOCK_M: Any
     TILES_BLOCK: Any
@@ -57,12 +70,12 @@ class _Place(NamedTuple):
 
 @triton.jit
 def _load_ids(top_k_index, slots, S, E, top_k):
-    """The expert of each slot: E for a sentinel; past the last slot -1, which is no id."""
+    """The expert of each slot: E for a sentinel; past the last slot E + 1, which is no id."""
     offsets = (slots // top_k).to(tl.int64) * top_k_index.stride_m
     offsets += (slots % top_k) * top_k_index.stride_k
     ids = tl.load(top_k_index.ptr + offsets, mask=slots < S, other=-1)
     ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
-    return tl.where(slots < S, ids, -1)
+    return tl.where(slots < S, ids, E + 1)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -118,6 +131,30 @@ def _write_tiles(
     tl.store(tiles_ptr + 2 * t + 1, first_row, mask=t < lines)
 
 
+@triton.jit
+def _write_rows(row, ids, slots, tables, S, E, top_k):
+    """Write the row of each slot, and the slot and the token of each row; -1 for a sentinel."""
+    mask = slots < S
+    tl.store(tables.row_slot + row, slots, mask=mask)
+    tl.store(tables.row_token + row, slots // top_k, mask=mask)
+    tl.store(tables.slot_row + slots, tl.where(ids < E, row, -1), mask=mask)
+
+
+@triton.jit
+def _write_offsets_or_tiles(totals, tables, part, lines, E, PLACE):
+    """Write the offsets if part is 0, else block part - 1 of the lines of the tile table.
+
+    totals: rows of each expert; zeros from expert E on.
+    """
+    if part == 0:
+        experts = tl.arange(0, PLACE.E_PADDED)
+        tl.store(tables.expert_offsets, 0)
+        tl.store(tables.expert_offsets + 1 + experts, tl.cumsum(totals, axis=0), mask=experts < E)
+    else:
+        first = (part - 1) * PLACE.TILES_BLOCK
+        _write_tiles(totals, 0, tables.tiles, first, lines, PLACE.BLOCK_M, PLACE.TILES_BLOCK)
+
+
 @triton.jit(do_not_specialize=["S", "blocks", "lines"])
 def _place_kernel(top_k_index, counts_ptr, totals_ptr, tables, S, blocks, lines, E, top_k, PLACE):
     """Grid [blocks + 1 + tile blocks]: one program for each block of slots, one for the offsets,
@@ -140,24 +177,36 @@ def _place_kernel(top_k_index, counts_ptr, totals_ptr, tables, S, blocks, lines,
         row = tl.load(starts_ptr + ids, mask=mask, other=0)
         # sentinels come after the rows of all experts
         row += tl.where(ids < E, 0, tl.sum(totals, axis=0))
-        for j in range(0, PLACE.BLOCK, PLACE.BLOCK_E):
-            others = pid * PLACE.BLOCK + j + tl.arange(0, PLACE.BLOCK_E)
+        for j in range(0, PLACE.BLOCK, PLACE.OTHERS):
+            others = pid * PLACE.BLOCK + j + tl.arange(0, PLACE.OTHERS)
             other_ids = _load_ids(top_k_index, others, S, E, top_k)
             earlier = (other_ids[None, :] == ids[:, None]) & (others[None, :] < slots[:, None])
             row += tl.sum(earlier.to(tl.int32), axis=1)
-        tl.store(tables.row_slot + row, slots, mask=mask)
-        tl.store(tables.row_token + row, slots // top_k, mask=mask)
-        tl.store(tables.slot_row + slots, tl.where(ids < E, row, -1), mask=mask)
+        _write_rows(row, ids, slots, tables, S, E, top_k)
     else:
         experts = tl.arange(0, PLACE.E_PADDED)
         totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
-        if pid == blocks:
-            ends = tl.cumsum(totals, axis=0)
-            tl.store(tables.expert_offsets, 0)
-            tl.store(tables.expert_offsets + 1 + experts, ends, mask=experts < E)
-        else:
-            first = (pid - blocks - 1) * PLACE.TILES_BLOCK
-            _write_tiles(totals, 0, tables.tiles, first, lines, PLACE.BLOCK_M, PLACE.TILES_BLOCK)
+        _write_offsets_or_tiles(totals, tables, pid - blocks, lines, E, PLACE)
+
+
+@triton.jit(do_not_specialize=["S", "lines"])
+def _route_few_kernel(top_k_index, tables, S, lines, E, top_k, PLACE):
+    """Grid [blocks + 1 + tile blocks], as that of `_place_kernel`; each program reads all slots."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(S, PLACE.BLOCK)
+    all_slots = tl.arange(0, PLACE.OTHERS)
+    all_ids = _load_ids(top_k_index, all_slots, S, E, top_k)
+    if pid < blocks:
+        slots = pid * PLACE.BLOCK + tl.arange(0, PLACE.BLOCK)
+        ids = _load_ids(top_k_index, slots, S, E, top_k)
+        # a row is the number of slots that sort before it: by expert, and by slot within an expert
+        keys = ids * PLACE.OTHERS + slots
+        all_keys = all_ids * PLACE.OTHERS + all_slots
+        row = tl.sum((all_keys[None, :] < keys[:, None]).to(tl.int32), axis=1)
+        _write_rows(row, ids, slots, tables, S, E, top_k)
+    else:
+        totals = tl.histogram(all_ids, PLACE.E_PADDED, mask=all_ids < E)
+        _write_offsets_or_tiles(totals, tables, pid - blocks, lines, E, PLACE)
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -227,10 +276,7 @@ def route(
     arch, _ = device_facts(top_k_index.device)
     block_m = block_m_for(S, E, arch)
     lines = _lines(S, E, block_m)
-    blocks = ceil_div(S, BLOCK)
-    sizes = E + 1, S, S, S, blocks * (E + 1), E + 1
-    index = [torch.empty(n, dtype=torch.int32, device=top_k_index.device) for n in sizes]
-    expert_offsets, row_token, row_slot, slot_row, counts, totals = index
+    expert_offsets, row_token, row_slot, slot_row = _indices(top_k_index, E + 1, S, S, S)
     if table is None:
         table = table_memory(top_k_index, E)
     tiles = _cut(table, lines)
@@ -239,9 +285,49 @@ def route(
         expert_offsets.zero_()
         tiles[:, 0] = -1
         tiles[:, 1] = 0
-        return routing
+    elif S <= FEW_SLOTS:
+        _route_few(top_k_index, routing)
+    else:
+        _route_many(top_k_index, routing)
+    return routing
+
+
+def _indices(top_k_index: torch.Tensor, *lengths: int) -> list[torch.Tensor]:
+    """Uninitialised int32 vectors of these lengths."""
+    return [torch.empty(n, dtype=torch.int32, device=top_k_index.device) for n in lengths]
+
+
+def _route_few(top_k_index: torch.Tensor, routing: Routing) -> None:
+    """Fill the tensors of a routing in one launch."""
+    E = routing.num_experts
+    S = routing.num_rows
+    top_k = routing.top_k
+    lines = routing.tiles.shape[0]
+    # at least a block of the other kernels, so that fewer kernels are compiled
+    padded = max(power_of_2(S), BLOCK)
+    tables = _Tables.of(routing)
+
+    def arguments() -> tuple[tuple, tuple, dict]:
+        place = _Place(FEW_BLOCK, padded, power_of_2(E), routing.block_m, TILES_BLOCK)
+        operands = Operand.of(top_k_index), tables
+        return operands, (E, top_k), {"PLACE": place, "num_warps": 8}
+
+    key = "route_few", facts(top_k_index), routing.block_m, E, top_k, padded
+    tensors = top_k_index, *tables
+    grid = ceil_div(S, FEW_BLOCK) + 1 + ceil_div(lines, TILES_BLOCK), 1, 1
+    launch(key, _route_few_kernel, grid, tensors, arguments, (S, lines))
+
+
+def _route_many(top_k_index: torch.Tensor, routing: Routing) -> None:
+    """Fill the tensors of a routing in three launches."""
+    E = routing.num_experts
+    S = routing.num_rows
+    top_k = routing.top_k
+    lines = routing.tiles.shape[0]
+    blocks = ceil_div(S, BLOCK)
+    counts, totals = _indices(top_k_index, blocks * (E + 1), E + 1)
     ids = Operand.of(top_k_index)
-    key = facts(top_k_index), block_m, E, top_k
+    key = facts(top_k_index), routing.block_m, E, top_k
     launch(
         ("count", *key), _count_kernel, (blocks, 1, 1), (top_k_index, counts),
         lambda: ((ids, counts), (E, top_k), {"BLOCK": BLOCK, "BLOCK_E": 32}), (S,),
@@ -251,16 +337,15 @@ def route(
         ("scan", E), _scan_kernel, (ceil_div(E + 1, 16), 1, 1), (counts, totals),
         lambda: ((counts, totals), (E,), scan), (blocks,),
     )  # fmt: skip
-    tables = _Tables(expert_offsets, row_token, row_slot, slot_row, tiles)
+    tables = _Tables.of(routing)
     tensors = top_k_index, counts, totals, *tables
     grid = blocks + 1 + ceil_div(lines, TILES_BLOCK), 1, 1
 
     def arguments() -> tuple[tuple, tuple, dict]:
-        place = _Place(BLOCK, 32, power_of_2(E), block_m, TILES_BLOCK)
+        place = _Place(BLOCK, 32, power_of_2(E), routing.block_m, TILES_BLOCK)
         return (ids, counts, totals, tables), (E, top_k), {"PLACE": place}
 
     launch(("place", *key), _place_kernel, grid, tensors, arguments, (S, blocks, lines))
-    return routing
 
 
 def with_tiles(routing: Routing) -> Routing:
