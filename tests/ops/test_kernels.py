@@ -138,7 +138,18 @@ def test_many_ranks_are_a_product(kernels, r, by_product, scaling):
 @shapes
 @dtypes
 def test_shrink_is_its_twin(kernels, shape, dtype):
-    problem = Problem(shape, dtype)
+    check_shrink(kernels, Problem(shape, dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("r", [17, 40, 100])
+def test_with_few_rows_several_programs_share_the_ranks(kernels, r, dtype):
+    check_shrink(kernels, Problem(Shape(9, 8, 2, 72, 40, r, "more ranks than a program"), dtype))
+
+
+def check_shrink(kernels, problem):
+    """Hold both shrinks of a layer against their twin."""
+    shape = problem.shape
     routing = kernels.route(problem.index, shape.E)
     check(kernels, "expert_shrink", problem, problem.x, problem.up_A, routing, 0.5, gather=True)
     transposed_B = problem.up_B.transpose(1, 2)

@@ -30,6 +30,7 @@ CASES = {
     (90, "rank 64"): [case(LARGE, "bfloat16", r=64)],
     (90, "rank 256"): [case(LARGE, "bfloat16", r=256)],
     (90, "small"): [case(MIDDLE_90, "bfloat16"), case(SMALL, "bfloat16")],
+    (90, "small, rank 64"): [case(SMALL, "bfloat16", r=64)],
     (100, "half"): [case(LARGE, "bfloat16"), case(MIDDLE, "bfloat16"), case(SMALL, "bfloat16")],
     (100, "rank 64"): [case(LARGE, "bfloat16", r=64)],
     (86, "half"): [case(LARGE, "bfloat16")],

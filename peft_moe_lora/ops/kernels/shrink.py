@@ -1,6 +1,7 @@
 """xa[m, j] = scaling * sum over k of A[e, j, k] * mask[m, k] * x[row, k].
 
-row = row_token[m] where x is gathered, else m. A program computes all r columns of a tile of rows.
+row = row_token[m] where x is gathered, else m. A program computes R columns of a tile of rows: all
+of them, or with few rows some of them, so that more programs load A.
 
 With many ranks this is a product like those of the base weights, and `sm90.linear_roles` computes
 it, from a copy of scaling * A in the dtype of x. For r = 256 the kernel of this file takes four
@@ -17,7 +18,7 @@ from ..dropout import Dropout
 from ..ranks import stored_rank
 from ..routing import Routing
 from .launching.launch import facts, launch
-from .launching.table import device_facts, dot_precision, find, options_of, padded_rank
+from .launching.table import ceil_div, device_facts, dot_precision, find, options_of, padded_rank
 from .operands import Operand, Routes, Shape, Weight
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
@@ -38,8 +39,9 @@ class _Tile(NamedTuple):
 
     Attributes:
         M, K: rows of a tile, and columns of x in a step of the loop.
-        R: the rank, padded.
+        R: columns of xa in a tile.
         PARTS: tiles that a tile of the table is cut into.
+        SPLIT: whether the columns of xa are split into more than one tile.
         EVEN_K: whether the depth is a multiple of K.
         BY_8: as in `tiles.eights`.
         GATHER: whether x is gathered.
@@ -51,6 +53,7 @@ class _Tile(NamedTuple):
     K: Any
     R: Any
     PARTS: Any
+    SPLIT: Any
     EVEN_K: Any
     BY_8: Any
     GATHER: Any
@@ -60,7 +63,7 @@ class _Tile(NamedTuple):
 
 @triton.jit
 def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
-    """Grid [max_tiles * PARTS]: each tile of the table is cut into PARTS tiles of M rows.
+    """Grid [max_tiles * PARTS, tiles of ranks]: a tile of the table is cut into PARTS of M rows.
 
     shape: columns of xa in memory, depth and rank.
     """
@@ -78,6 +81,8 @@ def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
         x_rows = tl.load(routes.row_token + rows)
     offs_k = tl.arange(0, TILE.K)
     offs_r = tl.arange(0, TILE.R)
+    if TILE.SPLIT:
+        offs_r += tl.program_id(1) * TILE.R
     K = as_eights(shape.K, TILE.BY_8)
     stride_m = as_eights(x.stride_m, TILE.BY_8)
     x_ptrs = x.ptr + x_rows.to(tl.int64)[:, None] * stride_m + offs_k[None, :] * x.stride_k
@@ -149,10 +154,11 @@ def expert_shrink(
     blocks = dict(find(op, arch, x.element_size(), routing.block_m))
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], routing.block_m)
     parts = routing.block_m // blocks["BLOCK_M"]
+    ranks = min(padded_rank(r), blocks["RANKS"])
     # the tile of A grows with the rank. So there are fewer stages, and more warps hold the sums
-    if r > 64:
+    if ranks > 64:
         blocks |= {"BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
-    elif r > 16:
+    elif ranks > 16:
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 64)
     precision = dot_precision(x.dtype)
     p, drop = probability_and_drop(dropout, routing)
@@ -161,8 +167,9 @@ def expert_shrink(
         tile = _Tile(
             M=blocks["BLOCK_M"],
             K=blocks["BLOCK_K"],
-            R=padded_rank(r),
+            R=ranks,
             PARTS=parts,
+            SPLIT=ranks < width,
             EVEN_K=K % blocks["BLOCK_K"] == 0,
             BY_8=by_8(x),
             GATHER=gather,
@@ -177,7 +184,8 @@ def expert_shrink(
     tensors = x, lora_A, xa, *drop, routing.tiles, routing.row_token
     # the last three lines of the table are never tiles
     max_tiles = routing.tiles.shape[0] - 3
-    launch(key, _shrink_kernel, (max_tiles * parts, 1, 1), tensors, arguments)
+    grid = max_tiles * parts, ceil_div(width, ranks), 1
+    launch(key, _shrink_kernel, grid, tensors, arguments)
     return xa
 
 

@@ -65,7 +65,8 @@ _BY_2_16 = (2, 2, 16)
 _BY_2_8 = (2, 2, 8)
 # DESCRIPTOR: load the weight by tensor descriptor; PER_SM: programs on each multiprocessor;
 # TAIL: compute an expert's last tile with half the rows, if its rows fit into half a tile; for
-# shrink_outer, how many more rows than ROWS a chunk may have
+# shrink_outer, how many more rows than ROWS a chunk may have. RANKS: the most columns of xa that a
+# program of shrink computes
 _POINTERS = {"DESCRIPTOR": False, "PER_SM": 1, "TAIL": False, "GROUP": _BY_2_16}
 _SMALL_PROGRAMS = _POINTERS | {"PER_SM": 4}
 _TMA = {"DESCRIPTOR": True, "PER_SM": 1}
@@ -87,7 +88,8 @@ TABLE = (
     _row("linear_4bit", 0, 2, 32, _TINY, 1, 1, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear_act_4bit", 0, 2, 16, _TINY, 1, 1, BLOCK_N=32, BLOCK_K=128, **_POINTERS),
     _row("linear_ordered", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16, BLOCK_K=32, **_TMA, GROUP=_BY_2_16),
-    _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32),
+    _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32, RANKS=16),
+    _row("shrink", 0, 2, 32, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32, RANKS=256),
     _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
     _row("combine", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16),
@@ -107,7 +109,7 @@ TABLE = (
     _row("linear_act_4bit", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=64, **_SMALL_PROGRAMS),
     _row("linear_4bit", 80, 2, 32, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=32, **_SMALL_PROGRAMS, maxnreg=128),
     _row("linear_act_4bit", 80, 2, 32, _SAFE, 4, 1, BLOCK_N=64, BLOCK_K=32, **_SMALL_PROGRAMS),
-    _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64),
+    _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64, RANKS=256),
     _row("outer", 80, 2, 16, _SAFE, 8, 3, BLOCK_M=32, BLOCK_WIDE=128, maxnreg=128),
     _row("act_backward", 80, 4, 16, _SAFE, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 80, 4, 16, _SAFE, 4, 1, BLOCK_N=512),
@@ -116,7 +118,7 @@ TABLE = (
     _row("linear_act", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
     _row("linear", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS | {"TAIL": True}),
     _row("linear_act", 80, 4, 64, _SAFE, 8, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS | {"TAIL": True}),
-    _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32),
+    _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32, RANKS=256),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
     # 2-byte elements, from 9.0 on: the weight is loaded by tensor descriptor
     _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_16),
@@ -132,8 +134,10 @@ TABLE = (
     # number to PRODUCER, and the eight warps that multiply raise it to CONSUMER
     _row("linear_roles", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=40, CONSUMER=232, GROUP=(1, 12, 16)),
     _row("linear_roles_gathered", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=56, CONSUMER=224, GROUP=(1, 8, None)),
-    _row("shrink", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128),
-    _row("shrink_short", 90, 2, 16, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64),
+    # with few rows a program waits for A alone, so it loads several large tiles of A ahead
+    _row("shrink", 90, 2, 16, _SAFE, 4, 4, BLOCK_M=16, BLOCK_K=256, RANKS=16),
+    _row("shrink", 90, 2, 64, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128, RANKS=256),
+    _row("shrink_short", 90, 2, 64, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64, RANKS=256),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("outer_gathered", 90, 2, 16, _H200_22, 4, 3, BLOCK_M=32, BLOCK_WIDE=256),
     _row("act_backward_outer", 90, 2, 64, _H200_24, 8, 1, maxnreg=128),
