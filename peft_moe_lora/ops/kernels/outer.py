@@ -209,10 +209,11 @@ def _sides(
     return _Sides(right, left, gather_right, gather_left, strides, out.shape[2])
 
 
-def _block_sizes(sides: _Sides, arch: int) -> dict:
+def _block_sizes(sides: _Sides, masked: bool, arch: int) -> dict:
     """The constexprs of the kernel's blocks: from the table, adapted to the rank."""
     op = "outer"
-    if sides.gather_wide:
+    # with a mask, wide blocks need the registers of one more program
+    if sides.gather_wide and not masked:
         op = "outer_gathered"
     blocks = dict(find(op, arch, sides.small.element_size(), 16))
     blocks["BLOCK_SMALL"] = min(64, max(16, power_of_2(sides.small.shape[1])))
@@ -267,7 +268,7 @@ def _outer(
     E = out.shape[0]
     WIDE = wide.shape[1]
     arch, _ = device_facts(small.device)
-    blocks = _block_sizes(sides, arch)
+    blocks = _block_sizes(sides, dropout is not None, arch)
     num_s = ceil_div(SMALL, blocks["BLOCK_SMALL"])
     tiles = ceil_div(WIDE, blocks["BLOCK_WIDE"]) * num_s
     chunk = chunk_rows(M, E, tiles, blocks["BLOCK_M"], arch)
