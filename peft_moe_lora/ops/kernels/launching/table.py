@@ -58,6 +58,7 @@ _TINY = "small, so that tiny shapes have edges"
 _H200 = "NVIDIA H200, 2026-11-21"
 _H200_22 = "NVIDIA H200, 2026-11-22"
 _H200_24 = "NVIDIA H200, 2026-11-24"
+_H200_30 = "NVIDIA H200, 2026-11-30"
 # GROUP: number of row tiles that use a weight tile before the next weight tile is read; one number
 # each for experts with small, middle-sized and large weights (`tiles.tile.EXPERT_BYTES`). None: the
 # row does not apply to such experts
@@ -121,8 +122,8 @@ TABLE = (
     _row("shrink", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_K=32, RANKS=256),
     _row("outer", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=32, BLOCK_WIDE=64),
     # 2-byte elements, from 9.0 on: the weight is loaded by tensor descriptor
-    _row("linear", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA_TWICE, TAIL=False, GROUP=_BY_2_16),
-    _row("linear_act", 90, 2, 16, _SAFE, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA_TWICE, TAIL=False, GROUP=_BY_2_16),
+    _row("linear", 90, 2, 16, _H200_30, 4, 3, BLOCK_N=128, BLOCK_K=128, **_TMA_TWICE, TAIL=False, GROUP=_BY_2_16),
+    _row("linear_act", 90, 2, 16, _H200_30, 4, 3, BLOCK_N=128, BLOCK_K=128, **_TMA_TWICE, TAIL=False, GROUP=_BY_2_16),
     _row("linear", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA_TWICE, TAIL=False, GROUP=(8, 8, 16)),
     _row("linear_act", 90, 2, 64, _H200, 4, 4, BLOCK_N=128, BLOCK_K=64, **_TMA_TWICE, TAIL=True, GROUP=(4, 4, 16)),
     _row("linear", 90, 2, 128, _H200, 8, 4, BLOCK_N=256, BLOCK_K=64, **_TMA, TAIL=False, GROUP=_BY_2_8),
@@ -135,7 +136,7 @@ TABLE = (
     _row("linear_roles", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=40, CONSUMER=232, GROUP=(1, 12, 16)),
     _row("linear_roles_gathered", 90, 2, 128, _H200, 4, 1, MAX_K=8192, **_ROLES, PRODUCER=56, CONSUMER=224, GROUP=(1, 8, None)),
     # with few rows a program waits for A alone, so it loads several large tiles of A ahead
-    _row("shrink", 90, 2, 16, _SAFE, 4, 4, BLOCK_M=16, BLOCK_K=256, RANKS=16),
+    _row("shrink", 90, 2, 16, _H200_30, 4, 4, BLOCK_M=16, BLOCK_K=256, RANKS=16),
     _row("shrink", 90, 2, 64, _H200, 4, 3, BLOCK_M=64, BLOCK_K=128, RANKS=256),
     _row("shrink_short", 90, 2, 64, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64, RANKS=256),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
