@@ -59,23 +59,30 @@ def shard_paths(base: Path) -> list[Path]:
     Raises:
         AdapterError: if the index names a file that is missing or outside the folder, if a file is
             a link that leads out of it, or if the tensors in the files differ from the index.
+        RefusedError: if the folder holds two checkpoints, in one file and in shards.
     """
     index = base / INDEX_NAME
+    single = base / SINGLE_NAME
     check_own_file(index)
-    check_own_file(base / SINGLE_NAME)
+    check_own_file(single)
     if not index.is_file():
-        if not (base / SINGLE_NAME).is_file():
+        if not single.is_file():
             raise AdapterError(
                 f"{base} holds neither {SINGLE_NAME} nor {INDEX_NAME}, but merging needs its "
                 "weights; download the checkpoint as safetensors."
             )
-        return [base / SINGLE_NAME]
+        return [single]
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         raise AdapterError(
             f"{index} has no weight_map of tensor names and files; download it again."
         )
-    for file in set(named.values()):
+    shards = set(named.values())
+    if single.is_file() and SINGLE_NAME not in shards:
+        # transformers' save_pretrained leaves the one when it writes the other
+        _check_left_over(base, shards)
+        return [single]
+    for file in shards:
         # a bare file name, so that no file outside the folder is read
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise AdapterError(
@@ -87,7 +94,7 @@ def shard_paths(base: Path) -> list[Path]:
             raise AdapterError(
                 f"{index} names {file}, which is missing; download the checkpoint again."
             )
-    files = [base / file for file in sorted(set(named.values()))]
+    files = [base / file for file in sorted(shards)]
     held = {name for file in files for name in TensorFile(file).tensors}
     different = sorted(held ^ set(named))
     if different:
@@ -96,6 +103,20 @@ def shard_paths(base: Path) -> list[Path]:
             "checkpoint again."
         )
     return files
+
+
+def _check_left_over(base: Path, shards: Iterable[str]) -> None:
+    """Check that of the shards of an index, beside which there is a whole file, nothing is left.
+
+    Raises:
+        RefusedError: if a shard is there.
+    """
+    present = [file for file in sorted(shards) if (base / Path(file).name).is_file()]
+    if present:
+        raise RefusedError(
+            f"{base} holds {SINGLE_NAME}, which transformers loads, and {present[0]} with an "
+            f"{INDEX_NAME}, which others load; remove the one that is not the base model."
+        )
 
 
 def own_names(base: BaseModel, tensors: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ experts one expert after the other.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..files.tensor_file import (
     write_tensors,
 )
 from .base import read_base
-from .checkpoint import Target, find_targets, shard_paths
+from .checkpoint import INDEX_NAME, SINGLE_NAME, Target, find_targets, shard_paths
 from .model import Adapter, LinearPair, Pair
 from .reading import open_adapter, read_paths
 from .replacements import Replacement, check_tied, complete_changes, find_replacements
@@ -136,7 +136,7 @@ def merge_adapter(
     targets = find_targets(read, facts, tensors)
     complete_changes(facts, tensors, targets, replacements)
     merger = _Merger(read, targets, replacements)
-    copied = own_files(base, lambda name: Path(name).suffix not in _WEIGHTS)
+    copied = own_files(base, lambda name: _is_copied(name, shards))
     with new_folder(dst, force, [base, *read_paths(adapter, read)], copied) as folder:
         written = 0
         for shard in shards:
@@ -147,6 +147,14 @@ def merge_adapter(
             shutil.copyfile(file, folder / file.name)
     changed = targets.keys() | replacements.keys()
     return Merge(Path(dst), len(changed), len(tensors), merger.rounding)
+
+
+def _is_copied(name: str, shards: Sequence[TensorFile]) -> bool:
+    """Whether a file of the base goes with the merged weights as it is."""
+    if name == INDEX_NAME and [shard.path.name for shard in shards] == [SINGLE_NAME]:
+        # it may be left over from a checkpoint in shards
+        return False
+    return Path(name).suffix not in _WEIGHTS
 
 
 def _rounded(weight: torch.Tensor, dtype: torch.dtype, check: bool = True) -> torch.Tensor:

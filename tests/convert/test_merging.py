@@ -181,6 +181,30 @@ def test_indexes_that_lie_are_refused(qwen, sharded, tmp_path):
     refused(qwen, tmp_path, "not a whole safetensors")
 
 
+def assert_merged_is_right(qwen, tmp_path):
+    merge_adapter(qwen.ours, tmp_path / "base", tmp_path / "merged")
+    merged = type(qwen.base).from_pretrained(tmp_path / "merged").eval()
+    assert_close(outputs(merged), qwen.logits, TOLERANCE)
+
+
+def test_a_folder_that_was_saved_in_shards_and_then_in_one_file(qwen, tmp_path):
+    """transformers removes the shards, leaves their index, and loads the file."""
+    stored(qwen.base, tmp_path / "base", max_shard_size="10KB")
+    stored(qwen.base, tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    assert_merged_is_right(qwen, tmp_path)
+    assert not (tmp_path / "merged" / "model.safetensors.index.json").exists()
+
+
+def test_a_folder_that_was_saved_in_one_file_and_then_in_shards(qwen, tmp_path):
+    """transformers leaves the file and loads it, not what was saved last."""
+    stored(qwen.base, tmp_path / "base")
+    stored(qwen.base, tmp_path / "base", max_shard_size="10KB")
+    refused(qwen, tmp_path, r"model\.safetensors, which transformers loads", RefusedError)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert_merged_is_right(qwen, tmp_path)
+
+
 def test_a_base_whose_experts_are_not_there(qwen, tmp_path):
     stored(qwen.base, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
