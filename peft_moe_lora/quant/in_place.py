@@ -12,6 +12,8 @@ from ..ops import QuantizedWeight
 from ..ops.quantize import quantize
 from ..parallel.sharding import is_sharded
 from .checkpoint import experts_not_finite, first_of
+from .quantizer import ExpertsQuantizationConfig
+from .saving import allow_saving, forbid_saving
 
 
 def quantize_experts(
@@ -26,7 +28,8 @@ def quantize_experts(
 
     Biases, routers and all other layers do not change. The model runs as before, but each call of
     an experts module decodes its whole stacks. With an adapter, only the experts that have rows are
-    decoded.
+    decoded. transformers refuses to save the model, but not its adapters, until
+    `dequantize_experts` was called.
 
     Args:
         model: changed in place; its experts may have an adapter.
@@ -71,6 +74,7 @@ def quantize_experts(
             # no variable keeps the dense stack alive, so `store` frees it
             weight = _quantized(stored_weight(module, name), format, blocksize, double_quant)
             store(module, name, weight)
+    forbid_saving(model, ExpertsQuantizationConfig(format, blocksize, double_quant))
     return model
 
 
@@ -100,6 +104,7 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn
             if isinstance(weight, QuantizedWeight):
                 dense = weight.dense().contiguous()
                 unstore(module, name, dense.to(dtype or weight.dtype))
+    allow_saving(model)
     return model
 
 

@@ -13,6 +13,7 @@ from ..ops.quantize import BLOCKSIZES, FORMATS
 from ..ops.quantized import QuantizedWeight
 from .checkpoint import REMEDY, is_quantizable
 from .quantizer import MXFP4, ExpertsQuantizationConfig
+from .saving import forbid_saving
 
 
 def load_quantized(
@@ -66,6 +67,7 @@ def load_quantized(
         name_or_path, config=config, quantization_config=given, **kwargs
     )
     _check_loaded(name_or_path, model)
+    forbid_saving(model, settings)
     return model
 
 

@@ -5,6 +5,7 @@ them in the model. `ExpertsQuantizer` quantizes each stack as soon as it is comp
 registers it with transformers.
 """
 
+import logging
 from collections.abc import MutableMapping, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from ..experts.stored import MXFP4_BLOCKSIZE
 from ..ops.quantize import KNOWN_FORMATS, code_of, quantize
 from ..ops.quantized import Codes4bit, QuantizedWeight
 from .checkpoint import REMEDY, check_checkpoint, check_stack, first_of, is_stack
+
+logger = logging.getLogger(__name__)
 
 METHOD = "peft_moe_lora"
 MXFP4 = "mxfp4"
@@ -96,6 +99,10 @@ class ExpertsQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """False: only the adapter was trained, so only the adapter is saved."""
+        logger.warning(
+            "a model with experts in 4 or 8 bits is not saved, only its adapter is; before saving "
+            "the model, call dequantize_experts(model)."
+        )
         return False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
