@@ -134,6 +134,7 @@ class Case:
     dropout: float = 0.0
     quantized: str | None = None
     transposed: bool = False
+    rank_major: bool = False
 
 
 ON_BLACKWELL = "compute capability 10.0"
@@ -148,6 +149,7 @@ CASES = {
     "middling rows": Case(T=MIDDLING),
     "many ranks": Case(rank=96),
     "some experts": Case(experts=(1, 2)),
+    "PEFT's order": Case(rank_major=True),
     "transposed base": Case(transposed=True),
     "up alone": Case(down=False),
     "down alone": Case(up=False),
@@ -179,7 +181,15 @@ def projection(case, N, K, adapted):
     S = E if case.experts is None else len(case.experts)
     A = torch.zeros(case.rank * S, K, requires_grad=True)
     B = torch.zeros(N, case.rank * S, requires_grad=True)
-    return Projection(weight, None, A, B, dropout_p=case.dropout, experts=case.experts)
+    return Projection(
+        weight,
+        None,
+        A,
+        B,
+        dropout_p=case.dropout,
+        experts=case.experts,
+        rank_major=case.rank_major,
+    )
 
 
 def recorded(case, launches):
@@ -222,10 +232,11 @@ def documented(table, column, variant, case):
             continue
         own = kernels_in(row[column])
         for change in changes:
-            where, steps = re.fullmatch(r"(before|instead of) (.*)", change["where"]).groups()
+            where, steps = re.fullmatch(r"(before|after|instead of) (.*)", change["where"]).groups()
             if row["step"] in steps.split(", "):
                 named = kernels_in(change[column])
-                own = named if where == "instead of" else [*named, *own]
+                placed = {"before": named + own, "after": own + named, "instead of": named}
+                own = placed[where]
         found += own
     return found
 

@@ -15,7 +15,14 @@ from ..ops import Activation
 from .backends import BACKENDS, select_backend
 from .linear import FrozenLinear, LinearUpdate, updated_linear
 from .operators import is_autocast_enabled, without_autocast, without_autocast_of
-from .projection import Projection, gathered, per_expert, spread, whole_gradients
+from .projection import (
+    Projection,
+    gathered,
+    per_expert,
+    rank_to_expert_major,
+    spread,
+    whole_gradients,
+)
 from .steps import expert_linear, route, unfused_experts
 from .whole import fused_experts
 
@@ -29,6 +36,7 @@ __all__ = [
     "gathered",
     "is_autocast_enabled",
     "per_expert",
+    "rank_to_expert_major",
     "rows_linear",
     "select_backend",
     "spread",
@@ -78,14 +86,28 @@ def experts(
     x = _in_dtype(hidden_states, up.weight.dtype)
     with _on_device_of(x), without_autocast(x.device.type):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
+            up, down = _readable(up), _readable(down)
             out = fused_experts(
                 x, top_k_index, top_k_weights, up, down, activation, seeds, backend, recompute
             )
         else:
+            up, down = up.expert_major(), down.expert_major()
             out = unfused_experts(
                 x, top_k_index, top_k_weights, up, down, activation, post_norm, seeds, backend
             )
     return _in_dtype(out, hidden_states.dtype)
+
+
+def _readable(projection: Projection) -> Projection:
+    """The projection with a B that the fused computation reads.
+
+    A rank-major one is that of all experts, and contiguous.
+    """
+    lora_B = projection.lora_B
+    if projection.rank_major and lora_B is not None:
+        if projection.experts is not None or not lora_B.is_contiguous():
+            return projection.expert_major()
+    return projection
 
 
 def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -115,6 +137,7 @@ def rows_linear(
         ValueError: if the shapes do not agree, if the sizes are not those of the rows, or if a base
             weight requires a gradient.
     """
+    projection = projection.expert_major()
     E, _, K = projection.weight.shape
     sizes = torch.as_tensor(expert_size, device=x.device)
     if x.ndim != 2 or x.shape[1] != K or sizes.shape != (E,):

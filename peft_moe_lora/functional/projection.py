@@ -36,6 +36,8 @@ class Projection:
         experts: ascending ids of the S experts that have an update; None for all, S = E.
         up_weight: [E, N/2, K], the up half of a gate_up projection whose halves are stored as two
             tensors; else None.
+        rank_major: whether lora_B has PEFT's order of columns instead, in which column j*S + s is
+            column j of B of the s-th expert. Its gradient has the same order.
     """
 
     weight: torch.Tensor | QuantizedWeight
@@ -46,6 +48,15 @@ class Projection:
     dropout_p: float = 0.0
     experts: tuple[int, ...] | None = None
     up_weight: torch.Tensor | None = None
+    rank_major: bool = False
+
+    def expert_major(self) -> "Projection":
+        """The projection with an expert-major lora_B; itself if it has one."""
+        if not self.rank_major or self.lora_B is None:
+            return self
+        S = self.weight.shape[0] if self.experts is None else len(self.experts)
+        lora_B = rank_to_expert_major(self.lora_B, S).flatten(1)
+        return replace(self, lora_B=lora_B, rank_major=False)
 
     def halves(self) -> list["Projection"]:
         """The gate half and the up half, which share A; [self] if the weight is one tensor."""
@@ -62,6 +73,17 @@ class Projection:
             )
             for weight, rows in ((self.weight, slice(n)), (self.up_weight, slice(n, None)))
         ]
+
+
+def rank_to_expert_major(lora_B: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """PEFT's B in the order of this package; gradients return the same way.
+
+    Args:
+        lora_B: [N, r*E], rank-major: column j*E + e is column j of B[e].
+        num_experts: E.
+    Returns: [N, E, r], so that column e*r + j of the flattened tensor is column j of B[e].
+    """
+    return lora_B.reshape(lora_B.shape[0], -1, num_experts).transpose(1, 2)
 
 
 @overload

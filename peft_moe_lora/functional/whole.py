@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops import Activation, Dropout, QuantizedWeight, Routing, composed, table_memory
+from ..ops import (
+    Activation,
+    Dropout,
+    Operations,
+    QuantizedWeight,
+    Routing,
+    composed,
+    table_memory,
+)
 from ..ops.composed import RankRows
 from ..ops.ranks import stored_rank
 from .arguments import flatten, unflatten
@@ -71,7 +79,8 @@ class Plan(NamedTuple):
         backend: one of BACKENDS.
         keeps: whether a backward may follow; if not, forward returns `out` alone.
         recompute: whether backward computes the pre-activation again; if not, forward keeps it.
-        up_scaling, up_dropout, up_experts: as in `Projection`; the same for down.
+        up_scaling, up_dropout, up_experts, up_rank_major: as in `Projection`; the same for down.
+            With a rank-major B, all experts have an update.
     """
 
     backend: str
@@ -83,6 +92,8 @@ class Plan(NamedTuple):
     down_dropout: float
     up_experts: tuple[int, ...] | None
     down_experts: tuple[int, ...] | None
+    up_rank_major: bool
+    down_rank_major: bool
 
 
 class Results(NamedTuple):
@@ -179,6 +190,8 @@ def fused_experts(
         down.dropout_p,
         up.experts,
         down.experts,
+        up.rank_major and up.lora_B is not None,
+        down.rank_major and down.lora_B is not None,
     )
     groups = (inputs, Selected(top_k_index), activation, plan)
     run = current_run()
@@ -208,6 +221,7 @@ def _forward(*values: Any) -> Results:
     *tensors, top_k_index, activation, plan = values
     inputs = Inputs(*tensors)
     ops = ops_for(plan.backend, inputs.x.device)
+    inputs = _expert_major(ops, inputs, plan)
     up_A, up_B, down_A, down_B = _per_expert(inputs, inputs.up.shape[0])
     up_dropout, down_dropout = _dropouts(inputs, plan)
     table = table_memory(top_k_index, inputs.up.shape[0])
@@ -331,9 +345,10 @@ def _backward(*values: Any) -> Gradients:
     (dout,), inputs, kept, routing = unflatten((Gradient, Inputs, Kept, Routing), tensors)
     ops = ops_for(plan.backend, inputs.x.device)
     routing = ops.with_tiles(routing)
+    new = _new_gradients(inputs, needs)
+    inputs = _expert_major(ops, inputs, plan)
     up_A, up_B, down_A, down_B = _per_expert(inputs, inputs.up.shape[0])
     up_dropout, down_dropout = _dropouts(inputs, plan)
-    new = _new_gradients(inputs, needs)
     dup_A, dup_B, ddown_A, ddown_B = _per_expert(new, inputs.up.shape[0])
     pre = kept.pre
     if pre is None:
@@ -368,7 +383,7 @@ def _backward(*values: Any) -> Gradients:
             dropout=up_dropout,
         )  # fmt: skip
         dx = ops.combine(dx_rows, routing)
-    return Gradients(dx, dweights, new.up_A, new.up_B, new.down_A, new.down_B)
+    return Gradients(dx, dweights, *_as_given(ops, new, plan, inputs.up.shape[0]))
 
 
 def _fake_backward(
@@ -440,6 +455,32 @@ def _of_all_experts(inputs: Inputs, plan: Plan) -> Inputs:
     up_A, up_B = whole_pair(inputs.up_A, inputs.up_B, E, plan.up_experts, dtype)
     down_A, down_B = whole_pair(inputs.down_A, inputs.down_B, E, plan.down_experts, dtype)
     return inputs._replace(up_A=up_A, up_B=up_B, down_A=down_A, down_B=down_B)
+
+
+def _expert_major(ops: Operations, inputs: Inputs, plan: Plan) -> Inputs:
+    """The inputs with expert-major Bs. What was rank-major is in the dtype of x afterwards."""
+    dtype = inputs.x.dtype
+    found = {}
+    for name in _rank_major(plan):
+        lora_B = getattr(inputs, name)
+        found[name] = ops.transpose_columns(lora_B, lora_B.shape[1] // inputs.up.shape[0], dtype)
+    return inputs._replace(**found)
+
+
+def _as_given(ops: Operations, gradients: Pairs, plan: Plan, num_experts: int) -> Pairs:
+    """The gradients of the pairs, those of the Bs in the order in which these were given."""
+    found = {}
+    for name in _rank_major(plan):
+        dB = getattr(gradients, name)
+        if dB is not None:
+            found[name] = ops.transpose_columns(dB, num_experts, dB.dtype)
+    return gradients._replace(**found)
+
+
+def _rank_major(plan: Plan) -> list[str]:
+    """The fields of `Pairs` that hold a rank-major B."""
+    chosen = {"up_B": plan.up_rank_major, "down_B": plan.down_rank_major}
+    return [name for name, rank_major in chosen.items() if rank_major]
 
 
 def _per_expert(pairs: Inputs | Pairs, num_experts: int) -> Pairs:

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from ..experts.decoding import parametrizations
 from ..experts.layout import ExpertsLayout, is_experts, read_layout
 from ..experts.stored import UnsupportedExperts
-from ..functional import Projection
+from ..functional import Projection, rank_to_expert_major
 from ..layers import own
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
 from ..layers.frozen import is_update_of_peft
@@ -159,17 +159,6 @@ def _call_of(
     return ExpertsCall(module, layout, projections, dict(module._parameters))
 
 
-def rank_to_expert_major(lora_B: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """PEFT's B in the order of this package; gradients return the same way.
-
-    Args:
-        lora_B: [N, r*E], rank-major: column j*E + e is column j of B[e].
-        num_experts: E.
-    Returns: [N, E, r], so that column e*r + j of the flattened tensor is column j of B[e].
-    """
-    return lora_B.reshape(lora_B.shape[0], -1, num_experts).transpose(1, 2)
-
-
 def _nested(wrapper: ParamWrapper) -> tuple[list[ParamWrapper], nn.Module]:
     """A wrapper and those in it, and the module that they wrap."""
     wrappers = []
@@ -283,8 +272,7 @@ def _adapted(
     if len(active) > 1:
         return _with_several(base, pairs, scalings, layout.num_experts)
     ((A, B),) = pairs
-    B = rank_to_expert_major(B, layout.num_experts).flatten(1)
-    return replace(base, lora_A=A, lora_B=B, scaling=scalings[0])
+    return replace(base, lora_A=A, lora_B=B, scaling=scalings[0], rank_major=True)
 
 
 def _with_several(

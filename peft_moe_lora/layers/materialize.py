@@ -47,6 +47,7 @@ def materialize(projection: Projection) -> torch.Tensor:
             "requires_grad=True; call requires_grad_(False) on it, or train it without an adapter "
             "on these experts."
         )
+    assert not p.rank_major, "an adapter of this package is expert-major"
     return _Materialize.apply(p.lora_A, p.lora_B, p.weight, p.scaling, p.experts)
 
 

@@ -182,6 +182,17 @@ class Operations(Protocol):
         Returns: dy [M, N], d_top_k_weights [T, top_k] fp32, 0 for sentinels.
         """
 
+    def transpose_columns(self, matrix: torch.Tensor, a: int, dtype: torch.dtype) -> torch.Tensor:
+        """out[n, j * a + i] = matrix[n, i * b + j]: rank-major columns become expert-major ones.
+
+        Args:
+            matrix: [N, a * b] float, contiguous: B [N, r * E], where a = r makes it expert-major
+                and a = E makes it rank-major.
+            a: how many groups of columns a row has.
+            dtype: float dtype of the result.
+        Returns: [N, b * a], contiguous, a new tensor.
+        """
+
     def zero_unrouted(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
         """rows[m] = 0, in place, for the rows of sentinels.
 

@@ -29,6 +29,7 @@ __all__ = [
     "expert_shrink_outer",
     "replayed",
     "route",
+    "transpose_columns",
     "with_tiles",
     "zero_unrouted",
 ]
@@ -185,6 +186,11 @@ def combine_backward(
     rows = wide(_rows(dout, routing, gather=True))
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(rows.dtype)
     return (w[:, None] * rows).to(y.dtype), _slots((wide(y) * rows).sum(-1), routing)
+
+
+def transpose_columns(matrix: torch.Tensor, a: int, dtype: torch.dtype) -> torch.Tensor:
+    """Every row [a * b] as a matrix [a, b], transposed."""
+    return matrix.unflatten(1, (a, -1)).transpose(1, 2).flatten(1).to(dtype)
 
 
 def zero_unrouted(rows: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -201,6 +201,7 @@ def launch_layer(
     y = kernels.expert_linear(act, down, routing, xa=xa, lora_B=down_B)
     kernels.combine(y, routing, weights)
     kernels.zero_unrouted(y, routing)
+    kernels.transpose_columns(empty(N, r * E, dtype=torch.float32), r, x.dtype)
     lora = {"xa": xa, "lora_B": down_A.transpose(1, 2)}
     draw = kernels.expert_linear(x, down.transpose(1, 2), routing, gather=True, **lora, **drop)
     kernels.expert_act_backward(draw, pre, routing, activation, weights)

@@ -289,6 +289,25 @@ def test_more_rows_of_sentinels_than_programs(kernels, monkeypatch):
     assert rows[1:].eq(0).all()
 
 
+@dtypes
+@pytest.mark.parametrize(
+    ("N", "a", "b"), [(3, 16, 128), (5, 128, 16), (2, 5, 60), (4, 1, 7), (2, 300, 3)]
+)
+def test_columns_are_transposed(kernels, N, a, b, dtype):
+    # whole numbers are exact in every dtype, and tell any two columns of a row apart
+    matrix = (
+        torch.arange(a * b, device=DEVICE) % 251 - torch.arange(N, device=DEVICE)[:, None]
+    ).float()
+    expected = matrix.view(N, a, b).transpose(1, 2).reshape(N, a * b).to(dtype)
+    for ops in (kernels, reference):
+        actual = ops.transpose_columns(matrix, a, dtype)
+        assert actual.dtype == dtype
+        assert actual.is_contiguous()
+        assert torch.equal(actual, expected)
+        assert torch.equal(ops.transpose_columns(actual, b, torch.float32), matrix)
+    assert kernels.transpose_columns(matrix[:0], a, dtype).shape == (0, a * b)
+
+
 @pytest.fixture(
     params=[(1024, 1024), (1, 1024), (1024, 1)],
     ids=["short chunks", "long chunks", "one program of sums"],

@@ -2,6 +2,7 @@
 
 from .act_backward import expert_act_backward
 from .act_backward_outer import expert_act_backward_outer
+from .columns import transpose_columns
 from .combine import combine, combine_backward
 from .dequantize import dequantize
 from .launching.replay import replayed
@@ -25,6 +26,7 @@ __all__ = [
     "expert_shrink_outer",
     "replayed",
     "route",
+    "transpose_columns",
     "with_tiles",
     "zero_unrouted",
 ]
