@@ -1,7 +1,7 @@
 """Time layers in turns, several calls in a row, so that a card that warms up slows all of them.
 
 In each of several rounds every layer has its turn: a GPU rests for as long as it is told to, then
-come a few calls to warm up and a group of calls in a row, whose mean is taken. A layer's number is
+come calls to warm up and a group of calls in a row, whose mean is taken. A layer's number is
 the median of its groups. Before every step the gradients are dropped, and A and B get new versions,
 as an optimizer step gives them.
 """
@@ -31,6 +31,9 @@ from timing import host_seconds_per_call, seconds_per_call
 # calls ahead of each group; replayed launches become a CUDA graph at the third with the same
 # addresses
 WARM = 5
+# seconds in which calls ahead of a group of a GPU raise the clocks of the device and of the host,
+# which fall during a rest. Calls of 50 us alone would not
+WARM_SECONDS = 0.02
 # processes that compile ahead; each needs memory of the device
 PROCESSES = 8
 
@@ -231,12 +234,20 @@ def add_group(measured: Measured, call: Callable[[], object], calls: int) -> Non
     kind = CALLS[measured.layer.call]
     device = measured.layer.case.device
     try:
-        seconds_per_call(call, device, WARM)
+        warm_up(call, device)
         seconds = kind.seconds(call, device, calls)
     except ROUTE_ERRORS as error:
         measured.fail(error)
     else:
         measured.groups.append(kind.per_second * seconds)
+
+
+def warm_up(call: Callable[[], object], device: torch.device) -> None:
+    """Call it WARM times, on a GPU again and again for WARM_SECONDS."""
+    end = time.perf_counter() + WARM_SECONDS
+    seconds_per_call(call, device, WARM)
+    while device.type == "cuda" and time.perf_counter() < end:
+        seconds_per_call(call, device, WARM)
 
 
 def clean(device: torch.device) -> None:
