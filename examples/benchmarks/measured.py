@@ -18,7 +18,10 @@ from report import markdown_table
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "measured.json"
 CHART = ROOT / "docs" / "pictures" / "layer.svg"
-PAGES = (*sorted((ROOT / "docs" / "guides").glob("*.md")), ROOT / "docs" / "performance.md")
+PAGES = (
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+    *(ROOT / "docs" / name for name in ("performance.md", "plan.md")),
+)
 TABLE = re.compile(r"(<!-- measured: ([^>\n]+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
 OURS, OTHERS = "tab:blue", "silver"
 NOT_MEASURED = "not measured"
