@@ -1,6 +1,7 @@
 """`apply_to_peft`: PEFT's `LoraConfig(target_parameters=...)` on experts, computed by our kernels.
 
-One method of PEFT is replaced, `ParamWrapper.forward`. Parameters, their names, files and merging
+One method of PEFT is replaced, `ParamWrapper.forward`, and one is added for torch.compile.
+Parameters, their names, files and merging
 stay PEFT's. A call that `read_call` leaves to PEFT runs PEFT's own method.
 """
 
@@ -14,9 +15,14 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 
 from . import counting
-from .wrappers import LeftToPeft, read_call
+from .left import LeftToPeft, NotAtWork
+from .tracing import moe_lora_prepare
+from .wrappers import read_call
 
 logger = logging.getLogger(__name__)
+
+# torch.compile looks the method up by the name of its function
+_PREPARE = moe_lora_prepare.__name__
 
 Forward = Callable[..., torch.Tensor]
 
@@ -57,6 +63,7 @@ class AppliedToPeft:
                 f"{installed!r}, so it cannot be restored; undo that first, then call remove()."
             )
         ParamWrapper.forward = _in_force.own  # type: ignore[method-assign]
+        delattr(ParamWrapper, _PREPARE)
         _in_force = None
 
     def __enter__(self) -> Self:
@@ -88,6 +95,7 @@ def apply_to_peft() -> AppliedToPeft:
     own = _installed()
     ours = _replacing(own)
     ParamWrapper.forward = ours  # type: ignore[method-assign]
+    setattr(ParamWrapper, _PREPARE, moe_lora_prepare)
     _in_force = _InForce(own, ours)
     return AppliedToPeft(is_first=True)
 
@@ -109,11 +117,17 @@ def _replacing(own: Forward) -> Forward:
         try:
             return read_call(self, *args, **kwargs).run(*args)
         except LeftToPeft as left:
-            log_once(str(left), left.level)
-        return own(self, *args, **kwargs)
+            chosen = own
+            if not torch.compiler.is_compiling():
+                log_once(str(left), left.level)
+            elif not isinstance(left, NotAtWork):
+                chosen = outside
+        return chosen(self, *args, **kwargs)
 
-    # a graph of torch.compile ends here, as it does in PEFT's own method
-    return torch.compiler.disable(forward)
+    outside = torch.compiler.disable(
+        forward, reason="PEFT's own code computes these experts, or this call is counted"
+    )
+    return forward
 
 
 @functools.cache

@@ -32,6 +32,9 @@ class _Counting:
         self._seen: WeakSet[nn.Module] = WeakSet()
         self._by_backend: Counter[str] = Counter()
 
+    def awaits(self, module: nn.Module) -> bool:
+        return module not in self._seen
+
     def note(self, module: nn.Module, device: torch.device) -> None:
         if self._process != os.getpid():
             # a fork has the counts of its parent
@@ -55,6 +58,11 @@ def start_if_asked() -> None:
     folder = os.environ.get(VARIABLE)
     if folder and _counting is None:
         _counting = _Counting(Path(folder))
+
+
+def awaits(module: nn.Module) -> bool:
+    """Whether an experts module has yet to be counted."""
+    return _counting is not None and _counting.awaits(module)
 
 
 def note(module: nn.Module, device: torch.device) -> None:

@@ -10,9 +10,9 @@ Legend:
     lora_B: [N, r*E]; in PEFT rank-major: column j*E + e is column j of B[e].
 """
 
-import logging
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -23,32 +23,20 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..experts.decoding import parametrizations
-from ..experts.layout import ExpertsLayout, is_experts, read_layout
+from ..experts.layout import ExpertsLayout, is_experts
 from ..experts.stored import UnsupportedExperts
 from ..functional import Projection, rank_to_expert_major
 from ..layers import own
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
 from ..layers.frozen import is_update_of_peft
+from ..layers.known import known_layout, layout_of
 from ..ops import QuantizedWeight
 from . import counting
+from .left import Expected, LeftToPeft, NotAtWork, Unlogged
+from .tracing import check_prepared
 
-# experts module -> its layout, which takes too long to read in each call
-_layouts: WeakKeyDictionary[nn.Module, ExpertsLayout] = WeakKeyDictionary()
 # experts module -> what a thread holds while it calls the module, because a call changes its config
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-
-
-class LeftToPeft(Exception):
-    """PEFT's own code has to compute a call.
-
-    Args:
-        reason: why, for the log.
-        level: level of the log line; `logging.NOTSET` for none.
-    """
-
-    def __init__(self, reason: str, level: int = logging.WARNING) -> None:
-        super().__init__(reason)
-        self.level = level
 
 
 @dataclass
@@ -81,7 +69,7 @@ class ExpertsCall:
         """
         # nn.Module annotates every attribute as a tensor or a module
         module: Any = self.module
-        with _locks.setdefault(module, threading.RLock()):
+        with _alone(module):
             config = shared_config(module, self.layout)
             module.config = AdaptedExpertsConfig(config, self)
             try:
@@ -110,7 +98,8 @@ class ExpertsCall:
         # what divides or fetches weights may run around the module's forward
         if any(module._parameters.get(name) is not p for name, p in self.parameters.items()):
             raise LeftToPeft(f"a hook changes the weights of {type(module).__name__} in each call")
-        counting.note(module, hidden_states.device)
+        if not torch.compiler.is_compiling():
+            counting.note(module, hidden_states.device)
         return own.compute(
             module,
             self.layout,
@@ -118,6 +107,14 @@ class ExpertsCall:
             self.projections["gate_up"],
             self.projections["down"],
         )
+
+
+def _alone(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within this context no other thread calls the module."""
+    if torch.compiler.is_compiling():
+        # a graph has the call, and not the change of the config
+        return nullcontext()
+    return _locks.setdefault(module, threading.RLock())
 
 
 def read_call(wrapper: ParamWrapper, *rows: Any, **others: Any) -> ExpertsCall:
@@ -133,6 +130,8 @@ def read_call(wrapper: ParamWrapper, *rows: Any, **others: Any) -> ExpertsCall:
     wrappers, module = _nested(wrapper)
     _check_is_whole(module)
     _check_at_work(wrappers)
+    if torch.compiler.is_compiling():
+        check_prepared(wrapper)
     try:
         layout = _layout_of(module)
         _check_rows(module, rows, others)
@@ -155,7 +154,7 @@ def _call_of(
             )
         projections[stored] = _adapted(projections[stored], wrapper, layout, stored)
     if all(projection.lora_A is None for projection in projections.values()):
-        raise LeftToPeft("no adapter of these experts is active", logging.INFO)
+        raise NotAtWork("no adapter of these experts is active")
     return ExpertsCall(module, layout, projections, dict(module._parameters))
 
 
@@ -181,7 +180,7 @@ def _check_is_whole(module: nn.Module) -> None:
     for name in cast(nn.ModuleDict, module.parametrizations):
         first, *others = parametrizations(module, name)
         if is_update_of_peft(first):
-            raise LeftToPeft("the wrapper outside is left to PEFT", logging.NOTSET)
+            raise Unlogged("the wrapper outside is left to PEFT")
         if any(is_update_of_peft(other) for other in others):
             # peft 0.21; drop when PEFT removes its _LoraFactorsProxy from quantized weights
             raise LeftToPeft(
@@ -192,19 +191,22 @@ def _check_is_whole(module: nn.Module) -> None:
 
 
 def _check_at_work(wrappers: list[ParamWrapper]) -> None:
-    if any(wrapper.disable_adapters for wrapper in wrappers):
-        raise LeftToPeft("the adapters are disabled", logging.INFO)
-    if any(wrapper.merged for wrapper in wrappers):
-        raise LeftToPeft("the adapters are merged", logging.INFO)
+    disabled = any(wrapper.disable_adapters for wrapper in wrappers)
+    merged = any(wrapper.merged for wrapper in wrappers)
+    if disabled and merged:
+        raise Expected("the adapters are disabled, and were merged: PEFT unmerges them")
+    if disabled:
+        raise NotAtWork("the adapters are disabled")
+    if merged:
+        raise NotAtWork("the adapters are merged")
 
 
 def _layout_of(module: nn.Module) -> ExpertsLayout:
-    layout = _layouts.get(module)
+    layout = known_layout(module)
     if layout is None:
         if not is_experts(module):
-            raise LeftToPeft(f"{type(module).__name__} is no experts module", logging.INFO)
-        layout = read_layout(module)
-        _layouts[module] = layout
+            raise Expected(f"{type(module).__name__} is no experts module")
+        layout = layout_of(module)
     if not layout.decorated:
         raise LeftToPeft(f"{type(module).__name__} is not on transformers' experts interface")
     if layout.num_experts == 1:

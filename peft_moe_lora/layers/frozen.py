@@ -8,21 +8,19 @@ transformers, and so does one to whose weights PEFT's own code adds updates.
 
 import logging
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from ..experts.activation import ALPHA_NAMES, LIMIT_NAMES
 from ..experts.decoding import decoders
-from ..experts.families import STACKS
-from ..experts.layout import ExpertsLayout, read_layout
+from ..experts.layout import ExpertsLayout
 from ..experts.stored import UnsupportedExperts
 from ..functional import Projection
 from ..ops import QuantizedWeight
 from . import own
 from .implementations import IMPLEMENTATION
+from .known import layout_of
 from .offload import fetched
 
 logger = logging.getLogger(__name__)
@@ -40,16 +38,6 @@ _UPDATED_BY_PEFT = (
     'target_parameters to those of %s in each call: "%s" runs instead. Call '
     "peft_moe_lora.apply_to_peft() to compute both with the kernels."
 )
-
-
-class _Known(NamedTuple):
-    """A layout, and what it was read from.
-
-    It is an attribute of its module, because torch.compile does not trace a dict by modules.
-    """
-
-    facts: tuple[Any, ...]
-    layout: ExpertsLayout
 
 
 def compute_frozen(
@@ -78,7 +66,7 @@ def compute_frozen(
         _log_once(_UPDATED_BY_PEFT, type(module).__name__, _DEFAULT)
         return own.implementation(_DEFAULT, module)(module, *rows)
     if layout is None:
-        layout = _layout_of(module)
+        layout = layout_of(module)
     with fetched(decoders(module)):
         up = _projection(module, layout, "gate_up", rows[0])
         down = _projection(module, layout, "down", rows[0])
@@ -120,34 +108,6 @@ def _is_trained(module: nn.Module, up: Projection, down: Projection) -> bool:
         return False
     tensors = (up.weight, up.bias, down.weight, down.bias)
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-
-
-def _layout_of(module: nn.Module) -> ExpertsLayout:
-    """The layout of a module, read again if its shapes or its activation have changed."""
-    known: Any = getattr(module, "_moe_lora_layout", None)
-    if known is None or known.facts != _facts(module):
-        _remember(module)
-        known = module._moe_lora_layout
-    return known.layout
-
-
-@torch.compiler.disable(reason="it reads the layout of experts: call the model once before")
-def _remember(module: nn.Module) -> None:
-    """Read the layout of a module into an attribute of it."""
-    # not an assignment, because nn.Module looks for modules and parameters in each
-    module.__dict__["_moe_lora_layout"] = _Known(_facts(module), read_layout(module))
-
-
-def _facts(module: nn.Module) -> tuple[Any, ...]:
-    """The facts of a module that training or pruning may change, and that its layout depends on."""
-    facts: list[Any] = [getattr(module, "act_fn", None)]
-    for name in (*LIMIT_NAMES, *ALPHA_NAMES):
-        facts.append(getattr(module, name, None))
-    for name in STACKS:
-        # a parametrized weight would be decoded by getattr
-        parameter = module._parameters.get(name)
-        facts.append(None if parameter is None else tuple(parameter.shape))
-    return tuple(facts)
 
 
 # torch.compile calls it while it traces

@@ -23,10 +23,13 @@ class Graphs:
 
     def compile(self, function, **options):
         """torch.compile of a function, whose graphs are run operator by operator."""
-        backend = aot_autograd(
+        return torch.compile(function, backend=self.backend(), **options)
+
+    def backend(self):
+        """The `backend` of torch.compile that keeps the graphs of both directions."""
+        return aot_autograd(
             fw_compiler=self._keeping(self.forward), bw_compiler=self._keeping(self.backward)
         )
-        return torch.compile(function, backend=backend, **options)
 
     @staticmethod
     def _keeping(graphs):
@@ -42,8 +45,9 @@ class Graphs:
         return dict(counters["graph_break"])
 
 
-def own_operators(graph):
-    """{name: number} of this package's operators in a graph."""
-    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+def own_operators(*graphs):
+    """{name: number} of this package's operators in graphs."""
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    targets = [str(node.target) for node in nodes]
     ours = [target for target in targets if target.startswith("peft_moe_lora.")]
     return dict(Counter(target.split(".")[1] for target in ours))

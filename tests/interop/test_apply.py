@@ -35,7 +35,6 @@ from interop.models import (
 )
 from peft_moe_lora import apply_to_peft, dequantize_experts, quantize_experts
 from peft_moe_lora.experts.stored import stored_weight
-from peft_moe_lora.interop import wrappers
 from peft_moe_lora.interop.wrappers import rank_to_expert_major
 
 # fp32, two layers, two orders of summation
@@ -368,24 +367,6 @@ def test_autocast(computed):
         ours = outputs(model)
     assert computed
     assert_close(ours, right, 0.05)
-
-
-def test_torch_compile_breaks_the_graph_and_gives_the_same(monkeypatch):
-    model = with_peft_lora(tiny_model(num_hidden_layers=1))
-    right = outputs(model)
-    traced = []
-    compute = wrappers.own.compute
-
-    def noted(*args, **options):
-        traced.append(torch.compiler.is_compiling())
-        return compute(*args, **options)
-
-    monkeypatch.setattr(wrappers.own, "compute", noted)
-    with apply_to_peft():
-        compiled = torch.compile(model, backend="eager")
-        assert_close(outputs(compiled), right, TOLERANCE)
-    assert traced == [False]
-    torch._dynamo.reset()
 
 
 def test_the_order_of_b():

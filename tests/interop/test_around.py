@@ -94,6 +94,8 @@ def pickled(folder):
     outputs(model)
     file = io.BytesIO()
     torch.save(model, file)
+    # a file is read without this package
+    assert b"peft_moe_lora" not in file.getvalue()
     file.seek(0)
     return outputs(torch.load(file, weights_only=False))
 

@@ -1,4 +1,4 @@
-"""`apply_to_peft` changes one method of PEFT, and its handle gives the method back."""
+"""`apply_to_peft` replaces one method of PEFT and adds one; its handle undoes both."""
 
 import pytest
 from peft.tuners.lora.layer import ParamWrapper
@@ -12,8 +12,9 @@ def test_an_import_changes_nothing_and_removal_restores_peft():
     assert own.__code__.co_filename.endswith("peft/tuners/lora/layer.py")
     before = dict(vars(ParamWrapper))
     handle = apply_to_peft()
-    changed = {name for name, value in vars(ParamWrapper).items() if before[name] is not value}
-    assert changed == {"forward"}
+    now = dict(vars(ParamWrapper))
+    assert {name for name in before if before[name] is not now[name]} == {"forward"}
+    assert now.keys() - before.keys() == {"moe_lora_prepare"}
     handle.remove()
     assert dict(vars(ParamWrapper)) == before
     handle.remove()

@@ -23,7 +23,8 @@ from helpers import (
 )
 from interop.models import peft_model, with_peft_lora, wrapped
 from peft_moe_lora import apply_to_peft
-from peft_moe_lora.interop.wrappers import LeftToPeft, read_call
+from peft_moe_lora.interop.left import LeftToPeft
+from peft_moe_lora.interop.wrappers import read_call
 from peft_moe_lora.layers.dispatch import AdaptedExpertsConfig
 
 

@@ -246,6 +246,7 @@ NEAREST = {
     "tuner/initial.py": ("tuner/test_initial_state.py",),
     "layers/remainders.py": ("layers/test_merging.py",),
     "layers/frozen.py": ("layers/test_by_name.py", "layers/test_models_by_name.py"),
+    "layers/known.py": ("layers/test_by_name.py", "interop/test_compiled.py"),
     "layers/own.py": (
         "layers/test_by_name.py",
         "layers/test_models_by_name.py",

@@ -18,15 +18,18 @@ from helpers import (
     adapter_parameters,
     assert_close,
     assert_share_of_order_one,
+    assert_unchanged,
     fill_adapter,
     moe_lora,
     outputs,
+    snapshot,
     tiny_model,
     token_ids,
     training_arguments,
 )
 from helpers.graphs import Graphs, own_operators
-from peft_moe_lora import MoELoraConfig, quantize_experts
+from interop.models import lora_config, with_peft_lora
+from peft_moe_lora import MoELoraConfig, apply_to_peft, quantize_experts
 
 ATTENTION = ["q_proj", "v_proj"]
 LENGTHS = (11, 17, 23)
@@ -75,12 +78,54 @@ def test_every_step_is_one_graph_and_lengths_share_it(kind, monkeypatch):
         outputs(compiled, token_ids(length=length)).square().mean().backward()
         # what is imported later changes nothing
         monkeypatch.setitem(sys.modules, f"imported_at_{length}", sys)
+    assert_two_graphs_of_one_operator(graphs)
+
+
+def assert_two_graphs_of_one_operator(graphs):
+    """One operator in each direction: of the first length, and of any length."""
     assert not graphs.breaks()
     assert len(graphs.forward) == len(graphs.backward) == 2
     for graph in graphs.forward:
         assert own_operators(graph) == {"experts": 1}
     for graph in graphs.backward:
         assert own_operators(graph) == {"experts_backward": 1}
+
+
+def two_of_peft(base):
+    model = with_peft_lora(base)
+    model.add_adapter("second", lora_config(base, r=2))
+    fill_adapter(model, "second", seed=2)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+PEFTS_OWN = {
+    "experts, attention": lambda base: with_peft_lora(base, target_modules=ATTENTION),
+    "two adapters": two_of_peft,
+    "nf4": lambda base: with_peft_lora(quantize_experts(base)),
+}
+one_of_peft, *others_of_peft = PEFTS_OWN
+
+
+@pytest.mark.parametrize(
+    "kind", [one_of_peft, *(pytest.param(kind, marks=pytest.mark.long) for kind in others_of_peft)]
+)
+def test_pefts_own_adapters_compile_as_ours_do(kind):
+    model = PEFTS_OWN[kind](one_layer()).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = snapshot(model)
+    graphs = Graphs()
+    with apply_to_peft():
+        compiled = graphs.compile(model, fullgraph=True)
+        for length in LENGTHS:
+            ids = token_ids(length=length)
+            losses = [outputs(called, ids).square().mean() for called in (compiled, model)]
+            found, expected = [torch.autograd.grad(loss, parameters) for loss in losses]
+            for gradient, right in zip(found, expected, strict=True):
+                assert right.abs().max() > 0
+                assert_close(gradient, right)
+    assert_two_graphs_of_one_operator(graphs)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.long
