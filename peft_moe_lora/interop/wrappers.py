@@ -71,11 +71,13 @@ class ExpertsCall:
         module: Any = self.module
         with _alone(module):
             config = shared_config(module, self.layout)
-            module.config = AdaptedExpertsConfig(config, self)
+            # not an assignment, because nn.Module looks for modules and parameters in each
+            attributes = module.__dict__
+            attributes["config"] = AdaptedExpertsConfig(config, self)
             try:
                 out = module(*rows)
             finally:
-                module.config = config
+                attributes["config"] = config
         if not self.computed:
             raise LeftToPeft(
                 f"{type(module).__name__}.forward was replaced, and no longer looks up an experts "
@@ -229,36 +231,41 @@ def _base(module: nn.Module, layout: ExpertsLayout, name: str, x: torch.Tensor) 
     _check_stored(module, layout, name)
     weight = layout.weight(module, name)
     bias = layout.bias(module, name)
-    where = f"{type(module).__name__}.{layout.projection(name).weight}"
+    why = None
     if weight.device != x.device:
-        raise LeftToPeft(f"{where} is on {weight.device}, its input on {x.device}")
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise LeftToPeft(f"{where} is {weight.dtype}, its input {x.dtype}")
-    trained = [t for t in (weight, bias) if isinstance(t, torch.Tensor) and t.requires_grad]
-    if trained and torch.is_grad_enabled():
-        raise LeftToPeft(f"{where} or its bias is trained itself")
+        why = f"is on {weight.device}, its input on {x.device}"
+    elif weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        why = f"is {weight.dtype}, its input {x.dtype}"
+    elif torch.is_grad_enabled():
+        if any(isinstance(t, torch.Tensor) and t.requires_grad for t in (weight, bias)):
+            why = "or its bias is trained itself"
+    if why is not None:
+        raise LeftToPeft(f"{_named(module, layout, name)} {why}")
     return Projection(weight, bias)
+
+
+def _named(module: nn.Module, layout: ExpertsLayout, name: str) -> str:
+    """The weight of a projection, for a message."""
+    return f"{type(module).__name__}.{layout.projection(name).weight}"
 
 
 def _check_stored(module: nn.Module, layout: ExpertsLayout, name: str) -> None:
     """Raise unless this process holds the whole weight, dense or quantized as a parametrization."""
     projection = layout.projection(name)
     stored = layout.stored(module, projection.weight)
-    where = f"{type(module).__name__}.{projection.weight}"
+    whole = (layout.num_experts, projection.out_features, projection.in_features)
+    if projection.transposed:
+        whole = (layout.num_experts, projection.in_features, projection.out_features)
+    why = None
     if isinstance(stored, QuantizedWeight):
         if not parametrize.is_parametrized(module, projection.weight):
-            raise LeftToPeft(f"{where} holds {stored.format} codes, to which PEFT adds its update")
-        return
-    if type(stored) not in (torch.Tensor, nn.Parameter):
-        raise LeftToPeft(f"{where} is a {type(stored).__name__}")
-    rows = (projection.out_features, projection.in_features)
-    if projection.transposed:
-        rows = rows[::-1]
-    if tuple(stored.shape) != (layout.num_experts, *rows):
-        raise LeftToPeft(
-            f"{where} {list(stored.shape)} is a part of {[layout.num_experts, *rows]}, which "
-            "several processes share"
-        )
+            why = f"holds {stored.format} codes, to which PEFT adds its update"
+    elif type(stored) not in (torch.Tensor, nn.Parameter):
+        why = f"is a {type(stored).__name__}"
+    elif stored.shape != whole:
+        why = f"{list(stored.shape)} is a part of {list(whole)}, which several processes share"
+    if why is not None:
+        raise LeftToPeft(f"{_named(module, layout, name)} {why}")
 
 
 def _adapted(
@@ -274,7 +281,7 @@ def _adapted(
     if len(active) > 1:
         return _with_several(base, pairs, scalings, layout.num_experts)
     ((A, B),) = pairs
-    return replace(base, lora_A=A, lora_B=B, scaling=scalings[0], rank_major=True)
+    return Projection(base.weight, base.bias, A, B, scalings[0], rank_major=True)
 
 
 def _with_several(

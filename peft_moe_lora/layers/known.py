@@ -58,9 +58,14 @@ def _remember(module: nn.Module) -> None:
 
 def _facts(module: nn.Module) -> tuple[Any, ...]:
     """The facts of a module that training or pruning may change, and that its layout depends on."""
-    facts: list[Any] = [getattr(module, "act_fn", None)]
-    for name in (*LIMIT_NAMES, *ALPHA_NAMES):
-        facts.append(getattr(module, name, None))
+    # getattr of a name that a module lacks takes the host longer than all of these look-ups
+    facts: list[Any] = []
+    for name in ("act_fn", *LIMIT_NAMES, *ALPHA_NAMES):
+        for attributes in (module.__dict__, module._modules, module._buffers, module._parameters):
+            facts.append(attributes.get(name))
+        if hasattr(type(module), name):
+            # a property, or an attribute of the class
+            facts.append(getattr(module, name))
     for name in STACKS:
         # a parametrized weight would be decoded by getattr
         parameter = module._parameters.get(name)
