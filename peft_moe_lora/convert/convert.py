@@ -189,7 +189,7 @@ def write_adapter(
     config = form.save_config(adapter, folder)
     for file in copied:
         shutil.copyfile(file, folder / file.name)
-    write_card(folder, form.card, config, adapter.notes, form.servers(adapter))
+    write_card(folder, form.card_of(adapter), config, adapter.notes, form.servers(adapter))
 
 
 def _blocks(adapter: Adapter, form: Format) -> Iterator[Block]:

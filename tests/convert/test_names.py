@@ -61,6 +61,29 @@ def test_a_layer_that_peft_takes_for_experts_is_refused(name, tmp_path):
     assert not (tmp_path / "peft").exists()
 
 
+@pytest.mark.parametrize("to", ["per_expert", "vllm_3d"])
+def test_formats_of_servers_say_that_peft_drops_such_a_layer(to, tmp_path):
+    base = save_base("deepseek_v3", tmp_path / "base")
+    model = save_ours(base, tmp_path / "ours", target_modules=["experts", "down_proj"])
+    out = tmp_path / to
+    done = convert_adapter(tmp_path / "ours", out, to=to, base_config=tmp_path / "base")
+    assert any("PEFT takes the name of" in note for note in done.notes), done.notes
+    assert "PeftModel" not in (out / "README.md").read_text()
+    # it is so: PEFT says nothing, and computes something else
+    with pytest.raises(AssertionError):
+        assert_close(outputs(load(base, out)), outputs(model), TOLERANCE)
+
+
+@pytest.mark.parametrize("to", ["per_expert", "vllm_3d"])
+def test_a_card_tells_how_peft_loads_what_it_reads(to, tmp_path):
+    base = save_base("deepseek_v3", tmp_path / "base")
+    model = save_ours(base, tmp_path / "ours", target_modules=["experts", "o_proj"])
+    out = tmp_path / to
+    convert_adapter(tmp_path / "ours", out, to=to, base_config=tmp_path / "base")
+    assert "PeftModel" in (out / "README.md").read_text()
+    assert_close(outputs(load(base, out)), outputs(model), TOLERANCE)
+
+
 def test_a_layer_of_that_name_beside_other_experts_is_converted(tmp_path):
     base = save_base("nemotron_h", tmp_path / "base")
     model = save_ours(base, tmp_path / "ours", target_modules=["experts", "down_proj"])

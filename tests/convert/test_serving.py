@@ -152,8 +152,9 @@ def test_a_file_that_nobody_reads_is_not_written(made, tmp_path):
     save_ours(oss.base, tmp_path / "in", modules_to_save=["lm_head"])
     with pytest.raises(RefusedError, match="no program reads"):
         convert_adapter(tmp_path / "in", tmp_path / "out", to="per_expert", base_config=oss.config)
-    notes, _ = converted(oss, tmp_path / "plain", "per_expert")
+    notes, card = converted(oss, tmp_path / "plain", "per_expert")
     assert "PEFT does not read per-expert tensors of gpt_oss" in notes
+    assert "PeftModel" not in card
 
 
 @pytest.mark.parametrize("server", ["vllm_3d", "per_expert"])

@@ -173,13 +173,15 @@ def no_such_format(base, life, to):
         return "SGLang"
     if to == "mlx" and (base.family not in IN_MLX or not_in_mlx(base, life)):
         return "mlx-lm"
-    # PEFT ignores the experts of these families in this format
     routers = set(life.meant) & set(base.names.routers)
+    # PEFT ignores the experts of these families in this format
     unread = {
         "gpt_oss": not_in_sglang(base, life),
         "nemotron_h": bool(life.without_lora or routers),
     }
-    if to == "per_expert" and unread.get(base.family):
+    # and a layer beside the experts of others, where the servers refuse what is no LoRA
+    dropped = bool(life.without_lora) and dropped_by_peft(base, life)
+    if to == "per_expert" and unread.get(base.family, dropped):
         return "no program reads"
     return None
 

@@ -137,6 +137,10 @@ class Format(ABC):
                 known.
         """
 
+    def card_of(self, adapter: Adapter) -> CardText:
+        """The text about this format in the card of a prepared adapter."""
+        return self.card
+
     def prepare(self, adapter: Adapter) -> Adapter:
         """The adapter in a form that this format's readers accept.
 

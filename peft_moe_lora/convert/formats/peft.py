@@ -23,7 +23,7 @@ from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
 from .peft_legacy import LEGACY_NAME, swapped_projections
 from .peft_order import orders_of_B
-from .peft_targets import dropped_by_peft
+from .peft_targets import drops
 
 LAYOUT = (
     "PEFT's `target_parameters`: `<experts>.base_layer.lora_A/B.weight` is gate_up, "
@@ -67,13 +67,11 @@ class Peft(Format):
         return Read(name, experts, tuple(notes))
 
     def prepare(self, adapter: Adapter) -> Adapter:
-        layers = [path for path, layer in adapter.linears.items() if not layer.is_router]
-        dropped = dropped_by_peft(adapter.base, layers)
+        dropped = drops(adapter)
         if dropped is not None:
             raise RefusedError(
-                f"PEFT takes the name of {dropped} for a projection of the experts and drops its "
-                "LoRA without a word; load the adapter with this package, or merge it into the "
-                "base model (peft-moe-lora merge)."
+                f"{dropped}; load the adapter with this package, or merge it into the base model "
+                "(peft-moe-lora merge)."
             )
         return adapter
 

@@ -8,11 +8,34 @@ these names too. Their LoRA is then in the file, but PEFT adds no layer for it.
 from collections.abc import Iterable, Mapping
 
 from ..base import BaseModel, need_base
+from ..model import Adapter
 
 _Names = Mapping[str, Mapping[str, str]]
 
+# the part of a card on loading, for a file of which PEFT drops something
+NOT_WITH_PEFT = (
+    "PEFT does not load all of this file, as said above; `peft-moe-lora convert ADAPTER OUT "
+    "--to moe_lora` makes one that PEFT loads with this package.",
+)
 
-def dropped_by_peft(base: BaseModel | None, paths: Iterable[str]) -> str | None:
+
+def drops(adapter: Adapter) -> str | None:
+    """What PEFT drops of an adapter, as the beginning of a sentence; None if it is nothing.
+
+    Raises:
+        RefusedError: if that depends on the base model, which is not known.
+    """
+    layers = [path for path, layer in adapter.linears.items() if not layer.is_router]
+    dropped = _dropped_by_peft(adapter.base, layers)
+    if dropped is None:
+        return None
+    return (
+        f"PEFT takes the name of {dropped} for a projection of the experts and drops its LoRA "
+        "without a word"
+    )
+
+
+def _dropped_by_peft(base: BaseModel | None, paths: Iterable[str]) -> str | None:
     """The first linear layer whose LoRA PEFT drops; None if it loads all of them.
 
     Args:

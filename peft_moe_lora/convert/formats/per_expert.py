@@ -7,6 +7,7 @@ read this format; each of them refuses some adapters that the others accept.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from ..source import Slot, Source
 from ..targets import common_fields, short_names
 from .format import PREFIX, Format, Read, SlotName, Slots
 from .halves import TWICE_THE_RANK, Half, joined
+from .peft_targets import NOT_WITH_PEFT, drops
 
 # name of a part of a projection -> its names in files, for experts with a gate and without one
 _GATED = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3")}
@@ -81,19 +83,22 @@ class PerExpert(Format):
             if "gate_up" in pairs and base.experts[path].gated:
                 base.gate_and_up(path)  # raises if the order is not known
         refusals = self.refusals(adapter)
-        ignored = _peft_reads_per_expert(base.model_type) is False
-        if ignored and len(refusals) == len(self.card.served_by):
-            raise RefusedError(f"no program reads the result: {'; '.join(refusals.values())}.")
+        unread = _unread_by_peft(adapter)
+        if unread is not None and len(refusals) == len(self.card.served_by):
+            reasons = "; ".join((*refusals.values(), unread))
+            raise RefusedError(f"no program reads the result: {reasons}.")
         notes = list(refusals.values())
-        if ignored:
-            notes.append(
-                f"PEFT does not read per-expert tensors of {base.model_type} but ignores them; "
-                "convert with --to peft for PEFT"
-            )
+        if unread is not None:
+            notes.append(unread)
         advice = vllm_needs_mixed(base, stacked=False)
         if advice is not None and VLLM not in refusals:
             notes.append(advice)
         return adapter.noted(*notes)
+
+    def card_of(self, adapter: Adapter) -> CardText:
+        if _unread_by_peft(adapter) is None:
+            return self.card
+        return replace(self.card, loading=NOT_WITH_PEFT)
 
     def refusals(self, adapter: Adapter) -> dict[Server, str]:
         base = _base_of(adapter)
@@ -148,6 +153,17 @@ def _base_of(adapter: Adapter) -> BaseModel:
     """The base model of a prepared adapter; `PerExpert.prepare` has checked that it is known."""
     assert adapter.base is not None, "the adapter was not prepared for per-expert tensors"
     return adapter.base
+
+
+def _unread_by_peft(adapter: Adapter) -> str | None:
+    """What PEFT does not read of an adapter in this format; None if it reads all of it."""
+    model_type = _base_of(adapter).model_type
+    if _peft_reads_per_expert(model_type) is False:
+        return (
+            f"PEFT does not read per-expert tensors of {model_type} but ignores them; convert "
+            "with --to peft for PEFT"
+        )
+    return drops(adapter)
 
 
 def _parts(base: BaseModel, path: str, projection: str) -> dict[str, slice]:

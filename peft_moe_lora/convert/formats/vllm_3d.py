@@ -4,6 +4,8 @@ vLLM supports one rank and one scaling, needs both projections in every module, 
 modules that are saved whole, and accepts only some values of the maximum rank.
 """
 
+from dataclasses import replace
+
 from ...files.card import CardText, loading_with_peft
 from ...files.servers import VLLM, Server
 from ...files.tensor_file import RefusedError
@@ -11,6 +13,7 @@ from ..base import need_base
 from ..model import Adapter
 from ..serving import started, vllm_needs_mixed, vllm_refuses_stacks
 from .peft import LAYOUT, Peft
+from .peft_targets import NOT_WITH_PEFT, drops
 
 
 class Vllm3d(Peft):
@@ -28,10 +31,13 @@ class Vllm3d(Peft):
         refusal = vllm_refuses_stacks(adapter, base)
         if refusal is not None:
             raise RefusedError(f"{refusal}.")
-        advice = vllm_needs_mixed(base, stacked=True)
-        if advice is not None:
-            return adapter.noted(advice)
-        return adapter
+        notes = (vllm_needs_mixed(base, stacked=True), drops(adapter))
+        return adapter.noted(*(note for note in notes if note is not None))
+
+    def card_of(self, adapter: Adapter) -> CardText:
+        if drops(adapter) is None:
+            return self.card
+        return replace(self.card, loading=NOT_WITH_PEFT)
 
     def servers(self, adapter: Adapter) -> list[Server]:
         assert adapter.base is not None, "the adapter was not prepared for vLLM"
