@@ -392,6 +392,7 @@ class MoELoraModel(LoraModel):
         )
         tensors = saving.gathered(found)
         saving.gather_beside(model, state_dict)
+        saving.take_out_merged(model, state_dict)
         if is_written():
             check_whole(model, adapter_name, tensors)
         return tensors

@@ -66,6 +66,15 @@ def note_merged(model: nn.Module) -> None:
             layer.__dict__[_BEFORE] = kept._replace(sums=_sums(weight))
 
 
+def before_merge(layer: BaseTunerLayer) -> torch.Tensor | None:
+    """The weight of a merged layer as it was before; None if it was not kept, or changed since."""
+    kept = layer.__dict__.get(_BEFORE)
+    base: Any = layer.get_base_layer()
+    if kept is None or kept.sums != _sums(base.weight):
+        return None
+    return kept.before
+
+
 def merged_layers(model: nn.Module) -> list[Merged]:
     """The layers whose weights were copied and are merged now."""
     return [

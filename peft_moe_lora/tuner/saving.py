@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -22,6 +23,7 @@ from ..layers.layer import MoELoraLayer
 from ..layers.router import MoELoraRouter
 from ..parallel import zero
 from ..parallel.sharding import CHECKPOINT_WRAPPER, is_sharded, path_without_wrappers, whole
+from . import restoring
 from .ties import called
 
 logger = logging.getLogger(__name__)
@@ -190,6 +192,31 @@ def gather_beside(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None
     for key, tensor in state_dict.items():
         if key.startswith(starts) and ".original_module." not in key and is_sharded(tensor):
             state_dict[key] = whole(tensor).cpu()
+
+
+def take_out_merged(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Replace, in place, embeddings that something is merged into by what they were before.
+
+    PEFT saves copies of adapted embeddings and heads, and loads them into the base, where an update
+    that they contain would come on top of the adapter's.
+
+    Raises:
+        ValueError: if nothing has kept what a weight was before.
+    """
+    starts = _beside(model)
+    for path, layer in model.named_modules():
+        key = f"{path}.base_layer.weight"
+        if not isinstance(layer, BaseTunerLayer) or not layer.merged:
+            continue
+        if not key.startswith(starts) or key not in state_dict:
+            continue
+        before = restoring.before_merge(layer)
+        if before is None:
+            raise ValueError(
+                f"adapters {layer.merged_adapters} are merged into {base_path(path)}, of which the "
+                "file gets a copy; call model.unmerge_adapter() before saving."
+            )
+        state_dict[key] = before
 
 
 def fill_with_whole(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:

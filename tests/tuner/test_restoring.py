@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from helpers import BF16, FP32, assert_close, fill_adapter, moe_lora, outputs, tiny_model
 
@@ -150,6 +151,40 @@ def test_a_forward_within_autocast_unmerges_what_was_merged():
         outputs(model)
     for name, parameter in model.named_parameters():
         assert_close(parameter, before[name], FP32, name)
+
+
+BESIDE = {
+    "an adapted embedding": {"target_modules": ["experts", "embed_tokens"]},
+    "an adapted head": {"target_modules": ["experts", "lm_head"]},
+    "tokens": {"target_modules": ["experts"], "trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("config", BESIDE.values(), ids=BESIDE)
+def test_what_is_saved_of_a_merged_model_is_what_is_saved_of_the_unmerged(config, tmp_path):
+    model, _ = adapted(torch.float32, **config)
+    model.save_pretrained(tmp_path / "unmerged", save_embedding_layers=True)
+    expected = outputs(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged", save_embedding_layers=True)
+    held, right = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("merged", "unmerged")
+    )
+    assert held.keys() == right.keys()
+    for name, tensor in held.items():
+        assert torch.equal(tensor, right[name]), name
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "merged")
+    assert_close(outputs(loaded), expected, FP32)
+
+
+def test_a_merged_embedding_that_nobody_kept_is_not_saved(tmp_path):
+    model, _ = adapted(torch.float32, target_modules=["embed_tokens", "experts"])
+    model.base_model.model.model.embed_tokens.merge()
+    with pytest.raises(ValueError, match=r"merged into model\.embed_tokens"):
+        model.save_pretrained(tmp_path / "merged")
+    assert not list(tmp_path.glob("merged/*"))
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "merged")
 
 
 def test_nothing_is_loaded_into_a_merged_adapter(tmp_path):
