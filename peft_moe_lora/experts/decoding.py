@@ -116,6 +116,20 @@ def unstore(module: nn.Module, name: str, dense: torch.Tensor) -> None:
     module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
 
 
+def check_is_written(weight: QuantizedWeight) -> None:
+    """Check that something can be merged into a quantized weight.
+
+    Raises:
+        ValueError: if this package can only read the format.
+    """
+    if weight.format not in FORMATS:
+        raise ValueError(
+            f"merging into {weight.format} experts is not supported, because weights can be read "
+            f"but not written in {weight.format}; load the base model unquantized, or merge into "
+            "its unquantized checkpoint with merge_adapter."
+        )
+
+
 def requantized(
     weight: QuantizedWeight, delta: Callable[[int], torch.Tensor]
 ) -> tuple[QuantizedWeight, float]:
@@ -129,12 +143,7 @@ def requantized(
     Raises:
         ValueError: if this package can only read the format, or if a sum is not finite.
     """
-    if weight.format not in FORMATS:
-        raise ValueError(
-            f"merging into {weight.format} experts is not supported, because weights can be read "
-            f"but not written in {weight.format}; load the base model unquantized, or merge into "
-            "its unquantized checkpoint with merge_adapter."
-        )
+    check_is_written(weight)
     dense = weight.dense()
     update = 0.0
     for e in range(dense.shape[0]):

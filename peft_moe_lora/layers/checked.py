@@ -1,7 +1,8 @@
-"""Safe merging into weights that are divided among processes.
+"""Safe merging checks every weight of a model before one is changed.
 
-PEFT's safe merge replaces the data of a weight by a sum that it has checked. Of a sharded weight
-this replaces nothing: the sum has to be checked before, and then added in place.
+PEFT's safe merge checks one layer after the other, and merges each before it looks at the next. It
+replaces the data of a weight by a sum that it has checked. Of a sharded weight this replaces
+nothing: the sum has to be checked before, and then added in place.
 """
 
 from collections.abc import Sequence
@@ -18,25 +19,40 @@ from .merging import check_finite
 
 
 def still_unchecked(model: nn.Module, safe_merge: bool, adapter_names: list[str] | None) -> bool:
-    """Check the merged weights of a divided model here, where PEFT cannot.
+    """Check the merged weights of all layers, where this can be done before the first merge.
 
-    Every process must call this.
+    It cannot for offloaded layers, nor for quantized ones beside experts. Every process must call
+    this.
 
     Args:
         model: a model, or one adapted layer.
         safe_merge: whether merged weights have to be finite.
         adapter_names: the adapters to merge; the active ones by default.
-    Returns: whether the caller of PEFT's merging still has to ask for the check.
+    Returns: whether the caller of PEFT's merging still has to ask for the check; not in a divided
+        model, where PEFT cannot check.
     Raises:
         ValueError: with safe_merge, if a merged weight is not finite; nothing has been merged.
     """
-    if not safe_merge or not is_divided(model):
-        return safe_merge
+    if not safe_merge:
+        return False
+    divided = is_divided(model)
     for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and (divided or _can_be_checked(layer)):
             names = check_adapters_to_merge(layer, adapter_names)  # type: ignore[arg-type]  # PEFT: a BaseTunerLayer
             _check(path, layer, [name for name in names if name in layer.r])
-    return False
+    return not divided
+
+
+def _can_be_checked(layer: LoraLayer) -> bool:
+    """Whether the merged weight of a layer is its weight and B A, and both are here."""
+    module: Any = layer
+    if any(parameter.is_meta for parameter in module.parameters()):
+        # offloaded: PEFT brings them in layer by layer
+        return False
+    if isinstance(layer, MoELoraLayer):
+        return True
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return type(weight) is nn.Parameter and weight.is_floating_point() and not layer.lora_variant
 
 
 def _check(path: str, layer: Any, adapter_names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..experts.decoding import requantized, store
+from ..experts.decoding import check_is_written, requantized, store
 from ..experts.stored import Weight
 from ..functional import per_expert, without_autocast
 from ..ops import QuantizedWeight
@@ -168,6 +168,18 @@ def _updates(layer: "MoELoraLayer", adapter_name: str) -> dict[str, Update]:
     """What the adapter gives each of its projections now; every process must call this."""
     names = layer.adapted_projections(adapter_name)
     return {name: Update.of(layer, adapter_name, name) for name in names}
+
+
+def check_codes_are_written(layer: "MoELoraLayer", adapter_name: str) -> None:
+    """Check that this package writes the formats of the quantized weights that an adapter adapts.
+
+    Raises:
+        ValueError: if it can only read one.
+    """
+    for name in layer.adapted_projections(adapter_name):
+        weight = _quantized(layer, name)
+        if weight is not None:
+            check_is_written(weight)
 
 
 def check_codes_are_whole(layer: "MoELoraLayer", adapter_name: str) -> None:

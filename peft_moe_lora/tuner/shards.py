@@ -6,7 +6,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ..layers.layer import MoELoraLayer
-from ..layers.merging import check_codes_are_whole
+from ..layers.merging import check_codes_are_whole, check_codes_are_written
 from ..parallel.fsdp import reshard
 from ..parallel.sharding import is_sharded
 
@@ -16,13 +16,14 @@ def reshard_to_merge(model: nn.Module, adapter_names: Collection[str]) -> None:
 
     Raises:
         ValueError: if an adapter has trained rows of a sharded embedding, or if it adapts sharded
-            experts in 4 or 8 bits.
+            experts in 4 or 8 bits, or experts in a format that can only be read.
     """
     reshard(model)
     for path, layer in model.named_modules():
         for name in adapter_names:
             if isinstance(layer, MoELoraLayer):
                 check_codes_are_whole(layer, name)
+                check_codes_are_written(layer, name)
             if isinstance(layer, TrainableTokensLayer) and name in layer.token_indices:
                 _check_embedding(path, layer)
 
