@@ -151,7 +151,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         # the initial scaling, lora_alpha / r or lora_alpha / sqrt(r)
         self.scaling[adapter_name] = 1.0
         self.set_scale(adapter_name, 1.0)
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        # a new module is in training, but the layer may not be
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout).train(self.training)
         ranks = r * len(self.experts_of(adapter_name))
         A = nn.ParameterDict()
         B = nn.ParameterDict()
@@ -261,10 +262,16 @@ class MoELoraLayer(nn.Module, LoraLayer):
         return adapters._modules.get(adapter_name)
 
     def dropout_of(self, adapter_name: str) -> float:
-        """The dropout probability of an adapter that this layer has."""
+        """The probability with which an adapter of this layer drops now.
+
+        Its dropout module says so, as in PEFT: others may set its `p`, or switch it alone.
+        """
         # not self.lora_dropout[adapter_name]: two look-ups of nn.Module, in every forward
         dropouts: Any = self._modules["lora_dropout"]
-        return dropouts._modules[adapter_name].p
+        dropout = dropouts._modules[adapter_name]
+        if not dropout.training:
+            return 0.0
+        return dropout.p
 
     def pair_per_expert(
         self, adapter_name: str, projection: str

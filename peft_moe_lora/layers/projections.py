@@ -28,7 +28,7 @@ def projection_of(
         name: name of the projection.
         adapters: names of the active adapters.
     Raises:
-        ValueError: in training, if the active adapters have different lora_dropout.
+        ValueError: if the active adapters drop with different probabilities.
     """
     weight, up_weight = _weights(layer, module, name)
     bias = layer.layout.bias(module, name)
@@ -104,9 +104,7 @@ def _weights(
 
 
 def _common_dropout(layer: "MoELoraLayer", active: list[str]) -> float:
-    """The dropout probability that all active adapters share; 0 outside of training."""
-    if not layer.training:
-        return 0.0
+    """The probability with which all active adapters drop now."""
     first, *others = [layer.dropout_of(name) for name in active]
     if any(p != first for p in others):
         raise ValueError(

@@ -33,6 +33,7 @@ from helpers import (
     training_arguments,
     wrap,
 )
+from peft_moe_lora import MoELoraConfig
 
 
 def qwen_experts():
@@ -68,6 +69,32 @@ def test_dropout_is_off_in_eval_mode():
     assert torch.equal(dropping.eval()(*rows), without.eval()(*rows))
     assert_share_of_order_one(dropping(*rows), plain(*rows))
     assert not torch.equal(dropping.train()(*rows), without.train()(*rows))
+
+
+def test_dropout_modules_switched_alone_decide_as_in_peft():
+    """Some code freezes every `nn.Dropout`, and some leaves them alone in training."""
+    model, rows = wrap(qwen_experts(), lora_dropout=0.5), random_rows()
+    right = model.eval()(*rows)
+
+    def switch(mode):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train(mode)
+
+    model.train()
+    switch(False)
+    assert torch.equal(model(*rows), right)
+    model.eval()
+    switch(True)
+    assert not torch.equal(model(*rows), model(*rows)), "dropout draws anew"
+
+
+def test_an_adapter_that_joins_an_evaluated_layer_drops_nothing():
+    model, rows = wrap(qwen_experts()).eval(), random_rows()
+    model.add_adapter("second", MoELoraConfig(r=R, lora_dropout=0.5, target_modules=["experts"]))
+    fill_adapter(model, "second")
+    model.set_adapter("second")
+    assert torch.equal(model(*rows), model(*rows))
 
 
 def test_dropout_follows_the_seed():
