@@ -6,6 +6,7 @@ result of every candidate. Names of classes and functions are not used.
 
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from .families import FAMILIES
 # names of attributes with an activation's constants; the first attribute that is a number is used
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
+_CONSTANTS = (*LIMIT_NAMES, *ALPHA_NAMES)
+# names of all attributes of a module that `activation_facts` reads
+_REPLACEABLE = ("act_fn", "_apply_gate", *_CONSTANTS)
 # number of points in the probe, and the largest point if the module has no clamp
 POINTS = 24
 REACH = 8.0
@@ -47,6 +51,18 @@ def own_activation(module: nn.Module, gated: bool) -> OwnActivation:
         return act_fn(gate) * up
 
     return act_times_up
+
+
+def activation_facts(module: nn.Module) -> tuple[Any, ...]:
+    """What a module's activation was read from, and code may replace; equal if nothing was.
+
+    It is asked for in every forward. What an `act_fn` holds does not count.
+    """
+    # not getattr: where a module lacks an attribute, it takes nn.Module microseconds to say so
+    own = map(module.__dict__.get, _REPLACEABLE)
+    # properties, and attributes of the class
+    shared = [getattr(module, name) for name in _CONSTANTS if hasattr(type(module), name)]
+    return module._modules.get("act_fn"), *own, *shared
 
 
 def fused_activation(module: nn.Module, gated: bool) -> Activation | None:

@@ -7,7 +7,7 @@ parameters, or from its row in `FAMILIES`.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import torch
@@ -61,19 +61,19 @@ class ExpertsLayout:
         projections: name -> layout, in the order in which they are computed: "gate_up" (N = 2I if
             gated, else I) and "down"; or "linear", if the module is a single projection.
         gated: whether the pre-activation consists of a gate half and an up half.
-        activation: the fused activation between the projections; None if the module's own code
-            has to run instead.
         decorated: whether the class dispatches through transformers' experts interface.
         family: the class's row in `FAMILIES`; None if the module is called as
             experts(hidden_states, top_k_index, top_k_weights) and stores its weights as stacks.
+        activation: the fused activation between the projections; None if the module's own code
+            has to run instead.
     """
 
     num_experts: int
     projections: Mapping[str, ProjectionLayout]
     gated: bool
-    activation: Activation | None
     decorated: bool
     family: Family | None = None
+    activation: Activation | None = None
 
     @property
     def gate_up(self) -> ProjectionLayout:
@@ -206,8 +206,22 @@ def read_layout(module: nn.Module) -> ExpertsLayout:
             "swiglu=False."
         )
     if name in FAMILIES:
-        return _read_family(module, FAMILIES[name])
-    return _read_stacks(module)
+        layout = _read_family(module, FAMILIES[name])
+    else:
+        layout = _read_stacks(module)
+    return with_activation(layout, module)
+
+
+def with_activation(layout: ExpertsLayout, module: nn.Module) -> ExpertsLayout:
+    """The layout of a module with the activation that the module has now."""
+    activation = None
+    # if gate and up are two parameters, they are two products, and the activation runs after both
+    one_product = len(layout.first.weights) == 1
+    # if the experts' outputs are normalized, the module's own code runs between the projections
+    normalized = getattr(module, "has_post_expert_norm", False)
+    if "gate_up" in layout.projections and one_product and not normalized:
+        activation = fused_activation(module, layout.gated)
+    return replace(layout, activation=activation)
 
 
 def _read_stacks(module: nn.Module) -> ExpertsLayout:
@@ -249,10 +263,6 @@ def _read_stacks(module: nn.Module) -> ExpertsLayout:
     if getattr(module, "has_bias", finds_bias):
         up_bias = f"{up_name}_bias"
         down_bias = "down_proj_bias"
-    activation = None
-    # if the experts' outputs are normalized, the module's own code runs between the projections
-    if not getattr(module, "has_post_expert_norm", False):
-        activation = fused_activation(module, gated)
     return ExpertsLayout(
         num_experts=E,
         projections={
@@ -260,7 +270,6 @@ def _read_stacks(module: nn.Module) -> ExpertsLayout:
             "down": ProjectionLayout(("down_proj",), down_bias, width, H, transposed),
         },
         gated=gated,
-        activation=activation,
         decorated=decorated,
     )
 
@@ -288,16 +297,10 @@ def _read_family(module: nn.Module, family: Family) -> ExpertsLayout:
         N = sum(n for n, _ in sizes)
         _, K = sizes[0]
         projections[name] = ProjectionLayout(weights, None, K, N, transposed)
-    gated = "gate_up" in projections
-    activation = None
-    # if gate and up are two parameters, they are two products, and the activation runs after both
-    if gated and len(family.weights["gate_up"]) == 1:
-        activation = fused_activation(module, gated)
     return ExpertsLayout(
         num_experts=E,
         projections=projections,
-        gated=gated,
-        activation=activation,
+        gated="gate_up" in projections,
         decorated=False,
         family=family,
     )

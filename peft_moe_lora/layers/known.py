@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..experts.activation import ALPHA_NAMES, LIMIT_NAMES
+from ..experts.activation import activation_facts
 from ..experts.families import STACKS
 from ..experts.layout import ExpertsLayout, read_layout
 
@@ -57,15 +57,8 @@ def _remember(module: nn.Module) -> None:
 
 
 def _facts(module: nn.Module) -> tuple[Any, ...]:
-    """The facts of a module that training or pruning may change, and that its layout depends on."""
-    # getattr of a name that a module lacks takes the host longer than all of these look-ups
-    facts: list[Any] = []
-    for name in ("act_fn", *LIMIT_NAMES, *ALPHA_NAMES):
-        for attributes in (module.__dict__, module._modules, module._buffers, module._parameters):
-            facts.append(attributes.get(name))
-        if hasattr(type(module), name):
-            # a property, or an attribute of the class
-            facts.append(getattr(module, name))
+    """What the layout of a module was read from, and training or pruning may change."""
+    facts = [*activation_facts(module)]
     for name in STACKS:
         # a parametrized weight would be decoded by getattr
         parameter = module._parameters.get(name)

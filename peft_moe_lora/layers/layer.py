@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..config import MATERIALIZE, MoELoraConfig
+from ..experts.activation import activation_facts
 from ..experts.decoding import decoders
 from ..experts.layout import ExpertsLayout, read_layout
 from ..experts.stored import UnsupportedExperts
@@ -28,7 +29,7 @@ from .implementations import check_gradients, check_implementation, run_implemen
 from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
-from .replaced import call_base, take_back_forward
+from .replaced import call_base, follow_activation, take_back_forward
 
 
 class MoELoraLayer(nn.Module, LoraLayer):
@@ -77,6 +78,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         super().__init__()
         self.base_layer = base_layer
         self.layout: ExpertsLayout = read_layout(base_layer)
+        # what its activation was read from
+        self.activation_facts = activation_facts(base_layer)
         self.share = share
         # K of the first projection: H, the width of hidden_states
         self.in_features = self.layout.first.in_features
@@ -108,13 +111,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.recompute = config.recompute
         # "materialize" runs the model's own implementation with an adapter, and so it does without
         self.keep_implementation = self.backend == MATERIALIZE
-        # no check is needed if transformers' interface or `FAMILIES` defines what the module
-        # computes, or if the module's own forward runs
-        self._contract_holds = (
-            self.layout.decorated or self.layout.family is not None or self.backend == MATERIALIZE
-        )
-        # names of experts implementations that were found to compute gradients of the weights
-        self._differentiable: set[str | None] = set()
+        self.forget_checks()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, path)
         attach(self, base_layer)
@@ -124,6 +121,16 @@ class MoELoraLayer(nn.Module, LoraLayer):
         # copies and unpickled layers are made without `__init__`
         super().__setstate__(state)
         watch(self)
+
+    def forget_checks(self) -> None:
+        """Check, when it is needed next, whether this layer computes what its module does."""
+        # no check is needed if transformers' interface or `FAMILIES` defines what the module
+        # computes, or if the module's own forward runs
+        self._contract_holds = (
+            self.layout.decorated or self.layout.family is not None or self.backend == MATERIALIZE
+        )
+        # names of experts implementations that were found to compute gradients of the weights
+        self._differentiable: set[str | None] = set()
 
     # ---- adapters ------------------------------------------------------------------------------
 
@@ -292,6 +299,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
 
         Returns: the same as the base module's forward.
         """
+        follow_activation(self)
         if self.disable_adapters and self.merged:
             merging.check_may_unmerge(self)
             self.unmerge()

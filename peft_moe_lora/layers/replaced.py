@@ -1,4 +1,6 @@
-"""Experts with an adapter whose forward another library has replaced.
+"""Experts with an adapter of which other code has replaced a part: the activation, or the forward.
+
+A layer has read its module's activation, and reads it again when it is another one.
 
 accelerate and parallelism plans bind a forward to an experts module, which ends in the module's
 own. liger-kernel, `TrainingArguments(use_liger_kernel=True)`, binds one that reads the weights and
@@ -13,13 +15,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..experts.activation import activation_facts
 from ..experts.families import LIGER
+from ..experts.layout import with_activation
 from ..experts.stored import UnsupportedExperts
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
 
 logger = logging.getLogger(__name__)
+
+
+def follow_activation(layer: "MoELoraLayer") -> None:
+    """Let a layer compute the activation that its base module has now."""
+    # not layer.base_layer: a look-up of nn.Module takes a microsecond, in every forward
+    base: Any = layer._modules["base_layer"]
+    facts = activation_facts(base)
+    if facts != layer.activation_facts:
+        _read_activation(layer, facts)
+
+
+@torch.compiler.disable(reason="it reads the activation of experts: call the model once before")
+def _read_activation(layer: "MoELoraLayer", facts: tuple[Any, ...]) -> None:
+    layer.layout = with_activation(layer.layout, layer.base_layer)
+    layer.activation_facts = facts
+    layer.forget_checks()
 
 
 def call_base(layer: "MoELoraLayer", *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ from helpers import (
     tiny_model,
     token_ids,
 )
-from interop.models import lora_config, pairs, peft_model
+from interop.models import lora_config, pairs, peft_model, wrapped
 from peft_moe_lora import apply_to_peft
 from peft_moe_lora.layers import frozen
 
@@ -144,6 +144,15 @@ def after_an_exception_in_a_hook(folder):
     return outputs(model)
 
 
+def with_another_activation(folder):
+    model = peft_model()
+    before = outputs(model)
+    for wrapper in wrapped(model).values():
+        wrapper.get_base_layer().act_fn = torch.nn.Softplus()
+    assert relative_error(outputs(model), before) > 0.1
+    return outputs(model)
+
+
 SCENARIOS = [
     exchanged_in_place,
     loaded_on_the_meta_device,
@@ -159,6 +168,7 @@ SCENARIOS = [
     by_data_parallel,
     with_other_values_of_a_and_b,
     after_an_exception_in_a_hook,
+    with_another_activation,
 ]
 
 
