@@ -1,8 +1,8 @@
 """Runs one implementation of a computation both in eager mode and under torch.compile.
 
 In eager mode the computation is plain Python inside one `torch.autograd.Function`. Under
-torch.compile it is one custom operator, and so one node of the graph. On the meta device the
-operator gives shapes. Both run without autocast, in backward too.
+torch.compile and torch.jit.trace it is one custom operator, and so one node of the graph. On the
+meta device the operator gives shapes. Both run without autocast, in backward too.
 
 Legend:
     group: arguments that are passed together. Operators and autograd take flat arguments, which
@@ -39,11 +39,13 @@ def is_differentiated(tensors: Iterable[torch.Tensor | QuantizedWeight | None]) 
 
     It is, if autograd may ask for a gradient. A transform of torch.func and forward-mode
     differentiation count too: an autograd function refuses both, and a direct call would not see
-    them.
+    them. So does torch.jit.trace, whose graph may be run with gradients.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return True
+    return forward_ad._current_level >= 0
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -125,7 +127,7 @@ class Operator:
 
     def __call__(self, *groups: Any) -> Any:
         """Compute the results, without gradients."""
-        if torch.compiler.is_compiling() or groups[0][0].is_meta:
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or groups[0][0].is_meta:
             return self.compiled(*groups)
         return self.run(*groups)
 
@@ -216,7 +218,10 @@ def differentiable(
     def call(
         inputs: Any, *others: Any, compute: Callable[..., Any] = forward_operator
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        # torch.jit.trace would record what was done for the experts of the example, and no launch
+        # of a kernel; this is no function of its own, which Dynamo may trace where it gives up on
+        # its caller
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return forward_operator.compiled(inputs, *others)[0]
         # an autograd function costs the host more than a replay of few rows
         if is_differentiated(inputs):
