@@ -14,6 +14,7 @@ from torch import nn
 from ..ops import Activation
 from ..ops.activation import KINDS
 from .families import FAMILIES
+from .hooks import is_hooked
 
 # names of attributes with an activation's constants; the first attribute that is a number is used
 LIMIT_NAMES = ("limit", "swiglu_limit")
@@ -59,10 +60,12 @@ def activation_facts(module: nn.Module) -> tuple[Any, ...]:
     It is asked for in every forward. What an `act_fn` holds does not count.
     """
     # not getattr: where a module lacks an attribute, it takes nn.Module microseconds to say so
+    act_fn = module._modules.get("act_fn")
+    hooked = act_fn is not None and is_hooked(act_fn)
     own = map(module.__dict__.get, _REPLACEABLE)
     # properties, and attributes of the class
     shared = [getattr(module, name) for name in _CONSTANTS if hasattr(type(module), name)]
-    return module._modules.get("act_fn"), *own, *shared
+    return act_fn, hooked, *own, *shared
 
 
 def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
@@ -73,9 +76,10 @@ def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
         gated: as in `own_activation`.
     """
     act_fn = getattr(module, "act_fn", None)
-    if isinstance(act_fn, nn.Module) and next(act_fn.parameters(), None) is not None:
-        # training may change the activation's parameters after the probe
-        return None
+    if isinstance(act_fn, nn.Module):
+        # training may change the activation's parameters after the probe, and hooks may do anything
+        if is_hooked(act_fn) or next(act_fn.parameters(), None) is not None:
+            return None
     limit = _first_float(module, LIMIT_NAMES)
     alpha = _first_float(module, ALPHA_NAMES)
     with torch.no_grad():

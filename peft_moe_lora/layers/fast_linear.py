@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..experts.hooks import is_hooked
 from ..functional import (
     FrozenLinear,
     LinearUpdate,
@@ -193,8 +194,7 @@ def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of a module is the forward of a class, and nothing more."""
     if type(module) is not kind or "forward" in module.__dict__:
         return False
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not (hooked or module._backward_hooks or module._backward_pre_hooks)
+    return not is_hooked(module)
 
 
 def _dropout_of(module: Any) -> float | None:

@@ -26,10 +26,10 @@ from . import merging, own
 from .dispatch import attach, check_contract, detach, shared_config
 from .frozen import compute_frozen
 from .implementations import check_gradients, check_implementation, run_implementation
-from .offload import call_between_hooks, execution_device, fetched, sent_back_after_exception
+from .offload import execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
-from .replaced import call_base, follow_activation, take_back_forward
+from .replaced import call_base, call_in_place_of, follow_activation, take_back_forward
 
 
 class MoELoraLayer(nn.Module, LoraLayer):
@@ -310,7 +310,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
                 attach(self, base_layer)
             with sent_back_after_exception(base_layer):
                 return call_base(self, *args, **kwargs)
-        return call_between_hooks(self.base_layer, self._forward_off_interface, *args, **kwargs)
+        return call_in_place_of(self.base_layer, self._forward_off_interface, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; a forward that liger-kernel has bound to this layer is taken back."""

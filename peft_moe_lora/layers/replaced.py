@@ -1,6 +1,7 @@
-"""Experts with an adapter of which other code has replaced a part: the activation, or the forward.
+"""Experts with an adapter to which other code has done something: to their activation or forward.
 
-A layer has read its module's activation, and reads it again when it is another one.
+A layer has read its module's activation, and reads it again when it is another one. Where a layer
+runs in place of its module's forward, the hooks on the module run around it.
 
 accelerate and parallelism plans bind a forward to an experts module, which ends in the module's
 own. liger-kernel, `TrainingArguments(use_liger_kernel=True)`, binds one that reads the weights and
@@ -8,7 +9,8 @@ knows no adapter. It is taken back; Liger's norms, rope and loss stay.
 """
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,10 @@ from torch import nn
 
 from ..experts.activation import activation_facts
 from ..experts.families import LIGER
+from ..experts.hooks import is_hooked
 from ..experts.layout import with_activation
 from ..experts.stored import UnsupportedExperts
+from .offload import call_between_hooks
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -61,6 +65,41 @@ def call_base(layer: "MoELoraLayer", *args: Any, **kwargs: Any) -> torch.Tensor:
             "its own forward back: del module.forward."
         )
     return out
+
+
+def call_in_place_of(
+    base: nn.Module, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """function(*args, **kwargs) in place of the forward of a layer's base module.
+
+    The hooks on the module run around it, those of accelerate within those of PyTorch.
+
+    Raises:
+        UnsupportedExperts: if a forward was bound to the module that is not its class's own.
+    """
+    _check_own_forward(base)
+    if not is_hooked(base):
+        return call_between_hooks(base, function, *args, **kwargs)
+    # what PyTorch calls, and hooks get: the module with another forward, which threads do not share
+    stand_in = object.__new__(type(base))
+    forward = partial(call_between_hooks, base, function)
+    stand_in.__dict__.update(base.__dict__, forward=forward, _compiled_call_impl=None)
+    return stand_in(*args, **kwargs)
+
+
+def _check_own_forward(base: nn.Module) -> None:
+    own: Any = vars(base)
+    if "forward" not in own:
+        return
+    # accelerate keeps the forward that it has replaced
+    forward = own.get("_old_forward", own["forward"])
+    if getattr(forward, "__func__", None) is not type(base).forward:
+        raise UnsupportedExperts(
+            f"the forward of {type(base).__name__} was replaced by {forward}, but the class is not "
+            "on transformers' experts interface, so its adapter runs in place of any forward. Give "
+            "the module its own forward back, del module.forward, or replace the forward of the "
+            "adapted layer around it."
+        )
 
 
 def take_back_forward(module: nn.Module) -> None:
