@@ -25,6 +25,8 @@ _REPLACEABLE = ("act_fn", "_apply_gate", *_CONSTANTS)
 # number of points in the probe, and the largest point if the module has no clamp
 POINTS = 24
 REACH = 8.0
+# points beyond the clamp of a module that says its limit nowhere; a larger limit is no clamp
+FAR = (20.0, 200.0, 2e3, 2e4)
 
 OwnActivation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -94,7 +96,7 @@ def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
 
 
 def _probe(gated: bool, limit: float | None) -> torch.Tensor:
-    """The inputs on which activations are compared: fp64 on the CPU, [24, 1], [576, 4] if gated.
+    """The inputs on which activations are compared: fp64 on the CPU, [32, 1], [584, 4] if gated.
 
     They reach beyond the module's clamp on both sides, so that a candidate without a clamp gives
     another result.
@@ -104,12 +106,16 @@ def _probe(gated: bool, limit: float | None) -> torch.Tensor:
     if limit is not None and limit <= 1e4:
         reach = 1.5 * limit
     points = torch.linspace(-reach, reach, POINTS, dtype=torch.float64, device="cpu")
+    far = points.new_tensor([sign * point for point in FAR for sign in (-1, 1)])
     if not gated:
-        return points[:, None]
+        return torch.cat((points, far))[:, None]
     # columns [g0, g1, u0, u1], with every gate value beside every up value; two gate and two up
     # columns show whether the module takes gate and up as halves or as alternating columns
     pairs = torch.cartesian_prod(points, points)
-    return torch.stack((pairs, pairs.roll(7, 0)), -1).flatten(1)
+    near = torch.stack((pairs, pairs.roll(7, 0)), -1).flatten(1)
+    # beside 1 alone: a large factor would show the rounding of a module that computes in fp32
+    one = torch.ones_like(far)
+    return torch.cat((near, torch.stack((far, one, one, far), -1)))
 
 
 def _run(activation: OwnActivation, probe: torch.Tensor) -> torch.Tensor | None:

@@ -1,12 +1,14 @@
-"""An activation with parameters stays the module's own, whatever it computes at first."""
+"""An activation is fused only if it is what the module computes, everywhere and after training."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from helpers import (
+    NEMOTRON_H,
     QWEN3_MOE,
     HandWrittenExperts,
     assert_close,
@@ -46,3 +48,43 @@ def test_an_activation_that_can_train_is_not_replaced_by_what_it_equals_at_first
     merged = copy.deepcopy(model).merge_and_unload()
     assert_close(model(*rows), merged(*rows))
     assert (model(*rows) - as_silu).norm() > 0.1 * as_silu.norm()
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("limit", [10.0, 100.0, 1000.0, 10000.0])
+@pytest.mark.parametrize("case", [QWEN3_MOE, NEMOTRON_H], ids=lambda case: case[1])
+def test_a_clamp_that_no_attribute_names_is_seen(case, limit):
+    experts = build_experts(*case)
+    gated = experts.has_gate
+    fused = fused_activation(experts, gated)
+    own = experts.act_fn
+    experts.act_fn = Function(lambda x: own(x).clamp(-limit, limit))
+    assert fused is not None
+    assert fused_activation(experts, gated) is None
+
+
+def test_gelu_clipped_at_ten_clips():
+    """`hidden_act="gelu_10"` of transformers."""
+    experts = build_experts(*QWEN3_MOE)
+    experts.act_fn = ACT2FN["gelu_10"]
+    x, index, weights = random_rows()
+    model = wrap(experts)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert_close(model(20 * x, index, weights), merged(20 * x, index, weights))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu2"])
+@pytest.mark.parametrize("case", [QWEN3_MOE, NEMOTRON_H], ids=lambda case: case[1])
+def test_an_activation_that_computes_in_fp32_is_fused_too(case, name):
+    experts = build_experts(*case)
+    own = ACT2FN[name]
+    experts.act_fn = Function(lambda x: own(x.float()).to(x.dtype))
+    assert fused_activation(experts, experts.has_gate) is not None
