@@ -29,7 +29,13 @@ from .implementations import check_gradients, check_implementation, run_implemen
 from .offload import execution_device, fetched, sent_back_after_exception
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
-from .replaced import call_base, call_in_place_of, follow_activation, take_back_forward
+from .replaced import (
+    call_base,
+    call_in_place_of,
+    follow_activation,
+    note_computed,
+    take_back_forward,
+)
 
 
 class MoELoraLayer(nn.Module, LoraLayer):
@@ -63,8 +69,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
     lora_B: nn.ModuleDict
     # adapter -> nn.Dropout; as in PEFT, so that code which searches for dropout modules finds them
     lora_dropout: nn.ModuleDict
-    # whether `compute` has yet to run within `call_base`
-    is_awaited = False
+    # the thread whose `call_base` waits for `compute` to run
+    awaited_by: int | None = None
 
     def __init__(
         self,
@@ -360,8 +366,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             top_k_weights: [T, top_k] float.
         Returns: [T, H], dtype of hidden_states.
         """
-        if self.is_awaited:
-            self.is_awaited = False
+        note_computed(self)
         rows = (hidden_states, top_k_index, top_k_weights)
         if not self.is_at_work():
             return self._compute_frozen(module, rows)

@@ -9,6 +9,7 @@ knows no adapter. It is taken back; Liger's norms, rope and loss stay.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import cache, partial
 from types import MethodType
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# stands for any thread, in a graph of torch.compile
+_ANY = 0
+
 
 def follow_activation(layer: "MoELoraLayer") -> None:
     """Let a layer compute the activation that its base module has now."""
@@ -47,24 +51,58 @@ def _read_activation(layer: "MoELoraLayer", facts: tuple[Any, ...]) -> None:
 
 
 def call_base(layer: "MoELoraLayer", *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The output of a layer's base module, which is on transformers' experts interface.
+    """The output of a layer's base module, by the module's own forward.
 
     Raises:
-        UnsupportedExperts: if adapters are at work, and a forward that was bound to the module did
-            not call the layer's `compute`.
+        UnsupportedExperts: if adapters are at work, and the module, which is on transformers'
+            experts interface, did not call the layer's `compute`.
     """
     base = layer.base_layer
-    if "forward" not in vars(base):
+    is_traced = torch.compiler.is_compiling()
+    is_sure = not layer.layout.decorated
+    # what is written while a graph is traced may break it
+    if is_traced and "forward" not in vars(base):
+        is_sure = is_sure or _is_of_transformers(type(base))
+    if is_sure:
         return base(*args, **kwargs)
-    layer.is_awaited = layer.is_at_work()
+    caller = _ANY if is_traced else threading.get_ident()
+    _set_awaited_by(layer, caller)
     out = base(*args, **kwargs)
-    if layer.is_awaited:
+    if layer.awaited_by == caller and layer.is_at_work():
         raise UnsupportedExperts(
             f"the forward of {type(base).__name__} was replaced by {base.forward}, which does not "
             "run the model's experts implementation, so its adapter had no effect. Give the module "
-            "its own forward back: del module.forward."
+            "its own forward back, del module.forward, and its class too, and leave module.config "
+            "alone."
         )
     return out
+
+
+def note_computed(layer: "MoELoraLayer") -> None:
+    """Note that `compute` runs, for which `call_base` may wait."""
+    waiting = layer.awaited_by
+    if waiting is None:
+        return
+    # a graph knows no threads, and may hold one of the two functions alone
+    is_any = waiting == _ANY or torch.compiler.is_compiling()
+    if is_any or waiting == threading.get_ident():
+        _set_awaited_by(layer, None)
+
+
+# torch.compile calls it while it traces
+@torch.compiler.assume_constant_result
+def _is_of_transformers(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class on the experts interface is the one that the interface made.
+
+    It has the name and the module of the class's own forward, but not its globals.
+    """
+    made_in = getattr(cls.forward, "__globals__", {})
+    return made_in.get("__name__", "").startswith("transformers.integrations.")
+
+
+def _set_awaited_by(layer: "MoELoraLayer", caller: int | None) -> None:
+    # nn.Module's own takes a microsecond, in every forward
+    object.__setattr__(layer, "awaited_by", caller)
 
 
 def call_in_place_of(

@@ -3,6 +3,7 @@
 import logging
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import pytest
@@ -126,6 +127,80 @@ def test_a_forward_that_drops_the_adapter_raises():
     assert torch.equal(model(*random_rows()), expected)
     del base.forward
     assert torch.equal(model(*random_rows()), expected)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_forward_of_the_class_that_drops_the_adapter_raises(before, monkeypatch):
+    """As libraries replace it, for all modules of the class."""
+    experts = build_experts(*QWEN3_MOE)
+    expected = wrap(build_experts(*QWEN3_MOE))(*random_rows())
+
+    def patch():
+        monkeypatch.setattr(type(experts), "forward", another_forward)
+
+    if before:
+        patch()
+    model = wrap(experts)
+    patch()
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        with pytest.raises(UnsupportedExperts, match="another_forward"):
+            run(*random_rows())
+    with model.disable_adapter():
+        assert not model(*random_rows()).any()
+    monkeypatch.undo()
+    assert torch.equal(model(*random_rows()), expected)
+
+
+def test_a_config_that_was_put_over_the_adapters_raises():
+    model = wrap(build_experts(*QWEN3_MOE))
+    base = model.base_model.model.experts.base_layer
+    base.config = base.config._shared
+    with pytest.raises(UnsupportedExperts, match=r"module\.config"):
+        model(*random_rows())
+
+
+def test_two_threads_in_one_layer_do_not_take_each_others_calls_for_missing_ones():
+    model = wrap(build_experts(*QWEN3_MOE))
+    expected = model(*random_rows())
+
+    def call(_):
+        return [torch.equal(model(*random_rows()), expected) for _ in range(30)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(all(found) for found in pool.map(call, range(4)))
+
+
+def test_a_bound_forward_is_compiled():
+    model = wrap(build_experts(*QWEN3_MOE))
+    expected = model(*random_rows())
+    base = model.base_model.model.experts.base_layer
+    bind(base, wrapping_forward)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(*random_rows()), expected)
+    bind(base, another_forward)
+    with pytest.raises(UnsupportedExperts, match="another_forward"):
+        compiled(*random_rows())
+
+
+def breaking_forward(self, *args, **kwargs):
+    """As hooks that no graph can hold, which run around the module's own forward."""
+    torch._dynamo.graph_break()
+    return type(self).forward(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("function", ["call_base", "note_computed"])
+def test_a_graph_may_hold_one_of_two_functions_that_wait_for_each_other(function, monkeypatch):
+    model = wrap(build_experts(*QWEN3_MOE))
+    expected = model(*random_rows())
+    bind(model.base_model.model.experts.base_layer, breaking_forward)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(compiled(*random_rows()), expected)
+    torch._dynamo.reset()
+    disabled = torch.compiler.disable(getattr(replaced, function), recursive=False)
+    monkeypatch.setattr(f"peft_moe_lora.layers.layer.{function}", disabled)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(compiled(*random_rows()), expected)
 
 
 def test_forwards_of_others_stay():
