@@ -70,6 +70,11 @@ def activation_facts(module: nn.Module) -> tuple[Any, ...]:
     return act_fn, hooked, *own, *shared
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Whether nn.DataParallel made a module, for one call; its `activation_facts` are of copies."""
+    return "_is_replica" in module.__dict__
+
+
 def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
     """The `Activation` that computes the same as the module's own code, or None if there is none.
 

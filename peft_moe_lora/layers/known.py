@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..experts.activation import activation_facts
+from ..experts.activation import activation_facts, is_replica
 from ..experts.families import STACKS
 from ..experts.layout import ExpertsLayout, read_layout
 
@@ -31,7 +31,7 @@ class _Known(NamedTuple):
 def known_layout(module: nn.Module) -> ExpertsLayout | None:
     """The layout of a module if it was read before and still holds, else None."""
     known = module.__dict__.get(_ATTRIBUTE)
-    if known is None or known.facts != _facts(module):
+    if known is None or (known.facts != _facts(module) and not is_replica(module)):
         return None
     return known.layout
 

@@ -323,6 +323,11 @@ class MoELoraLayer(nn.Module, LoraLayer):
         take_back_forward(self)
         return super().train(mode)
 
+    def _replicate_for_data_parallel(self) -> Self:
+        # a replica has copies of its base module's parts, and cannot tell whether one is another
+        follow_activation(self)
+        return super()._replicate_for_data_parallel()
+
     def _forward_off_interface(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if is_sharded(self.weight):
             raise UnsupportedExperts(

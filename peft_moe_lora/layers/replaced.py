@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..experts.activation import activation_facts
+from ..experts.activation import activation_facts, is_replica
 from ..experts.families import LIGER
 from ..experts.hooks import is_hooked
 from ..experts.layout import with_activation
@@ -39,7 +39,7 @@ def follow_activation(layer: "MoELoraLayer") -> None:
     # not layer.base_layer: a look-up of nn.Module takes a microsecond, in every forward
     base: Any = layer._modules["base_layer"]
     facts = activation_facts(base)
-    if facts != layer.activation_facts:
+    if facts != layer.activation_facts and not is_replica(base):
         _read_activation(layer, facts)
 
 

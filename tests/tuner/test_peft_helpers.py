@@ -40,6 +40,8 @@ from helpers import (
     wrap,
 )
 from peft_moe_lora import MoELoraConfig
+from peft_moe_lora.layers import replaced
+from peft_moe_lora.layers.layer import MoELoraLayer
 
 EVERYWHERE = ["experts", "gate", "q_proj"]
 # gated; transposed, with biases; with routers that group the experts
@@ -334,6 +336,20 @@ def test_a_replica_runs_on_its_own_a_and_b(family, replicas):
     assert_close(outputs(second), outputs(tiny_model(family)), FP32)
     assert_close(outputs(first), expected, FP32)
     assert_close(outputs(model), expected, FP32)
+
+
+def test_replicas_have_the_activation_that_the_original_has_now(replicas, monkeypatch):
+    model = adapted()
+    reads = []
+    read = replaced.with_activation
+    monkeypatch.setattr(replaced, "with_activation", lambda *of: reads.append(of) or read(*of))
+    for layer in (m for m in model.modules() if isinstance(m, MoELoraLayer)):
+        layer.base_layer.act_fn = torch.nn.Softplus()
+    expected = outputs(copy.deepcopy(model).merge_and_unload())
+    for _ in range(2):
+        for replica in replicas(model):
+            assert_close(outputs(replica), expected, FP32)
+    assert len(reads) == 2, "each of two layers reads once, and no replica does"
 
 
 def test_gradients_of_replicas_add_up_in_the_original(replicas):
