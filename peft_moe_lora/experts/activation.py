@@ -83,10 +83,8 @@ def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
         gated: as in `own_activation`.
     """
     act_fn = getattr(module, "act_fn", None)
-    if isinstance(act_fn, nn.Module):
-        # training may change the activation's parameters after the probe, and hooks may do anything
-        if is_hooked(act_fn) or next(act_fn.parameters(), None) is not None:
-            return None
+    if isinstance(act_fn, nn.Module) and _may_change(act_fn):
+        return None
     limit = _first_float(module, LIMIT_NAMES)
     alpha = _first_float(module, ALPHA_NAMES)
     with torch.no_grad():
@@ -98,6 +96,16 @@ def fused_activation(module: nn.Module, gated: bool) -> Activation | None:
             if _agree(own, candidate(probe)):
                 return candidate
     return None
+
+
+def _may_change(act_fn: nn.Module) -> bool:
+    """Whether an activation may compute something else than it does for the probe.
+
+    Training may change its parameters, modules in it may be replaced or, as dropout, act in
+    training alone, and hooks may do anything.
+    """
+    has_parts = any(True for _ in act_fn.children())
+    return has_parts or is_hooked(act_fn) or next(act_fn.parameters(), None) is not None
 
 
 def _probe(gated: bool, limit: float | None) -> torch.Tensor:

@@ -50,6 +50,15 @@ def test_an_activation_that_can_train_is_not_replaced_by_what_it_equals_at_first
     assert (model(*rows) - as_silu).norm() > 0.1 * as_silu.norm()
 
 
+def test_an_activation_with_dropout_drops_in_training():
+    experts = build_experts(*QWEN3_MOE)
+    experts.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+    model, rows = wrap(experts.eval()), random_rows()
+    assert torch.equal(model.eval()(*rows), model(*rows))
+    model.train()
+    assert not torch.equal(model(*rows), model(*rows)), "dropout draws anew"
+
+
 class Function(nn.Module):
     def __init__(self, function):
         super().__init__()
