@@ -30,6 +30,7 @@ from ..layers import own
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
 from ..layers.frozen import is_update_of_peft
 from ..layers.known import known_layout, layout_of
+from ..layers.projections import factor_of
 from ..ops import QuantizedWeight
 from . import counting
 from .left import Expected, LeftToPeft, NotAtWork, Unlogged
@@ -276,9 +277,8 @@ def _adapted(
     if not active:
         return base
     pairs = [_pair(wrapper, adapter, layout, name, base.weight.device) for adapter in active]
-    # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
-    scalings = [float(wrapper.scaling[adapter]) for adapter in active]
-    if len(active) > 1:
+    scalings = [factor_of(wrapper.scaling[adapter]) for adapter in active]
+    if len(active) > 1 or isinstance(scalings[0], torch.Tensor):
         return _with_several(base, pairs, scalings, layout.num_experts)
     ((A, B),) = pairs
     return Projection(base.weight, base.bias, A, B, scalings[0], rank_major=True)
@@ -287,7 +287,7 @@ def _adapted(
 def _with_several(
     base: Projection,
     pairs: list[tuple[torch.Tensor, torch.Tensor]],
-    scalings: list[float],
+    scalings: list[float | torch.Tensor],
     num_experts: int,
 ) -> Projection:
     """A projection with several adapters, concatenated along their ranks.

@@ -39,13 +39,20 @@ def projection_of(
     dropout_p = _common_dropout(layer, active)
     only, *others = active
     some_of_divided = _is_divided_by_experts(layer) and layer.experts[only] is not None
-    if others or some_of_divided:
+    scaling = factor_of(layer.scaling[only])
+    if others or some_of_divided or isinstance(scaling, torch.Tensor):
         A, B, chosen = _several(layer, held, active, name)
         return Projection(weight, bias, A, B, 1.0, dropout_p, chosen, up_weight)
     A, B, _ = _pair_here(layer, held, only, name)
-    # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
-    scaling = float(layer.scaling[only])
     return Projection(weight, bias, A, B, scaling, dropout_p, layer.experts[only], up_weight)
+
+
+def factor_of(scaling: float | torch.Tensor) -> float | torch.Tensor:
+    """A scaling as a number, or as the tensor that it is, if it is trained."""
+    if isinstance(scaling, torch.Tensor) and scaling.requires_grad:
+        return scaling
+    # PEFT's prepare_model_for_compiled_hotswap makes tensors of the scalings
+    return float(scaling)
 
 
 def _is_divided_by_experts(layer: "MoELoraLayer") -> bool:

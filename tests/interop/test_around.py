@@ -183,6 +183,24 @@ def test_it_gives_pefts_numbers(scenario, computed, tmp_path):
     assert_close(found, right, TOLERANCE)
 
 
+def test_a_scaling_that_is_trained_gets_its_gradient(computed):
+    """PEFT's own code raises a TypeError for it."""
+    model = peft_model()
+    scaling = torch.nn.Parameter(torch.tensor(1.5))
+
+    def loss(value):
+        for wrapper in wrapped(model).values():
+            wrapper.scaling["default"] = value
+        return outputs(model).square().mean()
+
+    with apply_to_peft():
+        (slope,) = torch.autograd.grad(loss(scaling), [scaling])
+        with torch.no_grad():
+            step = loss(1.51) - loss(1.49)
+    assert len(computed) == 6
+    assert slope.item() == pytest.approx(step.item() / 2e-2, rel=1e-2)
+
+
 def test_weighted_adapters_are_refused_as_by_peft():
     model = peft_model()
     model.add_adapter("second", lora_config(model.base_model.model))

@@ -290,3 +290,26 @@ def test_a_changed_scaling_reaches_the_output():
         layer.scaling["default"] = factor
         expected = oracle_output(plain, rows, dense_deltas(experts_adapter(model), E, factor))
         assert_close(model(*rows), expected)
+
+
+@pytest.mark.parametrize("experts", [None, {"experts": [0, 3]}], ids=["all", "some"])
+def test_a_scaling_that_is_trained_gets_its_gradient(experts):
+    """As linear layers of PEFT do it, where the scaling is a parameter."""
+    model, rows = wrap(qwen_experts(), expert_indices=experts), random_rows()
+    layer = model.base_model.model.experts
+    scaling = torch.nn.Parameter(torch.tensor(layer.scaling["default"]))
+
+    def loss(value):
+        layer.scaling["default"] = value
+        return model(*rows).square().sum()
+
+    right = loss(scaling.item())
+    gradients = torch.autograd.grad(right, list(adapter_parameters(model).values()))
+    found = loss(scaling)
+    assert_close(found, right)
+    slope, *others = torch.autograd.grad(found, [scaling, *adapter_parameters(model).values()])
+    for gradient, expected in zip(others, gradients, strict=True):
+        assert_close(gradient, expected)
+    with torch.no_grad():
+        step = loss(scaling.item() + 1e-2) - loss(scaling.item() - 1e-2)
+    assert slope.item() == pytest.approx(step.item() / 2e-2, rel=1e-2)
