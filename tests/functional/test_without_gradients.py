@@ -161,7 +161,7 @@ def test_a_backward_of_a_call_without_gradients_cannot_be_made():
     x, weights, up_A, up_B, down_A, down_B = leaves
     up, down = torch.randn(E, 2 * INNER, H).double(), torch.randn(E, H, INNER).double()
     inputs = whole.Inputs(x, weights, up_A, up_B, down_A, down_B, up, None, down, None, None)
-    plan = whole.Plan("torch", False, False, 1.0, 1.0, 0.0, 0.0, None, None)
+    plan = whole.Plan("torch", False, False, 1.0, 1.0, 0.0, 0.0, None, None, False, False)
     selected = whole.Selected(torch.zeros(T, TOP_K, dtype=torch.int64))
     results = whole._run_forward(inputs, selected, Activation(), plan)
     with pytest.raises(AssertionError, match="nothing is kept"):
