@@ -19,9 +19,8 @@ from .hooks import is_hooked
 # names of attributes with an activation's constants; the first attribute that is a number is used
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
-_CONSTANTS = (*LIMIT_NAMES, *ALPHA_NAMES)
 # names of all attributes of a module that `activation_facts` reads
-_REPLACEABLE = ("act_fn", "_apply_gate", *_CONSTANTS)
+_REPLACEABLE = ("act_fn", "_apply_gate", *LIMIT_NAMES, *ALPHA_NAMES)
 # number of points in the probe, and the largest point if the module has no clamp
 POINTS = 24
 REACH = 8.0
@@ -59,15 +58,13 @@ def own_activation(module: nn.Module, gated: bool) -> OwnActivation:
 def activation_facts(module: nn.Module) -> tuple[Any, ...]:
     """What a module's activation was read from, and code may replace; equal if nothing was.
 
-    It is asked for in every forward. What an `act_fn` holds does not count.
+    It is asked for in every forward: attributes of the class, and what an `act_fn` holds, do not
+    count.
     """
     # not getattr: where a module lacks an attribute, it takes nn.Module microseconds to say so
     act_fn = module._modules.get("act_fn")
     hooked = act_fn is not None and is_hooked(act_fn)
-    own = map(module.__dict__.get, _REPLACEABLE)
-    # properties, and attributes of the class
-    shared = [getattr(module, name) for name in _CONSTANTS if hasattr(type(module), name)]
-    return act_fn, hooked, *own, *shared
+    return act_fn, hooked, *map(module.__dict__.get, _REPLACEABLE)
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..experts.activation import activation_facts, is_replica
+from ..experts.activation import ALPHA_NAMES, LIMIT_NAMES, activation_facts, is_replica
 from ..experts.families import STACKS
 from ..experts.layout import ExpertsLayout, read_layout
 
@@ -59,6 +59,10 @@ def _remember(module: nn.Module) -> None:
 def _facts(module: nn.Module) -> tuple[Any, ...]:
     """What the layout of a module was read from, and training or pruning may change."""
     facts = [*activation_facts(module)]
+    for name in (*LIMIT_NAMES, *ALPHA_NAMES):
+        if hasattr(type(module), name):
+            # a property, or an attribute of the class
+            facts.append(getattr(module, name))
     for name in STACKS:
         # a parametrized weight would be decoded by getattr
         parameter = module._parameters.get(name)
