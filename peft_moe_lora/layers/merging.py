@@ -176,6 +176,9 @@ def check_codes_are_written(layer: "MoELoraLayer", adapter_name: str) -> None:
     Raises:
         ValueError: if it can only read one.
     """
+    # DeepSpeed's ZeRO-3 leaves empty weights, which have no parts
+    if any(zero.is_partitioned(parameter) for parameter in layer.base_layer.parameters()):
+        return
     for name in layer.adapted_projections(adapter_name):
         weight = _quantized(layer, name)
         if weight is not None:
