@@ -223,12 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
     args = parse_arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.draw is not None:
         draw(json.loads(args.draw.read_text()), args.out / "sweep.svg")
         return 0
     # the reference must be IEEE fp32
     torch.set_float32_matmul_precision("highest")
-    args.out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(torch.device(args.device))
     started = datetime.now(UTC)
     print(f"{machine_line(machine)}; {started:%Y-%m-%d}")
