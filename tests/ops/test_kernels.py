@@ -336,6 +336,17 @@ def test_rows_of_another_rank_are_refused(kernels, columns):
 @dtypes_compiled
 @pytest.mark.usefixtures("chunks")
 def test_outer_is_its_twin(kernels, shape, dtype):
+    check_outer(kernels, shape, dtype)
+
+
+@dtypes_compiled
+def test_outer_of_more_stored_ranks_than_columns(kernels, dtype):
+    """Rows of rank 45 have 48 columns, as dpre has, and more than x and act."""
+    check_outer(kernels, Shape(24, 3, 2, 40, 24, 45, "zeros past r on the wider side"), dtype)
+
+
+def check_outer(kernels, shape, dtype):
+    """Hold the four outer products of a layer against their twin."""
     problem = Problem(shape, dtype)
     E, r = shape.E, shape.r
     routing = kernels.route(problem.index, E)

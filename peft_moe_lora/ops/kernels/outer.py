@@ -201,8 +201,14 @@ def _sides(
     Only the small side may have more columns than out, as rows of rank r have.
     """
     stride_e, stride_p, stride_q = out.stride()
+    left_is_small = left.shape[1] <= right.shape[1]
+    # past rank r there are no sums: written, they would overwrite those of other experts
+    if left.shape[1] > out.shape[1]:
+        left_is_small = True
+    if right.shape[1] > out.shape[2]:
+        left_is_small = False
     # the kernel masks the wide side, and dropout masks right: so right is the wide side
-    if dropout is not None or left.shape[1] <= right.shape[1]:
+    if dropout is not None or left_is_small:
         strides = stride_e, stride_p, stride_q
         return _Sides(left, right, gather_left, gather_right, strides, out.shape[1])
     strides = stride_e, stride_q, stride_p
@@ -236,8 +242,8 @@ def expert_outer(
 
     Args:
         left: [M, P] rows, or [T, P] tokens with gather_left.
-        right: [M, Q] rows, or [T, Q] tokens with gather_right; dtype of left. The narrower of the
-            two may be rows of rank r, with zeros past r.
+        right: [M, Q] rows, or [T, Q] tokens with gather_right; dtype of left. One of the two
+            may be rows of rank r, with zeros past r.
         out: [E, P, Q] fp32, any strides. Every element is written; an expert without rows gets
             zeros.
         row_weights: [T, top_k] float; None for ones.
