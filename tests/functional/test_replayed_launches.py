@@ -208,7 +208,7 @@ def test_operators_make_the_table_of_tiles_once_each(launches):
         x, torch.zeros(T, TOP_K), up_A, up_B, down_A, down_B, up, None, down, None, None
     )
     kept = whole.Kept(rows[2 * I], rows[RANK], rows[RANK])
-    plan = whole.Plan("triton", True, False, 1.0, 1.0, 0.0, 0.0, None, None)
+    plan = whole.Plan("triton", True, False, 1.0, 1.0, 0.0, 0.0, None, None, False, False)
     needs = whole.Needs(True, True, True)
     backward = whole._run_backward
     assert tables(backward, Gradient(x), inputs, kept, routing, needs, Activation(), plan) == 1
