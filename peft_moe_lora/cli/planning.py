@@ -22,7 +22,9 @@ def plan(
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="What is adapted; may be repeated. [default: experts q_proj v_proj]"),
+        typer.Option(
+            help="What is adapted; may be repeated. [default: experts q_proj k_proj v_proj o_proj]"
+        ),
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute every layer again in backward.")

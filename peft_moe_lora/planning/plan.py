@@ -14,7 +14,7 @@ from .step import Batch, Step, run_step
 # the time of a compiled step over that of an eager one: 8 layers of Qwen3-30B-A3B, 4 x 2048 tokens
 # (H200, 2026-11-29)
 COMPILED = 0.80
-DEFAULT_TARGETS = ("experts", "q_proj", "v_proj")
+DEFAULT_TARGETS = ("experts", "q_proj", "k_proj", "v_proj", "o_proj")
 PARTS = ("weights", "pairs", "optimizer", "gradients", "activations", "loss", "transient")
 
 

@@ -58,7 +58,7 @@ def test_what_is_to_be_pasted_runs():
     names = {"MoELoraConfig": MoELoraConfig, "TrainingArguments": TrainingArguments}
     exec("\n".join(found.paste()), names)
     assert names["config"].r == 4
-    assert names["config"].target_modules == {"experts", "q_proj", "v_proj"}
+    assert names["config"].target_modules == {"experts", "q_proj", "k_proj", "v_proj", "o_proj"}
     assert names["arguments"].per_device_train_batch_size == 3
     assert names["arguments"].optim == "adamw_torch_fused"
     kept = plan(config(), r=4, checkpointing=True, keep_experts=True).paste()
