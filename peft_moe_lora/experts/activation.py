@@ -14,7 +14,7 @@ from torch import nn
 from ..ops import Activation
 from ..ops.activation import KINDS
 from .families import FAMILIES
-from .hooks import is_hooked
+from .hooks import is_hooked_by_others
 
 # names of attributes with an activation's constants; the first attribute that is a number is used
 LIMIT_NAMES = ("limit", "swiglu_limit")
@@ -63,7 +63,7 @@ def activation_facts(module: nn.Module) -> tuple[Any, ...]:
     """
     # not getattr: where a module lacks an attribute, it takes nn.Module microseconds to say so
     act_fn = module._modules.get("act_fn")
-    hooked = act_fn is not None and is_hooked(act_fn)
+    hooked = act_fn is not None and is_hooked_by_others(act_fn)
     return act_fn, hooked, *map(module.__dict__.get, _REPLACEABLE)
 
 
@@ -102,7 +102,7 @@ def _may_change(act_fn: nn.Module) -> bool:
     training alone, and hooks may do anything.
     """
     has_parts = any(True for _ in act_fn.children())
-    return has_parts or is_hooked(act_fn) or next(act_fn.parameters(), None) is not None
+    return has_parts or is_hooked_by_others(act_fn) or next(act_fn.parameters(), None) is not None
 
 
 def _probe(gated: bool, limit: float | None) -> torch.Tensor:

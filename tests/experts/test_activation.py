@@ -97,3 +97,17 @@ def test_an_activation_that_computes_in_fp32_is_fused_too(case, name):
     own = ACT2FN[name]
     experts.act_fn = Function(lambda x: own(x.float()).to(x.dtype))
     assert fused_activation(experts, experts.has_gate) is not None
+
+
+def test_hooks_of_deepspeed_on_an_activation_change_nothing():
+    """ZeRO-3 hooks every module; an activation has no parameters that it would fetch."""
+
+    def fetch(module, args):
+        assert not list(module.parameters())
+
+    experts = build_experts(*QWEN3_MOE)
+    fetch.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    experts.act_fn.register_forward_pre_hook(fetch)
+    assert fused_activation(experts, gated=True) == Activation("silu")
+    experts.act_fn.register_forward_hook(lambda module, args, out: out * 2)
+    assert fused_activation(experts, gated=True) is None
