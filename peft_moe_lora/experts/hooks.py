@@ -20,4 +20,6 @@ def is_hooked_by_others(module: nn.Module) -> bool:
         return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
-    return not all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
+    # a callable may say None of its module
+    modules = [getattr(hook, "__module__", None) or "" for hook in hooks]
+    return not all(module.startswith("deepspeed.") for module in modules)

@@ -1,8 +1,8 @@
 """`apply_to_peft`: PEFT's `LoraConfig(target_parameters=...)` on experts, computed by our kernels.
 
 One method of PEFT is replaced, `ParamWrapper.forward`, and one is added for torch.compile.
-Parameters, their names, files and merging
-stay PEFT's. A call that `read_call` leaves to PEFT runs PEFT's own method.
+Parameters, their names, files and merging stay PEFT's. A call that `read_call` leaves to PEFT runs
+PEFT's own method.
 """
 
 import functools

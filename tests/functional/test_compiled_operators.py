@@ -34,6 +34,9 @@ OPERATORS = {
     ),
 }
 ways = pytest.mark.parametrize("activation", OPERATORS, ids=["fused", "unfused"])
+stores = pytest.mark.parametrize(
+    "store", [lambda w: w, lambda w: quantize(w, "nf4")], ids=["bf16", "nf4"]
+)
 
 
 def layer(activation, store=lambda weight: weight):
@@ -57,7 +60,7 @@ def rows(T):
 
 
 @ways
-@pytest.mark.parametrize("store", [lambda w: w, lambda w: quantize(w, "nf4")], ids=["bf16", "nf4"])
+@stores
 def test_a_compiled_layer_makes_its_routing_and_its_table_once(activation, store, launches):
     graphs = Graphs()
     compiled = graphs.compile(layer(activation, store), fullgraph=True)
@@ -73,7 +76,7 @@ def test_a_compiled_layer_makes_its_routing_and_its_table_once(activation, store
 
 
 @ways
-@pytest.mark.parametrize("store", [lambda w: w, lambda w: quantize(w, "nf4")], ids=["bf16", "nf4"])
+@stores
 def test_a_call_of_an_operator_is_one_line_of_text(activation, store, launches):
     graphs = Graphs()
     compiled = graphs.compile(layer(activation, store), fullgraph=True)
