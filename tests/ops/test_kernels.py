@@ -118,7 +118,7 @@ def test_all_slots_are_sentinels(kernels):
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize(("r", "by_product"), [(256, True), (96, True), (100, False), (64, False)])
+@pytest.mark.parametrize(("r", "by_product"), [(256, True), (100, True), (65, True), (64, False)])
 @pytest.mark.parametrize("scaling", [1.0, 0.7])
 def test_many_ranks_are_a_product(kernels, r, by_product, scaling):
     """A, and B transposed, of so many ranks that they are multiplied as weights are."""
@@ -145,6 +145,49 @@ def test_shrink_is_its_twin(kernels, shape, dtype):
 @pytest.mark.parametrize("r", [17, 40, 100])
 def test_with_few_rows_several_programs_share_the_ranks(kernels, r, dtype):
     check_shrink(kernels, Problem(Shape(9, 8, 2, 72, 40, r, "more ranks than a program"), dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("T", [9, 70])
+@pytest.mark.parametrize("r", [10, 40, 70])
+def test_a_padded_copy_of_a_transposed_B_gives_the_same_bits(kernels, r, T, dtype, monkeypatch):
+    from peft_moe_lora.ops.kernels import shrink
+
+    problem = Problem(Shape(T, 2, 1, 72, 40, r, "no multiple of 16"), dtype)
+    routing = kernels.route(problem.index, 2)
+    routed = int(routing.expert_offsets[-1])
+    x = problem.rows(80)
+    x[3] = float("inf")
+
+    def rows():
+        xa = kernels.expert_shrink(x, problem.up_B.transpose(1, 2), routing, 0.5)
+        return xa[:routed]
+
+    # without the product that large ranks are on some GPUs, whose sums have another order
+    monkeypatch.setattr(shrink, "_as_product", lambda *args: False)
+    from_copy = rows()
+    monkeypatch.setattr(shrink, "_in_sixteens", lambda lora_A, dtype: lora_A)
+    torch.testing.assert_close(from_copy, rows(), rtol=0, atol=0, equal_nan=True)
+    assert from_copy[:, r:].eq(0).all(), "a row that is not finite has zeros, too"
+
+
+def test_the_weight_of_many_ranks_is_padded_in_both_orders(kernels, monkeypatch):
+    """The product of 9.0 by its twin: A is multiplied as a weight whose ranks are those of xa."""
+    from peft_moe_lora.ops.kernels import shrink
+
+    taken = []
+
+    def by_twin(product):
+        taken.append(product.weight.shape)
+        args = product.x, product.weight, product.routing
+        product.y.copy_(reference.expert_linear(*args, gather=product.gather))
+        return True
+
+    monkeypatch.setattr(shrink, "linear_blocks", lambda *args: {})
+    monkeypatch.setattr(shrink, "by_roles", by_twin)
+    problem = Problem(Shape(70, 2, 1, 72, 40, 70, "many ranks"), torch.float32)
+    check_shrink(kernels, problem)
+    assert taken == [(2, 80, 72), (2, 80, 80)]
 
 
 def check_shrink(kernels, problem):

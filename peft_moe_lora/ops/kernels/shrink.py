@@ -6,6 +6,10 @@ of them, or with few rows some of them, so that more programs load A.
 With many ranks this is a product like those of the base weights, and `sm90.linear_roles` computes
 it, from a copy of scaling * A in the dtype of x. For r = 256 the kernel of this file takes four
 times as long (NVIDIA H200, 2026-11-30).
+
+In backward A is a transposed B: its ranks lie next to each other, one expert after the other. If r
+is no multiple of 16, they can only be loaded one by one. So a copy is made first, whose ranks are
+padded to such a multiple.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +23,7 @@ from ..ranks import stored_rank
 from ..routing import Routing
 from .launching.launch import facts, launch
 from .launching.table import ceil_div, device_facts, dot_precision, find, options_of, padded_rank
-from .operands import Operand, Routes, Shape, Weight
+from .operands import Operand, Routes, Weight
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
 from .tiles.cast import cast_as_weight
@@ -28,10 +32,25 @@ from .tiles.eights import as_eights, by_8
 from .tiles.product import Product
 from .tiles.tile import linear_blocks, table_line
 
-# from this rank on A is multiplied as a weight is
-MANY_RANKS = 96
+# from this rank on A is multiplied as a weight is: the tile of A would have 128 ranks
+MANY_RANKS = 65
 # up to this K the loop is short, and higher occupancy is worth more than more pipeline stages
 SHORT_K = 2048
+
+
+class _Sizes(NamedTuple):
+    """Numbers of the product.
+
+    Attributes:
+        K: depth.
+        r: the rank; from it on, xa has zeros.
+        in_A, in_xa: ranks of A and of xa in memory, zeros included.
+    """
+
+    K: Any
+    r: Any
+    in_A: Any
+    in_xa: Any
 
 
 class _Tile(NamedTuple):
@@ -62,11 +81,8 @@ class _Tile(NamedTuple):
 
 
 @triton.jit
-def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
-    """Grid [max_tiles * PARTS, tiles of ranks]: a tile of the table is cut into PARTS of M rows.
-
-    shape: columns of xa in memory, depth and rank.
-    """
+def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, sizes, scaling, TILE):
+    """Grid [max_tiles * PARTS, tiles of ranks]: a tile of the table is cut into PARTS of M rows."""
     e, first_row, end = table_line(routes.tiles, tl.program_id(0) // TILE.PARTS)
     first_row += tl.program_id(0) % TILE.PARTS * TILE.M
     if e < 0 or first_row >= end:
@@ -83,7 +99,7 @@ def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
     offs_r = tl.arange(0, TILE.R)
     if TILE.SPLIT:
         offs_r += tl.program_id(1) * TILE.R
-    K = as_eights(shape.K, TILE.BY_8)
+    K = as_eights(sizes.K, TILE.BY_8)
     stride_m = as_eights(x.stride_m, TILE.BY_8)
     x_ptrs = x.ptr + x_rows.to(tl.int64)[:, None] * stride_m + offs_k[None, :] * x.stride_k
     # int64: if lora_A is a transposed B, a column times r * E passes 2**31
@@ -95,11 +111,11 @@ def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
     for k in range(0, K, TILE.K):
         if TILE.EVEN_K:
             x_tile = tl.load(x_ptrs)
-            A_tile = tl.load(lora_A_ptrs, mask=(offs_r < shape.r)[None, :], other=0.0)
+            A_tile = tl.load(lora_A_ptrs, mask=(offs_r < sizes.in_A)[None, :], other=0.0)
         else:
             mask_k = offs_k < K - k
             x_tile = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-            mask = mask_k[:, None] & (offs_r < shape.r)[None, :]
+            mask = mask_k[:, None] & (offs_r < sizes.in_A)[None, :]
             A_tile = tl.load(lora_A_ptrs, mask=mask, other=0.0)
         if TILE.P > 0:
             columns = (k + offs_k)[None, :]
@@ -110,10 +126,10 @@ def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, shape, scaling, TILE):
         acc = tl.dot(x_tile, A_tile, acc, input_precision=TILE.PRECISION)
         x_ptrs += TILE.K * x.stride_k
         lora_A_ptrs += TILE.K * lora_A.stride_k
-    width = shape.N
+    width = sizes.in_xa
     xa_ptrs = xa_ptr + offs_m.to(tl.int64)[:, None] * width + offs_r[None, :]
     # zeros past rank r, also in a row that is not finite
-    xa = tl.where((offs_r < shape.r)[None, :], acc * scaling, 0.0).to(xa_ptr.dtype.element_ty)
+    xa = tl.where((offs_r < sizes.r)[None, :], acc * scaling, 0.0).to(xa_ptr.dtype.element_ty)
     tl.store(xa_ptrs, xa, mask=(offs_m < end)[:, None] & (offs_r < width)[None, :])
 
 
@@ -130,8 +146,7 @@ def expert_shrink(
 
     Args:
         x: [M, K] rows, or [T, K] tokens with gather; bf16, fp16 or fp32.
-        lora_A: [E, r, K], any strides and float dtype; the kernel casts its tiles to the dtype of
-            x.
+        lora_A: [E, r, K], any strides and float dtype; it is cast to the dtype of x.
         scaling: lora_alpha / r.
         gather: whether row m reads token row_token[m].
         dropout: masks x.
@@ -147,6 +162,8 @@ def expert_shrink(
         return xa
     if dropout is None and _as_product(x, lora_A, routing, scaling, gather, xa):
         return xa
+    lora_A = _in_sixteens(lora_A, x.dtype)
+    in_A = lora_A.shape[1]
     op = "shrink"
     if K <= SHORT_K:
         op = "shrink_short"
@@ -178,15 +195,40 @@ def expert_shrink(
         )
         routes = Routes(routing.tiles, routing.row_token)
         rows = Operand.of(x), Weight.of(lora_A), xa, drop, routes
-        return rows, (Shape(width, K, r), scaling), {"TILE": tile, **options_of(blocks)}
+        return rows, (_Sizes(K, r, in_A, width), scaling), {"TILE": tile, **options_of(blocks)}
 
-    key = "shrink", facts(x, lora_A), K, r, scaling, gather, p, precision, routing.block_m
+    key = "shrink", facts(x, lora_A), K, r, in_A, scaling, gather, p, precision, routing.block_m
     tensors = x, lora_A, xa, *drop, routing.tiles, routing.row_token
     # the last three lines of the table are never tiles
     max_tiles = routing.tiles.shape[0] - 3
     grid = max_tiles * parts, ceil_div(width, ranks), 1
     launch(key, _shrink_kernel, grid, tensors, arguments)
     return xa
+
+
+def _lies_along_ranks(lora_A: torch.Tensor) -> bool:
+    """Whether adjacent values of A are of adjacent ranks, as in a transposed B."""
+    return lora_A.stride(2) != 1
+
+
+def _padded(lora_A: torch.Tensor, dtype: torch.dtype, scaling: float) -> torch.Tensor:
+    """scaling * A in `dtype`, with the ranks of xa in memory, in the memory order of A."""
+    width = stored_rank(lora_A.shape[1])
+    along_ranks = _lies_along_ranks(lora_A)
+    # ranks are the columns that a cast pads
+    transposed = cast_as_weight(lora_A.transpose(1, 2), width, dtype, along_ranks, scaling)
+    return transposed.transpose(1, 2)
+
+
+def _in_sixteens(lora_A: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A, or a padded copy of it, so that its ranks can be loaded 16 bytes at a time.
+
+    Up to rank 8 no copy is made: the tile of A is small, and a copy would have 8 ranks, too.
+    """
+    r = lora_A.shape[1]
+    if r <= 8 or r % 16 == 0 or not _lies_along_ranks(lora_A):
+        return lora_A
+    return _padded(lora_A, dtype, 1.0)
 
 
 def _as_product(
@@ -199,17 +241,12 @@ def _as_product(
 ) -> bool:
     """Write xa by the kernel of large products; return whether it was written.
 
-    That kernel writes all columns of xa, so A must have as many rows as xa has columns.
+    That kernel writes all columns of xa, so a copy of A has as many ranks. Past rank r they are
+    zeros, and so is xa there, unless a row is not finite.
     """
-    r = lora_A.shape[1]
-    if r < MANY_RANKS or r != xa.shape[1]:
+    if lora_A.shape[1] < MANY_RANKS:
         return False
     if linear_blocks("linear_roles", x, lora_A, routing.block_m) is None:
         return False
-    if lora_A.stride(2) == 1:
-        weight = cast_as_weight(lora_A, lora_A.shape[2], x.dtype, True, scaling)
-    else:
-        # A is a transposed B, whose ranks lie next to each other
-        transposed = cast_as_weight(lora_A.transpose(1, 2), r, x.dtype, True, scaling)
-        weight = transposed.transpose(1, 2)
+    weight = _padded(lora_A, x.dtype, scaling)
     return by_roles(Product(x, weight, routing, gather=gather, y=xa))
