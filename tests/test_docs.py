@@ -121,6 +121,7 @@ class Case:
         experts: ids of the experts that have one; None for all.
         fused: whether the activation runs in the kernels.
         x_grad: whether the hidden states need a gradient.
+        widths: H and I.
     """
 
     T: int = MANY
@@ -135,6 +136,7 @@ class Case:
     quantized: str | None = None
     transposed: bool = False
     rank_major: bool = False
+    widths: tuple[int, int] = (H, I)
 
 
 ON_BLACKWELL = "compute capability 10.0"
@@ -152,6 +154,7 @@ CASES = {
     "some experts": Case(experts=(1, 2)),
     "PEFT's order": Case(rank_major=True),
     "transposed base": Case(transposed=True),
+    "odd widths": Case(widths=(H - 1, I - 4)),
     "up alone": Case(down=False),
     "down alone": Case(up=False),
     "no adapter": Case(up=False, down=False),
@@ -195,6 +198,7 @@ def projection(case, N, K, adapted):
 
 def recorded(case, launches):
     """The kernels of one forward and of one backward."""
+    H, I = case.widths  # noqa: E741
     up = projection(case, 2 * I, H, case.up)
     down = projection(case, H, I, case.down)
     x = torch.zeros(case.T, H, dtype=torch.bfloat16, requires_grad=case.x_grad)

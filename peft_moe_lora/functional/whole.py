@@ -35,6 +35,7 @@ from .backends import ops_for
 from .checkpointing import current_run
 from .operators import Gradient, Operator, as_stored, differentiable, is_differentiated
 from .projection import Projection, gathered, pair_like, per_expert, rank_of, transposed, whole_pair
+from .widths import Widths, computed_widths, with_widths
 
 
 class Inputs(NamedTuple):
@@ -102,7 +103,7 @@ class Results(NamedTuple):
     Attributes:
         out: [T, H]. All other fields are None where no backward may follow.
         pre, xa, ha: as in the legend; pre is None with recompute, xa and ha are None without an
-            adapter.
+            adapter. pre has the widths with which the layer is computed.
         expert_offsets, row_token, row_slot, slot_row: as in `Routing`.
         table: [lines, 2] int32, of `table_memory`, which begins with `tiles` of `Routing`.
     """
@@ -204,14 +205,18 @@ def fused_experts(
 
 
 def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, plan: Plan) -> Results:
-    """`_forward`, also for adapters of only some experts."""
+    """`_forward`, also for adapters of only some experts, and for any widths."""
     whole = _of_all_experts(inputs, plan)
     ops = ops_for(plan.backend, inputs.x.device)
-    return Results(*ops.replayed(_forward, *whole, selected.top_k_index, activation, plan))
+    stored = Widths.of(inputs)
+    widths = computed_widths(ops, inputs, plan, selected.top_k_index.numel())
+    whole = with_widths(whole, activation, stored, widths)
+    results = Results(*ops.replayed(_forward, *whole, selected.top_k_index, activation, plan))
+    return with_widths(results, activation, widths, stored)
 
 
 def _forward(*values: Any) -> Results:
-    """Compute the layer, with pairs for all experts.
+    """Compute the layer, with pairs for all experts and with the widths of its arguments.
 
     Args:
         values: the fields of `Inputs`, then top_k_index, the activation and the plan. A recorded
@@ -268,8 +273,12 @@ def _fake_forward(
     x = inputs.x
     if not plan.keeps:
         return Results(torch.empty_like(x), *_NOTHING)
-    E, N, _ = inputs.up.shape
+    E = inputs.up.shape[0]
     M = selected.top_k_index.numel()
+    widths = Widths.of(inputs)
+    # on the meta device nothing is computed
+    if not x.is_meta:
+        widths = computed_widths(ops_for(plan.backend, x.device), inputs, plan, M)
 
     def rank_r(lora_A: torch.Tensor | None, experts: tuple[int, ...] | None) -> torch.Tensor | None:
         if lora_A is None:
@@ -281,7 +290,7 @@ def _fake_forward(
 
     return Results(
         torch.empty_like(x),
-        None if plan.recompute else x.new_empty(M, N),
+        None if plan.recompute else x.new_empty(M, activation.columns(widths.I)),
         rank_r(inputs.up_A, plan.up_experts),
         rank_r(inputs.down_A, plan.down_experts),
         index(E + 1),
@@ -321,11 +330,16 @@ def _run_backward(
     activation: Activation,
     plan: Plan,
 ) -> Gradients:
-    """`_backward`, also for adapters of only some experts."""
+    """`_backward`, also for adapters of only some experts, and for any widths."""
     whole = _of_all_experts(inputs, plan)
-    tensors = flatten((gradient, whole, kept, routing))
     ops = ops_for(plan.backend, inputs.x.device)
+    stored = Widths.of(inputs)
+    widths = computed_widths(ops, inputs, plan, routing.num_rows)
+    whole = with_widths(whole, activation, stored, widths)
+    gradient = with_widths(gradient, activation, stored, widths)
+    tensors = flatten((gradient, whole, kept, routing))
     found = Gradients(*ops.replayed(_backward, *tensors, needs, activation, plan))
+    found = with_widths(found, activation, widths, stored)
     if plan.up_experts is None and plan.down_experts is None:
         return found
     E = inputs.up.shape[0]

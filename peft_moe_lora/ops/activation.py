@@ -40,6 +40,10 @@ class Activation:
         """I, the width of act for a pre-activation of width N."""
         return N // 2 if self.gated else N
 
+    def columns(self, I: int) -> int:  # noqa: E741
+        """N, the width of the pre-activation for an act of width I."""
+        return 2 * I if self.gated else I
+
     def __call__(self, pre: torch.Tensor) -> torch.Tensor:
         """act [M, I] from pre [M, N], computed in fp32 (fp64 for fp64); dtype of pre."""
         if not self.gated:

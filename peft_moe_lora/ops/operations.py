@@ -182,6 +182,13 @@ class Operations(Protocol):
         Returns: dy [M, N], d_top_k_weights [T, top_k] fp32, 0 for sentinels.
         """
 
+    def fast_widths(self, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+        """The widths with which a layer of rows of these widths is computed.
+
+        Operations take all widths. Greater ones are asked for where zeros after the given ones
+        take less time.
+        """
+
     def transpose_columns(self, matrix: torch.Tensor, a: int, dtype: torch.dtype) -> torch.Tensor:
         """out[n, j * a + i] = matrix[n, i * b + j]: rank-major columns become expert-major ones.
 

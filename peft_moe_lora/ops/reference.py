@@ -27,6 +27,7 @@ __all__ = [
     "expert_outer",
     "expert_shrink",
     "expert_shrink_outer",
+    "fast_widths",
     "replayed",
     "route",
     "transpose_columns",
@@ -186,6 +187,11 @@ def combine_backward(
     rows = wide(_rows(dout, routing, gather=True))
     w = top_k_weights.reshape(-1)[routing.row_slot.long()].to(rows.dtype)
     return (w[:, None] * rows).to(y.dtype), _slots((wide(y) * rows).sum(-1), routing)
+
+
+def fast_widths(widths: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """The widths themselves: products in plain PyTorch take any."""
+    return widths
 
 
 def transpose_columns(matrix: torch.Tensor, a: int, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ from .routing import route, with_tiles
 from .shrink import expert_shrink
 from .shrink_outer import expert_shrink_outer
 from .unrouted import zero_unrouted
+from .widths import fast_widths
 
 __all__ = [
     "combine",
@@ -24,6 +25,7 @@ __all__ = [
     "expert_outer",
     "expert_shrink",
     "expert_shrink_outer",
+    "fast_widths",
     "replayed",
     "route",
     "transpose_columns",
