@@ -1,7 +1,7 @@
 """mask[m, k] = 0 or 1 / (1 - p), computed only from the seed, the slot of row m and the column k.
 
-No mask is stored: backward computes it again. One hash serves two columns: each takes 16 of its 32
-bits, and is dropped if they are below p * 2^16. So p is rounded to a multiple of 2^-16, and the
+No mask is stored: backward computes it again. One hash serves two columns: each takes 15 bits of
+one half, and is dropped if they are below p * 2^15. So p is rounded to a multiple of 2^-15, and the
 scale belongs to the rounded p.
 
 Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k // 2 ^ hash(slot ^ seed).
@@ -10,6 +10,9 @@ Source: the 32-bit integer hash "lowbias32" of Wellons 2018, applied to k // 2 ^
 from dataclasses import dataclass
 
 import torch
+
+# values that the bits of a column may have
+STEPS = 2**15
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,13 @@ class Dropout:
 
 
 def threshold(p: float) -> int:
-    """p * 2^16, rounded; an element is dropped if its bits are below it."""
-    return min(max(round(p * 65536), 1), 65535)
+    """p * 2^15, rounded; an element is dropped if its bits are below it."""
+    return min(max(round(p * STEPS), 1), STEPS - 1)
+
+
+def kept_scale(p: float) -> float:
+    """1 / (1 - p), of the rounded p."""
+    return STEPS / (STEPS - threshold(p))
 
 
 def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.Tensor:
@@ -41,9 +49,9 @@ def dropout_mask(dropout: Dropout, row_slot: torch.Tensor, width: int) -> torch.
     slot_hash = _mix(row_slot.long() ^ (dropout.seed & 0xFFFFFFFF))
     columns = torch.arange(width, device=row_slot.device)
     pair_hash = _mix(columns[None, :] // 2 ^ slot_hash[:, None])
-    bits = pair_hash >> 16 * (columns % 2) & 0xFFFF
-    below = threshold(dropout.p)
-    return (bits >= below).float() * (65536 / (65536 - below))
+    # the upper 15 bits of a half
+    bits = pair_hash >> 16 * (columns % 2) + 1 & 0x7FFF
+    return (bits >= threshold(dropout.p)).float() * kept_scale(dropout.p)
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from .launching.table import (
 )
 from .operands import Operand, Weight
 from .tiles.chunks import chunk_of, chunk_rows, sum_chunks
-from .tiles.dropout import dropped, probability_and_seed, row_hash
+from .tiles.dropout import kept, probability_and_seed, row_hash, scale_of_kept
 from .tiles.eights import as_eights, by_8
 
 # elements of a program's output tile, which is held in registers
@@ -150,8 +150,7 @@ def _outer_kernel(
             left = left.to(small.ptr.dtype.element_ty)
             w = next_w
         if TILE.P > 0:
-            right = dropped(right.to(tl.float32), hashes[:, None], offs_w[None, :], TILE.P)
-            right = right.to(wide.ptr.dtype.element_ty)
+            right = kept(right, hashes[:, None], offs_w[None, :], TILE.P)
             hashes = next_hashes
         # [wide, M] @ [M, small] -> [wide, small]
         acc = tl.dot(right.trans(), left, acc, input_precision=TILE.PRECISION)
@@ -160,6 +159,8 @@ def _outer_kernel(
         if row_weights_ptr is not None or TILE.P > 0:
             next_slots = _of_rows(row_slot_ptr, next_rows + TILE.M, end)
         rows = next_rows
+    if TILE.P > 0:
+        acc *= scale_of_kept(TILE.P)
 
     mask = mask_w[:, None] & (offs_s < sizes.SMALL)[None, :]
     if one_chunk:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dropout import Dropout
+from ..dropout import Dropout, kept_scale
 from ..ranks import stored_rank
 from ..routing import Routing
 from .launching.launch import facts, launch
@@ -27,7 +27,7 @@ from .operands import Operand, Routes, Weight
 from .routing import with_tiles
 from .sm90.by_roles import by_roles
 from .tiles.cast import cast_as_weight
-from .tiles.dropout import dropped, probability_and_drop, row_hash
+from .tiles.dropout import kept, probability_and_drop, row_hash
 from .tiles.eights import as_eights, by_8
 from .tiles.product import Product
 from .tiles.tile import linear_blocks, table_line
@@ -119,8 +119,7 @@ def _shrink_kernel(x, lora_A, xa_ptr, drop, routes, sizes, scaling, TILE):
             A_tile = tl.load(lora_A_ptrs, mask=mask, other=0.0)
         if TILE.P > 0:
             columns = (k + offs_k)[None, :]
-            x_tile = dropped(x_tile.to(tl.float32), hashes[:, None], columns, TILE.P)
-            x_tile = x_tile.to(x.ptr.dtype.element_ty)
+            x_tile = kept(x_tile, hashes[:, None], columns, TILE.P)
         A_tile = A_tile.to(x.ptr.dtype.element_ty)
         # [M, K] @ [K, R] -> [M, R]
         acc = tl.dot(x_tile, A_tile, acc, input_precision=TILE.PRECISION)
@@ -162,6 +161,9 @@ def expert_shrink(
         return xa
     if dropout is None and _as_product(x, lora_A, routing, scaling, gather, xa):
         return xa
+    if dropout is not None:
+        # the kernel sums x where it is kept
+        scaling *= kept_scale(dropout.p)
     lora_A = _in_sixteens(lora_A, x.dtype)
     in_A = lora_A.shape[1]
     op = "shrink"
