@@ -55,6 +55,7 @@ def _poisoned_memory(monkeypatch):
 
     for name in ("empty", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setitem(replay._EMPTY, "cpu", poisoned(replay._EMPTY["cpu"]))
 
 
 @pytest.fixture
@@ -246,6 +247,23 @@ def test_a_value_that_has_no_hash_is_composed(add):
         (out,) = replayed(lambda x, ns: (add(x, None, ns[0]),), torch.zeros(16), [3.0])
         assert (out == 3).all()
     assert not replay._kinds.values()
+
+
+def test_launches_are_not_repeated_on_another_device(add, kernel, monkeypatch):
+    """New memory is that of the current device."""
+
+    def compose(x):
+        return (add(x, x),)
+
+    x = torch.ones(16)
+    elsewhere = x.to("meta")
+    monkeypatch.setitem(replay._EMPTY, "cpu", lambda *made: elsewhere)
+    for _ in range(2):
+        replayed(compose, x)
+    launched = kernel.runs
+    with pytest.raises(AssertionError, match="another current device"):
+        replayed(compose, x)
+    assert kernel.runs == launched
 
 
 def test_kinds_do_not_pile_up_and_those_in_use_stay(add):

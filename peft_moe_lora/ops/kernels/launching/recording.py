@@ -75,7 +75,7 @@ class Buffer:
 class Made(NamedTuple):
     """A result that is a new tensor."""
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
@@ -201,7 +201,7 @@ class Recording(TorchDispatchMode):
             if not self._is_whole(result, origin) or origin.index in result_of:
                 self.fail("returns a tensor that is not new or not whole")
             result_of[origin.index] = len(result_of)
-            made.append((index, Made(result.shape, result.stride(), result.dtype)))
+            made.append((index, Made((*result.shape,), result.stride(), result.dtype)))
         if not self.launched:
             self.fail("launches nothing")
         if self.failed:

@@ -23,6 +23,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 
 from ...quantized import QuantizedWeight
 from . import launch
@@ -39,6 +40,9 @@ KINDS_BYTES = 128 * 2**20
 # host memory of a kind, and of each launch that is recorded for it
 KIND_BYTES = 4096
 LAUNCH_BYTES = 2048
+# {type of device: torch.empty_strided(shape, strides, dtype) on the current device}. These are the
+# functions that inductor's code calls; they take the host half as long
+_EMPTY = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
 
 
 class _State(Enum):
@@ -53,12 +57,13 @@ class _Replay:
 
     Args:
         recorded: the recorded call.
-        device: where it runs.
+        device: where it runs; the current device in each call.
     """
 
     def __init__(self, recorded: Recorded, device: torch.device) -> None:
         self.recorded = recorded
         self.device = device
+        self.empty = _EMPTY[device.type]
         self.graphs = Graphs(device, recorded.launches, len(recorded.launches))
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> tuple | None:
@@ -73,13 +78,14 @@ class _Replay:
             union |= address
         if union & 15:
             return None
-        device = self.device
+        empty = self.empty
         results = values.copy()
         for index, (shape, stride, dtype) in made:
-            result = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            result = empty(shape, stride, dtype)
             results[index] = result
             addresses.append(result.data_ptr())
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        workspace = empty((nbytes,), (1,), torch.uint8)
+        assert workspace.device == self.device, "a replay of launches on another current device"
         addresses.append(workspace.data_ptr())
         self.graphs(addresses)
         return tuple(results)
@@ -152,8 +158,13 @@ def _kind_and_tensors(
     kind: list[Any] = [function, device, dot_precision(arguments[0].dtype)]
     tensors = []
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            kind += (argument.dtype, argument.shape, argument.stride())
+        if argument is None:
+            kind.append(None)
+        elif isinstance(argument, torch.Tensor):
+            # not `kind += ...`, which takes the host half as long again
+            kind.append(argument.dtype)
+            kind.append(argument.shape)
+            kind.append(argument.stride())
             tensors.append(argument)
         elif isinstance(argument, QuantizedWeight):
             parts = argument.tensors()
