@@ -84,17 +84,19 @@ def experts(
     if seeds is None:
         seeds = draw_seeds(hidden_states.device, up, down)
     x = _in_dtype(hidden_states, up.weight.dtype)
-    with _on_device_of(x), without_autocast(x.device.type):
+    with _on_device_of(x):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             up, down = _readable(up), _readable(down)
+            # its operators disable autocast themselves
             out = fused_experts(
                 x, top_k_index, top_k_weights, up, down, activation, seeds, backend, recompute
             )
         else:
             up, down = up.expert_major(), down.expert_major()
-            out = unfused_experts(
-                x, top_k_index, top_k_weights, up, down, activation, post_norm, seeds, backend
-            )
+            with without_autocast(x.device.type):
+                out = unfused_experts(
+                    x, top_k_index, top_k_weights, up, down, activation, post_norm, seeds, backend
+                )
     return _in_dtype(out, hidden_states.dtype)
 
 
@@ -164,15 +166,16 @@ def _check(
     down: Projection,
 ) -> None:
     E, _, H = up.weight.shape
-    if hidden_states.ndim != 2 or hidden_states.shape[1] != H or down.weight.shape[:2] != (E, H):
+    x = hidden_states.shape
+    if len(x) != 2 or x[1] != H or down.weight.shape[:2] != (E, H):
         raise ValueError(
             f"experts needs hidden_states [T, H], gate_up [E, N, H] and down [E, H, I]; got "
             f"{[tuple(t.shape) for t in (hidden_states, up.weight, down.weight)]}."
         )
-    if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:
+    selected = top_k_index.shape
+    if selected != top_k_weights.shape or not selected or selected[0] != x[0]:
         raise ValueError(
-            "experts needs top_k_index and top_k_weights [T, top_k] "
-            f"with T = {hidden_states.shape[0]}; got "
+            f"experts needs top_k_index and top_k_weights [T, top_k] with T = {x[0]}; got "
             f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}."
         )
     _check_frozen(up, down)
@@ -225,7 +228,8 @@ def draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor |
         projections: those of the layer.
     Returns: [2, 2] int64 with one seed per row; None if no projection has dropout.
     """
-    if not any(p.dropout_p for p in projections):
-        return None
-    # each row has 16 bytes, because kernels want tensors that are aligned to 16 bytes
-    return torch.randint(2**31 - 1, (2, 2), device=device)
+    for projection in projections:
+        if projection.dropout_p:
+            # each row has 16 bytes, because kernels want tensors that are aligned to 16 bytes
+            return torch.randint(2**31 - 1, (2, 2), device=device)
+    return None

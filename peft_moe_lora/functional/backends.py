@@ -40,10 +40,23 @@ def ops_for(backend: str, device: torch.device) -> Operations:
 
     The choice of "auto" is shown once for each kind of device.
     """
-    chosen = select_backend(backend, device)
     # a line that is written while torch.compile traces would break the graph
-    if backend == "auto" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _operations(select_backend(backend, device))
+    return _shown_operations(backend, device)
+
+
+# nothing that it depends on changes within a process
+@cache
+def _shown_operations(backend: str, device: torch.device) -> Operations:
+    """The same, after the choice of "auto" is shown."""
+    chosen = select_backend(backend, device)
+    if backend == "auto":
         _show_choice(chosen, device.type, _triton_obstacle(device.type, device.index))
+    return _operations(chosen)
+
+
+def _operations(chosen: str) -> Operations:
     if chosen == "torch":
         return reference
     from ..ops import kernels

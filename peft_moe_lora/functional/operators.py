@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -78,7 +79,11 @@ def _exactly(run: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(run)
     def exactly(*groups: Any) -> Any:
         first = groups[0][0]
-        with without_autocast(first.device.type):
+        device_type = first.device.type
+        # an empty context takes the host a microsecond
+        if not is_autocast_enabled(device_type):
+            return run(*groups)
+        with torch.autocast(device_type, enabled=False):
             return run(*groups)
 
     return exactly
@@ -109,8 +114,9 @@ class Operator:
         self.results = results
         self.arguments = Arguments(groups)
         exactly = _exactly(run)
+        self.run = exactly
         # where Dynamo gives up on a caller, it must not go on within: it cannot trace launches
-        self.run = torch.compiler.disable(exactly)
+        self.run_untraced = torch.compiler.disable(exactly)
         self._num_returned = len(results.__match_args__)
         returned = ", ".join(["Tensor"] * self._num_returned)
         torch.library.define(self.qualified_name, f"({self.arguments.schema}) -> ({returned})")
@@ -129,7 +135,10 @@ class Operator:
         """Compute the results, without gradients."""
         if torch.compiler.is_compiling() or torch._C._is_tracing() or groups[0][0].is_meta:
             return self.compiled(*groups)
-        return self.run(*groups)
+        # Dynamo traces what this thread calls only where it has set a callback
+        if get_eval_frame_callback() is None:
+            return self.run(*groups)
+        return self.run_untraced(*groups)
 
     def _as_operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function with flat arguments, which returns a tensor for each result."""

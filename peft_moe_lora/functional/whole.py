@@ -181,9 +181,10 @@ def fused_experts(
         down.bias,
         seed,
     )
+    keeps = is_differentiated(inputs)
     plan = Plan(
         backend,
-        is_differentiated(inputs),
+        keeps,
         recompute,
         up.scaling,
         down.scaling,
@@ -195,8 +196,10 @@ def fused_experts(
         down.rank_major and down.lora_B is not None,
     )
     groups = (inputs, Selected(top_k_index), activation, plan)
+    if not keeps:
+        return _OPERATOR(*groups).out
     run = current_run()
-    if run is None or not plan.keeps:
+    if run is None:
         return _fused_experts(*groups)
     return run.call(_fused_experts, _OPERATOR, *groups)
 

@@ -115,6 +115,21 @@ def test_a_compiled_layer_does_so_too(case, forward_in_autocast, device):
             assert_close(gradient, wanted)
 
 
+def test_an_activation_of_the_model_runs_without_autocast(device):
+    up, down = projection(2 * INNER, H, device), projection(H, INNER, device)
+    index = torch.randint(E, (T, TOP_K), device=device)
+    rows = torch.randn(T, H, device=device), index, torch.rand(T, TOP_K, device=device)
+    enabled = []
+
+    def noted(pre):
+        enabled.append(torch.is_autocast_enabled(device))
+        return own_activation(pre)
+
+    with torch.autocast(device, torch.bfloat16):
+        experts(*rows, up, down, noted)
+    assert enabled == [False]
+
+
 def test_rows_of_one_projection(device):
     p = projection(INNER, H, device)
     x = torch.randn(T, H, device=device, requires_grad=True)

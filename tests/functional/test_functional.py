@@ -196,6 +196,7 @@ def test_what_auto_picked_is_shown_once(configured, monkeypatch, capsys, caplog)
     monkeypatch.setattr(backends.logger, "hasHandlers", lambda: configured)
     caplog.set_level("INFO", logger=backends.__name__)
     backends._show_choice.cache_clear()
+    backends._shown_operations.cache_clear()
     cpu = torch.device("cpu")
     with monkeypatch.context() as tracing:
         tracing.setattr(torch.compiler, "is_compiling", lambda: True)
