@@ -6,9 +6,8 @@ Legend:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 
@@ -20,8 +19,7 @@ Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """One frozen projection of every expert, and its low-rank update.
 
     Attributes:
@@ -56,7 +54,7 @@ class Projection:
             return self
         S = self.weight.shape[0] if self.experts is None else len(self.experts)
         lora_B = rank_to_expert_major(self.lora_B, S).flatten(1)
-        return replace(self, lora_B=lora_B, rank_major=False)
+        return self._replace(lora_B=lora_B, rank_major=False)
 
     def halves(self) -> list["Projection"]:
         """The gate half and the up half, which share A; [self] if the weight is one tensor."""
@@ -64,8 +62,7 @@ class Projection:
             return [self]
         n = self.weight.shape[1]
         return [
-            replace(
-                self,
+            self._replace(
                 weight=weight,
                 up_weight=None,
                 bias=None if self.bias is None else self.bias[:, rows],

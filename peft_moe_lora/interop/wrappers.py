@@ -13,7 +13,7 @@ Legend:
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -299,8 +299,7 @@ def _with_several(
     # [N, E, r]
     Bs = [rank_to_expert_major(B, num_experts) for _, B in pairs]
     scaled = [scaling * B for scaling, B in zip(scalings, Bs, strict=True)]
-    return replace(
-        base,
+    return base._replace(
         lora_A=torch.cat(As, dim=1).flatten(0, 1),
         lora_B=torch.cat(scaled, dim=2).flatten(1),
     )

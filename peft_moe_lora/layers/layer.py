@@ -257,22 +257,23 @@ class MoELoraLayer(nn.Module, LoraLayer):
             return []
         return list(cast(nn.ParameterDict, self.lora_A[adapter_name]).keys())
 
-    def adapts(self, adapter_name: str, projection: str) -> bool:
-        """Whether a projection has a pair in an adapter."""
-        side = self._side("lora_A", adapter_name)
-        return side is not None and projection in side
-
     def pair(self, adapter_name: str, projection: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A [r * S, K] and lora_B [N, r * S] of one adapter, both expert-major."""
-        A, B = [self._side(side, adapter_name) for side in self.adapter_layer_names]
-        assert A is not None and B is not None, f"no adapter {adapter_name!r} on these experts"
-        return _entry(A, projection), _entry(B, projection)
+        found = self.find_pair(adapter_name, projection)
+        assert found is not None, f"no {projection!r} in adapter {adapter_name!r} on these experts"
+        return found
 
-    def _side(self, side: str, adapter_name: str) -> nn.ParameterDict | None:
-        """lora_A or lora_B of an adapter, by projection; None if the layer lacks the adapter."""
+    def find_pair(
+        self, adapter_name: str, projection: str
+    ) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """The same; None if the adapter is not on this layer, or does not adapt the projection."""
         # not self.lora_A: every look-up of nn.Module takes a microsecond, in every forward
-        adapters: Any = self._modules[side]
-        return adapters._modules.get(adapter_name)
+        As: Any = self._modules["lora_A"]
+        Bs: Any = self._modules["lora_B"]
+        A = As._modules.get(adapter_name)
+        if A is None or projection not in A:
+            return None
+        return _entry(A, projection), _entry(Bs._modules[adapter_name], projection)
 
     def dropout_of(self, adapter_name: str) -> float:
         """The probability with which an adapter of this layer drops now.
@@ -306,16 +307,18 @@ class MoELoraLayer(nn.Module, LoraLayer):
         Returns: the same as the base module's forward.
         """
         follow_activation(self)
-        if self.disable_adapters and self.merged:
+        # here and below not PEFT's properties, nor self.base_layer, which nn.Module looks up: they
+        # take the host microseconds, in every forward
+        if self._disable_adapters and self.merged_adapters:
             merging.check_may_unmerge(self)
             self.unmerge()
         if self.layout.decorated or not self.is_at_work():
-            base_layer = self.base_layer
+            base_layer: Any = self._modules["base_layer"]
             if self._is_replica:
                 # nn.DataParallel copies the base module with the config that names the original
                 attach(self, base_layer)
             with sent_back_after_exception(base_layer):
-                return call_base(self, *args, **kwargs)
+                return call_base(self, base_layer, *args, **kwargs)
         return call_in_place_of(self.base_layer, self._forward_off_interface, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
@@ -342,14 +345,20 @@ class MoELoraLayer(nn.Module, LoraLayer):
             return self.compute(self.base_layer, *args, **kwargs)
         return family.call(self, self.base_layer, *args, **kwargs)
 
-    def is_at_work(self) -> bool:
-        """Whether this layer has an active adapter that is neither disabled nor merged."""
-        if self.disable_adapters or self.merged:
-            return False
-        # not self.lora_A: a look-up of nn.Module, twice in every forward
+    def adapters_at_work(self) -> list[str]:
+        """The active adapters of this layer; none while they are disabled or merged."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
         adapters: Any = self._modules["lora_A"]
         known = adapters._modules
-        return any(name in known for name in self.active_adapters)
+        active = self._active_adapter
+        if isinstance(active, str):
+            active = [active]
+        return [name for name in active if name in known]
+
+    def is_at_work(self) -> bool:
+        """Whether this layer has an active adapter that is neither disabled nor merged."""
+        return bool(self.adapters_at_work())
 
     def replaces_own(self) -> bool:
         """Whether this layer computes its module, and not the model's own implementation."""
@@ -373,13 +382,14 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """
         note_computed(self)
         rows = (hidden_states, top_k_index, top_k_weights)
-        if not self.is_at_work():
+        adapters = self.adapters_at_work()
+        if not adapters:
             return self._compute_frozen(module, rows)
-        with fetched([*self._active_parameters(), *decoders(module)]):
-            zero.check_gradients_arrive(self._trained_parameters(), hidden_states)
-            active = self.active_adapters
-            up = projection_of(self, module, "gate_up", active)
-            down = projection_of(self, module, "down", active)
+        sides = self._sides_of(adapters)
+        with fetched([*sides, *decoders(module)]):
+            zero.check_gradients_arrive(_parameters_of(sides), hidden_states)
+            up = projection_of(self, module, "gate_up", adapters)
+            down = projection_of(self, module, "down", adapters)
             for projection in (up, down):
                 if isinstance(projection.weight, QuantizedWeight):
                     projection.weight.check_device(hidden_states.device)
@@ -454,20 +464,18 @@ class MoELoraLayer(nn.Module, LoraLayer):
         Returns: [M, N], dtype of rows.
         """
         (name,) = self.layout.projections
-        with fetched(self._active_parameters()):
-            zero.check_gradients_arrive(self._trained_parameters(), rows)
-            projection = projection_of(self, module, name, self.active_adapters)
+        adapters = self.adapters_at_work()
+        sides = self._sides_of(adapters)
+        with fetched(sides):
+            zero.check_gradients_arrive(_parameters_of(sides), rows)
+            projection = projection_of(self, module, name, adapters)
             return rows_linear(rows, expert_size, projection, backend=self.backend)
 
-    def _active_parameters(self) -> list[nn.Module]:
-        """The modules that hold A and B of the active adapters."""
-        active = self.active_adapters
-        sides = [self._side(side, name) for side in self.adapter_layer_names for name in active]
-        return [side for side in sides if side is not None]
-
-    def _trained_parameters(self) -> Iterator[nn.Parameter]:
-        for side in self._active_parameters():
-            yield from side.parameters()
+    def _sides_of(self, adapters: list[str]) -> list[nn.ParameterDict]:
+        """lora_A and lora_B of adapters of this layer."""
+        As: Any = self._modules["lora_A"]
+        Bs: Any = self._modules["lora_B"]
+        return [side._modules[name] for side in (As, Bs) for name in adapters]
 
     # ---- merging -------------------------------------------------------------------------------
 
@@ -563,6 +571,11 @@ class MoELoraLayer(nn.Module, LoraLayer):
             weights = " + ".join(projection.weights)
             parts.append(f"{weights} {projection.in_features}->{projection.out_features}")
         return ", ".join([*parts, f"r={self.r}"])
+
+
+def _parameters_of(modules: list[nn.ParameterDict]) -> Iterator[nn.Parameter]:
+    for module in modules:
+        yield from module.parameters()
 
 
 def _entry(side: nn.ParameterDict, projection: str) -> nn.Parameter:

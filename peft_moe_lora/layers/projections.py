@@ -16,6 +16,11 @@ from ..parallel.gradients import local
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
 
+# lora_A and lora_B
+Pair = tuple[nn.Parameter, nn.Parameter]
+# by the names of the adapters, in their order
+Pairs = dict[str, Pair]
+
 
 def projection_of(
     layer: "MoELoraLayer", module: nn.Module, name: str, adapters: Sequence[str]
@@ -32,19 +37,26 @@ def projection_of(
     """
     weight, up_weight = _weights(layer, module, name)
     bias = layer.layout.bias(module, name)
-    active = [a for a in adapters if layer.adapts(a, name)]
-    if not active:
+    pairs: Pairs = {}
+    for adapter_name in adapters:
+        pair = layer.find_pair(adapter_name, name)
+        if pair is not None:
+            pairs[adapter_name] = pair
+    if not pairs:
         return Projection(weight, bias, up_weight=up_weight)
     held = weight.shape[0]
-    dropout_p = _common_dropout(layer, active)
-    only, *others = active
-    some_of_divided = _is_divided_by_experts(layer) and layer.experts[only] is not None
+    only, *others = pairs
+    dropout_p = layer.dropout_of(only)
+    if others:
+        _check_common_dropout(layer, list(pairs))
+    experts = layer.experts[only]
+    some_of_divided = experts is not None and _is_divided_by_experts(layer)
     scaling = factor_of(layer.scaling[only])
     if others or some_of_divided or isinstance(scaling, torch.Tensor):
-        A, B, chosen = _several(layer, held, active, name)
+        A, B, chosen = _several(layer, held, pairs, name)
         return Projection(weight, bias, A, B, 1.0, dropout_p, chosen, up_weight)
-    A, B, _ = _pair_here(layer, held, only, name)
-    return Projection(weight, bias, A, B, scaling, dropout_p, layer.experts[only], up_weight)
+    A, B, _ = _pair_here(layer, held, only, name, pairs[only])
+    return Projection(weight, bias, A, B, scaling, dropout_p, experts, up_weight)
 
 
 def factor_of(scaling: float | torch.Tensor) -> float | torch.Tensor:
@@ -60,7 +72,7 @@ def _is_divided_by_experts(layer: "MoELoraLayer") -> bool:
 
 
 def _pair_here(
-    layer: "MoELoraLayer", held: int, adapter_name: str, name: str
+    layer: "MoELoraLayer", held: int, adapter_name: str, name: str, pair: Pair
 ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
     """What this process holds of an adapter's pair, as plain tensors, and for which experts.
 
@@ -69,6 +81,7 @@ def _pair_here(
         held: number of experts whose weights this process holds.
         adapter_name: an adapter of the layer.
         name: name of a projection that the adapter adapts.
+        pair: the adapter's parameters for it.
     Returns: lora_A [r * S, K] and lora_B [N, r * S], expert-major, and the ids of the S experts;
         under tensor parallelism K and N are those of this process's part of the projection.
     Raises:
@@ -77,7 +90,7 @@ def _pair_here(
     """
     A: torch.Tensor
     B: torch.Tensor
-    A, B = layer.pair(adapter_name, name)
+    A, B = pair
     here = layer.experts_of(adapter_name)
     share = layer.share
     if share is not None:
@@ -110,29 +123,28 @@ def _weights(
     return gate, up
 
 
-def _common_dropout(layer: "MoELoraLayer", active: list[str]) -> float:
-    """The probability with which all active adapters drop now."""
+def _check_common_dropout(layer: "MoELoraLayer", active: list[str]) -> None:
+    """Check that all active adapters drop with the same probability now."""
     first, *others = [layer.dropout_of(name) for name in active]
     if any(p != first for p in others):
         raise ValueError(
             f"adapters {active} are active together, but their lora_dropout differs: "
             f"{sorted({first, *others})}; train them one at a time, or give them the same value."
         )
-    return first
 
 
 def _several(
-    layer: "MoELoraLayer", held: int, active: list[str], name: str
+    layer: "MoELoraLayer", held: int, pairs: Pairs, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...] | None]:
     """`lora_A`, `lora_B` and `experts` of a `Projection` with several adapters.
 
     The scaling of each adapter is multiplied into its B.
     """
-    experts = _experts_of_any(layer, active)
+    experts = _experts_of_any(layer, list(pairs))
     As = []
     Bs = []
-    for adapter_name in active:
-        A, B = _pair_of_experts(layer, held, adapter_name, name, experts)
+    for adapter_name, pair in pairs.items():
+        A, B = _pair_of_experts(layer, held, adapter_name, name, pair, experts)
         As.append(A)
         Bs.append(layer.scaling[adapter_name] * B)
     # [S, r1 + r2, K] -> [(r1 + r2) * S, K], expert-major
@@ -164,6 +176,7 @@ def _pair_of_experts(
     here: int,
     adapter_name: str,
     projection: str,
+    pair: Pair,
     experts: tuple[int, ...] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of some experts, with zeros for experts that the adapter does not adapt.
@@ -173,10 +186,11 @@ def _pair_of_experts(
         here: number of experts whose weights this process holds.
         adapter_name: an adapter of the layer.
         projection: name of a projection that the adapter adapts.
+        pair: the adapter's parameters for it.
         experts: ascending ids of S experts; None for all experts of this process.
     Returns: [S, r, K] and [S, N, r].
     """
-    A, B, held = _pair_here(layer, here, adapter_name, projection)
+    A, B, held = _pair_here(layer, here, adapter_name, projection, pair)
     As, Bs = per_expert(A, B, len(held))
     wanted = layer.experts_here
     if experts is not None:

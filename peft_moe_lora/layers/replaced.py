@@ -50,14 +50,16 @@ def _read_activation(layer: "MoELoraLayer", facts: tuple[Any, ...]) -> None:
     layer.forget_checks()
 
 
-def call_base(layer: "MoELoraLayer", *args: Any, **kwargs: Any) -> torch.Tensor:
+def call_base(layer: "MoELoraLayer", base: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The output of a layer's base module, by the module's own forward.
 
+    Args:
+        layer: the layer.
+        base: its base module, which gets the other arguments.
     Raises:
         UnsupportedExperts: if adapters are at work, and the module, which is on transformers'
             experts interface, did not call the layer's `compute`.
     """
-    base = layer.base_layer
     is_traced = torch.compiler.is_compiling()
     is_sure = not layer.layout.decorated
     # what is written while a graph is traced may break it

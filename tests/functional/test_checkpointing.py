@@ -3,7 +3,6 @@
 import gc
 import itertools
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -262,7 +261,7 @@ def other_experts(call, args):
 def another_scaling(call, args):
     x, index, weights, up, down, activation = args
     if call == 2:
-        up = replace(up, scaling=2 * up.scaling)
+        up = up._replace(scaling=2 * up.scaling)
     return experts(x, index, weights, up, down, activation)
 
 

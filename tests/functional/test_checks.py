@@ -1,7 +1,5 @@
 """What `experts` and `rows_linear` refuse, and the dtypes that they return."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -112,7 +110,7 @@ def test_a_frozen_tensor_that_asks_for_a_gradient_is_refused(side, field):
         asking = torch.randn(E, given[side].weight.shape[1], requires_grad=True)
     elif side == "down":
         asking = torch.randn(E, H, INNER, requires_grad=True)
-    given[side] = dataclasses.replace(given[side], **{field: asking})
+    given[side] = given[side]._replace(**{field: asking})
     with pytest.raises(ValueError, match="requires_grad=True"):
         experts(*rows(), given["up"], given["down"], gate)
 
