@@ -1,6 +1,5 @@
 """Layers of widths for which kernels are slow are computed with zeros: the same numbers."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ def projection(N, K, adapted=True, chosen=None, transposed=False, rank_major=Fal
     A = draw(R * S, K, std=K**-0.5).requires_grad_()
     B = draw(N, R * S, std=R**-0.5).requires_grad_()
     kinds = {"experts": chosen, "dropout_p": p, "rank_major": rank_major}
-    return replace(frozen, lora_A=A, lora_B=B, **kinds)
+    return frozen._replace(lora_A=A, lora_B=B, **kinds)
 
 
 def results(H, I, activation, up=True, down=True, recompute=False, compiled=False, **kinds):  # noqa: E741
