@@ -38,8 +38,9 @@ _NEXT = "|"
 def flatten(groups: Iterable[Any]) -> list[Any]:
     """The values of all groups, field by field."""
     values: list[Any] = []
+    is_traced = torch.compiler.is_compiling()
     for group in groups:
-        if isinstance(group, tuple) and not torch.compiler.is_compiling():
+        if isinstance(group, tuple) and not is_traced:
             values += group
         else:
             # torch 2.11's Dynamo cannot add a named tuple to a list

@@ -249,11 +249,16 @@ def _save(ctx: Any, groups: tuple, num_held: int) -> None:
         num_held: number of groups with tensors. Autograd saves their tensors, and the context keeps
             all other values.
     """
-    values = flatten(groups[:num_held])
+    others = flatten(groups[:num_held])
+    tensors = []
+    for i, value in enumerate(others):
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            others[i] = _HELD_BY_AUTOGRAD
     ctx.plain = groups[num_held:]
     ctx.kinds = [type(group) for group in groups[:num_held]]
-    ctx.others = [_HELD_BY_AUTOGRAD if isinstance(v, torch.Tensor) else v for v in values]
-    ctx.save_for_backward(*[v for v in values if isinstance(v, torch.Tensor)])
+    ctx.others = others
+    ctx.save_for_backward(*tensors)
 
 
 def _saved(ctx: Any) -> list[Any]:

@@ -212,7 +212,7 @@ def _run_forward(inputs: Inputs, selected: Selected, activation: Activation, pla
     whole = _of_all_experts(inputs, plan)
     ops = ops_for(plan.backend, inputs.x.device)
     stored = Widths.of(inputs)
-    widths = computed_widths(ops, inputs, plan, selected.top_k_index.numel())
+    widths = computed_widths(ops, stored, inputs, plan, selected.top_k_index.numel())
     whole = with_widths(whole, activation, stored, widths)
     results = Results(*ops.replayed(_forward, *whole, selected.top_k_index, activation, plan))
     return with_widths(results, activation, widths, stored)
@@ -281,7 +281,7 @@ def _fake_forward(
     widths = Widths.of(inputs)
     # on the meta device nothing is computed
     if not x.is_meta:
-        widths = computed_widths(ops_for(plan.backend, x.device), inputs, plan, M)
+        widths = computed_widths(ops_for(plan.backend, x.device), widths, inputs, plan, M)
 
     def rank_r(lora_A: torch.Tensor | None, experts: tuple[int, ...] | None) -> torch.Tensor | None:
         if lora_A is None:
@@ -337,7 +337,7 @@ def _run_backward(
     whole = _of_all_experts(inputs, plan)
     ops = ops_for(plan.backend, inputs.x.device)
     stored = Widths.of(inputs)
-    widths = computed_widths(ops, inputs, plan, routing.num_rows)
+    widths = computed_widths(ops, stored, inputs, plan, routing.num_rows)
     whole = with_widths(whole, activation, stored, widths)
     gradient = with_widths(gradient, activation, stored, widths)
     tensors = flatten((gradient, whole, kept, routing))

@@ -58,7 +58,9 @@ class Widths(NamedTuple):
         return cls(H, I)
 
 
-def computed_widths(ops: Operations, inputs: "Inputs", plan: "Plan", num_rows: int) -> Widths:
+def computed_widths(
+    ops: Operations, stored: Widths, inputs: "Inputs", plan: "Plan", num_rows: int
+) -> Widths:
     """The widths with which a layer is computed.
 
     They are the same in forward and in backward. Where a backward may follow, they do not depend
@@ -66,19 +68,19 @@ def computed_widths(ops: Operations, inputs: "Inputs", plan: "Plan", num_rows: i
 
     Args:
         ops: the operations that compute the layer.
+        stored: the widths of the layer as it is stored.
         inputs, plan: as in `functional.whole`.
         num_rows: M.
     """
-    widths = Widths.of(inputs)
-    fast = Widths(*ops.fast_widths(widths, inputs.x.dtype))
-    if fast == widths:
-        return widths
+    fast = ops.fast_widths(stored, inputs.x.dtype)
+    if fast == stored:
+        return stored
     # zeros would move the blocks of a quantized weight
     if isinstance(inputs.up, QuantizedWeight) or isinstance(inputs.down, QuantizedWeight):
-        return widths
+        return stored
     if not plan.keeps and num_rows < FEW_ROWS * inputs.up.shape[0]:
-        return widths
-    return fast
+        return stored
+    return Widths(*fast)
 
 
 def with_widths(group: Group, activation: Activation, old: Widths, new: Widths) -> Group:
