@@ -1,6 +1,5 @@
 """Layers of widths for which kernels are slow are computed with zeros: the same numbers."""
 
-
 import pytest
 import torch
 
