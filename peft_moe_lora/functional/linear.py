@@ -13,12 +13,11 @@ Legend:
 Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 
-from .operators import is_differentiated, without_autocast
+from .operators import is_autocast_enabled, is_differentiated, without_autocast
 
 
 class FrozenLinear(NamedTuple):
@@ -74,37 +73,20 @@ def updated_linear(
         weight, bias = base
     else:
         y = base
-    settings = Settings(update.scaling, update.dropout_p, dtype)
-    arguments = (x, update.lora_A, update.lora_B, y, weight, bias)
+    lora_A, lora_B, scaling, p = update
+    tensors = (x, lora_A, lora_B, y, weight, bias)
+    settings = (scaling, p, dtype)
     # an autograd function costs the host as much as the products
-    if is_differentiated(arguments):
-        return _UpdatedLinear.apply(*arguments, settings)
-    return _products(*arguments, settings).out
+    if not is_differentiated(tensors):
+        return _products(*tensors, settings)[0]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _UpdatedLinear.apply(*tensors, settings)
+    # what else `Function.apply` does is for torch.func, and costs the host two products more
+    return super(torch.autograd.Function, _UpdatedLinear).apply(*tensors, settings)
 
 
-class Settings(NamedTuple):
-    """What `_UpdatedLinear` takes beside tensors: fields of `LinearUpdate`, and the dtype."""
-
-    scaling: float
-    dropout_p: float
-    dtype: torch.dtype
-
-
-class _Products(NamedTuple):
-    """What forward computes.
-
-    Attributes:
-        out: [..., N], no view for autograd.
-        A, B: lora_A and lora_B in the dtype of the products.
-        mask: [T, K] bool, or None without dropout.
-        xa: as in the legend.
-    """
-
-    out: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    mask: torch.Tensor | None
-    xa: torch.Tensor
+# what `_UpdatedLinear` takes beside tensors: scaling, dropout_p, and the dtype of the products
+_Settings: TypeAlias = tuple[float, float, torch.dtype]
 
 
 def _products(
@@ -114,27 +96,42 @@ def _products(
     y: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    settings: Settings,
-) -> _Products:
-    """Either y is given, or weight and bias are; the others are None."""
+    settings: _Settings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What forward computes.
+
+    Either y is given, or weight and bias are; the others are None.
+
+    Returns: out [..., N], which is no view; lora_A and lora_B in the dtype of the products; the
+        mask [T, K] bool, or None without dropout; xa.
+    """
+    # an empty context takes the host a microsecond
+    if is_autocast_enabled(x.device.type):
+        with without_autocast(x.device.type):
+            return _products(x, lora_A, lora_B, y, weight, bias, settings)
     scaling, p, dtype = settings
-    with without_autocast(x.device.type):
-        rows = _rows(x, dtype)
-        A = lora_A.to(dtype)
-        B = lora_B.to(dtype)
-        dropped = rows
-        mask = None
-        if p:
-            dropped, mask = torch.native_dropout(rows, p, True)
-        xa = _scaled_mm(dropped, A.mT, scaling)
-        if weight is not None:
-            out = F.linear(rows, weight, bias).addmm_(xa, B.mT)
-        else:
-            assert y is not None, "a layer or its output"
-            out = _plus(_rows(y, y.dtype), xa, B.mT)
-        # a model may change the output in place, as llama4 does its queries
-        out = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
-    return _Products(out, A, B, mask, xa)
+    rows = _rows(x, dtype)
+    A = _in(lora_A, dtype)
+    B = _in(lora_B, dtype)
+    dropped = rows
+    mask = None
+    if p:
+        dropped, mask = torch.native_dropout(rows, p, True)
+    xa = _scaled_mm(dropped, A.mT, scaling)
+    # written through a view: autograd would not let a model change a view in place, as llama4
+    # changes its queries
+    if weight is not None:
+        N = weight.shape[0]
+        out = rows.new_empty(*x.shape[:-1], N)
+        flat = out.view(-1, N)
+        _write_linear(flat, rows, weight, bias)
+        flat.addmm_(xa, B.mT)
+    else:
+        assert y is not None, "a layer or its output"
+        N = y.shape[-1]
+        out = torch.empty_like(y, memory_format=torch.contiguous_format)
+        _write_sum(out.view(-1, N), y.reshape(-1, N), xa, B.mT)
+    return out, A, B, mask, xa
 
 
 class _UpdatedLinear(torch.autograd.Function):
@@ -149,9 +146,7 @@ class _UpdatedLinear(torch.autograd.Function):
         x, lora_A, lora_B, _, weight, _, settings = arguments
         out, A, B, mask, xa = _products(*arguments)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-        ctx.settings = settings
-        ctx.x_like = x.shape, x.dtype
-        ctx.dtypes = lora_A.dtype, lora_B.dtype
+        ctx.constants = settings, x.shape, x.dtype, lora_A.dtype, lora_B.dtype
         ctx.save_for_backward(
             x if needs_A else None,
             mask,
@@ -172,23 +167,29 @@ class _UpdatedLinear(torch.autograd.Function):
                 "create_graph=True: this linear layer's LoRA computes no second derivatives; use "
                 "PEFT's own layer, MoELoraConfig(fast_linear=False)."
             )
-        # read once: under checkpointing each access unpacks the tensors, and may recompute them
-        x, mask, weight, A, B, xa = ctx.saved_tensors
-        scaling, p, dtype = ctx.settings
-        needs_x, needs_A, needs_B, needs_y = ctx.needs_input_grad[:4]
-        shape, x_dtype = ctx.x_like
-        dx = dA = dB = None
-        with without_autocast(dy.device.type):
-            rows = _rows(dy, dtype)
-            if needs_x or needs_A:
-                yb = _scaled_mm(rows, B, scaling)
-            if needs_x:
-                dx = _input_gradient(rows, weight, yb, A, mask, p).view(shape).to(x_dtype)
-            if needs_A:
-                dA = _outer(yb, _masked(_rows(x, dtype), mask, p), ctx.dtypes[0])
-            if needs_B:
-                dB = _outer(rows, xa, ctx.dtypes[1])
-        return dx, dA, dB, dy if needs_y else None, None, None, None
+        if is_autocast_enabled(dy.device.type):
+            with without_autocast(dy.device.type):
+                return _gradients(ctx, dy)
+        return _gradients(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the arguments of `_UpdatedLinear`, from its context."""
+    # read once: under checkpointing each access unpacks the tensors, and may recompute them
+    x, mask, weight, A, B, xa = ctx.saved_tensors
+    (scaling, p, dtype), shape, x_dtype, A_dtype, B_dtype = ctx.constants
+    needs_x, needs_A, needs_B, needs_y = ctx.needs_input_grad[:4]
+    dx = dA = dB = None
+    rows = _rows(dy, dtype)
+    if needs_x or needs_A:
+        yb = _scaled_mm(rows, B, scaling)
+    if needs_x:
+        dx = _in(_input_gradient(rows, weight, yb, A, mask, p).view(*shape), x_dtype)
+    if needs_A:
+        dA = _outer(yb, _masked(_rows(x, dtype), mask, p), A_dtype)
+    if needs_B:
+        dB = _outer(rows, xa, B_dtype)
+    return dx, dA, dB, dy if needs_y else None, None, None, None
 
 
 def _input_gradient(
@@ -211,15 +212,23 @@ def _input_gradient(
     Returns: [T, K].
     """
     if weight is None:
-        return _masked(yb @ A, mask, p)
+        return _masked(torch.mm(yb, A), mask, p)
+    dx = torch.mm(rows, weight)
     if mask is None:
-        return (rows @ weight).addmm_(yb, A)
-    return (rows @ weight).add_(_masked(yb @ A, mask, p))
+        return dx.addmm_(yb, A)
+    return dx.add_(_masked(torch.mm(yb, A), mask, p))
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x as [T, K] in a dtype; nothing is copied where nothing changes."""
-    return x.reshape(-1, x.shape[-1]).to(dtype)
+    return _in(x.reshape(-1, x.shape[-1]), dtype)
+
+
+def _in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tensor.to(dtype), whose arguments take the host longer to read."""
+    if tensor.dtype == dtype:
+        return tensor
+    return tensor.type(dtype)
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
@@ -238,11 +247,22 @@ def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch
     return out.addmm_(left, right, beta=0, alpha=scaling)
 
 
-def _plus(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """y + left @ right, in the dtype of y."""
+def _write_linear(
+    out: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """out = rows @ weight^T + bias."""
+    if bias is None:
+        torch.mm(rows, weight.mT, out=out)
+    else:
+        torch.addmm(bias, rows, weight.mT, out=out)
+
+
+def _write_sum(out: torch.Tensor, y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """out = y + left @ right, in the dtype of y."""
     if y.dtype == left.dtype:
-        return torch.addmm(y, left, right)
-    return (y + left @ right).to(y.dtype)
+        torch.addmm(y, left, right, out=out)
+    else:
+        torch.add(y, torch.mm(left, right), out=out)
 
 
 def _outer(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -250,4 +270,4 @@ def _outer(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch
     narrow = left.dtype in (torch.bfloat16, torch.float16)
     if left.is_cuda and torch.version.hip is None and narrow and dtype == torch.float32:
         return torch.mm(left.mT, right, out_dtype=dtype)
-    return (left.mT @ right).to(dtype)
+    return _in(torch.mm(left.mT, right), dtype)

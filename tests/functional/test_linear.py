@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers import assert_share_of_order_one, relative_error
@@ -96,6 +97,16 @@ def test_it_takes_activations_of_any_strides_and_none_at_all(fused):
     assert not empty["dB"].any()
 
 
+def test_it_takes_the_output_of_a_layer_with_any_strides():
+    x, A, B, *layer = tensors(torch.float32, (4, 6))
+    y = F.linear(x, *layer).detach()
+    strided = y.transpose(0, 1).contiguous().transpose(0, 1)
+    found, expected = (
+        updated_linear(x, base, LinearUpdate(A, B, SCALING), y.dtype) for base in (strided, y)
+    )
+    assert torch.equal(found, expected)
+
+
 @bases
 def test_gradients_are_those_of_finite_differences(fused):
     x, A, B, weight, bias = tensors(torch.float64, (3,))
@@ -161,6 +172,39 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(fast(x, A, B, weight, bias).sum(), x, create_graph=True)
 
 
+@bases
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(T,), (2, 5)], ids=str)
+def test_a_model_may_change_the_output_in_place(shape, bias, fused):
+    """Autograd would refuse it, were the output a view."""
+    arguments = tensors(torch.float32, shape, bias)
+    expected = step(lambda *a: fast(*a, fused=fused) * 2, *arguments)
+    found = step(lambda *a: fast(*a, fused=fused).mul_(2), *arguments)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@bases
+def test_torch_func_is_refused(fused):
+    _, *others = arguments = tensors(torch.float32)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: fast(x, *others, fused=fused).sum())(arguments[0].detach())
+
+
+def test_a_tensor_that_outlived_torch_func_counts_as_the_one_it_wraps():
+    x, *others = tensors(torch.float32)
+    outlived = []
+
+    def scaled(x):
+        outlived.append(x * 2)
+        return outlived[0].sum()
+
+    torch.func.grad(scaled)(x.detach())
+    A, B = others[:2]
+    found = torch.autograd.grad(fast(outlived[0], *others).square().sum(), (A, B))
+    expected = torch.autograd.grad(fast(x.detach() * 2, *others).square().sum(), (A, B))
+    assert all(map(torch.equal, found, expected))
+
+
 # ---- dtypes --------------------------------------------------------------------------------------
 
 
@@ -178,6 +222,20 @@ def test_activations_wider_than_the_products_keep_their_width():
     assert {g.dtype for g in grads} == {torch.float32}
     expected = torch.autograd.grad(exact.sum(), (x, A, B))
     assert max(map(relative_error, grads, expected)) < 3e-2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_wider_than_the_output_are_rounded_once(autocast):
+    """The sum of y and the update in fp32, rounded to bf16."""
+    x, A, B, weight, bias = tensors(torch.float32)
+    y = F.linear(x, weight, bias).detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = updated_linear(x, y, LinearUpdate(A, B, SCALING), torch.float32)
+    assert found.dtype == torch.bfloat16
+    share = F.linear(F.linear(x, A) * SCALING, B)
+    assert torch.equal(found, (y + share).bfloat16())
+    grads = torch.autograd.grad(found.sum(), (x, A, B))
+    assert max(map(relative_error, grads, torch.autograd.grad(share.sum(), (x, A, B)))) < 1e-5
 
 
 @pytest.mark.parametrize("backward_inside", [False, True])
@@ -343,3 +401,29 @@ def test_forward_and_backward_launch_five_kernels_each():
     backward = launches(lambda: torch.autograd.grad(outs[0], arguments[:3], direction))
     # on a CPU there are two casts more, of dA and dB, which CUDA computes in fp32
     assert backward == ["addmm_", "mm", "addmm_", "mm", "_to_copy", "mm", "_to_copy"]
+
+
+def test_a_step_calls_pytorch_no_more_than_it_must():
+    """With few tokens the device waits for the host, which takes microseconds for each call."""
+    calls = []
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            # attributes are not counted
+            if func.__name__ != "__get__":
+                calls.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    arguments = tensors(torch.bfloat16, (2, 5))
+    with Recorder():
+        out = fast(*arguments)
+    base = ["new_empty", "view", "addmm"]
+    assert calls == ["reshape", "type", "type", "new_empty", "addmm_", *base, "addmm_"]
+    direction = torch.ones_like(out)
+    calls.clear()
+    with torch.no_grad(), Recorder():
+        out.grad_fn.apply(direction)
+    dx = ["mm", "addmm_", "view"]
+    # the two casts are those of a CPU
+    dA_dB = ["reshape", "mm", "type", "mm", "type"]
+    assert calls == ["reshape", "new_empty", "addmm_", *dx, *dA_dB]
