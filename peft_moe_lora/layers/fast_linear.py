@@ -80,48 +80,38 @@ class FastForward(nn.Module):
 
     def _updates(self, x: torch.Tensor) -> list[LinearUpdate] | None:
         """The updates of the active adapters; None where PEFT's forward must run."""
-        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
+        if self.disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled:
             return None
         if x.dtype not in _DTYPES or not _is_plain(x) or _is_watched():
             return None
-        updates = []
         # not self.lora_A: a look-up of nn.Module takes a microsecond, in every forward
-        known = _child(self, "lora_A")._modules
+        modules: Any = self._modules
+        factors_A = modules["lora_A"]._modules
+        factors_B = modules["lora_B"]._modules
+        dropouts = modules["lora_dropout"]._modules
+        updates = []
         for name in self.active_adapters:
-            if name not in known:
+            if name not in factors_A:
                 continue
-            update = self._update(name)
-            if update is None:
+            if not self.fast.get(name, False) or name in self.lora_variant:
                 return None
-            updates.append(update)
+            lora_A = _factor(factors_A[name])
+            lora_B = _factor(factors_B[name])
+            p = _dropout_of(dropouts[name])
+            scaling = self.scaling[name]
+            if lora_A is None or lora_B is None or p is None:
+                return None
+            if not isinstance(scaling, float | int):
+                return None
+            updates.append(LinearUpdate(lora_A, lora_B, float(scaling), p))
         return updates
-
-    def _update(self, name: str) -> LinearUpdate | None:
-        """The update of an adapter; None if it is more than scaling * B (A drop(x))."""
-        A = _child(_child(self, "lora_A"), name)
-        B = _child(_child(self, "lora_B"), name)
-        scaling = self.scaling[name]
-        p = _dropout_of(_child(_child(self, "lora_dropout"), name))
-        if p is None or not self.fast.get(name, False) or name in self.lora_variant:
-            return None
-        if not isinstance(scaling, float | int):
-            return None
-        for factor in (A, B):
-            if not _runs_as(factor, nn.Linear) or _parameter(factor, "bias") is not None:
-                return None
-        lora_A = _parameter(A, "weight")
-        lora_B = _parameter(B, "weight")
-        if not _is_plain(lora_A) or not _is_plain(lora_B):
-            return None
-        return LinearUpdate(lora_A, lora_B, float(scaling), p)
 
     def _frozen(self, dtype: torch.dtype) -> FrozenLinear | None:
         """The base layer; None if it must be called, or if it is trained."""
-        layer = _child(self, "base_layer")
+        layer: Any = self._modules["base_layer"]
         if not _runs_as(layer, nn.Linear):
             return None
-        weight = _parameter(layer, "weight")
-        bias = _parameter(layer, "bias")
+        weight, bias = _weight_and_bias(layer)
         for tensor in (weight, bias):
             if tensor is None:
                 continue
@@ -172,22 +162,28 @@ def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _child(module: nn.Module, name: str) -> Any:
-    """module.name or module[name], a module, without the look-up of nn.Module."""
-    return module._modules[name]
-
-
-def _parameter(module: nn.Module, name: str) -> Any:
-    """module.name, a tensor or None, without the look-up of nn.Module where it is a parameter."""
-    if name in module._parameters:
-        return module._parameters[name]
-    return getattr(module, name)
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is none of a subclass: a DTensor, or quantized."""
     kind = type(tensor)
     return kind is torch.Tensor or kind is nn.Parameter
+
+
+def _factor(module: Any) -> Any:
+    """A or B, a plain tensor; None if the module is more than a product with it."""
+    if not _runs_as(module, nn.Linear):
+        return None
+    weight, bias = _weight_and_bias(module)
+    if bias is not None or not _is_plain(weight):
+        return None
+    return weight
+
+
+def _weight_and_bias(module: Any) -> tuple[Any, Any]:
+    """Of an `nn.Linear`, without the look-up of nn.Module where they are parameters."""
+    parameters = module._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return module.weight, module.bias
 
 
 def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -217,4 +213,4 @@ def _is_watched() -> bool:
         return False
     if _has_any_global_hook() or torch._C._are_functorch_transforms_active():
         return True
-    return torch.jit.is_tracing() or forward_ad._current_level >= 0
+    return torch._C._is_tracing() or forward_ad._current_level >= 0

@@ -65,6 +65,24 @@ def test_a_trained_weight_gets_its_gradient(by_peft):
     assert_steps_agree(found, step(slow(model), batch()), FP32)
 
 
+def test_weights_may_be_tensors_that_are_no_parameters(by_peft):
+    """As under FSDP, whose parameters are flat: weights are views of them."""
+    model = adapted()
+    expected = step(model, batch())
+    model.zero_grad()
+    layers = layers_of(model)
+    modules = [m for layer in layers for m in layer.modules() if type(m) is torch.nn.Linear]
+    parameters = [module.weight for module in modules]
+    for module, parameter in zip(modules, parameters, strict=True):
+        del module.weight
+        module.weight = parameter.view(parameter.shape)
+    found = model(batch())
+    assert not by_peft
+    assert torch.equal(found, expected["y"])
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in parameters if p.requires_grad)
+
+
 def test_conv1d_of_transformers(by_peft):
     model = adapted(Projections(linear=lambda K, N, bias: Conv1D(N, K)), fan_in_fan_out=True)
     found = step(model, batch())

@@ -100,6 +100,11 @@ def test_subclasses_of_tensors_are_left_to_peft(by_peft):
     layer.base_layer.register_forward_hook(lambda m, a, out: out.as_subclass(Subclass))
     assert type(layer(batch())) is Subclass
     assert len(by_peft) == 6
+    layer = model.base_model.model.v
+    weight = layer.base_layer.weight.as_subclass(Subclass)
+    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert type(layer(batch())) is Subclass
+    assert len(by_peft) == 7
 
 
 def test_complex_layers_are_left_to_peft(by_peft):
