@@ -115,7 +115,14 @@ def read_batch(text: str) -> Batch:
     return batch
 
 
-def in_order(cases: list[StepCase]) -> list[StepCase]:
-    """The cases by vocabulary, with Liger's at the end of each: Liger is not taken off a model."""
-    vocabularies = list(dict.fromkeys(case.vocabulary for case in cases))
-    return sorted(cases, key=lambda case: (vocabularies.index(case.vocabulary), case.liger))
+def in_groups(cases: list[StepCase]) -> list[list[StepCase]]:
+    """The cases of each model, in the order in which they are measured.
+
+    Liger changes transformers' functions, and so every model of the process, and is not taken off.
+    So the models without Liger come first.
+    """
+    models = dict.fromkeys((case.liger, case.vocabulary) for case in cases)
+    return [
+        [case for case in cases if (case.liger, case.vocabulary) == model]
+        for model in sorted(models, key=lambda model: model[0])
+    ]

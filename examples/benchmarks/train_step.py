@@ -43,7 +43,7 @@ from report import (
     markdown_table,
     write_json,
 )
-from step_cases import DEFAULT, TINY, VOCABULARY, Batch, StepCase, in_order, read_case
+from step_cases import DEFAULT, TINY, VOCABULARY, Batch, StepCase, in_groups, read_case
 from step_parts import profile_step
 from step_picture import draw
 from step_rows import COLUMNS, Row, compare_rows, fill_in
@@ -132,8 +132,8 @@ class Arguments:
             return torch.float32
         return torch.bfloat16
 
-    def case_list(self) -> list[StepCase]:
-        """The cases, in the order in which they are measured.
+    def case_groups(self) -> list[list[StepCase]]:
+        """The cases of each model, in the order in which they are measured.
 
         Raises:
             ValueError: if one is not written as a case.
@@ -141,7 +141,7 @@ class Arguments:
         vocabulary = VOCABULARY
         if self.tiny:
             vocabulary = TINY_QWEN3["vocab_size"]
-        return in_order([read_case(text, vocabulary) for text in self.cases])
+        return in_groups([read_case(text, vocabulary) for text in self.cases])
 
 
 def model_defaults(args: Arguments) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     if args.draw is not None and args.picture is None:
         parser.error("--draw needs --picture, the file to draw")
     try:
-        args.case_list()
+        args.case_groups()
     except ValueError as error:
         parser.error(f"--cases must all be like 4x2048+plain: {error}")
     return args
@@ -275,7 +275,7 @@ class Run:
         }
 
     def measure(self, cases: list[StepCase]) -> None:
-        """Measure cases of one vocabulary.
+        """Measure cases of one group.
 
         Raises:
             CheckFailed: if the routes do not agree.
@@ -290,16 +290,14 @@ class Run:
         short = Batch(1, min(case.batch.length for case in cases))
         ids = batch_of(args, short, vocabulary, seed=99)
         self.report["losses"][str(vocabulary)] = check(routes, base, args.rank, ids)
-        has_liger = False
+        if cases[0].liger:
+            # after the check, which needs logits; the experts stay each route's own
+            give_liger([route.model for route in routes.values()])
         for case in cases:
             if time.monotonic() > self.ends:
                 self.left_out.append(case)
                 continue
             print(f"{case} ...", file=sys.stderr, flush=True)
-            if case.liger and not has_liger:
-                # after the check, which needs logits; the experts stay each route's own
-                has_liger = True
-                give_liger([route.model for route in routes.values()])
             self.rows += run_case(routes, case, args)
             # after every case, so that an interrupted run leaves what it has
             self.write()
@@ -358,11 +356,10 @@ def main(argv: list[str] | None = None) -> int:
         draw(json.loads(args.draw.read_text()), args.picture)
         return 0
     run = Run(args, argv)
-    cases = args.case_list()
     disagree = False
-    for vocabulary in dict.fromkeys(case.vocabulary for case in cases):
+    for cases in args.case_groups():
         try:
-            run.measure([case for case in cases if case.vocabulary == vocabulary])
+            run.measure(cases)
         except CheckFailed as error:
             disagree = True
             print(f"No numbers: {error}.", file=sys.stderr)

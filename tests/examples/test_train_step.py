@@ -14,7 +14,7 @@ import agreement
 import train_step
 from models import MODEL_ROUTES, ModelRoute, build_dense, moe_lora_route
 from peft_moe_lora.layers import own
-from step_cases import DEFAULT, Batch, StepCase, in_order, read_case
+from step_cases import DEFAULT, Batch, StepCase, in_groups, read_case
 from step_parts import PARTS, by_part, ranges
 
 ROUTES = ["base", "frozen", "peft", "peft-applied"]
@@ -126,15 +126,15 @@ def test_what_time_does_not_suffice_for_is_named(capsys):
 # ---- the cases ----------------------------------------------------------------------------------
 
 
-def test_cases_are_read_and_ordered():
+def test_cases_are_read_and_grouped():
     words = ("4x8+liger", "2x4+experts", "4x8+compile+vocabulary=9")
     cases = [read_case(text, 7) for text in words]
     assert cases[0] == StepCase(Batch(4, 8), liger=True, vocabulary=7)
     assert cases[1] == StepCase(Batch(2, 4), "experts", vocabulary=7)
     assert cases[2] == StepCase(Batch(4, 8), compiled=True, vocabulary=9)
     assert [case.variant for case in cases] == ["liger", "eager", "compile"]
-    # Liger is not taken off a model
-    assert in_order(cases) == [cases[1], cases[0], cases[2]]
+    # Liger changes every model of the process, and is not taken off
+    assert in_groups(cases) == [[cases[1]], [cases[2]], [cases[0]]]
     assert len([read_case(text, 7) for text in DEFAULT]) == len(DEFAULT)
 
 
@@ -147,7 +147,8 @@ def test_liger_is_given_once_and_compiled_models_are_given_back(monkeypatch):
     cases = ["--cases", "1x12+liger", "1x12+compile", "1x12+compile+liger"]
     words = "--tiny --layers 1 --rounds 1 --routes base --compiled-routes base".split()
     run = train_step.Run(train_step.parse_arguments([*words, *cases]), [])
-    run.measure(run.args.case_list())
+    for group in run.args.case_groups():
+        run.measure(group)
     assert [options for _, options in given] == [{"swiglu": False}]
     assert len(compiled) == 2
     assert [row.variant for row in run.rows] == ["compile", "liger", "compile+liger"]

@@ -257,8 +257,10 @@ def test_without_gradients_nothing_but_the_output_is_kept():
     model, _ = adapted(*QWEN3_MOE, torch.bfloat16)
     args = inputs(torch.bfloat16, 8192)
     with torch.no_grad():
-        # what is made once in a process
-        model(*args)
+        # what is made once in a process; the first CUDA graph makes the state of random numbers
+        for _ in range(5):
+            model(*args)
+        replay.forget()
         for _ in range(5):
             before = torch.cuda.memory_allocated()
             out = model(*args)
