@@ -30,6 +30,7 @@ from ..layers import own
 from ..layers.dispatch import AdaptedExpertsConfig, shared_config
 from ..layers.frozen import is_update_of_peft
 from ..layers.known import known_layout, layout_of
+from ..layers.parts import children, is_plain, weight_and_bias
 from ..layers.projections import factor_of
 from ..ops import QuantizedWeight
 from . import counting
@@ -164,11 +165,12 @@ def _call_of(
 def _nested(wrapper: ParamWrapper) -> tuple[list[ParamWrapper], nn.Module]:
     """A wrapper and those in it, and the module that they wrap."""
     wrappers = []
-    inner: nn.Module = wrapper
+    inner: Any = wrapper
     while isinstance(inner, ParamWrapper):
         wrappers.append(inner)
-        inner = inner.base_layer
-    if inner is not wrapper.get_base_layer():
+        inner = inner._modules["base_layer"]
+    # as PEFT finds the module that layers of any kind wrap
+    if "base_layer" in inner._modules:
         raise LeftToPeft(f"the experts have another adapter too, in a {type(inner).__name__}")
     return wrappers, inner
 
@@ -261,7 +263,7 @@ def _check_stored(module: nn.Module, layout: ExpertsLayout, name: str) -> None:
     if isinstance(stored, QuantizedWeight):
         if not parametrize.is_parametrized(module, projection.weight):
             why = f"holds {stored.format} codes, to which PEFT adds its update"
-    elif type(stored) not in (torch.Tensor, nn.Parameter):
+    elif not is_plain(stored):
         why = f"is a {type(stored).__name__}"
     elif stored.shape != whole:
         why = f"{list(stored.shape)} is a part of {list(whole)}, which several processes share"
@@ -273,7 +275,8 @@ def _adapted(
     base: Projection, wrapper: ParamWrapper, layout: ExpertsLayout, name: str
 ) -> Projection:
     """A projection with the active adapters of its wrapper."""
-    active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
+    adapters = children(wrapper, "lora_A")
+    active = [adapter for adapter in wrapper.active_adapters if adapter in adapters]
     if not active:
         return base
     pairs = [_pair(wrapper, adapter, layout, name, base.weight.device) for adapter in active]
@@ -310,15 +313,14 @@ def _pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r*E, K] and B [N, r*E], rank-major, if the adapter is plain LoRA of the projection."""
     projection = layout.projection(name)
-    B_layer = cast(nn.Linear, wrapper.lora_B[adapter])
-    A = cast(nn.Linear, wrapper.lora_A[adapter]).weight
-    B = B_layer.weight
-    is_plain = (
+    A, _ = weight_and_bias(children(wrapper, "lora_A")[adapter])
+    B, B_bias = weight_and_bias(children(wrapper, "lora_B")[adapter])
+    is_only_lora = (
         adapter not in wrapper.lora_variant
-        and B_layer.bias is None
-        and isinstance(wrapper.lora_dropout[adapter], nn.Identity)
+        and B_bias is None
+        and isinstance(children(wrapper, "lora_dropout")[adapter], nn.Identity)
     )
-    if not is_plain:
+    if not is_only_lora:
         raise LeftToPeft(f"adapter {adapter!r} is more than B A: it has a variant, bias or dropout")
     # releases of PEFT without this attribute exchange the sides of a weight [E, N, K]
     swapped = getattr(wrapper, "_did_swap_in_out_features", None)
@@ -331,7 +333,7 @@ def _pair(
             f"N={projection.out_features}"
         )
     for side, tensor in (("A", A), ("B", B)):
-        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:
+        if not is_plain(tensor) or tensor.device != device:
             raise LeftToPeft(
                 f"{side} of {wrapper.parameter_name} is a {type(tensor).__name__} on "
                 f"{tensor.device}, the experts are on {device}"

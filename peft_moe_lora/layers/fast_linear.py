@@ -25,6 +25,7 @@ from ..functional import (
     without_autocast_of,
 )
 from .merging import check_may_unmerge
+from .parts import children, is_plain, weight_and_bias
 
 # of x; complex gradients would need conjugates
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -82,13 +83,11 @@ class FastForward(nn.Module):
         """The updates of the active adapters; None where PEFT's forward must run."""
         if self.disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled:
             return None
-        if x.dtype not in _DTYPES or not _is_plain(x) or _is_watched():
+        if x.dtype not in _DTYPES or not is_plain(x) or _is_watched():
             return None
-        # not self.lora_A: a look-up of nn.Module takes a microsecond, in every forward
-        modules: Any = self._modules
-        factors_A = modules["lora_A"]._modules
-        factors_B = modules["lora_B"]._modules
-        dropouts = modules["lora_dropout"]._modules
+        factors_A = children(self, "lora_A")
+        factors_B = children(self, "lora_B")
+        dropouts = children(self, "lora_dropout")
         updates = []
         for name in self.active_adapters:
             if name not in factors_A:
@@ -111,11 +110,11 @@ class FastForward(nn.Module):
         layer: Any = self._modules["base_layer"]
         if not _runs_as(layer, nn.Linear):
             return None
-        weight, bias = _weight_and_bias(layer)
+        weight, bias = weight_and_bias(layer)
         for tensor in (weight, bias):
             if tensor is None:
                 continue
-            if not _is_plain(tensor) or tensor.dtype != dtype or tensor.requires_grad:
+            if not is_plain(tensor) or tensor.dtype != dtype or tensor.requires_grad:
                 return None
         return FrozenLinear(weight, bias)
 
@@ -162,28 +161,14 @@ def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is none of a subclass: a DTensor, or quantized."""
-    kind = type(tensor)
-    return kind is torch.Tensor or kind is nn.Parameter
-
-
 def _factor(module: Any) -> Any:
     """A or B, a plain tensor; None if the module is more than a product with it."""
     if not _runs_as(module, nn.Linear):
         return None
-    weight, bias = _weight_and_bias(module)
-    if bias is not None or not _is_plain(weight):
+    weight, bias = weight_and_bias(module)
+    if bias is not None or not is_plain(weight):
         return None
     return weight
-
-
-def _weight_and_bias(module: Any) -> tuple[Any, Any]:
-    """Of an `nn.Linear`, without the look-up of nn.Module where they are parameters."""
-    parameters = module._parameters
-    if "weight" in parameters and "bias" in parameters:
-        return parameters["weight"], parameters["bias"]
-    return module.weight, module.bias
 
 
 def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
