@@ -8,11 +8,13 @@
         few rows: codes decoded in the product, or before it
     python examples/benchmarks/quantized.py --model --loss-chunk 512 --rank 16
         48 layers of Qwen3-30B-A3B, random NF4 experts
+    python examples/benchmarks/quantized.py --model --rank 16 --optimizer adamw_8bit
+        the model with AdamW's moments in 8 bits, by bitsandbytes; all logits at once
 
 The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and
 quantized in turns in one run; outputs and gradients are first compared with a reference in higher
-precision. The model: see `quantized_model.py`. On a CPU all sizes are small. bitsandbytes is not
-needed.
+precision. The model: see `quantized_model.py`. On a CPU all sizes are small. bitsandbytes is
+needed for adamw_8bit alone.
 """
 
 import json
@@ -27,7 +29,7 @@ from few_rows import time_few_rows, use_blocks
 from models import FORMATS
 from options import parse
 from quantized_layer import time_layer
-from quantized_model import train
+from quantized_model import OPTIMIZERS, optimizer_class, train
 from report import Column, format_table, write_json
 
 LAYER_COLUMNS = {
@@ -93,6 +95,13 @@ class Arguments:
     loss_chunk: int | None = field(
         default=None, metadata={"help": "tokens whose logits are formed at once (default: all)"}
     )
+    optimizer: str = field(
+        default="adamw_torch",
+        metadata={
+            "choices": list(OPTIMIZERS),
+            "help": "of the model, by its name in TrainingArguments (default: adamw_torch)",
+        },
+    )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "keep the numbers here"}
     )
@@ -117,6 +126,10 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         shape_of(args.shape)
     except ValueError as error:
         parser.error(f"--shape: {error}")
+    try:
+        optimizer_class(args.optimizer)
+    except ValueError as error:
+        parser.error(f"--optimizer: {error}")
     return args
 
 
@@ -165,7 +178,13 @@ def main(argv: list[str] | None = None) -> None:
     found: Any
     if args.model:
         found = train(
-            args.formats[0], args.rank, args.tokens[0], args.steps, args.loss_chunk, device
+            args.formats[0],
+            args.rank,
+            args.tokens[0],
+            args.steps,
+            args.loss_chunk,
+            args.optimizer,
+            device,
         )
         print(json.dumps(found, indent=2))
     else:

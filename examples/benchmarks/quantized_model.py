@@ -1,11 +1,12 @@
 """Train the whole of Qwen3-30B-A3B with quantized experts in 24 GB, on random weights.
 
 The model is built layer by layer and is never dense as a whole. LoRA is on every expert and on
-attention; gradient checkpointing, fp32 AdamW. Memory is that of torch.cuda.max_memory_allocated. On
+attention; gradient checkpointing, AdamW. Memory is that of torch.cuda.max_memory_allocated. On
 a CPU a tiny model is trained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from peft_moe_lora import MoELoraConfig
 from timing import seconds_per_call
 
 GIB = 2**30
+# by their names in TrainingArguments
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
+LR = 1e-4
 
 
 class Memory:
@@ -40,6 +44,30 @@ class Memory:
             "reserved": torch.cuda.max_memory_reserved() / GIB,
         }
         torch.cuda.reset_peak_memory_stats()
+
+
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """What makes an optimizer of a name in `OPTIMIZERS` from parameters and lr.
+
+    Raises:
+        ValueError: if bitsandbytes is needed and missing.
+    """
+    if name == "adamw_torch":
+        return torch.optim.AdamW
+    if name == "adamw_torch_fused":
+        return partial(torch.optim.AdamW, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW
+    except ImportError as error:
+        raise ValueError("adamw_8bit needs bitsandbytes: pip install '.[bitsandbytes]'") from error
+    return partial(AdamW, optim_bits=8)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state; what several parameters share counts once."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> torch.Tensor:
@@ -67,7 +95,13 @@ def loss_of(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> torch.Ten
 
 
 def train(
-    format: str, rank: int, tokens: int, steps: int, loss_chunk: int | None, device: torch.device
+    format: str,
+    rank: int,
+    tokens: int,
+    steps: int,
+    loss_chunk: int | None,
+    optimizer_name: str,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Train the whole model for some steps on one sequence.
 
@@ -75,13 +109,15 @@ def train(
         format: of the experts, a key of `models.FORMATS`.
         tokens: of the sequence.
         loss_chunk: see `loss_of`.
-    Returns: sizes, GiB at each stage, ms and loss of every step.
+        optimizer_name: one of `OPTIMIZERS`.
+    Returns: sizes, bytes of the optimizer's state, GiB at each stage, ms and loss of every step.
     """
     sizes = TINY_QWEN3
     dtype = torch.float32
     if device.type == "cuda":
         sizes = QWEN3_30B
         dtype = torch.bfloat16
+    make_optimizer = optimizer_class(optimizer_name)
     memory = Memory(device)
     base = build_quantized(sizes, format, dtype, device)
     memory.note("built")
@@ -92,7 +128,7 @@ def train(
     memory.note("adapter")
     set_checkpointing(model.get_base_model(), True)
     model.train()
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = make_optimizer(trained, lr=LR)
     ids = torch.randint(sizes["vocab_size"], (1, tokens), device=device)
     losses = []
     ms = []
@@ -112,6 +148,8 @@ def train(
         "format": format,
         "r": rank,
         "T": tokens,
+        "optimizer": optimizer_name,
+        "state_bytes": state_bytes(optimizer),
         "trained": sum(p.numel() for p in trained),
         "losses": losses,
         "ms": ms,

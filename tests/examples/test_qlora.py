@@ -1,9 +1,13 @@
 """The example on quantized experts learns, saves, loads and merges; its benchmark runs."""
 
 import json
+import sys
 
 import pytest
+import torch
 
+import quantized
+import quantized_model
 from helpers.scripts import run_example
 
 # the tests of examples run one after the other, on one worker
@@ -67,4 +71,33 @@ def test_the_benchmark_of_a_model_trains_it(tmp_path):
     )
     found = json.loads((tmp_path / "o").read_text())
     assert found["trained"] > 20_000
+    assert found["optimizer"] == "adamw_torch"
+    # beside the two moments, a counter for each tensor
+    assert found["state_bytes"] == pytest.approx(8 * found["trained"], rel=1e-2)
     assert found["losses"][-1] < found["losses"][0]
+
+
+def test_the_benchmark_of_a_model_takes_an_optimizer(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra [bitsandbytes] is not installed")
+    file = tmp_path / "o"
+    words = ["--model", "--steps", 8, "--rank", 64, "--optimizer", "adamw_8bit", "--json", file]
+    run_example("benchmarks/quantized.py", *words)
+    found = json.loads(file.read_text())
+    assert found["optimizer"] == "adamw_8bit"
+    assert found["losses"][-1] < found["losses"][0]
+    # two bytes a parameter, and eight for the small ones
+    assert 2 * found["trained"] < found["state_bytes"] < 3 * found["trained"]
+
+
+@pytest.mark.parametrize(("name", "fused"), [("adamw_torch", None), ("adamw_torch_fused", True)])
+def test_the_benchmarks_other_optimizers_are_pytorchs(name, fused):
+    optimizer = quantized_model.optimizer_class(name)([torch.nn.Parameter(torch.ones(3))], lr=1)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["fused"] == fused
+
+
+def test_an_optimizer_of_bitsandbytes_without_it_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(SystemExit):
+        quantized.parse_arguments(["--model", "--optimizer", "adamw_8bit"])
+    assert "adamw_8bit needs bitsandbytes: pip install" in capsys.readouterr().err
