@@ -18,6 +18,8 @@ from report import markdown_table
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- made by examples/benchmarks/will_it_fit.py -->\n", "<!-- end -->\n"
 LENGTH = 2048
+# name of an optimizer in TrainingArguments -> how it keeps AdamW's moments
+MOMENTS = {"adamw_torch_fused": "fp32", "adamw_8bit": "8-bit"}
 TARGETS = ("experts", "q_proj", "k_proj", "v_proj", "o_proj")
 # name of a GPU, and GB as it is sold
 GPUS = {"RTX 4090": 24, "RTX 5090": 32, "H100 80GB": 80, "H200": 141}
@@ -47,16 +49,19 @@ class Case:
         model: a name in MODELS.
         quant: format of the experts; None for bf16.
         r: rank.
+        optim: a name in MOMENTS.
     """
 
     model: str
     quant: str | None
     r: int
+    optim: str = "adamw_torch_fused"
 
 
 CASES = (
     Case("OLMoE-1B-7B", None, 16),
     Case("Qwen3-30B-A3B", "nf4", 4),
+    Case("Qwen3-30B-A3B", "nf4", 8, "adamw_8bit"),
     Case("Qwen3-30B-A3B", "nf4", 16),
     Case("gpt-oss-20b", None, 16),
     Case("Qwen3-30B-A3B", None, 16),
@@ -72,6 +77,7 @@ def planned(case: Case) -> Plan:
         quant=case.quant,
         checkpointing=True,
         liger=True,
+        optim=case.optim,
         target_modules=TARGETS,
     )
 
@@ -81,13 +87,14 @@ def row(case: Case) -> list[str]:
     found = planned(case)
     experts = (case.quant or "bf16").replace("nf4", "NF4")
     counts = [str(found.gpus[name] or "no") for name in GPUS]
-    return [case.model, experts, str(case.r), f"{found.peak_gib:.1f}", *counts]
+    moments = MOMENTS[case.optim]
+    return [case.model, experts, str(case.r), moments, f"{found.peak_gib:.1f}", *counts]
 
 
 def table() -> str:
     """All rows."""
     gpus = [f"{name.removesuffix(' 80GB')} ({gb} GB)" for name, gb in GPUS.items()]
-    header = ["model", "experts", "r", "GiB on one GPU", *gpus]
+    header = ["model", "experts", "r", "AdamW", "GiB on one GPU", *gpus]
     return markdown_table(header, [row(case) for case in CASES]) + "\n"
 
 

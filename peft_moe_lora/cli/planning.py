@@ -6,9 +6,11 @@ import typer
 
 from .answers import Answer
 
-# the names of ops.quantize.FORMATS, and the counts of planning.gpus.COUNTS, which a test compares
+# ops.quantize.FORMATS, planning.gpus.COUNTS and planning.optimizers.OPTIMIZERS, which a test
+# compares
 QuantName = Literal["nf4", "fp4", "int8"]
 GpuCount = Literal["1", "2", "4", "8"]
+OptimName = Literal["adamw_torch_fused", "adamw_8bit"]
 
 
 def plan(
@@ -34,6 +36,9 @@ def plan(
     ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
     liger: Annotated[bool, typer.Option("--liger", help="With Liger's norms and loss.")] = False,
+    optim: Annotated[
+        OptimName, typer.Option(help="The optimizer, by its name in TrainingArguments.")
+    ] = "adamw_torch_fused",
 ) -> Answer:
     """Say what a training step needs: memory by part, GPUs, time; no GPU and no weights needed."""
     from ..planning.plan import DEFAULT_TARGETS
@@ -50,6 +55,7 @@ def plan(
         keep_experts=keep_experts,
         compile=compile,
         liger=liger,
+        optim=optim,
         target_modules=target or DEFAULT_TARGETS,
     )
     return Answer(found.found())

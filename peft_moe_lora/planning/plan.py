@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from ..config import MoELoraConfig
 from ..ops.quantize import FORMATS
 from .gpus import CALIBRATED, COUNTS, GIB, GPUS, how_many
+from .optimizers import DEFAULT_OPTIM, OPTIMIZERS, optimizer_of
 from .step import Batch, Step, run_step
 
 # the time of a compiled step over that of an eager one: 8 layers of Qwen3-30B-A3B, 4 x 2048 tokens
@@ -53,14 +54,21 @@ class Plan:
 
     def assumptions(self) -> list[str]:
         """What the numbers take for granted."""
+        optimizer = OPTIMIZERS[self.batch.optim]
         found = [
-            "bf16 weights and activations, fp32 A and B, fused AdamW, no padding, one GPU a batch",
+            f"bf16 weights and activations, fp32 A and B, {optimizer.words}, no padding, "
+            "one GPU a batch",
             "memory: what PyTorch allocates; a GPU needs 1 GiB and 5 % more, which 'gpus' includes",
             "attention keeps no [length, length] matrix (sdpa or flash attention)",
             f"time: fitted to steps on an {CALIBRATED}; for other GPUs by their data sheets alone",
         ]
         if self.compiled:
             found.append("compile: memory as in eager mode, which is an upper bound")
+        if not optimizer.sharded:
+            found.append(
+                f"{self.batch.optim}: needs bitsandbytes; one GPU alone, because it does not take "
+                "the DTensors of FSDP2; nobody has compared its memory with a GPU"
+            )
         if any(count not in (None, 1) for count in self.gpus.values()):
             found.append("several GPUs: FSDP2 divides what is held; a batch on every GPU")
         return found
@@ -73,7 +81,7 @@ class Plan:
             f"target_modules=[{names}])",
             "arguments = TrainingArguments(",
             f"    per_device_train_batch_size={self.batch.sequences},",
-            '    optim="adamw_torch_fused",',
+            f'    optim="{self.batch.optim}",',
         ]
         if self.batch.checkpointing:
             lines.append(f"    {_checkpointing_field()}=True,")
@@ -148,6 +156,7 @@ def plan(
     keep_experts: bool = False,
     compile: bool = False,
     liger: bool = False,
+    optim: str = DEFAULT_OPTIM,
     target_modules: Sequence[str] = DEFAULT_TARGETS,
 ) -> Plan:
     """Find what a training step of a model needs, without a GPU and without its weights.
@@ -166,11 +175,13 @@ def plan(
         keep_experts: whether the experts of such a layer run once (`keep_experts`).
         compile: whether the model is compiled.
         liger: whether Liger's RMSNorm and loss are used.
+        optim: "adamw_torch_fused", or "adamw_8bit", bitsandbytes' AdamW with moments in 8 bits: the
+            names of TrainingArguments.
         target_modules: as in `MoELoraConfig`.
     Raises:
-        ValueError: if a number is not positive, `quant` or `gpus` is not known, a name in
-            target_modules matches nothing, keep_experts is given without checkpointing, or the step
-            cannot be run on the meta device.
+        ValueError: if a number is not positive, `quant`, `gpus` or `optim` is not known, a name in
+            target_modules matches nothing, keep_experts is given without checkpointing, adamw_8bit
+            is given with several GPUs, or the step cannot be run on the meta device.
         OSError: if there is no such configuration.
     """
     for name, value in (("r", r), ("length", length), ("batch", batch)):
@@ -182,6 +193,7 @@ def plan(
         raise ValueError(f"gpus must be None or one of {COUNTS}, got {gpus!r}.")
     if keep_experts and not checkpointing:
         raise ValueError("keep_experts=True needs checkpointing; give checkpointing=True too.")
+    optimizer = optimizer_of(optim, gpus)
     config = model
     if isinstance(config, str):
         config = AutoConfig.from_pretrained(config)
@@ -189,11 +201,13 @@ def plan(
         r=r, lora_alpha=2 * r, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
     name = model if isinstance(model, str) else config.name_or_path or config.model_type
-    settings = Batch(batch, length, checkpointing, liger, quant, keep_experts)
+    settings = Batch(batch, length, checkpointing, liger, quant, keep_experts, optim)
     step = run_step(config.get_text_config(), adapter, settings)
     if keep_experts:
         # the first step finds out whether the output of experts is kept in all others
         step = run_step(config.get_text_config(), adapter, settings)
+    if not optimizer.sharded:
+        gpus = 1
     counts = {
         gpu.name: how_many(
             gpu, step.held + step.gradients, step.own_batch, step.largest_layer, gpus

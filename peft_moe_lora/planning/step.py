@@ -1,7 +1,7 @@
 """One training step of a model with an adapter, run on the meta device.
 
 The model's own code runs, so a family needs no formula of its own. What stands in for kernels is in
-`stand_ins`; the optimizer is AdamW in fp32, fused, which needs no memory beyond its state.
+`stand_ins`; what the optimizer takes is in `optimizers`.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,11 @@ from ..config import MoELoraConfig
 from ..experts.layout import is_experts
 from ..functional.checkpointing import keep_experts
 from ..ops.quantize import quantize
+from .optimizers import DEFAULT_OPTIM, OPTIMIZERS
 from .stand_ins import NAME, ChunkedLoss, attention_stand_in, norms_stand_in
 from .trace import Trace
 from .work import Work
 
-# two moments of AdamW, in fp32
-OPTIMIZER_BYTES = 8
 # experts in 4 and 8 bits are decoded into at most so much, or into one expert where that is larger
 DECODED = 128 * 2**20
 # errors that the code of a model class may raise on the meta device
@@ -49,6 +48,7 @@ class Batch:
             time.
         experts: "nf4", "fp4" or "int8" where the experts are quantized, else None.
         keep_experts: whether the experts of a checkpointed layer run once.
+        optim: the optimizer, by its name in `OPTIMIZERS`.
     """
 
     sequences: int
@@ -57,6 +57,7 @@ class Batch:
     liger: bool
     experts: str | None
     keep_experts: bool = False
+    optim: str = DEFAULT_OPTIM
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Step:
     Attributes:
         weights: of the frozen model.
         pairs: of A and B, and of whatever else is trained.
-        optimizer: AdamW's state.
+        optimizer: of AdamW's state.
         gradients: at the moment of the peak.
         activations: at the moment of the peak, what forward keeps for backward.
         loss: at the moment of the peak, what head and cross entropy need beyond activations.
@@ -125,14 +126,17 @@ def run_step(config: PreTrainedConfig, adapter: MoELoraConfig, batch: Batch) -> 
             ) from error
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     pairs = sum(p.nbytes for p in trained)
-    count = sum(p.numel() for p in trained)
-    trace.add(Work(nbytes=7 * pairs))
+    sizes = [p.numel() for p in trained]
+    optimizer = OPTIMIZERS[batch.optim]
+    state = optimizer.state_bytes(sizes)
+    # A, B and the state are read and written, the gradients read
+    trace.add(Work(nbytes=3 * pairs + 2 * state, launches=optimizer.launches(len(sizes))))
     return Step(
         weights=stored - pairs,
         pairs=pairs,
-        optimizer=OPTIMIZER_BYTES * count,
+        optimizer=state,
         largest_layer=_largest_layer(model, batch),
-        trainable=count,
+        trainable=sum(sizes),
         seconds=trace.seconds,
         **windows.parts(pairs),
     )

@@ -106,7 +106,7 @@ def test_the_table_of_what_fits_is_the_planners(case):
     written = list(rows[will_it_fit.CASES.index(case)].values())
     found = will_it_fit.row(case)
     again = "run python examples/benchmarks/will_it_fit.py"
-    at = 3
+    at = 4
     # releases of transformers and of this package differ by a few buffers
     assert float(written.pop(at)) == pytest.approx(float(found.pop(at)), abs=0.2), again
     assert written == found, again
@@ -115,7 +115,7 @@ def test_the_table_of_what_fits_is_the_planners(case):
 def test_the_table_says_for_which_step_it_is():
     text = README.read_text("utf-8")
     assert f"1 x {will_it_fit.LENGTH} tokens with gradient checkpointing and Liger" in text
-    assert len(tables(README)["Will it fit?"][0]) == len(will_it_fit.CASES) == 5
+    assert len(tables(README)["Will it fit?"][0]) == len(will_it_fit.CASES) == 6
 
 
 # ---- the code ------------------------------------------------------------------------------------

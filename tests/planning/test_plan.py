@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from peft_moe_lora import MoELoraConfig, keep_experts, plan
 from peft_moe_lora.ops.quantize import FORMATS
 from peft_moe_lora.planning.gpus import CALIBRATED, COUNTS, GIB, GPU, GPUS, how_many
+from peft_moe_lora.planning.optimizers import OPTIMIZERS
 from planning.test_step import config
 
 pytest.importorskip("typer")
@@ -18,7 +19,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from peft_moe_lora.cli import BAD, app
-from peft_moe_lora.cli.planning import GpuCount, QuantName
+from peft_moe_lora.cli.planning import GpuCount, OptimName, QuantName
 
 SMALL = GPU("small", 11, 100, 1)
 # bytes that tensors may take on it
@@ -107,9 +108,17 @@ def test_bad_numbers_are_refused_before_a_model_is_built(changes, says, monkeypa
 # ---- the command line ----------------------------------------------------------------------------
 
 
+def test_the_command_takes_an_optimizer(folder):
+    words = ["plan", str(folder), "--r", "4", "--optim", "adamw_8bit", "--json"]
+    found = json.loads(CliRunner().invoke(app, words).stdout)
+    assert found == json.loads(json.dumps(plan(str(folder), r=4, optim="adamw_8bit").found()))
+    assert '    optim="adamw_8bit",' in found["paste"]
+
+
 def test_choices_are_those_of_the_package():
     assert get_args(QuantName) == FORMATS
     assert tuple(map(int, get_args(GpuCount))) == COUNTS
+    assert get_args(OptimName) == tuple(OPTIMIZERS)
 
 
 def test_the_command_prints_the_plan(folder):
@@ -138,6 +147,8 @@ def test_the_command_prints_the_plan(folder):
         (["--r", "0"], 2),
         (["--quant", "nf3"], 2),
         (["--gpus", "3"], 2),
+        (["--optim", "sgd"], 2),
+        (["--optim", "adamw_8bit", "--gpus", "2"], BAD),
         (["--target", "nothing_like_this"], BAD),
     ],
 )
