@@ -307,17 +307,21 @@ def _fake_forward(
 def _keep(
     inputs: Inputs, selected: Selected, activation: Activation, plan: Plan, results: Results
 ) -> tuple[Inputs, Kept, Routing, Activation, Plan]:
-    """The groups that backward needs."""
-    assert results.expert_offsets is not None and results.row_token is not None, "nothing is kept"
-    assert results.row_slot is not None and results.slot_row is not None, "nothing is kept"
-    routing = Routing(
-        results.expert_offsets,
-        results.row_token,
-        results.row_slot,
-        results.slot_row,
-        selected.top_k_index.shape[1],
-        results.table,
-    )
+    """The groups that backward needs.
+
+    Raises:
+        RuntimeError: if forward kept nothing.
+    """
+    _, _, _, _, offsets, row_token, row_slot, slot_row, table = results
+    if offsets is None or row_token is None or row_slot is None or slot_row is None:
+        raise RuntimeError(
+            "A graph of these experts was traced without gradients, so its forward keeps nothing "
+            "for a backward, and now a gradient may be asked for. Run the graph under "
+            "torch.no_grad(), or trace it again (torch.export, torch.compile, make_fx) with "
+            "gradients enabled and with tensors that require them."
+        )
+    top_k = selected.top_k_index.shape[1]
+    routing = Routing(offsets, row_token, row_slot, slot_row, top_k, table)
     return inputs, Kept(results.pre, results.xa, results.ha), routing, activation, plan
 
 

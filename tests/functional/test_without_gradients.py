@@ -157,14 +157,17 @@ def test_a_replayed_call_allocates_the_output_and_one_workspace(launches, monkey
     assert len(made) == 2
 
 
-def test_a_backward_of_a_call_without_gradients_cannot_be_made():
-    """The groups of backward need what such a forward has not kept."""
-    leaves, _ = layer()
-    x, weights, up_A, up_B, down_A, down_B = leaves
-    up, down = torch.randn(E, 2 * INNER, H).double(), torch.randn(E, H, INNER).double()
-    inputs = whole.Inputs(x, weights, up_A, up_B, down_A, down_B, up, None, down, None, None)
-    plan = whole.Plan("torch", False, False, 1.0, 1.0, 0.0, 0.0, None, None, False, False)
-    selected = whole.Selected(torch.zeros(T, TOP_K, dtype=torch.int64))
-    results = whole._run_forward(inputs, selected, Activation(), plan)
-    with pytest.raises(AssertionError, match="nothing is kept"):
-        whole._keep(inputs, selected, Activation(), plan, results)
+def test_a_graph_that_was_traced_without_gradients_refuses_them():
+    """Its backward would need what the forward has not kept."""
+    leaves, run = layer()
+
+    class Experts(torch.nn.Module):
+        def forward(self, *leaves):
+            return run.bare(*leaves)
+
+    with torch.no_grad():
+        exported = torch.export.export(Experts(), tuple(leaves)).module()
+        torch.testing.assert_close(exported(*leaves), run.bare(*leaves))
+    leaves[0].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"traced without gradients.*torch\.no_grad"):
+        exported(*leaves)
