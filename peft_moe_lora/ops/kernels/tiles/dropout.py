@@ -34,35 +34,30 @@ selp.f32 mask, %.17f, 0.0, kept;
 mul.f32 $0, $1, mask;
 }"""
 
-# two elements of 16 bits in a register, $1, where the mask is not 0, else 0. $2 and $3 are their h.
-# The 15 bits of a column begin at bit 0 of each half. Plus 2^15 - threshold, they have bit 15 if
-# the column is kept; prmt copies that bit to all 16 bits of its element. $4 and $5 are half of its
-# selector, each for one element: 0x99 for the low half of a hash, 0xBB for the high one
+# h: the bits of two columns, from x, the input of their hash. Each half of the register has the 15
+# bits of a column plus 2^15 - threshold: bit 15 is set if the column is kept
+_BITS = """mul.lo.u32 %(h)s, %(x)s, 0x7FEB352D;
+shr.u32 shifted, %(h)s, 15;
+xor.b32 %(h)s, %(h)s, shifted;
+mul.lo.u32 %(h)s, %(h)s, 0x846CA68B;
+shr.u32 shifted, %(h)s, 17;
+shr.u32 %(h)s, %(h)s, 1;
+xor.b32 %(h)s, %(h)s, shifted;
+and.b32 %(h)s, %(h)s, 0x7FFF7FFF;
+add.u32 %(h)s, %(h)s, %(above)d;
+"""
+
+# $0: the two elements of 16 bits of $1, each set to 0 if it is dropped. $2 and $3 are the inputs of
+# their hashes; they differ if the elements are no neighbours. $4 and $5 say which half of a hash
+# belongs to an element: 0x99 the low one, 0xBB the high one. prmt copies bit 15 of that half to all
+# bits of the element
 _KEPT = """{
-.reg .b32 h, other, shifted;
-mul.lo.u32 h, $2, 0x7FEB352D;
-shr.u32 shifted, h, 15;
-xor.b32 h, h, shifted;
-mul.lo.u32 h, h, 0x846CA68B;
-shr.u32 shifted, h, 17;
-shr.u32 h, h, 1;
-xor.b32 h, h, shifted;
-and.b32 h, h, 0x7FFF7FFF;
-add.u32 h, h, %d;
-mul.lo.u32 other, $3, 0x7FEB352D;
-shr.u32 shifted, other, 15;
-xor.b32 other, other, shifted;
-mul.lo.u32 other, other, 0x846CA68B;
-shr.u32 shifted, other, 17;
-shr.u32 other, other, 1;
-xor.b32 other, other, shifted;
-and.b32 other, other, 0x7FFF7FFF;
-add.u32 other, other, %d;
-shl.b32 shifted, $5, 8;
+.reg .b32 first, second, shifted;
+%s%sshl.b32 shifted, $5, 8;
 add.u32 shifted, shifted, $4;
 add.u32 shifted, shifted, 0x4400;
-prmt.b32 h, h, other, shifted;
-and.b32 $0, $1, h;
+prmt.b32 first, first, second, shifted;
+and.b32 $0, $1, first;
 }"""
 
 
@@ -81,8 +76,10 @@ def _masking(below, scale):
 @triton.constexpr_function
 def _keeping(below):
     """`_KEPT` with its constants."""
-    both = (2**15 - below) * 0x10001
-    return _KEPT % (both, both)
+    above = (2**15 - below) * 0x10001
+    first = _BITS % {"h": "first", "x": "$2", "above": above}
+    second = _BITS % {"h": "second", "x": "$3", "above": above}
+    return _KEPT % (first, second)
 
 
 @triton.jit
