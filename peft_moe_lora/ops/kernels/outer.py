@@ -23,6 +23,7 @@ from .launching.table import (
     device_facts,
     dot_precision,
     find,
+    lookup,
     options_of,
     power_of_2,
 )
@@ -31,8 +32,12 @@ from .tiles.chunks import chunk_of, chunk_rows, sum_chunks
 from .tiles.dropout import kept, probability_and_seed, row_hash, scale_of_kept
 from .tiles.eights import as_eights, by_8
 
-# elements of a program's output tile, which is held in registers
-SUMS = 128 * 64
+# columns of a tile of the small side; of more, two tiles read the wide side twice, so with many
+# columns, and a row of the table for them, tiles are larger
+COLUMNS = 64
+MANY_COLUMNS = 128
+# columns of the wide side of such a tile. Its elements, sums of the output, are held in registers
+WIDE_COLUMNS = 128
 
 
 @triton.jit
@@ -218,13 +223,20 @@ def _sides(
 
 def _block_sizes(sides: _Sides, masked: bool, arch: int) -> dict:
     """The constexprs of the kernel's blocks: from the table, adapted to the rank."""
+    itemsize = sides.small.element_size()
+    columns = sides.small.shape[1]
     op = "outer"
-    # with a mask, wide blocks need the registers of one more program
+    # with a mask, wide blocks need the registers of one more program, and so would larger tiles
     if sides.gather_wide and not masked:
         op = "outer_gathered"
-    blocks = dict(find(op, arch, sides.small.element_size(), 16))
-    blocks["BLOCK_SMALL"] = min(64, max(16, power_of_2(sides.small.shape[1])))
-    blocks["BLOCK_WIDE"] = min(blocks["BLOCK_WIDE"], SUMS // blocks["BLOCK_SMALL"])
+    blocks = dict(find(op, arch, itemsize, 16))
+    most = COLUMNS
+    many = lookup("outer_many", arch, itemsize, 16)
+    if many and columns > COLUMNS and not masked:
+        blocks = dict(many)
+        most = MANY_COLUMNS
+    blocks["BLOCK_SMALL"] = min(most, max(16, power_of_2(columns)))
+    blocks["BLOCK_WIDE"] = min(blocks["BLOCK_WIDE"], most * WIDE_COLUMNS // blocks["BLOCK_SMALL"])
     return blocks
 
 
@@ -310,7 +322,8 @@ def _outer(
         )
 
     key = (
-        "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_WIDE"],
+        "outer", E, SMALL, WIDE, strides, out.dtype, chunk, blocks["BLOCK_SMALL"],
+        blocks["BLOCK_WIDE"],
         facts(small, wide, row_weights), gather_small, gather_wide, p, precision,
     )  # fmt: skip
     tensors = (

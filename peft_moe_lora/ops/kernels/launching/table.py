@@ -23,7 +23,7 @@ class Row:
     Attributes:
         op: the operation's name without "expert_". A name that ends in "_gathered" is for gathered
             rows, and one that ends in "_short" for a short K. If there is no such row, the row of
-            the plain name is used.
+            the plain name is used. "outer_many" is for many ranks, and has no other row.
         arch: compute capability times ten, 0 for the interpreter.
         itemsize: bytes of one element of x.
         block_m: the row applies to tiles of at least this many rows (`block_m_for`).
@@ -141,6 +141,7 @@ TABLE = (
     _row("shrink_short", 90, 2, 64, _H200, 4, 2, BLOCK_M=64, BLOCK_K=64, RANKS=256),
     _row("outer", 90, 2, 16, _H200, 4, 3, BLOCK_M=64, BLOCK_WIDE=128),
     _row("outer_gathered", 90, 2, 16, _H200_22, 4, 3, BLOCK_M=32, BLOCK_WIDE=256),
+    _row("outer_many", 90, 2, 16, _H200_30, 8, 4, BLOCK_M=32, BLOCK_WIDE=128),
     _row("act_backward_outer", 90, 2, 64, _H200_24, 8, 1, maxnreg=128),
     _row("shrink_outer", 90, 2, 64, _H200_24, 4, 1, ROWS=128, TAIL=64, STAGES=2),
     _row("shrink_outer", 90, 2, 128, _H200_24, 4, 1, ROWS=256, TAIL=64, STAGES=2),
