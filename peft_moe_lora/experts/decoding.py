@@ -15,6 +15,9 @@ from torch.nn.utils import parametrize
 from ..ops.quantize import FORMATS, quantize_like
 from ..ops.quantized import Codes4bit, QuantizedWeight
 
+# {(bases, names of the parametrized projections): the class}
+_shared_classes: dict[tuple[tuple[type, ...], frozenset[str]], type[nn.Module]] = {}
+
 
 class Decoding(nn.Module):
     """The parametrization of a quantized projection: reading the projection gives dense weights.
@@ -88,7 +91,9 @@ def store(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
     codes, *_ = weight.tensors()
     if not parametrize.is_parametrized(module, name):
         module.register_parameter(name, nn.Parameter(codes, requires_grad=False))
+        _take_own_class(module)
         parametrize.register_parametrization(module, name, Decoding(weight), unsafe=True)
+        _share_class(module)
         return
     listed = parametrizations(module, name)
     if isinstance(listed[0], Decoding):
@@ -107,13 +112,33 @@ def unstore(module: nn.Module, name: str, dense: torch.Tensor) -> None:
         name: name of the projection's parameter.
         dense: the dense weight.
     """
-    cls = type(module)
-    # torch deletes the projection's property from the class, and copies of the module share this
-    # class; so the module first gets a new class
-    contents = {key: value for key, value in vars(cls).items() if key != "__dict__"}
-    module.__class__ = type(cls.__name__, cls.__bases__, contents)
+    _take_own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
+
+
+def _share_class(module: nn.Module) -> None:
+    """Give a module the class of all modules of its kind with the same projections parametrized.
+
+    torch makes a class for each module, and a graph of torch.compile holds for modules of one
+    class. So layers that are compiled one by one would each be compiled for itself.
+    """
+    cls = type(module)
+    names = frozenset(cast(nn.ModuleDict, module.parametrizations))
+    module.__class__ = _shared_classes.setdefault((cls.__bases__, names), cls)
+
+
+def _take_own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    torch adds a projection's property to the class of a module, and deletes it there. Modules that
+    share the class, copies among them, would get or lose it too.
+    """
+    if not parametrize.is_parametrized(module):
+        return
+    cls = type(module)
+    contents = {key: value for key, value in vars(cls).items() if key != "__dict__"}
+    module.__class__ = type(cls.__name__, cls.__bases__, contents)
 
 
 def check_is_written(weight: QuantizedWeight) -> None:

@@ -616,3 +616,26 @@ def test_codes_without_scales_are_refused():
     )
     with pytest.raises(UnsupportedExperts, match=r"stored as torch\.uint8 without scales"):
         read_layout(experts)
+
+
+def test_modules_of_one_class_share_it_and_one_of_them_is_dequantized_alone():
+    first, second, third = (build_experts(*QWEN3_MOE) for _ in range(3))
+    dense = type(first)
+    for module in (first, second):
+        quantize_experts(Holder(module))
+    assert type(first) is type(second)
+    assert type(first) is not dense
+    assert type(third) is dense
+    before = {name: getattr(second, name).clone() for name in ("gate_up_proj", "down_proj")}
+    dequantize_experts(Holder(first))
+    for name, expected in before.items():
+        assert type(first._parameters[name]) is torch.nn.Parameter
+        assert not parametrize.is_parametrized(first, name)
+        assert torch.equal(getattr(second, name), expected)
+    # again, and in another format, beside modules that stay as they are
+    quantize_experts(Holder(first), "int8")
+    quantize_experts(Holder(third))
+    assert type(first) is type(second) is type(third)
+    for name, expected in before.items():
+        assert stored_weight(first, name).format == "int8"
+        assert torch.equal(getattr(second, name), expected)

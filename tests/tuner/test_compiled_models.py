@@ -91,6 +91,25 @@ def assert_two_graphs_of_one_operator(graphs):
         assert own_operators(graph) == {"experts_backward": 1}
 
 
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_layers_that_are_compiled_one_by_one_share_their_graphs(format):
+    base = tiny_model(num_hidden_layers=3)
+    if format:
+        quantize_experts(base, format)
+    model = moe_lora(base, target_modules=["experts", *ATTENTION]).train()
+    ids = token_ids(length=11)
+    expected = outputs(model, ids)
+    graphs = Graphs()
+    backend = graphs.backend()
+    for layer in model.get_base_model().model.layers:
+        layer.compile(fullgraph=True, backend=backend)
+    found = outputs(model, ids)
+    found.square().mean().backward()
+    # the input of the first layer needs no gradient
+    assert len(graphs.forward) == len(graphs.backward) == 2
+    assert_close(found, expected)
+
+
 def two_of_peft(base):
     model = with_peft_lora(base)
     model.add_adapter("second", lora_config(base, r=2))
