@@ -7,12 +7,11 @@ here computes a gradient for them or materializes W + scaling * B A.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from ..ops import Activation
-from .backends import BACKENDS, select_backend
+from .backends import BACKENDS, on_device_of, select_backend
 from .linear import FrozenLinear, LinearUpdate, updated_linear
 from .operators import is_autocast_enabled, without_autocast, without_autocast_of
 from .projection import (
@@ -84,7 +83,7 @@ def experts(
     if seeds is None:
         seeds = draw_seeds(hidden_states.device, up, down)
     x = _in_dtype(hidden_states, up.weight.dtype)
-    with _on_device_of(x):
+    with on_device_of(x):
         if isinstance(activation, Activation) and post_norm is None and up.up_weight is None:
             up, down = _readable(up), _readable(down)
             # its operators disable autocast themselves
@@ -150,7 +149,7 @@ def rows_linear(
     _check_sizes(expert_size, x.shape[0])
     _check_frozen(projection)
     seed = draw_seeds(x.device, projection)
-    with _on_device_of(x):
+    with on_device_of(x):
         expert = torch.repeat_interleave(
             torch.arange(E, device=x.device), sizes, output_size=x.shape[0]
         )
@@ -205,19 +204,6 @@ def _check_frozen(*projections: Projection) -> None:
             "call requires_grad_(False) on it, or train it without an adapter on these experts. "
             "FSDP1 asks for it on every parameter: use FSDP2 (torch.distributed.fsdp.fully_shard)."
         )
-
-
-def _on_device_of(x: torch.Tensor) -> AbstractContextManager:
-    """Make the device of x the current device, because kernels are launched on the current one.
-
-    The layers of one model may be on several devices.
-    """
-    # code compiled by torch.compile sets the device itself
-    if torch.compiler.is_compiling() or not x.is_cuda:
-        return nullcontext()
-    if x.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device_of(x)
 
 
 def draw_seeds(device: torch.device, *projections: Projection) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -44,6 +45,19 @@ def ops_for(backend: str, device: torch.device) -> Operations:
     if torch.compiler.is_compiling():
         return _operations(select_backend(backend, device))
     return _shown_operations(backend, device)
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Make the device of x the current device, because kernels are launched on the current one.
+
+    The layers of one model may be on several devices.
+    """
+    # code compiled by torch.compile sets the device itself
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return nullcontext()
+    if x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device_of(x)
 
 
 # nothing that it depends on changes within a process

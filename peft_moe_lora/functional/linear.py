@@ -1,8 +1,12 @@
 """y = W x + bias + scaling * B (A drop(x)), with gradients of x, A and B: a linear layer's LoRA.
 
 One step of autograd in the dtype of the activations; the gradients of A and B are computed in their
-own dtype. Forward keeps x itself, which layers with the same input share, xa, and A and B in the
-dtype of the activations. With dropout it also keeps a mask, one byte for each element of x.
+own dtype. Forward keeps x itself, which layers with the same input share, xa, and A and B: where
+PyTorch computes all products, in the dtype of the activations. With dropout it also keeps a mask,
+one byte for each element of x.
+
+On a GPU the products of rank r run in kernels (`linear_kernels`), without dropout, in 16-bit
+dtypes, and where nothing traces or watches PyTorch's operations.
 
 Legend:
     rows: all dimensions but the last, flattened into T
@@ -17,6 +21,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from ..ops import BatchShape
+from .linear_kernels import add_update, has_kernels, update_gradients
 from .operators import is_autocast_enabled, is_differentiated, without_autocast
 
 
@@ -75,7 +81,7 @@ def updated_linear(
         y = base
     lora_A, lora_B, scaling, p = update
     tensors = (x, lora_A, lora_B, y, weight, bias)
-    settings = (scaling, p, dtype)
+    settings = (scaling, p, dtype, has_kernels(x, lora_A, lora_B, y, p, dtype))
     # an autograd function costs the host as much as the products
     if not is_differentiated(tensors):
         return _products(*tensors, settings)[0]
@@ -85,8 +91,9 @@ def updated_linear(
     return super(torch.autograd.Function, _UpdatedLinear).apply(*tensors, settings)
 
 
-# what `_UpdatedLinear` takes beside tensors: scaling, dropout_p, and the dtype of the products
-_Settings: TypeAlias = tuple[float, float, torch.dtype]
+# what `_UpdatedLinear` takes beside tensors: scaling, dropout_p, the dtype of the products, and
+# whether those of rank r run in kernels
+_Settings: TypeAlias = tuple[float, float, torch.dtype, bool]
 
 
 def _products(
@@ -102,15 +109,19 @@ def _products(
 
     Either y is given, or weight and bias are; the others are None.
 
-    Returns: out [..., N], which is no view; lora_A and lora_B in the dtype of the products; the
+    Returns: out [..., N], which is no view; lora_A and lora_B as backward multiplies them; the
         mask [T, K] bool, or None without dropout; xa.
     """
     # an empty context takes the host a microsecond
     if is_autocast_enabled(x.device.type):
         with without_autocast(x.device.type):
             return _products(x, lora_A, lora_B, y, weight, bias, settings)
-    scaling, p, dtype = settings
+    scaling, p, dtype, by_kernels = settings
     rows = _rows(x, dtype)
+    if by_kernels:
+        shape = BatchShape((*x.shape[:-1], lora_B.shape[0]))
+        out, xa = add_update(rows, lora_A, lora_B, y, weight, bias, scaling, shape)
+        return out, lora_A, lora_B, None, xa
     A = _in(lora_A, dtype)
     B = _in(lora_B, dtype)
     dropped = rows
@@ -144,6 +155,7 @@ class _UpdatedLinear(torch.autograd.Function):
         *arguments: Any,
     ) -> torch.Tensor:
         x, lora_A, lora_B, _, weight, _, settings = arguments
+        by_kernels = settings[-1]
         out, A, B, mask, xa = _products(*arguments)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         ctx.constants = settings, x.shape, x.dtype, lora_A.dtype, lora_B.dtype
@@ -151,8 +163,8 @@ class _UpdatedLinear(torch.autograd.Function):
             x if needs_A else None,
             mask,
             weight if needs_x else None,
-            A if needs_x else None,
-            B if needs_x or needs_A else None,
+            A if needs_x or by_kernels else None,
+            B if needs_x or needs_A or by_kernels else None,
             xa if needs_B else None,
         )
         return out
@@ -177,10 +189,20 @@ def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradients of the arguments of `_UpdatedLinear`, from its context."""
     # read once: under checkpointing each access unpacks the tensors, and may recompute them
     x, mask, weight, A, B, xa = ctx.saved_tensors
-    (scaling, p, dtype), shape, x_dtype, A_dtype, B_dtype = ctx.constants
+    (scaling, p, dtype, by_kernels), shape, x_dtype, A_dtype, B_dtype = ctx.constants
     needs_x, needs_A, needs_B, needs_y = ctx.needs_input_grad[:4]
     dx = dA = dB = None
     rows = _rows(dy, dtype)
+    if by_kernels and torch.compiler.is_compiling():
+        # compiled autograd traces the backward of an eager forward
+        A, B = _in(A, dtype), _in(B, dtype)
+        xa = None if xa is None else xa[:, : len(A)]
+    elif by_kernels and (needs_x or needs_A or needs_B):
+        x_rows = _rows(x, dtype) if needs_A else None
+        dx_shape = BatchShape(shape) if needs_x else None
+        dx, dA, dB = update_gradients(rows, x_rows, A, B, xa, weight, scaling, dx_shape)
+        gradients = (_as_stored(dx, x_dtype), _as_stored(dA, A_dtype), _as_stored(dB, B_dtype))
+        return *gradients, dy if needs_y else None, None, None, None
     if needs_x or needs_A:
         yb = _scaled_mm(rows, B, scaling)
     if needs_x:
@@ -229,6 +251,11 @@ def _in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.dtype == dtype:
         return tensor
     return tensor.type(dtype)
+
+
+def _as_stored(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A gradient in the dtype of its tensor; None if it is not needed."""
+    return None if gradient is None else _in(gradient, dtype)
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:

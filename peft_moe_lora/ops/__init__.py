@@ -7,12 +7,13 @@ the twins are also the CPU path.
 
 from .activation import Activation
 from .dropout import Dropout
-from .operations import Operations, RankRows
+from .operations import BatchShape, Operations, RankRows
 from .quantized import QuantizedWeight
 from .routing import Routing, table_memory
 
 __all__ = [
     "Activation",
+    "BatchShape",
     "Dropout",
     "Operations",
     "QuantizedWeight",

@@ -20,6 +20,12 @@ from .quantized import QuantizedWeight
 from .routing import Routing
 
 
+class BatchShape(tuple[int, ...]):
+    """The shape of a result, as an argument of `replayed`: no kernel depends on it."""
+
+    __slots__ = ()
+
+
 class RankRows(NamedTuple):
     """Tensors of the low-rank products that are computed with an activation's gradient.
 
@@ -66,6 +72,9 @@ class Operations(Protocol):
             table: memory that `table_memory` has made for the table of tiles, if these operations
                 need one; allocated if None.
         """
+
+    def one_expert(self, rows: torch.Tensor) -> Routing:
+        """The routing of rows [M, K] that are all of one expert, in their order."""
 
     def with_tiles(self, routing: Routing) -> Routing:
         """The routing, with a table of tiles if these operations need one."""
@@ -180,6 +189,26 @@ class Operations(Protocol):
         """dy[m] = w[slot] * dout[t], d_top_k_weights[slot] = <y[m], dout[t]>.
 
         Returns: dy [M, N], d_top_k_weights [T, top_k] fp32, 0 for sentinels.
+        """
+
+    def add_low_rank(
+        self,
+        x: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        scaling: float,
+        y: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """xa = scaling * x A^T, out = y + xa B^T: the update of a linear layer, of no expert.
+
+        Args:
+            x: [T, K] rows.
+            lora_A: [r, K], any strides and float dtype; cast to the dtype of x.
+            lora_B: [N, r], as lora_A.
+            y: [T, N], dtype of x; None for zeros.
+            out: [T, N], dtype of x, contiguous; is overwritten, and may be y.
+        Returns: xa [T, R], dtype of x.
         """
 
     def fast_widths(self, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:

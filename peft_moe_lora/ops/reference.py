@@ -17,6 +17,7 @@ from .ranks import as_stored_rank, check_columns, of_rank
 from .routing import Routing
 
 __all__ = [
+    "add_low_rank",
     "combine",
     "combine_backward",
     "dequantize",
@@ -28,6 +29,7 @@ __all__ = [
     "expert_shrink",
     "expert_shrink_outer",
     "fast_widths",
+    "one_expert",
     "replayed",
     "route",
     "transpose_columns",
@@ -62,6 +64,14 @@ def route(
         slot_row,
         top_k_index.shape[1],
     )
+
+
+def one_expert(rows: torch.Tensor) -> Routing:
+    """The routing of rows that are all of one expert, in their order."""
+    M = rows.shape[0]
+    order = torch.arange(M, dtype=torch.int32, device=rows.device)
+    offsets = torch.tensor([0, M], dtype=torch.int32, device=rows.device)
+    return Routing(offsets, order, order, order, 1)
 
 
 def with_tiles(routing: Routing) -> Routing:
@@ -192,6 +202,24 @@ def combine_backward(
 def fast_widths(widths: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
     """The widths themselves: products in plain PyTorch take any."""
     return widths
+
+
+def add_low_rank(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    y: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Write y + xa B^T to `out`, and return xa = scaling * x A^T: [T, R] rows of rank r."""
+    xa = (x @ lora_A.to(x.dtype).mT).mul_(scaling)
+    B = lora_B.to(x.dtype).mT
+    if y is None:
+        torch.mm(xa, B, out=out)
+    else:
+        torch.addmm(y, xa, B, out=out)
+    return as_stored_rank(xa)
 
 
 def transpose_columns(matrix: torch.Tensor, a: int, dtype: torch.dtype) -> torch.Tensor:

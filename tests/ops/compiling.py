@@ -249,6 +249,21 @@ def launch_ordered(dtype, r, T=2048, E=8, top_k=2, K=1000, N=1544, p=0.0):
             kernels.expert_linear(x, weight, routing, bias=b, xa=xa, lora_B=lora_B, dropout=dropout)
 
 
+def launch_linear(dtype, T, r, K=2048, N=4096):
+    """The update of a linear layer in both directions, on meta tensors."""
+    from peft_moe_lora.ops import kernels
+
+    x, y = empty(T, K, dtype=dtype), empty(T, N, dtype=dtype)
+    A, B = empty(r, K, dtype=torch.float32), empty(N, r, dtype=torch.float32)
+    routing = kernels.one_expert(x)
+    xa = kernels.add_low_rank(x, A, B, 2.0, y, torch.empty_like(y))
+    # without y: beside a layer that computes its own part of the gradient
+    for dx in (x, None):
+        yb = kernels.add_low_rank(y, B.mT, A.mT, 2.0, dx, torch.empty_like(x))
+    kernels.expert_outer(yb, x, routing, torch.empty_like(A)[None])
+    kernels.expert_outer(y, xa, routing, torch.empty_like(B)[None])
+
+
 FORMS = (False, False), (True, False), (True, True)
 
 
@@ -392,7 +407,7 @@ if __name__ == "__main__":
             case["dtype"] = getattr(torch, case["dtype"])
             launches = {"decoding": launch_decoding, "products": launch_products_of_codes}
             launches |= {"ordered": launch_ordered, "gathered": launch_gathered}
-            launches["ungated"] = launch_ungated
+            launches |= {"ungated": launch_ungated, "linear": launch_linear}
             launches.get(case.pop("launch", None), launch_layer)(**case)
     for kernel in compiled:
         print(json.dumps({"arch": arch} | resources(kernel)))

@@ -47,6 +47,13 @@ PRODUCTS = {
     (100, "rank 64"): ANYWHERE | {"_linear_ordered_kernel"},
 }
 
+LINEAR = [
+    (80, "float16"),
+    (90, "bfloat16"),
+    *(pytest.param(arch, "bfloat16", marks=pytest.mark.long) for arch in (100, 120)),
+    pytest.param(90, "float32", marks=pytest.mark.long),
+]
+
 
 def compiled_for(arch, cases):
     """What each kernel uses, as `compiling` prints it."""
@@ -69,6 +76,21 @@ def test_rows_compile_without_spills_and_fit(arch, which):
     # many ranks are multiplied as weights are
     assert ("_shrink_kernel" in found) == (which != "rank 256")
     assert "_outer_kernel" in found
+    for kernel in kernels:
+        assert kernel["local"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
+
+
+@pytest.mark.parametrize(("arch", "dtype"), LINEAR)
+def test_the_update_of_a_linear_layer_compiles_without_spills_and_fits(arch, dtype):
+    cases = [
+        {"launch": "linear", "dtype": dtype, "T": T, "r": r}
+        for T, r in [(1, 128), (2048, 16), (8192, 24), (8192, 128)]
+    ]
+    kernels = compiled_for(arch, cases)
+    names = {k["kernel"] for k in kernels}
+    known = {"_one_expert_kernel", "_add_low_rank_kernel", "_outer_kernel", "_sum_chunks_kernel"}
+    assert names == known | {"_cast_kernel"}
     for kernel in kernels:
         assert kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"

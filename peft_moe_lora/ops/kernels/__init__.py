@@ -7,14 +7,16 @@ from .combine import combine, combine_backward
 from .dequantize import dequantize
 from .launching.replay import replayed
 from .linear import expert_linear, expert_linear_act
+from .low_rank import add_low_rank
 from .outer import expert_outer
-from .routing import route, with_tiles
+from .routing import one_expert, route, with_tiles
 from .shrink import expert_shrink
 from .shrink_outer import expert_shrink_outer
 from .unrouted import zero_unrouted
 from .widths import fast_widths
 
 __all__ = [
+    "add_low_rank",
     "combine",
     "combine_backward",
     "dequantize",
@@ -26,6 +28,7 @@ __all__ = [
     "expert_shrink",
     "expert_shrink_outer",
     "fast_widths",
+    "one_expert",
     "replayed",
     "route",
     "transpose_columns",

@@ -32,6 +32,8 @@ TILES_BLOCK = 32
 # program are compared with all others
 FEW_SLOTS = 2048
 FEW_BLOCK = 32
+# rows of a program of `one_expert`
+ORDER_BLOCK = 1024
 
 
 class _Tables(NamedTuple):
@@ -292,9 +294,9 @@ def route(
     return routing
 
 
-def _indices(top_k_index: torch.Tensor, *lengths: int) -> list[torch.Tensor]:
-    """Uninitialised int32 vectors of these lengths."""
-    return [torch.empty(n, dtype=torch.int32, device=top_k_index.device) for n in lengths]
+def _indices(like: torch.Tensor, *lengths: int) -> list[torch.Tensor]:
+    """Uninitialised int32 vectors of these lengths, on the device of a tensor."""
+    return [torch.empty(n, dtype=torch.int32, device=like.device) for n in lengths]
 
 
 def _route_few(top_k_index: torch.Tensor, routing: Routing) -> None:
@@ -346,6 +348,34 @@ def _route_many(top_k_index: torch.Tensor, routing: Routing) -> None:
         return (ids, counts, totals, tables), (E, top_k), {"PLACE": place}
 
     launch(("place", *key), _place_kernel, grid, tensors, arguments, (S, blocks, lines))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _one_expert_kernel(expert_offsets_ptr, order_ptr, M, BLOCK: tl.constexpr):
+    """Grid [blocks]: order[m] = m, and the offsets of one expert with M rows."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(order_ptr + rows, rows, mask=rows < M)
+    if tl.program_id(0) == 0:
+        ends = tl.arange(0, 2)
+        tl.store(expert_offsets_ptr + ends, ends * M)
+
+
+def one_expert(rows: torch.Tensor) -> Routing:
+    """The routing of rows that are all of one expert, in their order; without a tile table.
+
+    Args:
+        rows: [M, K] float.
+    Twin: `reference.one_expert`.
+    """
+    M = rows.shape[0]
+    expert_offsets, order = _indices(rows, 2, M)
+    tensors = expert_offsets, order
+    # a program writes the offsets in any case
+    grid = max(1, ceil_div(M, ORDER_BLOCK)), 1, 1
+    constants = {"BLOCK": ORDER_BLOCK}
+    key = ("one_expert",)
+    launch(key, _one_expert_kernel, grid, tensors, lambda: (tensors, (), constants), (M,))
+    return Routing(expert_offsets, order, order, order, 1)
 
 
 def with_tiles(routing: Routing) -> Routing:

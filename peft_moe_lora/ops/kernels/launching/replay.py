@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 
+from ...operations import BatchShape
 from ...quantized import QuantizedWeight
 from . import launch
 from .graphs import Graphs
@@ -178,7 +179,9 @@ def _kind_and_tensors(
 
 
 def _without_rows(kind: tuple) -> tuple:
-    """A kind without strides, and with the lengths of first dimensions as their numbers of bits."""
+    """A kind without strides and shapes of results, and with the lengths of first dimensions as
+    their numbers of bits.
+    """
     parts: list[Any] = []
     rest = iter(kind)
     for part in rest:
@@ -186,6 +189,8 @@ def _without_rows(kind: tuple) -> tuple:
         if isinstance(part, torch.Size):
             parts[-1] = tuple(n.bit_length() for n in part[:1]), part[1:]
             next(rest)
+        elif isinstance(part, BatchShape):
+            parts[-1] = None
     return tuple(parts)
 
 

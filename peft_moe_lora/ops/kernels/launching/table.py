@@ -92,12 +92,16 @@ TABLE = (
     _row("shrink", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32, RANKS=16),
     _row("shrink", 0, 2, 32, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32, RANKS=256),
     _row("outer", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_WIDE=32),
+    _row("add_low_rank", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_K=32, BLOCK_N=32),
     _row("act_backward", 0, 2, 16, _TINY, 1, 1, BLOCK_M=16, BLOCK_I=16),
     _row("combine", 0, 2, 16, _TINY, 1, 1, BLOCK_N=16),
     _row("dequantize", 0, 2, 16, _TINY, 1, 1, BLOCK=512),
     # 2-byte elements, from 8.0 on: loads by pointers. Without the maxnreg that some rows give, the
     # compiler of Triton 3.6 would use fewer registers, for higher occupancy, and spill
     _row("act_backward", 80, 2, 16, _SAFE, 4, 1, BLOCK_M=8, BLOCK_I=256),
+    _row("add_low_rank", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=16, BLOCK_K=128, BLOCK_N=128, maxnreg=128),
+    _row("add_low_rank", 80, 2, 32, _SAFE, 4, 3, BLOCK_M=32, BLOCK_K=128, BLOCK_N=128),
+    _row("add_low_rank", 80, 2, 64, _SAFE, 8, 3, BLOCK_M=64, BLOCK_K=64, BLOCK_N=64),
     _row("combine", 80, 2, 16, _SAFE, 4, 1, BLOCK_N=1024),
     _row("dequantize", 80, 2, 16, _SAFE, 4, 1, BLOCK=4096),
     _row("dequantize", 80, 4, 16, _SAFE, 4, 1, BLOCK=2048),
@@ -113,6 +117,7 @@ TABLE = (
     _row("shrink", 80, 2, 16, _SAFE, 4, 3, BLOCK_M=64, BLOCK_K=64, RANKS=256),
     _row("outer", 80, 2, 16, _SAFE, 8, 3, BLOCK_M=32, BLOCK_WIDE=128, maxnreg=128),
     _row("act_backward", 80, 4, 16, _SAFE, 4, 1, BLOCK_M=4, BLOCK_I=256),
+    _row("add_low_rank", 80, 4, 16, _SAFE, 4, 2, BLOCK_M=16, BLOCK_K=32, BLOCK_N=32),
     _row("combine", 80, 4, 16, _SAFE, 4, 1, BLOCK_N=512),
     # 4-byte elements: IEEE fp32 products run on the FMA units, so tiles are small
     _row("linear", 80, 4, 16, _SAFE, 4, 2, BLOCK_N=64, BLOCK_K=32, **_POINTERS),
@@ -145,6 +150,9 @@ TABLE = (
     _row("act_backward_outer", 90, 2, 64, _H200_24, 8, 1, maxnreg=128),
     _row("shrink_outer", 90, 2, 64, _H200_24, 4, 1, ROWS=128, TAIL=64, STAGES=2),
     _row("shrink_outer", 90, 2, 128, _H200_24, 4, 1, ROWS=256, TAIL=64, STAGES=2),
+    _row("add_low_rank", 90, 2, 16, _H200_30, 4, 3, BLOCK_M=16, BLOCK_K=128, BLOCK_N=128, maxnreg=128),
+    _row("add_low_rank", 90, 2, 32, _H200_30, 4, 3, BLOCK_M=32, BLOCK_K=128, BLOCK_N=128),
+    _row("add_low_rank", 90, 2, 64, _H200_30, 4, 3, BLOCK_M=64, BLOCK_K=64, BLOCK_N=64),
     _row("act_backward", 90, 2, 16, _H200, 4, 1, BLOCK_M=4, BLOCK_I=256),
     _row("combine", 90, 2, 16, _H200, 2, 1, BLOCK_N=1024),
     # 2-byte elements, from 10.0 on: the tensor cores keep their sums outside of the registers until

@@ -1,0 +1,188 @@
+"""What `linear` computes, with the products of rank r in kernels of this package.
+
+W is multiplied by cuBLAS. All other products of a direction are one call, which is recorded and
+replayed: the host makes three calls where PyTorch needs eight, and A and B are not copied to the
+dtype of the activations. A linear layer is one expert that owns all rows.
+
+Legend: T, xa, yb, dx, dA, dB as in `linear`; xa and yb have R columns (`ops.ranks`)
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ..ops import BatchShape, Operations, Routing
+from .backends import on_device_of, ops_for, select_backend
+
+# PyTorch multiplies in these by itself at half the speed and more, so the host matters less
+DTYPES = frozenset({torch.bfloat16, torch.float16})
+# tiles of more ranks would not leave room for rows
+MAX_RANK = 128
+# subclasses may hold no data, or data of another kind
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def has_kernels(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether `add_update` and `update_gradients` can compute a linear layer's update.
+
+    Args:
+        x: [..., K] float.
+        lora_A, lora_B: [r, K] and [N, r] float.
+        y: the output to which the update is added; None if a weight is given.
+        dropout_p: probability that an element of x is dropped.
+        dtype: of the products.
+    """
+    if not x.is_cuda:
+        return False
+    # what traces or watches PyTorch's operations, as selective checkpointing does, sees no kernels
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if dtype not in DTYPES or dropout_p or not 0 < lora_A.shape[0] <= MAX_RANK:
+        return False
+    if y is not None and y.dtype != dtype:
+        return False
+    # what follows by itself for PyTorch's products is asked here: on one device, with data
+    device = x.get_device()
+    for tensor in (x, lora_A, lora_B, y):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.get_device() != device or not tensor.numel():
+            return False
+    return select_backend("auto", x.device) == "triton"
+
+
+def add_update(
+    rows: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scaling: float,
+    shape: BatchShape,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out = y + xa B^T, with y = W x + bias where it is None.
+
+    Args:
+        rows: [T, K].
+        lora_A, lora_B: [r, K] and [N, r] float.
+        y: [..., N], dtype of rows; or None.
+        weight, bias: [N, K] and [N], dtype of rows; both may be None if y is given.
+        scaling: lora_alpha / r.
+        shape: of out, [..., N].
+    Returns: out, which is no view, and xa.
+    """
+    if y is None:
+        assert weight is not None, "a layer or its output"
+        y = F.linear(rows, weight, bias)
+    else:
+        y = y.reshape(-1, y.shape[-1])
+    ops = ops_for("auto", rows.device)
+    # autograd brings backward to the device by itself
+    with on_device_of(rows):
+        out, xa = ops.replayed(_add_update, _adjacent(rows), lora_A, lora_B, y, scaling, shape)
+    return out, xa
+
+
+def _add_update(
+    rows: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor,
+    scaling: float,
+    shape: BatchShape,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ops = ops_for("auto", rows.device)
+    # not written to y: selective checkpointing may have kept it, and would add to it again
+    out = torch.empty(shape, dtype=y.dtype, device=y.device)
+    xa = ops.add_low_rank(rows, lora_A, lora_B, scaling, y, out.view(-1, shape[-1]))
+    return out, xa
+
+
+def update_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    xa: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    scaling: float,
+    shape: BatchShape | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dx = dy W + yb A, dA and dB.
+
+    Args:
+        dy: [T, N].
+        x: [T, K]; None if dA is not needed.
+        lora_A, lora_B: [r, K] and [N, r] float.
+        xa: [T, R]; None if dB is not needed.
+        weight: [N, K]; None if the layer is not a part of the step.
+        scaling: lora_alpha / r.
+        shape: of dx, [..., K]; None if it is not needed.
+    Returns: dx in the dtype of dy, dA and dB in fp32; None where they are not needed.
+    """
+    dx = None
+    if shape is not None and weight is not None:
+        dx = torch.mm(dy, weight)
+    dy = _adjacent(dy)
+    if x is not None:
+        x = _adjacent(x)
+    ops = ops_for("auto", dy.device)
+    found = ops.replayed(_update_gradients, dy, x, lora_A, lora_B, xa, dx, scaling, shape)
+    dx, dA, dB = found
+    return dx, dA, dB
+
+
+def _update_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    xa: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    scaling: float,
+    shape: BatchShape | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """`update_gradients`, given dy W as dx."""
+    ops = ops_for("auto", dy.device)
+    routing = ops.one_expert(dy)
+    yb = out = dA = dB = None
+    if shape is not None:
+        out = torch.empty(shape, dtype=dy.dtype, device=dy.device)
+        yb = ops.add_low_rank(dy, lora_B.mT, lora_A.mT, scaling, dx, out.view(-1, shape[-1]))
+    elif x is not None:
+        yb = ops.expert_shrink(dy, lora_B.mT[None], routing, scaling)
+    if x is not None:
+        assert yb is not None, "dA is a product of yb"
+        dA = _outer(ops, yb, x, routing, lora_A)
+    if xa is not None:
+        dB = _outer(ops, dy, xa, routing, lora_B)
+    return out, dA, dB
+
+
+def _outer(
+    ops: Operations,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    routing: Routing,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """left^T right in fp32, of the shape of `like`."""
+    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    ops.expert_outer(left, right, routing, out[None])
+    return out
+
+
+def _adjacent(rows: torch.Tensor) -> torch.Tensor:
+    """The rows, copied if the elements of a row do not lie next to each other."""
+    if rows.stride(1) == 1:
+        return rows
+    return rows.contiguous()
