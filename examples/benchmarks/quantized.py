@@ -10,6 +10,9 @@
         48 layers of Qwen3-30B-A3B, random NF4 experts
     python examples/benchmarks/quantized.py --model --rank 16 --optimizer adamw_8bit
         the model with AdamW's moments in 8 bits, by bitsandbytes; all logits at once
+    python examples/benchmarks/quantized.py --model --rank 16 --optimizer adamw_8bit \\
+        --loss-chunk 256 --step-in-backward
+        the model in the least memory: each parameter steps as soon as its gradient is there
 
 The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and
 quantized in turns in one run; outputs and gradients are first compared with a reference in higher
@@ -102,6 +105,10 @@ class Arguments:
             "help": "of the model, by its name in TrainingArguments (default: adamw_torch)",
         },
     )
+    step_in_backward: bool = field(
+        default=False,
+        metadata={"help": "of the model: an optimizer for each parameter, stepped in backward"},
+    )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "keep the numbers here"}
     )
@@ -184,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             args.steps,
             args.loss_chunk,
             args.optimizer,
+            args.step_in_backward,
             device,
         )
         print(json.dumps(found, indent=2))

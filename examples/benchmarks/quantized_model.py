@@ -3,6 +3,9 @@
 The model is built layer by layer and is never dense as a whole. LoRA is on every expert and on
 attention; gradient checkpointing, AdamW. Memory is that of torch.cuda.max_memory_allocated. On
 a CPU a tiny model is trained.
+
+Where parameters step in backward, each has an optimizer of its own, which steps as soon as its
+gradient is there and drops it. So no more than one layer's gradients are in memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,9 +66,34 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     return partial(AdamW, optim_bits=8)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state; what several parameters share counts once."""
-    values = [value for state in optimizer.state.values() for value in state.values()]
+def optimizers_of(
+    trained: list[nn.Parameter],
+    make: Callable[..., torch.optim.Optimizer],
+    in_backward: bool,
+) -> list[torch.optim.Optimizer]:
+    """One optimizer of all parameters, or one of each, which steps in backward."""
+    if not in_backward:
+        return [make(trained, lr=LR)]
+    return [steps_in_backward(parameter, make([parameter], lr=LR)) for parameter in trained]
+
+
+def steps_in_backward(
+    parameter: nn.Parameter, optimizer: torch.optim.Optimizer
+) -> torch.optim.Optimizer:
+    """Let an optimizer of one parameter step when backward has made the gradient."""
+
+    def step(_: torch.Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    parameter.register_post_accumulate_grad_hook(step)
+    return optimizer
+
+
+def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    """Bytes of the state of optimizers; what several parameters share counts once."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    values = [value for state in states for value in state.values()]
     tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -101,6 +129,7 @@ def train(
     steps: int,
     loss_chunk: int | None,
     optimizer_name: str,
+    step_in_backward: bool,
     device: torch.device,
 ) -> dict[str, Any]:
     """Train the whole model for some steps on one sequence.
@@ -110,6 +139,7 @@ def train(
         tokens: of the sequence.
         loss_chunk: see `loss_of`.
         optimizer_name: one of `OPTIMIZERS`.
+        step_in_backward: whether every parameter steps as soon as its gradient is there.
     Returns: sizes, bytes of the optimizer's state, GiB at each stage, ms and loss of every step.
     """
     sizes = TINY_QWEN3
@@ -128,7 +158,7 @@ def train(
     memory.note("adapter")
     set_checkpointing(model.get_base_model(), True)
     model.train()
-    optimizer = make_optimizer(trained, lr=LR)
+    optimizers = optimizers_of(trained, make_optimizer, step_in_backward)
     ids = torch.randint(sizes["vocab_size"], (1, tokens), device=device)
     losses = []
     ms = []
@@ -136,8 +166,9 @@ def train(
     def step() -> None:
         loss = loss_of(model, ids, loss_chunk)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if not step_in_backward:
+            optimizers[0].step()
+            optimizers[0].zero_grad(set_to_none=True)
         losses.append(loss.item())
 
     for i in range(steps):
@@ -149,7 +180,8 @@ def train(
         "r": rank,
         "T": tokens,
         "optimizer": optimizer_name,
-        "state_bytes": state_bytes(optimizer),
+        "step_in_backward": step_in_backward,
+        "state_bytes": state_bytes(optimizers),
         "trained": sum(p.numel() for p in trained),
         "losses": losses,
         "ms": ms,
