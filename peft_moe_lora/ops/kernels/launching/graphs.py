@@ -35,8 +35,6 @@ SHARE = 1 / 180
 # kernels took 440 MiB (NVIDIA H200, 2026-11-30; only the sum is measured, not its two parts)
 GRAPH_BYTES = 23 * 1024
 NODE_BYTES = 14 * 1024
-# launches from which on a graph takes the host less time than they do
-FEWEST = 3
 # calls at the same addresses before a graph is captured; the next such call captures it
 SIGHTINGS = 2
 # sightings before addresses may take the place of graphs
@@ -94,8 +92,8 @@ class Graphs:
             make the same launches.
         num_launches: how many launches it makes.
     Attributes:
-        refused: whether kernels are always launched one by one: there are few, the device is not
-            CUDA, or a capture failed.
+        refused: whether kernels are always launched one by one, because the device is not CUDA or
+            because a capture failed.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class Graphs:
         self.device = device
         self.launch = launch
         self.nbytes = GRAPH_BYTES + num_launches * NODE_BYTES
-        self.refused = device.type != "cuda" or num_launches < FEWEST
+        self.refused = device.type != "cuda"
 
     def __call__(self, addresses: Sequence[int]) -> None:
         """Make the launches on the current stream, one by one or as a graph."""
