@@ -16,7 +16,7 @@ def rank_major(lora_B, r):
     return lora_B.detach().view(len(lora_B), E, r).transpose(1, 2).reshape(lora_B.shape)
 
 
-@pytest.mark.parametrize("r", [3, 16])
+@pytest.mark.parametrize("r", [3, pytest.param(16, marks=pytest.mark.long)])
 def test_output_and_gradients_are_those_of_the_other_order(kernels, r):
     torch.manual_seed(0)
 

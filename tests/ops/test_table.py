@@ -171,7 +171,7 @@ def assert_fits_twice(kernel):
     )
 
 
-@pytest.mark.parametrize("T", [8192, 2048])
+@pytest.mark.parametrize("T", [8192, pytest.param(2048, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("dtype", "r"), [("bfloat16", 16), ("float16", 5), ("bfloat16", 24)])
 def test_the_one_pass_of_two_operations_compiles_without_spills_twice_a_multiprocessor(T, dtype, r):
     layer = {"T": T, "E": 128, "top_k": 8, "H": 1024, "I": 512, "r": r, "dtype": dtype}
