@@ -1,8 +1,8 @@
 """What `linear` computes, with the products of rank r in kernels of this package.
 
 W is multiplied by cuBLAS. All other products of a direction are one call, which is recorded and
-replayed: the host makes three calls where PyTorch needs eight, and A and B are not copied to the
-dtype of the activations. A linear layer is one expert that owns all rows.
+replayed. So the host makes two calls in each direction, and five with PyTorch's products; and no
+copies of A and B are kept. A linear layer is one expert that owns all rows.
 
 Legend: T, xa, yb, dx, dA, dB as in `linear`; xa and yb have R columns (`ops.ranks`)
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..ops import BatchShape, Operations, Routing
 from .backends import on_device_of, ops_for, select_backend
 
-# PyTorch multiplies in these by itself at half the speed and more, so the host matters less
+# of products; those of fp32 take the device so long that the host does not bound them
 DTYPES = frozenset({torch.bfloat16, torch.float16})
 # tiles of more ranks would not leave room for rows
 MAX_RANK = 128

@@ -1,7 +1,7 @@
 """xa = scaling * x A^T and out = y + xa B^T: the update of a linear layer, added to its output.
 
 In backward the same kernel computes yb = scaling * dy B and dx = dy W + yb A. It reads and writes
-what two products of cuBLAS would, in one launch and without copies of A and B.
+what two products of cuBLAS would, in one launch.
 
 A program computes xa for a tile of rows, and adds to a part of the columns of y. With few rows the
 columns have several parts, so that more programs load y; each of them computes xa anew.
