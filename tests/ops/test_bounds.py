@@ -24,7 +24,7 @@ def run(mode):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize("mode", ["end", "front"])
+@pytest.mark.parametrize("mode", ["end", pytest.param("front", marks=pytest.mark.long)])
 def test_kernels_stay_within_their_tensors(mode):
     done = run(mode)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -96,7 +96,9 @@ def test_the_update_of_a_linear_layer_compiles_without_spills_and_fits(arch, dty
         assert kernel["shared"] <= SHARED[arch], f"too much shared memory: {kernel}"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "arch", [80, 90, *(pytest.param(arch, marks=pytest.mark.long) for arch in (100, 120))]
+)
 def test_masks_of_dropout_compile_with_few_spills(arch):
     for kernel in compiled_for(arch, [case(LARGE, "bfloat16", p=0.05)]):
         # a mask needs more registers than products by roles have left
