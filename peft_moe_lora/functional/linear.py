@@ -23,7 +23,7 @@ import torch
 
 from ..ops import BatchShape
 from .linear_kernels import add_update, has_kernels, update_gradients
-from .operators import is_autocast_enabled, is_differentiated, without_autocast
+from .operators import as_stored, is_autocast_enabled, is_differentiated, without_autocast
 
 
 class FrozenLinear(NamedTuple):
@@ -201,8 +201,11 @@ def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_rows = _rows(x, dtype) if needs_A else None
         dx_shape = BatchShape(shape) if needs_x else None
         dx, dA, dB = update_gradients(rows, x_rows, A, B, xa, weight, scaling, dx_shape)
-        gradients = (_as_stored(dx, x_dtype), _as_stored(dA, A_dtype), _as_stored(dB, B_dtype))
-        return *gradients, dy if needs_y else None, None, None, None
+        if dx is not None:
+            dx = _in(dx, x_dtype)
+        # kernels multiply A and B as they are stored
+        dA, dB = as_stored(dA, A), as_stored(dB, B)
+        return dx, dA, dB, dy if needs_y else None, None, None, None
     if needs_x or needs_A:
         yb = _scaled_mm(rows, B, scaling)
     if needs_x:
@@ -251,11 +254,6 @@ def _in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.dtype == dtype:
         return tensor
     return tensor.type(dtype)
-
-
-def _as_stored(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A gradient in the dtype of its tensor; None if it is not needed."""
-    return None if gradient is None else _in(gradient, dtype)
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:

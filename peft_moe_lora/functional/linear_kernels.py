@@ -15,9 +15,9 @@ from .backends import on_device_of, ops_for, select_backend
 
 # of products; those of fp32 take the device so long that the host does not bound them
 DTYPES = frozenset({torch.bfloat16, torch.float16})
-# tiles of more ranks would not leave room for rows
+# a program holds all ranks of its rows in registers
 MAX_RANK = 128
-# subclasses may hold no data, or data of another kind
+# a subclass may hold no data (FakeTensor), or a part of them (DTensor)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -136,8 +136,7 @@ def update_gradients(
     if x is not None:
         x = _adjacent(x)
     ops = ops_for("auto", dy.device)
-    found = ops.replayed(_update_gradients, dy, x, lora_A, lora_B, xa, dx, scaling, shape)
-    dx, dA, dB = found
+    dx, dA, dB = ops.replayed(_update_gradients, dy, x, lora_A, lora_B, xa, dx, scaling, shape)
     return dx, dA, dB
 
 

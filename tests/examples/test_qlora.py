@@ -96,6 +96,28 @@ def test_the_benchmarks_other_optimizers_are_pytorchs(name, fused):
     assert optimizer.defaults["fused"] == fused
 
 
+def test_an_optimizer_that_steps_in_backward_steps_as_one_of_all_parameters_does():
+    start = [torch.ones(3), torch.full((2,), 2.0)]
+    moved = {}
+    for in_backward in (False, True):
+        trained = [torch.nn.Parameter(t.clone()) for t in start]
+        made = quantized_model.optimizers_of(trained, torch.optim.AdamW, in_backward)
+        assert len(made) == (2 if in_backward else 1)
+        for _ in range(3):
+            sum(t.square().sum() for t in trained).backward()
+            if not in_backward:
+                made[0].step()
+                made[0].zero_grad(set_to_none=True)
+            # no gradient is left for later
+            assert all(t.grad is None for t in trained)
+        moved[in_backward] = trained
+        # two moments in fp32 and a counter a tensor
+        assert quantized_model.state_bytes(made) == 2 * 4 * 5 + 2 * 4
+    for together, alone, before in zip(moved[False], moved[True], start, strict=True):
+        assert torch.equal(together, alone)
+        assert not torch.equal(together, before)
+
+
 def test_an_optimizer_of_bitsandbytes_without_it_is_refused(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(SystemExit):
