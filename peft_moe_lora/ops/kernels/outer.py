@@ -32,11 +32,11 @@ from .tiles.chunks import chunk_of, chunk_rows, sum_chunks
 from .tiles.dropout import kept, probability_and_seed, row_hash, scale_of_kept
 from .tiles.eights import as_eights, by_8
 
-# columns of a tile of the small side; of more, two tiles read the wide side twice, so with many
-# columns, and a row of the table for them, tiles are larger
+# columns of a tile of the small side. Each tile reads the wide side. So where the small side has
+# more columns, and the table has the row "outer_many", a tile has MANY_COLUMNS
 COLUMNS = 64
 MANY_COLUMNS = 128
-# columns of the wide side of such a tile. Its elements, sums of the output, are held in registers
+# columns of the wide side of a tile with the most columns of the small side
 WIDE_COLUMNS = 128
 
 
