@@ -5,8 +5,12 @@ from torch import nn
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks on a module run before or after its forward, or its backward."""
-    before = module._forward_pre_hooks or module._backward_pre_hooks
-    return bool(before or module._forward_hooks or module._backward_hooks)
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
 
 
 def is_hooked_by_others(module: nn.Module) -> bool:

@@ -23,7 +23,13 @@ import torch
 
 from ..ops import BatchShape
 from .linear_kernels import add_update, has_kernels, update_gradients
-from .operators import as_stored, is_autocast_enabled, is_differentiated, without_autocast
+from .operators import (
+    applied,
+    as_stored,
+    is_autocast_enabled,
+    is_differentiated,
+    without_autocast,
+)
 
 
 class FrozenLinear(NamedTuple):
@@ -85,10 +91,7 @@ def updated_linear(
     # an autograd function costs the host as much as the products
     if not is_differentiated(tensors):
         return _products(*tensors, settings)[0]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _UpdatedLinear.apply(*tensors, settings)
-    # what else `Function.apply` does is for torch.func, and costs the host two products more
-    return super(torch.autograd.Function, _UpdatedLinear).apply(*tensors, settings)
+    return applied(_UpdatedLinear, *tensors, settings)
 
 
 # what `_UpdatedLinear` takes beside tensors: scaling, dropout_p, the dtype of the products, and
@@ -113,7 +116,7 @@ def _products(
         mask [T, K] bool, or None without dropout; xa.
     """
     # an empty context takes the host a microsecond
-    if is_autocast_enabled(x.device.type):
+    if is_autocast_enabled(x):
         with without_autocast(x.device.type):
             return _products(x, lora_A, lora_B, y, weight, bias, settings)
     scaling, p, dtype, by_kernels = settings
@@ -179,7 +182,7 @@ class _UpdatedLinear(torch.autograd.Function):
                 "create_graph=True: this linear layer's LoRA computes no second derivatives; use "
                 "PEFT's own layer, MoELoraConfig(fast_linear=False)."
             )
-        if is_autocast_enabled(dy.device.type):
+        if is_autocast_enabled(dy):
             with without_autocast(dy.device.type):
                 return _gradients(ctx, dy)
         return _gradients(ctx, dy)

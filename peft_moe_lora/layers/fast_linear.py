@@ -45,9 +45,12 @@ class FastForward(nn.Module):
     lora_dropout: nn.ModuleDict
     lora_variant: dict[str, Any]
     scaling: dict[str, float]
-    active_adapters: list[str]
     disable_adapters: bool
     merged: bool
+    merged_adapters: list[str]
+    # of PEFT: a name, or a list of names
+    _active_adapter: Any
+    _disable_adapters: bool
     cast_input_dtype_enabled: bool
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,7 +84,7 @@ class FastForward(nn.Module):
 
     def _updates(self, x: torch.Tensor) -> list[LinearUpdate] | None:
         """The updates of the active adapters; None where PEFT's forward must run."""
-        if self.disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled:
+        if self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled:
             return None
         if x.dtype not in _DTYPES or not is_plain(x) or _is_watched():
             return None
@@ -89,7 +92,11 @@ class FastForward(nn.Module):
         factors_B = children(self, "lora_B")
         dropouts = children(self, "lora_dropout")
         updates = []
-        for name in self.active_adapters:
+        # not PEFT's properties, which take the host a microsecond in every forward
+        active = self._active_adapter
+        if isinstance(active, str):
+            active = [active]
+        for name in active:
             if name not in factors_A:
                 continue
             if not self.fast.get(name, False) or name in self.lora_variant:
@@ -156,9 +163,10 @@ def _fast_class(own: type[nn.Module]) -> type[nn.Module] | None:
 
 def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
     """The dtype in which autocast, or PyTorch without it, multiplies x by a weight of its dtype."""
-    if x.dtype != torch.float64 and is_autocast_enabled(x.device.type):
+    dtype = x.dtype
+    if is_autocast_enabled(x) and dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return dtype
 
 
 def _factor(module: Any) -> Any:

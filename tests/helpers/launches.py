@@ -87,6 +87,7 @@ def record_launches(monkeypatch, gpu=HOPPER):
         monkeypatch.setattr(module, "driver", Driver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", Recent(replay.KINDS_BYTES))
+    monkeypatch.setattr(replay, "_tested", {})
     monkeypatch.setattr(replay, "_compiled", set())
     for module in (whole, steps):
         monkeypatch.setattr(module, "ops_for", lambda backend, device: kernels)

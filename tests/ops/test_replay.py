@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from peft_moe_lora.ops.kernels.launching import graphs, launch, recording, replay
+from peft_moe_lora.ops.kernels.launching import alike, graphs, launch, recording, replay
 from peft_moe_lora.ops.kernels.launching.recent import Recent
 from peft_moe_lora.ops.kernels.launching.replay import replayed
 
@@ -64,6 +64,7 @@ def kernel(monkeypatch):
         monkeypatch.setattr(module, "driver", NoDriver)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(replay, "_kinds", Recent(replay.KINDS_BYTES, replay._forget_graphs))
+    monkeypatch.setattr(replay, "_tested", {})
     monkeypatch.setattr(replay, "_compiled", set())
     return Add()
 
@@ -242,6 +243,122 @@ def test_arguments_that_share_memory_are_not_recorded(add):
     assert replay._kinds.values() == [NOT_REPLAYED]
 
 
+@pytest.fixture
+def looked_up(monkeypatch):
+    """The calls whose kind was looked up, one entry for each."""
+    calls = []
+    look_up = replay._kind_and_tensors
+
+    def counting(*call):
+        calls.append(call)
+        return look_up(*call)
+
+    monkeypatch.setattr(replay, "_kind_and_tensors", counting)
+    return calls
+
+
+def test_a_recorded_call_is_looked_up_once(add, looked_up):
+    def compose(x, y, n):
+        return (add(x, y, n),)
+
+    for _ in range(6):
+        x, y = torch.randn(2, 16)
+        torch.testing.assert_close(replayed(compose, x, y, 1.0)[0], x + y + 1.0)
+    # composed, recorded, and found the first time
+    assert len(looked_up) == 3
+
+
+def test_calls_of_one_pattern_are_told_apart_by_their_tensors(add, looked_up):
+    def compose(x, y):
+        return (add(x, y),)
+
+    memory = torch.randn(64)
+    for _ in range(5):
+        for n in (16, 20, 24):
+            x, y = torch.randn(2, n)
+            assert torch.equal(replayed(compose, x, y)[0], x + y)
+        # of the shape of the first, with other strides
+        x, y = torch.randn(4, 4), memory[:32].view(4, 8)[:, :4]
+        (out,) = replayed(lambda x, y: (add(x.contiguous(), y.contiguous()),), x, y)
+        assert torch.equal(out, x + y)
+
+
+def test_more_calls_than_are_tested_are_still_replayed(add, kernel):
+    composed = []
+
+    def compose(x):
+        composed.append(len(x))
+        return (add(x, None),)
+
+    lengths = range(17, 17 + 2 * replay.TESTED)
+    for _ in range(5):
+        for n in lengths:
+            x = torch.randn(n)
+            assert torch.equal(replayed(compose, x)[0], x)
+    assert len(composed) == 2 * len(lengths) + len({n.bit_length() for n in lengths})
+    assert all(len(known) <= replay.TESTED for known in replay._tested.values())
+
+
+def test_an_absent_tensor_is_not_taken_for_another(add):
+    def compose(x, first, second):
+        return (add(x, second, 0.0 if first is None else 5.0),)
+
+    for _ in range(5):
+        x, y = torch.randn(2, 16)
+        assert torch.equal(replayed(compose, x, None, y)[0], x + y)
+        assert torch.equal(replayed(compose, x, y, None)[0], x + 5.0)
+
+
+def test_a_test_that_answers_wrong_is_not_used(add, looked_up, monkeypatch):
+    class Always:
+        """PyTorch's test, if it were another one."""
+
+        def __init__(self, *tensors, **facts):
+            self.check = lambda *others: True
+
+    def compose(x):
+        return (add(x, None),)
+
+    monkeypatch.setattr(alike.guards, "TensorGuards", Always)
+    alike._answers_right.cache_clear()
+    try:
+        for _ in range(4):
+            for n in (16, 20):
+                x = torch.randn(n)
+                assert torch.equal(replayed(compose, x)[0], x)
+    finally:
+        alike._answers_right.cache_clear()
+    assert len(looked_up) == 8
+    assert not replay._tested
+
+
+def test_without_a_test_of_pytorch_calls_are_replayed(add, monkeypatch):
+    def compose(x):
+        return (add(x, None),)
+
+    monkeypatch.delattr(alike.guards, "TensorGuards")
+    alike._answers_right.cache_clear()
+    try:
+        for _ in range(4):
+            assert (replayed(compose, torch.ones(16))[0] == 1).all()
+    finally:
+        alike._answers_right.cache_clear()
+    assert kinds() == [replay._Replay]
+
+
+def test_a_tensor_of_another_class_is_not_kept_alive(add):
+    class Other(torch.Tensor):
+        pass
+
+    def compose(x, y):
+        return (add(x, None),)
+
+    for _ in range(4):
+        other = torch.ones(16).as_subclass(Other)
+        assert (replayed(compose, torch.ones(16), other)[0] == 1).all()
+    assert not replay._tested
+
+
 def test_a_value_that_has_no_hash_is_composed(add):
     for _ in range(3):
         (out,) = replayed(lambda x, ns: (add(x, None, ns[0]),), torch.zeros(16), [3.0])
@@ -305,9 +422,16 @@ def test_the_graphs_of_a_dropped_kind_are_dropped(add, monkeypatch):
 def test_forgetting_drops_kinds_and_graphs(add, monkeypatch):
     forgotten = []
     monkeypatch.setattr(replay, "forget_graphs", lambda: forgotten.append(True))
-    replayed(lambda x: (add(x, None),), torch.zeros(16))
+
+    def compose(x):
+        return (add(x, None),)
+
+    for _ in range(3):
+        replayed(compose, torch.zeros(16))
+    assert replay._tested
     replay.forget()
     assert not replay._kinds.values()
+    assert not replay._tested
     assert not replay._compiled
     assert forgotten == [True]
 

@@ -10,16 +10,21 @@ a choice that depends on data is made on the device. So the host chooses once fo
     later calls: results and a workspace are allocated, and the recorded launches are repeated.
         If the same addresses came before, one CUDA graph repeats them.
 
-A repeated launch takes the host a few microseconds instead of twenty.
+A repeated launch takes the host a few microseconds instead of twenty. Looking its kind up takes
+about as long as all the rest. So a recorded call is found first by a quick test, which needs no
+kind.
 
 Legend:
     kind: the function, the device, and each argument's dtype, shape and strides, or its value
+    pattern: the function, and each argument's value; of a tensor only that it is one
     buffer, workspace: as in `recording`
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -27,7 +32,7 @@ from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 
 from ...operations import BatchShape
 from ...quantized import QuantizedWeight
-from . import launch
+from . import alike, launch
 from .graphs import Graphs
 from .graphs import forget as forget_graphs
 from .recent import Recent
@@ -44,6 +49,15 @@ LAUNCH_BYTES = 2048
 # {type of device: torch.empty_strided(shape, strides, dtype) on the current device}. These are the
 # functions that inductor's code calls; they take the host half as long
 _EMPTY = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
+
+
+# recorded calls of a pattern that are found by a test, the newest ones: batches of ever new sizes
+# have one pattern
+TESTED = 4
+# classes of tensors whose values are in their memory
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+# takes the place of a tensor in a pattern
+_TENSOR = object()
 
 
 class _State(Enum):
@@ -74,20 +88,19 @@ class _Replay:
         """
         _, used, values, made, nbytes = self.recorded
         addresses = [arguments[index].data_ptr() for index in used]
-        union = 0
-        for address in addresses:
-            union |= address
-        if union & 15:
+        if reduce(or_, addresses, 0) & 15:
             return None
         empty = self.empty
         results = values.copy()
+        new = None
         for index, (shape, stride, dtype) in made:
-            result = empty(shape, stride, dtype)
-            results[index] = result
-            addresses.append(result.data_ptr())
-        workspace = empty((nbytes,), (1,), torch.uint8)
-        assert workspace.device == self.device, "a replay of launches on another current device"
-        addresses.append(workspace.data_ptr())
+            new = results[index] = empty(shape, stride, dtype)
+            addresses.append(new.data_ptr())
+        if nbytes:
+            new = empty((nbytes,), (1,), torch.uint8)
+            addresses.append(new.data_ptr())
+        on_device = new is None or new.device == self.device
+        assert on_device, "a replay of launches on another current device"
         self.graphs(addresses)
         return tuple(results)
 
@@ -102,6 +115,10 @@ def _forget_graphs(kind: _Replay | _State) -> None:
 
 
 _kinds: Recent[_Replay | _State] = Recent(KINDS_BYTES, _forget_graphs)
+# {pattern: tests and what to replay where one is passed}. Emptied whenever a kind is stored: so a
+# kind that is dropped is not found here, and one that is in use is looked up in `_kinds` again,
+# where it counts as used
+_tested: dict[tuple, list[tuple[alike.Test, _Replay]]] = {}
 # the kinds, without exact numbers of rows, whose kernels were compiled ahead
 _compiled: set[tuple] = set()
 
@@ -118,20 +135,45 @@ def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
         arguments: first a tensor; then tensors, quantized weights, None or hashable values. If a
             value is not hashable, the function is called directly.
     """
+    pattern: list[Any] = [function, dot_precision(arguments[0].dtype)]
+    tensors: list[torch.Tensor] = []
+    for argument in arguments:
+        if type(argument) in _PLAIN:
+            tensors.append(argument)
+            pattern.append(_TENSOR)
+        elif isinstance(argument, QuantizedWeight):
+            tensors += argument.tensors()
+            pattern.append(argument.facts())
+        else:
+            pattern.append(argument)
+    key = tuple(pattern)
+    try:
+        known = _tested.get(key, ())
+    except TypeError:
+        # a value without a hash
+        return function(*arguments)
+    for passes, replay in known:
+        if passes(*tensors):
+            # a replay may encode tensor descriptors
+            launch.bind(arguments[0].get_device())
+            return replay(tensors) or function(*arguments)
+    return _looked_up(key, function, *arguments)
+
+
+def _looked_up(pattern: tuple, function: Callable[..., tuple], *arguments: Any) -> tuple:
+    """The same for a call that passes no test."""
     device = arguments[0].get_device()
     # before the recording, which would otherwise record what `bind` does
     launch.bind(device)
     kind, tensors = _kind_and_tensors(function, device, arguments)
-    try:
-        found = _kinds.get(kind)
-    except TypeError:
-        return function(*arguments)
+    found = _kinds.get(kind)
     if isinstance(found, _Replay):
+        _add_test(pattern, tensors, found)
         return found(tensors) or function(*arguments)
     if found is _State.NOT_REPLAYED:
         return function(*arguments)
     if found is None:
-        _kinds.put(kind, _State.CALLED_ONCE, KIND_BYTES)
+        _store(kind, _State.CALLED_ONCE, KIND_BYTES)
         about = _without_rows(kind)
         # batches of ever new sizes need no new kernels, and asking for them takes the host as long
         # as the call itself
@@ -145,11 +187,27 @@ def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
     recorded = recording.recorded(results)
     if recorded is None:
         logger.debug("not replayed: the composition %s.", recording.failed)
-        _kinds.put(kind, _State.NOT_REPLAYED, KIND_BYTES)
+        _store(kind, _State.NOT_REPLAYED, KIND_BYTES)
     else:
         nbytes = KIND_BYTES + LAUNCH_BYTES * len(recorded.launches)
-        _kinds.put(kind, _Replay(recorded, arguments[0].device), nbytes)
+        _store(kind, _Replay(recorded, arguments[0].device), nbytes)
     return results
+
+
+def _store(kind: tuple, value: _Replay | _State, nbytes: int) -> None:
+    _kinds.put(kind, value, nbytes)
+    _tested.clear()
+
+
+def _add_test(pattern: tuple, tensors: list[torch.Tensor], replay: _Replay) -> None:
+    """Let calls like this one be found by a test."""
+    # a tensor of another class would be a value of the pattern, and be kept alive by it
+    if any(isinstance(part, torch.Tensor) for part in pattern):
+        return
+    test = alike.test_of(tensors)
+    if test is not None:
+        # a new list, because another thread may read the old one
+        _tested[pattern] = [(test, replay), *_tested.get(pattern, ())][:TESTED]
 
 
 def _kind_and_tensors(
@@ -197,5 +255,6 @@ def _without_rows(kind: tuple) -> tuple:
 def forget() -> None:
     """Drop every recorded call."""
     _kinds.clear()
+    _tested.clear()
     _compiled.clear()
     forget_graphs()
