@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cases import PROJECTIONS
 from peft_moe_lora import MoELoraConfig, keep_experts
@@ -99,6 +100,13 @@ def set_checkpointing(model: nn.Module, on: bool, keeps: bool = False) -> None:
         getattr(model, f"{word}_checkpointing_enable")(options)
     else:
         getattr(model, f"{word}_checkpointing_disable")()
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer by itself; they share their graphs."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
 
 
 # ---- the adapters ------------------------------------------------------------------------------

@@ -13,6 +13,9 @@
     python examples/benchmarks/quantized.py --model --rank 16 --optimizer adamw_8bit \\
         --loss-chunk 256 --step-in-backward
         the model in the least memory: each parameter steps as soon as its gradient is there
+    python examples/benchmarks/quantized.py --model --loss-chunk 256 --steps 6 --one-thread \\
+        --compile-layers
+        the model in the least time
 
 The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and
 quantized in turns in one run; outputs and gradients are first compared with a reference in higher
@@ -32,7 +35,7 @@ from few_rows import time_few_rows, use_blocks
 from models import FORMATS
 from options import parse
 from quantized_layer import time_layer
-from quantized_model import OPTIMIZERS, optimizer_class, train
+from quantized_model import OPTIMIZERS, Training, optimizer_class, train
 from report import Column, format_table, write_json
 
 LAYER_COLUMNS = {
@@ -109,6 +112,13 @@ class Arguments:
         default=False,
         metadata={"help": "of the model: an optimizer for each parameter, stepped in backward"},
     )
+    one_thread: bool = field(
+        default=False,
+        metadata={"help": "of the model: backward runs in the caller's thread, not in autograd's"},
+    )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "of the model: each decoder layer is compiled by itself"}
+    )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "keep the numbers here"}
     )
@@ -184,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(default_device())
     found: Any
     if args.model:
-        found = train(
+        training = Training(
             args.formats[0],
             args.rank,
             args.tokens[0],
@@ -192,8 +202,10 @@ def main(argv: list[str] | None = None) -> None:
             args.loss_chunk,
             args.optimizer,
             args.step_in_backward,
-            device,
+            args.one_thread,
+            args.compile_layers,
         )
+        found = train(training, device)
         print(json.dumps(found, indent=2))
     else:
         shape = shape_of(args.shape)

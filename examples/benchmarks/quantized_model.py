@@ -9,6 +9,7 @@ gradient is there and drops it. So no more than one layer's gradients are in mem
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import QWEN3_30B, TINY_QWEN3
-from models import ATTENTION, build_quantized, set_checkpointing
+from models import ATTENTION, build_quantized, compile_layers, set_checkpointing
 from peft_moe_lora import MoELoraConfig
 from timing import seconds_per_call
 
@@ -122,24 +123,36 @@ def loss_of(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> torch.Ten
     return torch.stack(list(losses())).sum() / len(targets)
 
 
-def train(
-    format: str,
-    rank: int,
-    tokens: int,
-    steps: int,
-    loss_chunk: int | None,
-    optimizer_name: str,
-    step_in_backward: bool,
-    device: torch.device,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how.
+
+    Attributes:
+        format: of the experts, a key of `models.FORMATS`.
+        rank: r; lora_alpha is 2 r.
+        tokens: of the one sequence.
+        steps: how many are trained.
+        loss_chunk: see `loss_of`.
+        optimizer: one of `OPTIMIZERS`.
+        step_in_backward: whether every parameter steps as soon as its gradient is there.
+        one_thread: whether backward runs in the caller's thread, and not in autograd's own.
+        compile_layers: whether each decoder layer is compiled by itself.
+    """
+
+    format: str
+    rank: int
+    tokens: int
+    steps: int
+    loss_chunk: int | None = None
+    optimizer: str = "adamw_torch"
+    step_in_backward: bool = False
+    one_thread: bool = False
+    compile_layers: bool = False
+
+
+def train(training: Training, device: torch.device) -> dict[str, Any]:
     """Train the whole model for some steps on one sequence.
 
-    Args:
-        format: of the experts, a key of `models.FORMATS`.
-        tokens: of the sequence.
-        loss_chunk: see `loss_of`.
-        optimizer_name: one of `OPTIMIZERS`.
-        step_in_backward: whether every parameter steps as soon as its gradient is there.
     Returns: sizes, bytes of the optimizer's state, GiB at each stage, ms and loss of every step.
     """
     sizes = TINY_QWEN3
@@ -147,40 +160,39 @@ def train(
     if device.type == "cuda":
         sizes = QWEN3_30B
         dtype = torch.bfloat16
-    make_optimizer = optimizer_class(optimizer_name)
+    make_optimizer = optimizer_class(training.optimizer)
     memory = Memory(device)
-    base = build_quantized(sizes, format, dtype, device)
+    base = build_quantized(sizes, training.format, dtype, device)
     memory.note("built")
     targets = ["experts", *ATTENTION]
-    config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    config = MoELoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules=targets)
     model = get_peft_model(base, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     memory.note("adapter")
     set_checkpointing(model.get_base_model(), True)
     model.train()
-    optimizers = optimizers_of(trained, make_optimizer, step_in_backward)
-    ids = torch.randint(sizes["vocab_size"], (1, tokens), device=device)
+    if training.compile_layers:
+        compile_layers(model)
+    optimizers = optimizers_of(trained, make_optimizer, training.step_in_backward)
+    ids = torch.randint(sizes["vocab_size"], (1, training.tokens), device=device)
     losses = []
     ms = []
 
     def step() -> None:
-        loss = loss_of(model, ids, loss_chunk)
+        loss = loss_of(model, ids, training.loss_chunk)
         loss.backward()
-        if not step_in_backward:
+        if not training.step_in_backward:
             optimizers[0].step()
             optimizers[0].zero_grad(set_to_none=True)
         losses.append(loss.item())
 
-    for i in range(steps):
-        ms.append(1e3 * seconds_per_call(step, device, 1))
-        memory.note(f"step {i + 1}")
+    with torch.autograd.set_multithreading_enabled(not training.one_thread):
+        for i in range(training.steps):
+            ms.append(1e3 * seconds_per_call(step, device, 1))
+            memory.note(f"step {i + 1}")
     found = {
         "sizes": sizes,
-        "format": format,
-        "r": rank,
-        "T": tokens,
-        "optimizer": optimizer_name,
-        "step_in_backward": step_in_backward,
+        **asdict(training),
         "state_bytes": state_bytes(optimizers),
         "trained": sum(p.numel() for p in trained),
         "losses": losses,

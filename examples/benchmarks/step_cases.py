@@ -14,8 +14,8 @@ VOCABULARY = 32768
 SLICE = QWEN3_30B | {"vocab_size": VOCABULARY}
 # kinds of checkpointing; without one of them there is none
 CHECKPOINTING = ("plain", "experts")
-VARIANTS = ("compile", "liger")
-# what a run measures unless it is told otherwise: under 6 minutes on an H200 with three routes
+VARIANTS = ("compile", "layers", "liger", "one-thread")
+# what a run measures unless it is told otherwise
 DEFAULT = (
     "4x2048",
     "4x2048+plain",
@@ -23,9 +23,13 @@ DEFAULT = (
     "1x2048",
     "1x2048+plain",
     "1x2048+experts",
+    "1x2048+one-thread",
     "4x2048+compile",
     "1x2048+compile",
+    "4x2048+layers",
+    "1x2048+layers",
     "4x2048+liger",
+    "4x2048+layers+liger",
     "4x2048+plain+liger",
     "4x2048+experts+liger",
     "4x2048+vocabulary=151936",
@@ -52,15 +56,19 @@ class StepCase:
     Attributes:
         batch: sequences x tokens.
         checkpointing: "no", or one of CHECKPOINTING.
-        compiled: whether the model is compiled.
+        compiled: whether the model is compiled as a whole.
+        layers: whether each of its decoder layers is compiled by itself.
         liger: whether Liger's norms, rope and loss run.
+        one_thread: whether backward runs in the thread that asks for it, and not in autograd's own.
         vocabulary: tokens of the model's vocabulary.
     """
 
     batch: Batch
     checkpointing: str = "no"
     compiled: bool = False
+    layers: bool = False
     liger: bool = False
+    one_thread: bool = False
     vocabulary: int = VOCABULARY
 
     def __str__(self) -> str:
@@ -70,8 +78,14 @@ class StepCase:
     @property
     def variant(self) -> str:
         """How the model runs, in words."""
-        words = [word for word, on in (("compile", self.compiled), ("liger", self.liger)) if on]
+        on = (self.compiled, self.layers, self.liger, self.one_thread)
+        words = [word for word, is_on in zip(VARIANTS, on, strict=True) if is_on]
         return "+".join(words) or "eager"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether anything is compiled."""
+        return self.compiled or self.layers
 
 
 def read_case(text: str, vocabulary: int) -> StepCase:
@@ -96,8 +110,7 @@ def read_case(text: str, vocabulary: int) -> StepCase:
     return StepCase(
         read_batch(batch),
         next(iter(checkpointing), "no"),
-        "compile" in variants,
-        "liger" in variants,
+        *[word in variants for word in VARIANTS],
         int(next(iter(sizes), vocabulary)),
     )
 

@@ -22,7 +22,7 @@ class Row:
         route: base is frozen, without adapter and optimizer: forward and backward alone.
         batch: sequences x tokens.
         checkpointing: "no", "plain", or "experts" under `keep_experts`.
-        variant: eager, compile, liger, or the last two joined by +.
+        variant: eager, or some of compile, layers, liger and one-thread, joined by +.
         vocabulary: tokens of the model's vocabulary.
         failed: why the route has no numbers.
         ms: of a step: the median over the rounds of each round's mean.

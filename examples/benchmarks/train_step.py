@@ -9,8 +9,9 @@ and in every route the embeddings' output requires a gradient, so that backward 
 layer; `base` has nothing to train and no optimizer. Before anything is timed, PEFT's adapter gets
 the values of ours, and both must give the same logits and gradients.
 
-A case is a batch and how its steps run: eager, compiled or with Liger; with checkpointing, plain or
-under `keep_experts`; with a vocabulary (`step_cases`). After each case all numbers are written, and
+A case is a batch and how its steps run: eager, compiled as a whole or layer by layer, with Liger,
+with backward in the caller's thread; with checkpointing, plain or under `keep_experts`; with a
+vocabulary (`step_cases`). After each case all numbers are written, and
 a row that fails leaves the others alone.
 """
 
@@ -33,7 +34,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from agreement import check
 from cases import MIB, QWEN3_30B, TINY_QWEN3, dtype_name
 from checking import CheckFailed
-from models import MODEL_ROUTES, ModelRoute, build_dense, set_checkpointing
+from models import MODEL_ROUTES, ModelRoute, build_dense, compile_layers, set_checkpointing
 from options import parse
 from report import (
     describe_machine,
@@ -76,8 +77,10 @@ class Arguments:
         default_factory=lambda: list(DEFAULT),
         metadata={
             "metavar": "CASE",
-            "help": "sequences x tokens, then any of +plain or +experts (checkpointing), +compile, "
-            "+liger and +vocabulary=N (default: 14 cases, 5 minutes on an H200)",
+            "help": "sequences x tokens, then any of +plain or +experts (checkpointing), +compile "
+            "or +layers (each decoder layer compiled), +liger, +one-thread (backward in the "
+            f"caller's thread) and +vocabulary=N (default: {len(DEFAULT)} cases, 7 minutes on an "
+            "H200)",
         },
     )
     rank: int = field(default=16, metadata={"help": "r; lora_alpha is 2 r (default: 16)"})
@@ -97,7 +100,7 @@ class Arguments:
         default=3, metadata={"help": "timed in a row per turn (default: 3, with --tiny 1)"}
     )
     seconds: float = field(
-        default=300.0, metadata={"help": "no case begins once so many have passed (default: 300)"}
+        default=400.0, metadata={"help": "no case begins once so many have passed (default: 400)"}
     )
     json: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "write every number here"}
@@ -186,19 +189,21 @@ def run_case(routes: dict[str, ModelRoute], case: StepCase, args: Arguments) -> 
     rows = {
         name: Row(name, str(case.batch), case.checkpointing, case.variant, case.vocabulary)
         for name in routes
-        if not case.compiled or name in args.compiled_routes
+        if not case.compiles or name in args.compiled_routes
     }
-    for name, row in rows.items():
-        attempt(routes[name], row, partial(warm_up, routes[name], ids, case, row, args))
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(args.rounds):
+    with torch.autograd.set_multithreading_enabled(not case.one_thread):
         for name, row in rows.items():
-            attempt(routes[name], row, partial(time_turn, routes[name], ids, args, times[name]))
+            attempt(routes[name], row, partial(warm_up, routes[name], ids, case, row, args))
+        for _ in range(args.rounds):
+            for name, row in rows.items():
+                attempt(routes[name], row, partial(time_turn, routes[name], ids, args, times[name]))
     for name, row in rows.items():
         if not row.failed:
             fill_in(row, case.batch, times[name])
     for name in rows:
-        routes[name].model._compiled_call_impl = None
+        for module in routes[name].model.modules():
+            module._compiled_call_impl = None
     torch._dynamo.reset()
     compare_rows(rows)
     return list(rows.values())
@@ -227,14 +232,16 @@ def warm_up(
     set_checkpointing(route.model, case.checkpointing != "no", case.checkpointing == "experts")
     if case.compiled:
         route.model.compile()
+    if case.layers:
+        compile_layers(route.model)
     step = partial(route.step, ids)
     first = seconds_per_call(step, ids.device, 1)
     seconds_per_call(step, ids.device, 2)
     row.peak = peak_of_step(route, ids) / MIB
-    profile = profile_step(route, ids, with_parts=not case.compiled)
+    profile = profile_step(route, ids, with_parts=not case.compiles)
     row.launches = profile.launches
     row.parts = profile.parts
-    if not case.compiled:
+    if not case.compiles:
         few = partial(route.step, batch_of(args, HOST_BATCH, case.vocabulary))
         # new kinds of calls are learned and recorded in the first three
         seconds_per_call(few, ids.device, 3)

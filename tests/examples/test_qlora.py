@@ -89,6 +89,25 @@ def test_the_benchmark_of_a_model_takes_an_optimizer(tmp_path):
     assert 2 * found["trained"] < found["state_bytes"] < 3 * found["trained"]
 
 
+def test_the_benchmark_of_a_model_compiles_layers_and_uses_one_thread(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    many = []
+    loss_of = quantized_model.loss_of
+
+    def noting(*words):
+        many.append(torch._C._is_multithreading_enabled())
+        return loss_of(*words)
+
+    monkeypatch.setattr(quantized_model, "loss_of", noting)
+    training = quantized_model.Training("nf4", 4, 16, 2, one_thread=True, compile_layers=True)
+    found = quantized_model.train(training, torch.device("cpu"))
+    assert [type(module).__name__ for module in compiled] == ["Qwen3MoeDecoderLayer"] * 2
+    assert many == [False] * 2
+    assert torch._C._is_multithreading_enabled()
+    assert (found["format"], found["one_thread"], found["compile_layers"]) == ("nf4", True, True)
+
+
 @pytest.mark.parametrize(("name", "fused"), [("adamw_torch", None), ("adamw_torch_fused", True)])
 def test_the_benchmarks_other_optimizers_are_pytorchs(name, fused):
     optimizer = quantized_model.optimizer_class(name)([torch.nn.Parameter(torch.ones(3))], lr=1)

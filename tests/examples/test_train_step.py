@@ -127,8 +127,11 @@ def test_what_time_does_not_suffice_for_is_named(capsys):
 
 
 def test_cases_are_read_and_grouped():
-    words = ("4x8+liger", "2x4+experts", "4x8+compile+vocabulary=9")
-    cases = [read_case(text, 7) for text in words]
+    words = ("4x8+liger", "2x4+experts", "4x8+compile+vocabulary=9", "1x8+layers+one-thread")
+    *cases, by_layers = [read_case(text, 7) for text in words]
+    assert by_layers == StepCase(Batch(1, 8), layers=True, one_thread=True, vocabulary=7)
+    assert by_layers.variant == "layers+one-thread"
+    assert [case.compiles for case in (*cases, by_layers)] == [False, False, True, True]
     assert cases[0] == StepCase(Batch(4, 8), liger=True, vocabulary=7)
     assert cases[1] == StepCase(Batch(2, 4), "experts", vocabulary=7)
     assert cases[2] == StepCase(Batch(4, 8), compiled=True, vocabulary=9)
@@ -153,6 +156,43 @@ def test_liger_is_given_once_and_compiled_models_are_given_back(monkeypatch):
     assert len(compiled) == 2
     assert [row.variant for row in run.rows] == ["compile", "liger", "compile+liger"]
     assert [bool(row.parts) for row in run.rows] == [False, True, False]
+
+
+def test_each_layer_is_compiled_by_itself_and_given_back(monkeypatch):
+    compiled = []
+
+    def compile_one(module: nn.Module) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = module._call_impl
+
+    monkeypatch.setattr(nn.Module, "compile", compile_one)
+    words = "--tiny --layers 2 --rounds 1 --routes base moe_lora --cases 1x12+layers".split()
+    run = train_step.Run(train_step.parse_arguments(words), [])
+    for group in run.args.case_groups():
+        run.measure(group)
+    assert [type(module).__name__ for module in compiled] == ["Qwen3MoeDecoderLayer"] * 4
+    assert all(module._compiled_call_impl is None for module in compiled)
+    assert [row.failed for row in run.rows] == [None, None]
+
+
+def test_backward_runs_in_the_callers_thread_where_the_case_says_so(monkeypatch):
+    threads = []
+    step = ModelRoute.step
+
+    def noting(route: ModelRoute, ids: torch.Tensor) -> None:
+        threads.append(torch._C._is_multithreading_enabled())
+        step(route, ids)
+
+    monkeypatch.setattr(ModelRoute, "step", noting)
+    words = "--tiny --layers 1 --rounds 1 --routes base --cases 1x12".split()
+    for word, many in (("1x12", True), ("1x12+one-thread", False)):
+        threads.clear()
+        run = train_step.Run(train_step.parse_arguments([*words[:-1], word]), [])
+        for group in run.args.case_groups():
+            run.measure(group)
+        # the check of the routes comes before
+        assert threads[-3:] == [many] * 3
+    assert torch._C._is_multithreading_enabled()
 
 
 # ---- the parts of a step ------------------------------------------------------------------------
