@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from ..ops import BatchShape
 from .linear_kernels import add_update, has_kernels, update_gradients
 from .operators import (
     applied,
@@ -120,11 +119,10 @@ def _products(
         with without_autocast(x.device.type):
             return _products(x, lora_A, lora_B, y, weight, bias, settings)
     scaling, p, dtype, by_kernels = settings
-    rows = _rows(x, dtype)
     if by_kernels:
-        shape = BatchShape((*x.shape[:-1], lora_B.shape[0]))
-        out, xa = add_update(rows, lora_A, lora_B, y, weight, bias, scaling, shape)
+        out, xa = add_update(_in(x, dtype), lora_A, lora_B, y, weight, bias, scaling)
         return out, lora_A, lora_B, None, xa
+    rows = _rows(x, dtype)
     A = _in(lora_A, dtype)
     B = _in(lora_B, dtype)
     dropped = rows
@@ -195,20 +193,15 @@ def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     (scaling, p, dtype, by_kernels), shape, x_dtype, A_dtype, B_dtype = ctx.constants
     needs_x, needs_A, needs_B, needs_y = ctx.needs_input_grad[:4]
     dx = dA = dB = None
-    rows = _rows(dy, dtype)
-    if by_kernels and torch.compiler.is_compiling():
-        # compiled autograd traces the backward of an eager forward
-        A, B = _in(A, dtype), _in(B, dtype)
-        xa = None if xa is None else xa[:, : len(A)]
-    elif by_kernels and (needs_x or needs_A or needs_B):
-        x_rows = _rows(x, dtype) if needs_A else None
-        dx_shape = BatchShape(shape) if needs_x else None
-        dx, dA, dB = update_gradients(rows, x_rows, A, B, xa, weight, scaling, dx_shape)
+    if by_kernels and (needs_x or needs_A or needs_B):
+        x = _in(x, dtype) if needs_A else None
+        dx, dA, dB = update_gradients(_in(dy, dtype), x, A, B, xa, weight, scaling, needs_x)
         if dx is not None:
             dx = _in(dx, x_dtype)
         # kernels multiply A and B as they are stored
         dA, dB = as_stored(dA, A), as_stored(dB, B)
         return dx, dA, dB, dy if needs_y else None, None, None, None
+    rows = _rows(dy, dtype)
     if needs_x or needs_A:
         yb = _scaled_mm(rows, B, scaling)
     if needs_x:

@@ -122,6 +122,25 @@ def test_a_step_launches_a_few_kernels_each_way_and_waits_for_none():
     assert 2 <= sum(kernels.values()) <= 4, kernels
 
 
+@bases
+def test_a_graph_runs_the_same_kernels_and_copies_nothing(fused):
+    """PyTorch's own addmm would copy the output, and dx, before it adds to them."""
+    arguments = tensors(torch.bfloat16)
+    leaves = [t.requires_grad_() for t in arguments[:3]]
+    compiled = torch.compile(partial(fast, fused=fused), fullgraph=True)
+
+    def run():
+        out = compiled(*leaves, *arguments[3:])
+        return torch.autograd.grad(out.float().sum(), leaves)
+
+    for _ in range(3):
+        run()
+    kernels = launched_by(run)
+    assert kernels["_add_low_rank_kernel"] == 2
+    assert kernels["_outer_kernel"] == 2
+    assert not [name for name in kernels if name.startswith("Memcpy")], kernels
+
+
 @pytest.mark.parametrize("rows", [1, 63, 777, 3000, 9000])
 @pytest.mark.parametrize("r", [1, 8, 12, 16, 33, 64, 128, 129])
 def test_every_rank_and_number_of_rows_in_recorded_and_replayed_calls(rows, r):
