@@ -4,21 +4,16 @@ W is multiplied by cuBLAS. All other products of a direction are one call, which
 replayed. So the host makes two calls in each direction, and five with PyTorch's products; and no
 copies of A and B are kept. A linear layer is one expert that owns all rows.
 
-Under torch.compile such a call is one operator. PyTorch's own `addmm` would copy y first, because
-a graph writes nothing in place.
+Not under torch.compile: as an operator of a graph such a call gains less than 1 % of a step.
 
 Legend: T, xa, yb, dx, dA, dB as in `linear`; xa and yb have R columns (`ops.ranks`)
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..ops import BatchShape, Operations, Routing
-from ..ops.ranks import stored_rank
 from .backends import on_device_of, ops_for, select_backend
-from .operators import Operator
 
 # of products; those of fp32 take the device so long that the host does not bound them
 DTYPES = frozenset({torch.bfloat16, torch.float16})
@@ -47,8 +42,10 @@ def has_kernels(
     """
     if not x.is_cuda:
         return False
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and _is_watched():
+    # what traces or watches PyTorch's operations, as selective checkpointing does, sees no kernels
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     if dtype not in DTYPES or dropout_p or not 0 < lora_A.shape[0] <= MAX_RANK:
         return False
@@ -61,23 +58,7 @@ def has_kernels(
             continue
         if type(tensor) not in _PLAIN or tensor.get_device() != device or not tensor.numel():
             return False
-    if is_compiling:
-        # the operators choose between kernels and their twins when the graph runs
-        return torch.version.hip is None
     return select_backend("auto", x.device) == "triton"
-
-
-def _is_watched() -> bool:
-    """Whether something traces or watches PyTorch's operations, as selective checkpointing does.
-
-    It sees no kernels.
-    """
-    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
-        return True
-    return torch._C._are_functorch_transforms_active()
-
-
-# ---- the two directions
 
 
 def add_update(
@@ -99,32 +80,14 @@ def add_update(
         scaling: lora_alpha / r.
     Returns: out [..., N], which is no view, and xa [T, R].
     """
-    if torch.compiler.is_compiling():
-        if y is None:
-            assert weight is not None, "a layer or its output"
-            y = F.linear(x, weight, bias)
-        out, xa = _ADD.compiled(_Addends(x, lora_A, lora_B, y), _Scaling(scaling))
-        return out, xa
     # with two dimensions, products take the host less
     rows = x.reshape(-1, x.shape[-1])
     if y is None:
         assert weight is not None, "a layer or its output"
         y = F.linear(rows, weight, bias)
     shape = BatchShape((*x.shape[:-1], y.shape[-1]))
-    return _sum(rows, lora_A, lora_B, y, scaling, shape)
-
-
-def _sum(
-    rows: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    y: torch.Tensor,
-    scaling: float,
-    shape: BatchShape,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_update` for rows [T, K] and a given y; `shape` is that of out."""
-    ops = ops_for("auto", rows.device)
     y = y.reshape(-1, y.shape[-1])
+    ops = ops_for("auto", rows.device)
     # autograd brings backward to the device by itself
     with on_device_of(rows):
         out, xa = ops.replayed(_add_update, _adjacent(rows), lora_A, lora_B, y, scaling, shape)
@@ -168,32 +131,13 @@ def update_gradients(
         needs_x: whether dx is needed.
     Returns: dx [..., K] in the dtype of dy, dA and dB in fp32; None where they are not needed.
     """
-    dx = None
-    if torch.compiler.is_compiling():
-        if needs_x and weight is not None:
-            dx = dy @ weight
-        factors = _Factors(dy, x, lora_A, lora_B, xa, dx)
-        return _GRADIENTS.compiled(factors, _Asked(scaling, needs_x))
     rows = dy.reshape(-1, dy.shape[-1])
+    dx = None
     if needs_x and weight is not None:
         dx = torch.mm(rows, weight)
     shape = None
     if needs_x:
         shape = BatchShape((*dy.shape[:-1], lora_A.shape[1]))
-    return _all_gradients(rows, x, lora_A, lora_B, xa, dx, scaling, shape)
-
-
-def _all_gradients(
-    rows: torch.Tensor,
-    x: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    xa: torch.Tensor | None,
-    dx: torch.Tensor | None,
-    scaling: float,
-    shape: BatchShape | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """`update_gradients` for rows [T, N] of dy, given dy W [T, K] as dx; `shape` is that of dx."""
     rows = _adjacent(rows)
     if x is not None:
         x = _adjacent(x.reshape(-1, x.shape[-1]))
@@ -212,7 +156,7 @@ def _update_gradients(
     scaling: float,
     shape: BatchShape | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """`_all_gradients` as a composition of operations."""
+    """`update_gradients` for rows, given dy W as dx; `shape` is that of dx."""
     ops = ops_for("auto", dy.device)
     routing = ops.one_expert(dy)
     yb = out = dA = dB = None
@@ -247,97 +191,3 @@ def _adjacent(rows: torch.Tensor) -> torch.Tensor:
     if rows.stride(1) == 1:
         return rows
     return rows.contiguous()
-
-
-# ---- under torch.compile
-
-
-class _Addends(NamedTuple):
-    """x [..., K], A, B, and y [..., N]."""
-
-    x: torch.Tensor
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    y: torch.Tensor
-
-
-class _Scaling(NamedTuple):
-    """lora_alpha / r."""
-
-    scaling: float
-
-
-class _Sum(NamedTuple):
-    """out [..., N] and xa [T, R]."""
-
-    out: torch.Tensor
-    xa: torch.Tensor
-
-
-class _Factors(NamedTuple):
-    """What `update_gradients` takes, and dx = dy W; None if W is not a part of the step."""
-
-    dy: torch.Tensor
-    x: torch.Tensor | None
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    xa: torch.Tensor | None
-    dx: torch.Tensor | None
-
-
-class _Asked(NamedTuple):
-    """The scaling, and whether dx is needed."""
-
-    scaling: float
-    needs_x: bool
-
-
-class _Gradients(NamedTuple):
-    """What `update_gradients` returns."""
-
-    dx: torch.Tensor | None
-    dA: torch.Tensor | None
-    dB: torch.Tensor | None
-
-
-def _run_add(addends: _Addends, factor: _Scaling) -> _Sum:
-    x, lora_A, lora_B, y = addends
-    rows = x.reshape(-1, x.shape[-1])
-    return _Sum(*_sum(rows, lora_A, lora_B, y, factor.scaling, BatchShape(y.shape)))
-
-
-def _fake_add(addends: _Addends, factor: _Scaling) -> _Sum:
-    x, lora_A, _, y = addends
-    rows = x.numel() // x.shape[-1]
-    return _Sum(y.new_empty(y.shape), x.new_empty(rows, stored_rank(lora_A.shape[0])))
-
-
-def _run_gradients(factors: _Factors, asked: _Asked) -> _Gradients:
-    dy, x, lora_A, lora_B, xa, dx = factors
-    rows = dy.reshape(-1, dy.shape[-1])
-    shape = None
-    if asked.needs_x:
-        shape = BatchShape((*dy.shape[:-1], lora_A.shape[1]))
-    if dx is not None:
-        dx = dx.reshape(-1, dx.shape[-1])
-    with on_device_of(rows):
-        found = _all_gradients(rows, x, lora_A, lora_B, xa, dx, asked.scaling, shape)
-    return _Gradients(*found)
-
-
-def _fake_gradients(factors: _Factors, asked: _Asked) -> _Gradients:
-    dy, x, lora_A, lora_B, xa, _ = factors
-    dx = dA = dB = None
-    if asked.needs_x:
-        dx = dy.new_empty(*dy.shape[:-1], lora_A.shape[1])
-    if x is not None:
-        dA = lora_A.new_empty(lora_A.shape, dtype=torch.float32)
-    if xa is not None:
-        dB = lora_B.new_empty(lora_B.shape, dtype=torch.float32)
-    return _Gradients(dx, dA, dB)
-
-
-_ADD = Operator("linear_update", (_Addends, _Scaling), _Sum, _run_add, _fake_add)
-_GRADIENTS = Operator(
-    "linear_update_backward", (_Factors, _Asked), _Gradients, _run_gradients, _fake_gradients
-)
