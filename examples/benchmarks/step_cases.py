@@ -29,7 +29,6 @@ DEFAULT = (
     "4x2048+layers",
     "1x2048+layers",
     "4x2048+liger",
-    "4x2048+layers+liger",
     "4x2048+plain+liger",
     "4x2048+experts+liger",
     "4x2048+vocabulary=151936",

@@ -123,6 +123,17 @@ def check_conversions(names):
     assert torch.equal(names["lora_B"], expected)
 
 
+def check_speed(names):
+    """Each decoder layer is compiled by itself, and backward has no thread of its own."""
+    try:
+        assert not torch._C._is_multithreading_enabled()
+    finally:
+        torch.autograd.set_multithreading_enabled(True)
+    model = names["model"]
+    compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
+    assert compiled == list(model.get_base_model().model.layers)
+
+
 def check_saved(names):
     assert not adapted(names["merged"])
 
@@ -132,6 +143,7 @@ CHECKS = {
     "choosing-experts": check_chosen,
     "quantized-bases": check_quantized,
     "conversions": check_conversions,
+    "speed": check_speed,
     "saving-loading-merging": check_saved,
 }
 

@@ -217,9 +217,16 @@ def test_inductors_code_gives_the_same_gradients(kind):
 # ---- Trainer -------------------------------------------------------------------------------------
 
 
-def trained(folder, **settings):
-    """The losses of a Trainer's first steps, what it saves, and its model."""
+def trained(folder, layers=False, **settings):
+    """The losses of a Trainer's first steps, what it saves, and its model.
+
+    Args:
+        layers: whether each decoder layer is compiled by itself.
+    """
     model = moe_lora(one_layer(), target_modules=["experts", "q_proj"])
+    if layers:
+        for layer in model.get_base_model().model.layers:
+            layer.compile(backend="aot_eager")
     samples = [{"input_ids": token_ids(1, seed=i)[0]} for i in range(STEPS)]
     samples = [sample | {"labels": sample["input_ids"]} for sample in samples]
     arguments = training_arguments(
@@ -237,11 +244,15 @@ def trained(folder, **settings):
     return losses, load_file(folder / "adapter_model.safetensors"), model
 
 
-def test_a_trainer_with_torch_compile_gives_the_losses_and_the_file_of_one_without(tmp_path):
+WHOLE = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
+@pytest.mark.parametrize("compiled", [WHOLE, {"layers": True}], ids=["whole", "layers"])
+def test_a_trainer_with_torch_compile_gives_the_losses_and_the_file_of_one_without(
+    compiled, tmp_path
+):
     torch.compiler.reset()
-    losses, saved, model = trained(
-        tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager"
-    )
+    losses, saved, model = trained(tmp_path / "compiled", **compiled)
     right, expected, _ = trained(tmp_path / "eager")
     assert len(losses) == len(right) == STEPS
     torch.testing.assert_close(losses, right, rtol=1e-4, atol=1e-4)
