@@ -283,6 +283,23 @@ def test_calls_of_one_pattern_are_told_apart_by_their_tensors(add, looked_up):
         assert torch.equal(out, x + y)
 
 
+def test_new_kinds_leave_the_tests_of_others_until_kinds_may_be_dropped(add, looked_up):
+    def compose(x):
+        return (add(x, None),)
+
+    def looks(n):
+        looked_up.clear()
+        assert (replayed(compose, torch.ones(n))[0] == 1).all()
+        return len(looked_up)
+
+    replay._kinds.limit = 4 * (replay.KIND_BYTES + replay.LAUNCH_BYTES)
+    assert [looks(16) for _ in range(4)] == [1, 1, 1, 0]
+    # called once, it takes less than a recorded kind
+    assert [looks(20), looks(16)] == [1, 0]
+    # two recorded kinds are half of the limit, and the next one is more
+    assert [looks(20), looks(24), looks(16), looks(16)] == [1, 1, 1, 0]
+
+
 def test_more_calls_than_are_tested_are_still_replayed(add, kernel):
     composed = []
 

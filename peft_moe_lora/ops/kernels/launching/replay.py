@@ -51,9 +51,9 @@ LAUNCH_BYTES = 2048
 _EMPTY = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
 
 
-# recorded calls of a pattern that are found by a test, the newest ones: batches of ever new sizes
-# have one pattern
-TESTED = 4
+# recorded calls of a pattern that are found by a test, the newest ones: layers of several widths,
+# and batches of ever new sizes, have one pattern
+TESTED = 16
 # classes of tensors whose values are in their memory
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 # takes the place of a tensor in a pattern
@@ -115,9 +115,9 @@ def _forget_graphs(kind: _Replay | _State) -> None:
 
 
 _kinds: Recent[_Replay | _State] = Recent(KINDS_BYTES, _forget_graphs)
-# {pattern: tests and what to replay where one is passed}. Emptied whenever a kind is stored: so a
-# kind that is dropped is not found here, and one that is in use is looked up in `_kinds` again,
-# where it counts as used
+# {pattern: tests and what to replay where one is passed}. Once `_kinds` is half full, every new
+# kind empties it. So a kind that is dropped is not found here, and one that is in use is looked up
+# in `_kinds` again, where it counts as used, long before it could be dropped
 _tested: dict[tuple, list[tuple[alike.Test, _Replay]]] = {}
 # the kinds, without exact numbers of rows, whose kernels were compiled ahead
 _compiled: set[tuple] = set()
@@ -196,7 +196,8 @@ def _looked_up(pattern: tuple, function: Callable[..., tuple], *arguments: Any) 
 
 def _store(kind: tuple, value: _Replay | _State, nbytes: int) -> None:
     _kinds.put(kind, value, nbytes)
-    _tested.clear()
+    if 2 * _kinds.size > _kinds.limit:
+        _tested.clear()
 
 
 def _add_test(pattern: tuple, tensors: list[torch.Tensor], replay: _Replay) -> None:
