@@ -49,8 +49,6 @@ LAUNCH_BYTES = 2048
 # {type of device: torch.empty_strided(shape, strides, dtype) on the current device}. These are the
 # functions that inductor's code calls; they take the host half as long
 _EMPTY = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
-
-
 # recorded calls of a pattern that are found by a test, the newest ones: layers of several widths,
 # and batches of ever new sizes, have one pattern
 TESTED = 16
