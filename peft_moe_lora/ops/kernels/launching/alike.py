@@ -1,8 +1,8 @@
 """A quick test of whether tensors are like others: of the same dtypes, shapes, strides and devices.
 
-torch.compile guards its graphs by such a test, in C++. It takes the host a microsecond for a dozen
-tensors; to read the same from Python takes six. The class is not public, so it is used only where
-it answers a few questions right.
+PyTorch has such a test for the guards of torch.compile, in C++: `TensorGuards`. It takes the host a
+microsecond for a dozen tensors; to read the same from Python takes six (2026-11-30). The class is
+not public. So it is tried first on tensors that are known, and not used if an answer is wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def test_of(tensors: Sequence[torch.Tensor]) -> Test | None:
 
 
 def _test_of(tensors: Sequence[torch.Tensor]) -> Test:
-    # lengths that are None would be free
+    # sizes that are None would not be compared
     shapes = [list(tensor.shape) for tensor in tensors]
     strides = [list(tensor.stride()) for tensor in tensors]
     made = guards.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
