@@ -103,6 +103,20 @@ def test_where_capturing_fails_launches_go_on(new, monkeypatch):
     assert call.graphs.refused
 
 
+def test_a_capture_that_fails_drops_the_graphs_of_the_same_call(new, monkeypatch):
+    call, other = new(), new()
+    for _ in range(4):
+        call(1)
+        other(1)
+    kept = graphs.kept(DEVICE)
+    assert len(kept) == 2
+    monkeypatch.setattr(graphs.Graphs, "_captured", lambda self, addresses: None)
+    for _ in range(3):
+        call(2)
+    assert call.graphs.refused
+    assert [captured.owner for captured in kept.values()] == [other.graphs]
+
+
 def test_what_cuda_refuses_is_logged_and_launched(new, monkeypatch, caplog):
     class Refusing:
         def __init__(self):

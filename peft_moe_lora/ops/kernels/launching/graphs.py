@@ -119,8 +119,11 @@ class Graphs:
             # after the graph is dropped, sightings are counted anew
             _sightings.drop(hash(key))
             found = self._captured(addresses)
-            self.refused = found is None
-            if found is not None:
+            if found is None:
+                # those at other addresses would hold memory and never be replayed again
+                self.forget()
+                self.refused = True
+            else:
                 graphs.put(key, found, self.nbytes)
         if found is None:
             self._launch(addresses)
