@@ -15,7 +15,7 @@
         the model in the least memory: each parameter steps as soon as its gradient is there
     python examples/benchmarks/quantized.py --model --loss-chunk 256 --steps 6 --one-thread \\
         --compile-layers
-        the model in the least time
+        each decoder layer compiled by itself, and backward in the caller's thread
 
 The layer: `get_peft_model` on transformers' Qwen3-MoE experts, forward and backward, dense and
 quantized in turns in one run; outputs and gradients are first compared with a reference in higher

@@ -100,6 +100,8 @@ def read_case(text: str, vocabulary: int) -> StepCase:
     checkpointing = [word for word in words if word in CHECKPOINTING]
     variants = {word for word in words if word in VARIANTS}
     sizes = [word.removeprefix("vocabulary=") for word in words if word.startswith("vocabulary=")]
+    if variants >= {"compile", "layers"}:
+        raise ValueError(f"{text} is no case: compile the model as a whole or its layers, not both")
     known = len(checkpointing) + len(variants) + len(sizes)
     if known != len(words) or len(checkpointing) > 1 or len(sizes) > 1:
         raise ValueError(

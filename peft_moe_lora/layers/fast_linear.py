@@ -25,7 +25,7 @@ from ..functional import (
     without_autocast_of,
 )
 from .merging import check_may_unmerge
-from .parts import children, is_plain, weight_and_bias
+from .parts import active_adapters, children, is_plain, weight_and_bias
 
 # of x; complex gradients would need conjugates
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -48,8 +48,6 @@ class FastForward(nn.Module):
     disable_adapters: bool
     merged: bool
     merged_adapters: list[str]
-    # of PEFT: a name, or a list of names
-    _active_adapter: Any
     _disable_adapters: bool
     cast_input_dtype_enabled: bool
 
@@ -92,11 +90,7 @@ class FastForward(nn.Module):
         factors_B = children(self, "lora_B")
         dropouts = children(self, "lora_dropout")
         updates = []
-        # not PEFT's properties, which take the host a microsecond in every forward
-        active = self._active_adapter
-        if isinstance(active, str):
-            active = [active]
-        for name in active:
+        for name in active_adapters(self):
             if name not in factors_A:
                 continue
             if not self.fast.get(name, False) or name in self.lora_variant:

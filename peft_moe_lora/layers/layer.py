@@ -27,6 +27,7 @@ from .dispatch import attach, check_contract, detach, shared_config
 from .frozen import compute_frozen
 from .implementations import check_gradients, check_implementation, run_implementation
 from .offload import execution_device, fetched, sent_back_after_exception
+from .parts import active_adapters
 from .projections import projection_of
 from .refusals import refuse_hotswap_of_state_dict, watch
 from .replaced import (
@@ -351,10 +352,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             return []
         adapters: Any = self._modules["lora_A"]
         known = adapters._modules
-        active = self._active_adapter
-        if isinstance(active, str):
-            active = [active]
-        return [name for name in active if name in known]
+        return [name for name in active_adapters(self) if name in known]
 
     def is_at_work(self) -> bool:
         """Whether this layer has an active adapter that is neither disabled nor merged."""

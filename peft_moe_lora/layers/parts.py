@@ -15,6 +15,14 @@ def children(module: nn.Module, name: str) -> Any:
     return held._modules
 
 
+def active_adapters(layer: Any) -> list[str]:
+    """The names of a layer's active adapters, without PEFT's properties, which call each other."""
+    active = layer._active_adapter
+    if isinstance(active, str):
+        return [active]
+    return active
+
+
 def weight_and_bias(module: Any) -> tuple[Any, Any]:
     """Of an `nn.Linear`: its parameters, or what has their names if it is parametrized."""
     parameters = module._parameters

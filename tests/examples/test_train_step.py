@@ -368,6 +368,7 @@ def test_routes_that_disagree_get_no_number(monkeypatch, tmp_path, capsys, damag
         ["--cases", "1x8+fast"],
         ["--cases", "1x8+plain+experts"],
         ["--cases", "1x8+liger+liger"],
+        ["--cases", "1x8+compile+layers"],
     ],
     ids=" ".join,
 )

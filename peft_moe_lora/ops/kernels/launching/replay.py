@@ -10,13 +10,13 @@ a choice that depends on data is made on the device. So the host chooses once fo
     later calls: results and a workspace are allocated, and the recorded launches are repeated.
         If the same addresses came before, one CUDA graph repeats them.
 
-A repeated launch takes the host a few microseconds instead of twenty. Looking its kind up takes
-about as long as all the rest. So a recorded call is found first by a quick test, which needs no
-kind.
+A repeated launch takes the host a few microseconds instead of twenty. To build and look up a kind
+would take a quarter of the host's time for a repeated call. So a recorded call is first looked for
+by a quick test, which needs no kind.
 
 Legend:
     kind: the function, the device, and each argument's dtype, shape and strides, or its value
-    pattern: the function, and each argument's value; of a tensor only that it is one
+    pattern: the function, the device, and each argument's value; of a tensor only that it is one
     buffer, workspace: as in `recording`
 """
 
@@ -133,7 +133,8 @@ def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
         arguments: first a tensor; then tensors, quantized weights, None or hashable values. If a
             value is not hashable, the function is called directly.
     """
-    pattern: list[Any] = [function, dot_precision(arguments[0].dtype)]
+    device = arguments[0].get_device()
+    pattern: list[Any] = [function, device, dot_precision(arguments[0].dtype)]
     tensors: list[torch.Tensor] = []
     for argument in arguments:
         if type(argument) in _PLAIN:
@@ -153,7 +154,7 @@ def replayed(function: Callable[..., tuple], *arguments: Any) -> tuple:
     for passes, replay in known:
         if passes(*tensors):
             # a replay may encode tensor descriptors
-            launch.bind(arguments[0].get_device())
+            launch.bind(device)
             return replay(tensors) or function(*arguments)
     return _looked_up(key, function, *arguments)
 
